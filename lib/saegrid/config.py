@@ -1,0 +1,228 @@
+"""The parameters of one run: validated, documented, free of torch.
+
+`RunConfig` is the single list of parameters. The tagged cell of `notebooks/train.ipynb` repeats its names and
+defaults (a test holds the two against each other), a grid file sets them under `constants` and `axes`, and every
+row of the result tables carries them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import types
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from saegrid.errors import ConfigError
+
+EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
+EMBEDDED_DATASET = "embedded:gsm_symbolic"
+
+Arch = Literal["TopK", "BatchTopK", "JumpReLU"]
+
+
+class RunConfig(BaseModel):
+    """One grid point. `k=0` and `threshold=0.0` mean "not given"; papermill has no other way to say so."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    # --- language model ---
+    model: str = Field(EMBEDDED_MODEL, min_length=1)
+    """`embedded:smollm2-135m-instruct`, a local folder, or the Hub id of a causal language model."""
+    model_revision: str = ""
+    """Hub revision (branch, tag or commit); empty is the default branch."""
+    layer: int = Field(12, ge=0)
+    """Index of the decoder block whose output is read: `hidden_states[layer + 1]`."""
+    site: Literal["resid_post"] = "resid_post"
+    """Where in the block: the residual stream behind it."""
+    lm_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the language model's passes, for the activations and for the splice."""
+
+    # --- text ---
+    dataset: str = Field(EMBEDDED_DATASET, min_length=1)
+    """`embedded:gsm_symbolic`, a folder with `train.jsonl` and `test.jsonl` (`question`, `answer`), or a Hub id."""
+    dataset_revision: str = ""
+    """Hub revision of the dataset; empty is the default branch."""
+    text: Literal["plain", "chat"] = "plain"
+    """Question + worked answer as plain text, or through the tokenizer's chat template."""
+    max_tokens: int = Field(512, ge=2)
+    """A prompt is cut behind this many tokens."""
+    train_tokens: int = Field(100_000, ge=1)
+    """Rows of activations to train on."""
+    val_tokens: int = Field(20_000, ge=1)
+    """Rows of activations for validation, from templates (or prompts) that training never sees."""
+    eval_prompts: int = Field(50, ge=1)
+    """Prompts for the splice, from templates (or prompts) that neither training nor validation sees."""
+    data_seed: int = Field(0, ge=0)
+    """Seed of the prompts and of the split."""
+
+    # --- activations ---
+    activations: str = ""
+    """Folder or Hub dataset with published `{stage}_layer{layer}[_train|_val].pt` files; empty: run the model."""
+    activations_revision: str = ""
+    """Hub revision of `activations`."""
+    activations_stage: str = "instruct_base"
+    """Stage in the published files' names."""
+    act_dtype: Literal["float16", "float32"] = "float16"
+    """Precision of the stored rows (the published files are float16)."""
+
+    # --- sparse autoencoder ---
+    arch: Arch = "BatchTopK"
+    """Architecture."""
+    expansion: int = Field(8, ge=1, le=1024)
+    """d_sae / d_in."""
+    k: int = Field(0, ge=0)
+    """Latents per row kept by TopK and BatchTopK (the mean over the batch); 0: not given."""
+    threshold: float = Field(0.0, ge=0.0, allow_inf_nan=False)
+    """JumpReLU's fixed theta; 0.0: not given."""
+    threshold_unit: Literal["absolute", "rms"] = "absolute"
+    """Unit of `threshold`: the activations' own, or the RMS of the pre-activations at the start of training."""
+
+    # --- training: the published recipe ---
+    epochs: int = Field(10, ge=1)
+    """Passes over the training rows."""
+    batch_size: int = Field(512, ge=1)
+    """Rows a step."""
+    lr: float = Field(1e-4, gt=0.0, allow_inf_nan=False)
+    """Adam's learning rate at the start."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the weights and of the order of the rows."""
+
+    # --- training: what the model card leaves open ---
+    lr_final: float = Field(0.0, ge=0.0, le=1.0)
+    """Cosine annealing ends at `lr * lr_final` (torch's default is 0; the code behind the data used 0.1)."""
+    grad_clip: float = Field(0.0, ge=0.0, allow_inf_nan=False)
+    """Largest global gradient norm; 0: no clipping (the code behind the data used 1.0)."""
+    b_pre_init: Literal["zero", "mean"] = "zero"
+    """Start of `b_pre`: zeros, or the training rows' mean (as the code behind the data did)."""
+    encoder_init: Literal["kaiming", "decoder"] = "kaiming"
+    """Start of the encoder: torch's `Linear` default, or the transposed decoder."""
+    project_grad: bool = False
+    """Remove the part of the decoder's gradient along each decoder direction before Adam."""
+    checkpoint_steps: int = Field(1000, ge=1)
+    """A checkpoint at least every so many steps, besides the one behind each epoch."""
+
+    # --- machine ---
+    kernel: Literal["auto", "reference", "cpu", "cuda"] = "auto"
+    """Which implementation of the training step; `auto` takes the fastest that runs here and records it."""
+    matmul: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of the encoder's product while training; evaluation always uses fp32."""
+    threads: int = Field(0, ge=0)
+    """Threads of one run; 0: all cores. Recorded in the run, and used again on resume."""
+
+    # --- places: not part of a run's identity ---
+    runs_dir: str = Field("runs", min_length=1)
+    """Folder for the runs."""
+    store_dir: str = Field("activations", min_length=1)
+    """Folder for the activation stores."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_yaml_means_it(cls, value: Any, info) -> Any:
+        """`1e-4` is a string in YAML 1.1, and papermill's `-p revision 123` is a number."""
+        annotation = cls.model_fields[info.field_name].annotation
+        if annotation is float and isinstance(value, str):
+            try:
+                return float(value)
+            except ValueError:
+                return value
+        if annotation is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return str(value)
+        return value
+
+    @model_validator(mode="after")
+    def _arch_and_its_sparsity(self) -> RunConfig:
+        if self.arch == "JumpReLU":
+            if self.k:
+                raise ValueError(f"k = {self.k}: not a parameter of JumpReLU, which takes threshold")
+            if not self.threshold:
+                raise ValueError("threshold = 0.0: JumpReLU needs a threshold above 0, such as 0.1 or 0.5")
+        else:
+            if self.threshold:
+                raise ValueError(f"threshold = {self.threshold}: not a parameter of {self.arch}, which takes k")
+            if not self.k:
+                raise ValueError(f"k = 0: {self.arch} needs a k of at least 1, such as 64, 128 or 220")
+        return self
+
+    def check_shape(self, d_in: int, n_layers: int) -> None:
+        """Hold the run against the language model's shape. Raises `ConfigError`."""
+        if self.layer >= n_layers:
+            raise ConfigError(f"layer = {self.layer}: {self.model} has layers 0 to {n_layers - 1}")
+        if self.k > self.expansion * d_in:
+            raise ConfigError(
+                f"k = {self.k}: at most d_sae = expansion * d_in = {self.expansion} * {d_in} = {self.expansion * d_in}"
+            )
+
+    @property
+    def name(self) -> str:
+        """The published file name without its ending: `BatchTopK_exp8x_k220`, `JumpReLU_exp8x_t0.5`."""
+        sparsity = f"t{self.threshold:g}" if self.arch == "JumpReLU" else f"k{self.k}"
+        return f"{self.arch}_exp{self.expansion}x_{sparsity}"
+
+    @property
+    def run_id(self) -> str:
+        """Unique name of the run: readable part, seed, and a hash of every parameter that can change its result."""
+        return f"{self.name}_s{self.seed}_{_digest(self.identity())}"
+
+    @property
+    def store_id(self) -> str:
+        """Unique name of the activation store that the run reads."""
+        return f"layer{self.layer}_{_digest(self.model_dump(include=STORE_FIELDS))}"
+
+    def identity(self) -> dict[str, Any]:
+        """Every parameter that can change the run's result."""
+        return self.model_dump(exclude=PLACES)
+
+
+PLACES = {"runs_dir", "store_dir"}
+STORE_FIELDS = {
+    *("model", "model_revision", "layer", "site", "lm_dtype"),
+    *("dataset", "dataset_revision", "text", "max_tokens", "train_tokens", "val_tokens", "eval_prompts", "data_seed"),
+    *("activations", "activations_revision", "activations_stage", "act_dtype"),
+}
+"""Parameters that decide what is in an activation store, its evaluation prompts included."""
+
+
+def make_config(**parameters: Any) -> RunConfig:
+    """`RunConfig` with every mistake told in one line.
+
+    Raises:
+        ConfigError: names the first parameter at fault, its value, and what is allowed.
+    """
+    try:
+        return RunConfig(**parameters)
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from None
+
+
+def config_from_namespace(namespace: dict[str, Any]) -> RunConfig:
+    """The config of a notebook whose parameters are the variables of `namespace` (its `globals()`).
+
+    Modules, functions, classes and IPython's own names are passed over; anything else must be a parameter.
+    """
+    ipython = {"In", "Out"}
+    parameters = {
+        name: value
+        for name, value in namespace.items()
+        if not name.startswith("_")
+        and name not in ipython
+        and not isinstance(value, types.ModuleType)
+        and not callable(value)
+    }
+    return make_config(**parameters)
+
+
+def explain(error: ValidationError) -> str:
+    """The first mistake of a pydantic error as one line: parameter, value, what is allowed."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{name} = {first['input']!r}: no such parameter; known are {', '.join(RunConfig.model_fields)}"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    return f"{name} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _digest(parameters: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,0 +1,1 @@
+"""The arithmetic of encoding, decoding and training: `reference` defines it, the others are faster."""

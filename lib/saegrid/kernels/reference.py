@@ -1,0 +1,172 @@
+"""The definition of every kernel, in plain torch. The fast ones have these signatures and are tested against these.
+
+One weight layout: a latent is a row, in the encoder and in the decoder. For rows x (N, d_in):
+
+    pre   = (x - b_pre) W_encᵀ + b_enc                      (N, d_sae)
+    z     = pre where the rule keeps it and pre > 0, else 0  (N, d_sae)
+    x_hat = z W_dec + b_dec + b_pre                          (N, d_in)
+    loss  = mean over all elements of (x - x_hat)²
+
+Codes are sparse: only kept latents above zero are listed, and only they carry a gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+BETAS = (0.9, 0.999)
+EPS = 1e-8
+
+
+class Params(NamedTuple):
+    """Weights (or their gradients, or Adam's moments), float32, contiguous."""
+
+    W_enc: Tensor  # (d_sae, d_in)
+    b_enc: Tensor  # (d_sae,)
+    W_dec: Tensor  # (d_sae, d_in), rows of unit norm
+    b_dec: Tensor  # (d_in,)
+    b_pre: Tensor  # (d_in,)
+
+
+class Rule(NamedTuple):
+    """Which pre-activations a code keeps.
+
+    topk: the k largest of each row. batchtopk: the int(N * k) largest of the whole batch (arXiv:2412.06410, and
+    the published class). threshold: all above `threshold` (JumpReLU; BatchTopK once calibrated).
+    """
+
+    kind: Literal["topk", "batchtopk", "threshold"]
+    k: int = 0
+    threshold: float = 0.0
+
+
+class Codes(NamedTuple):
+    """Sparse latent activations, row by row (CSR): row n holds entries offsets[n] to offsets[n + 1]."""
+
+    offsets: Tensor  # (N + 1,) int64
+    latents: Tensor  # (nnz,) int32, ascending within a row
+    values: Tensor  # (nnz,) float32, above 0
+
+
+class StepSettings(NamedTuple):
+    """What a training step needs besides weights and rows."""
+
+    lr: float
+    grad_clip: float = 0.0  # largest global gradient norm; 0: none
+    project_grad: bool = False  # drop the part of W_dec's gradient along each decoder row
+    matmul: Literal["fp32", "bf16"] = "fp32"  # precision of the encoder's product
+
+
+@dataclass
+class TrainState:
+    """Weights and Adam's moments, changed in place by `train_step`."""
+
+    params: Params
+    m: Params
+    v: Params
+    step: int = 0
+    workspace: dict = field(default_factory=dict, repr=False)  # a kernel's own buffers; never saved
+
+    @classmethod
+    def start(cls, params: Params) -> TrainState:
+        return cls(params, Params(*map(torch.zeros_like, params)), Params(*map(torch.zeros_like, params)))
+
+
+def encode(params: Params, x: Tensor, rule: Rule, matmul: str = "fp32") -> Codes:
+    """Codes of the rows x (N, d_in)."""
+    pre = _pre_acts(params, x, matmul)  # (N, d_sae)
+    return _sparse(pre, _kept(pre, rule))
+
+
+def decode(params: Params, codes: Codes) -> Tensor:
+    """Reconstruction x_hat (N, d_in) of sparse codes."""
+    n_rows = len(codes.offsets) - 1
+    z = torch.zeros(n_rows, len(params.b_enc))
+    z[_rows(codes), codes.latents.long()] = codes.values
+    return z @ params.W_dec + params.b_dec + params.b_pre
+
+
+def gradients(params: Params, x: Tensor, codes: Codes) -> tuple[float, Params]:
+    """Loss (mean squared error) and its gradient through the active pairs, dense."""
+    rows, latents = _rows(codes), codes.latents.long()
+    error = decode(params, codes) - x  # (N, d_in)
+    loss = error.double().square().mean().item()
+    d_hat = error * (2.0 / error.numel())  # (N, d_in)
+    d_z = torch.zeros(len(x), len(params.b_enc))
+    d_z[rows, latents] = (d_hat @ params.W_dec.T)[rows, latents]
+    z = torch.zeros_like(d_z)
+    z[rows, latents] = codes.values
+    d_hat_sum = d_hat.sum(0)  # (d_in,)
+    d_pre_sum = d_z.sum(0)  # (d_sae,)
+    return loss, Params(
+        W_enc=d_z.T @ (x - params.b_pre),
+        b_enc=d_pre_sum,
+        W_dec=z.T @ d_hat,
+        b_dec=d_hat_sum,
+        b_pre=d_hat_sum - d_pre_sum @ params.W_enc,
+    )
+
+
+def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings) -> tuple[float, int]:
+    """One step: encode, decode, backward, clip, Adam, unit-norm decoder rows. Changes `state` in place.
+
+    Adam is dense (arXiv:1412.6980, no weight decay): a latent that did not fire still decays its moments and moves.
+
+    Returns:
+        The batch's mean squared error before the step, and the number of active (row, latent) pairs.
+    """
+    params = state.params
+    codes = encode(params, x, rule, settings.matmul)
+    loss, grads = gradients(params, x, codes)
+    if settings.project_grad:
+        along = (grads.W_dec * params.W_dec).sum(1, keepdim=True)  # (d_sae, 1), rows have unit norm
+        grads = grads._replace(W_dec=grads.W_dec - along * params.W_dec)
+    if settings.grad_clip:
+        norm = torch.stack([g.double().square().sum() for g in grads]).sum().sqrt().item()
+        scale = min(1.0, settings.grad_clip / (norm + 1e-6))
+        grads = Params(*(g * scale for g in grads))
+    state.step += 1
+    beta1, beta2 = BETAS
+    correction1, correction2 = 1 - beta1**state.step, 1 - beta2**state.step
+    for p, g, m, v in zip(params, grads, state.m, state.v, strict=True):
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        p.addcdiv_(m, (v / correction2).sqrt_().add_(EPS), value=-settings.lr / correction1)
+    params.W_dec.div_(params.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
+    return loss, len(codes.values)
+
+
+def _pre_acts(params: Params, x: Tensor, matmul: str) -> Tensor:
+    centred = x - params.b_pre
+    if matmul == "bf16":
+        return (centred.bfloat16() @ params.W_enc.bfloat16().T).float() + params.b_enc
+    return torch.addmm(params.b_enc, centred, params.W_enc.T)
+
+
+def _kept(pre: Tensor, rule: Rule) -> Tensor:
+    """Mask (N, d_sae) of the pre-activations that the rule keeps and that are above 0."""
+    if rule.kind == "threshold":
+        return pre > max(rule.threshold, 0.0)
+    kept = torch.zeros_like(pre, dtype=torch.bool)
+    if rule.kind == "topk":
+        kept.scatter_(1, pre.topk(min(rule.k, pre.shape[1]), dim=1, sorted=False).indices, True)
+    else:
+        count = min(len(pre) * rule.k, pre.numel())
+        kept.view(-1)[pre.flatten().topk(count, sorted=False).indices] = True
+    return kept & (pre > 0)
+
+
+def _sparse(pre: Tensor, kept: Tensor) -> Codes:
+    offsets = torch.zeros(len(pre) + 1, dtype=torch.int64)
+    offsets[1:] = kept.sum(1).cumsum(0)
+    return Codes(offsets, kept.nonzero()[:, 1].int(), pre[kept])
+
+
+def _rows(codes: Codes) -> Tensor:
+    """Row of each entry, (nnz,) int64."""
+    counts = codes.offsets.diff()
+    return torch.repeat_interleave(torch.arange(len(counts)), counts)
