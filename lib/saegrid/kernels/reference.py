@@ -84,10 +84,14 @@ def encode(params: Params, x: Tensor, rule: Rule, matmul: str = "fp32") -> Codes
 
 def decode(params: Params, codes: Codes) -> Tensor:
     """Reconstruction x_hat (N, d_in) of sparse codes."""
-    n_rows = len(codes.offsets) - 1
-    z = torch.zeros(n_rows, len(params.b_enc))
+    return dense(codes, len(params.b_enc)) @ params.W_dec + params.b_dec + params.b_pre
+
+
+def dense(codes: Codes, d_sae: int) -> Tensor:
+    """latent_acts (N, d_sae) of sparse codes."""
+    z = torch.zeros(len(codes.offsets) - 1, d_sae)
     z[_rows(codes), codes.latents.long()] = codes.values
-    return z @ params.W_dec + params.b_dec + params.b_pre
+    return z
 
 
 def gradients(params: Params, x: Tensor, codes: Codes) -> tuple[float, Params]:
@@ -96,10 +100,9 @@ def gradients(params: Params, x: Tensor, codes: Codes) -> tuple[float, Params]:
     error = decode(params, codes) - x  # (N, d_in)
     loss = error.double().square().mean().item()
     d_hat = error * (2.0 / error.numel())  # (N, d_in)
-    d_z = torch.zeros(len(x), len(params.b_enc))
+    z = dense(codes, len(params.b_enc))
+    d_z = torch.zeros_like(z)
     d_z[rows, latents] = (d_hat @ params.W_dec.T)[rows, latents]
-    z = torch.zeros_like(d_z)
-    z[rows, latents] = codes.values
     d_hat_sum = d_hat.sum(0)  # (d_in,)
     d_pre_sum = d_z.sum(0)  # (d_sae,)
     return loss, Params(

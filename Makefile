@@ -1,0 +1,36 @@
+# make report · test · lint · bench · full · clean — each sets up what it needs.
+PYTHON ?= python3
+CORES ?= all
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PYTHONDONTWRITEBYTECODE :=
+SNAKEMAKE = snakemake -s workflow/Snakefile --cores $(CORES) --rerun-incomplete --quiet rules
+
+.DEFAULT_GOAL := report
+.PHONY: report full test lint bench clean setup unlock
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "make: needs Python 3.11 or newer; name one with PYTHON=..." >&2; exit 1)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+report: setup  ## the quick grid on the embedded model, and its website
+	$(SNAKEMAKE) --config grid=params/quick.yaml
+	@echo "open _site/index.html"
+
+full: setup  ## the published axes on the embedded model
+	$(SNAKEMAKE) --config grid=params/full.yaml
+	@echo "open _site/index.html"
+
+test: setup
+	pytest
+
+lint: setup
+	ruff check . && ruff format --check . && nbstripout --verify notebooks/*.ipynb
+
+clean:
+	rm -rf _site report .quarto .snakemake

@@ -1,0 +1,66 @@
+"""Commands: `python -m saegrid collect | tables | site`. A user's mistake is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from saegrid.errors import SaegridError
+from saegrid.grid import Grid, load_grid
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="saegrid", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("collect", help="make an activation store of a grid")
+    command.add_argument("grid", type=Path)
+    command.add_argument("store_id", help="one of the grid's stores, as `list` shows them")
+    command = commands.add_parser("list", help="the runs of a grid: id, store, and whether it has finished")
+    command.add_argument("grid", type=Path)
+    command = commands.add_parser("tables", help="write the CSV tables of a finished grid")
+    command.add_argument("grid", type=Path)
+    commands.add_parser("site", help="render the website: Quarto where it is on PATH, else smalldocs")
+    options = parser.parse_args(arguments)
+    try:
+        _run(options)
+    except SaegridError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.command == "site":
+        from saegrid import site
+
+        print(site.render(Path()))
+        return
+    grid = load_grid(options.grid)
+    if options.command == "list":
+        _list(grid)
+    elif options.command == "tables":
+        from saegrid import results
+
+        results.make(grid)
+    elif options.command == "collect":
+        _collect(grid, options.store_id)
+
+
+def _list(grid: Grid) -> None:
+    for run in grid.runs():
+        state = "finished" if (Path(run.runs_dir) / run.run_id / "metrics.json").exists() else "to do"
+        print(f"{run.run_id}  {run.store_id}  {state}")
+
+
+def _collect(grid: Grid, store_id: str) -> None:
+    stores = {run.store_id: run for run in grid.runs()}
+    if store_id not in stores:
+        raise SaegridError(f"store_id = {store_id!r}: the grid {grid.name} has {', '.join(stores)}")
+    from saegrid.run import prepare_store  # imports torch
+
+    prepare_store(stores[store_id])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""An SAE on disk: the published `.pt` state dict, and `sae.safetensors` with a `cfg.json` that rebuilds it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from saegrid.atomic import write_bytes, write_json
+from saegrid.errors import SaeFileError
+from saegrid.kernels.reference import Params
+from saegrid.sae import ARCHITECTURES, SAE
+
+PUBLISHED_SHAPES = {
+    "b_pre": ("d_in",),
+    "encoder.weight": ("d_sae", "d_in"),
+    "encoder.bias": ("d_sae",),
+    "decoder.weight": ("d_in", "d_sae"),
+    "decoder.bias": ("d_in",),
+}
+"""State dict of the published files; `decoder.weight` is the transpose of `W_dec`."""
+
+
+def published_state_dict(sae: SAE) -> dict[str, Tensor]:
+    """The SAE's weights under the published names and in the published layout, contiguous."""
+    return {
+        "b_pre": sae.b_pre.data,
+        "encoder.weight": sae.W_enc.data,
+        "encoder.bias": sae.b_enc.data,
+        "decoder.weight": sae.W_dec.data.T.contiguous(),
+        "decoder.bias": sae.b_dec.data,
+    }
+
+
+def from_published(state: dict[str, Tensor], arch: str, k: int = 0, threshold: float = 0.0, source: str = "") -> SAE:
+    """The SAE that a published state dict holds; BatchTopK has no calibrated threshold and cuts per batch.
+
+    Raises:
+        SaeFileError: names that are missing or too many, shapes that do not fit each other, or values not finite.
+    """
+    where = f"{source}: " if source else ""
+    if not isinstance(state, dict) or set(state) != set(PUBLISHED_SHAPES):
+        found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        raise SaeFileError(f"{where}needs the tensors {', '.join(PUBLISHED_SHAPES)}; found {found}")
+    if not all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in state.values()):
+        raise SaeFileError(f"{where}holds something other than floating-point tensors")
+    if state["encoder.weight"].ndim != 2:
+        raise SaeFileError(f"{where}encoder.weight has shape {tuple(state['encoder.weight'].shape)}, not [d_sae, d_in]")
+    sizes = dict(zip(("d_sae", "d_in"), state["encoder.weight"].shape, strict=True))
+    for name, dimensions in PUBLISHED_SHAPES.items():
+        wanted = tuple(sizes[dimension] for dimension in dimensions)
+        if tuple(state[name].shape) != wanted:
+            raise SaeFileError(f"{where}{name} has shape {tuple(state[name].shape)}, not {wanted}")
+        if not state[name].isfinite().all():
+            raise SaeFileError(f"{where}{name} holds values that are not finite")
+    sae = ARCHITECTURES[arch](sizes["d_in"], sizes["d_sae"], k=k, threshold=threshold)
+    sae.b_pre.data.copy_(state["b_pre"])
+    sae.W_enc.data.copy_(state["encoder.weight"])
+    sae.b_enc.data.copy_(state["encoder.bias"])
+    sae.W_dec.data.copy_(state["decoder.weight"].T)
+    sae.b_dec.data.copy_(state["decoder.bias"])
+    return sae
+
+
+def save_sae(sae: SAE, folder: str | Path, name: str, facts: dict[str, Any]) -> str:
+    """Write `{name}.pt`, `sae.safetensors` and `cfg.json` into `folder`; the same SAE gives the same bytes.
+
+    Args:
+        name: the published file name without its ending.
+        facts: what else belongs into `cfg.json` (model, layer, how it was trained, …).
+
+    Returns:
+        SHA-256 of `sae.safetensors`.
+    """
+    folder = Path(folder)
+    buffer = io.BytesIO()  # a path would put the file's name into its bytes
+    torch.save(published_state_dict(sae), buffer)
+    write_bytes(folder / f"{name}.pt", buffer.getvalue())
+    content = save({key: tensor.contiguous() for key, tensor in sae.params._asdict().items()})
+    write_bytes(folder / "sae.safetensors", content)
+    digest = hashlib.sha256(content).hexdigest()
+    own = {field: getattr(sae, field) for field in ("arch", "d_in", "d_sae", "k", "threshold", "inference_threshold")}
+    write_json(folder / "cfg.json", {**own, "weights_sha256": digest, **facts})
+    return digest
+
+
+def load_sae(folder: str | Path) -> SAE:
+    """The SAE of a folder written by `save_sae`, its weights checked against `cfg.json`'s hash.
+
+    Raises:
+        SaeFileError: a file is missing, damaged, or not of this form.
+    """
+    folder = Path(folder)
+    weights = folder / "sae.safetensors"
+    try:
+        cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        tensors = load_file(weights)
+        sae = ARCHITECTURES[cfg["arch"]](
+            cfg["d_in"], cfg["d_sae"], cfg["k"], cfg["threshold"], cfg["inference_threshold"]
+        )
+        expected = cfg["weights_sha256"]
+    except OSError as error:
+        raise SaeFileError(f"{error.filename or folder}: {error.strerror}") from None
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise SaeFileError(f"{folder}: cfg.json and sae.safetensors are not a saved SAE: {error!r}") from None
+    if digest != expected:
+        raise SaeFileError(f"{weights}: SHA-256 {digest[:12]}… is not the {expected[:12]}… that cfg.json states")
+    for name in Params._fields:
+        target = getattr(sae, name)
+        if name not in tensors or tensors[name].shape != target.shape:
+            raise SaeFileError(f"{weights}: {name} is missing or not of shape {tuple(target.shape)}")
+        target.data.copy_(tensors[name])
+    return sae
+
+
+def load_published(path: str | Path, arch: str, k: int = 0, threshold: float = 0.0) -> SAE:
+    """The SAE of a published `.pt` file. Only tensors are unpickled. Raises `SaeFileError`."""
+    try:
+        state = torch.load(str(path), map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise SaeFileError(f"{path}: {error.strerror or error}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise SaeFileError(f"{path}: not a state dict of tensors: {first_line}") from None
+    return from_published(state, arch, k, threshold, source=str(path))

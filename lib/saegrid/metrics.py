@@ -1,0 +1,126 @@
+"""Reconstruction metrics: one definition each. Numerators and denominators are summed over all rows in float64 and
+divided once; see the method page for the definitions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+SINK_RATIO = 10.0
+"""Rows whose norm is above this many times the median norm are attention sinks (left out of `fvu_no_sink`)."""
+
+
+@dataclass
+class Moments:
+    """Sums over rows from which variances follow: per dimension, in float64."""
+
+    rows: int = 0
+    total: Tensor | float = 0.0  # (d_in,)
+    squares: Tensor | float = 0.0  # (d_in,)
+
+    def add(self, x: Tensor) -> None:
+        """Add the rows x (N, d_in)."""
+        x = x.double()
+        self.rows += len(x)
+        self.total = self.total + x.sum(0)
+        self.squares = self.squares + x.square().sum(0)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean per dimension, (d_in,)."""
+        return self.total / self.rows
+
+    @property
+    def centred(self) -> float:
+        """Sum over rows of ‖x - mean‖²."""
+        return (self.squares - self.total.square() / self.rows).sum().item()
+
+    @property
+    def pooled_variance(self) -> float:
+        """One variance over all elements (the published NMSE's denominator)."""
+        elements = self.rows * len(self.total)
+        return (self.squares.sum() / elements - (self.total.sum() / elements).square()).item()
+
+
+def median_norm(batches: Iterable[Tensor]) -> float:
+    """Median of the rows' norms."""
+    return torch.cat([x.norm(dim=1) for x in batches]).median().item()
+
+
+@dataclass
+class Reconstruction:
+    """Running sums of what a set of rows and their reconstructions say; `result` divides them."""
+
+    d_sae: int
+    sink_norm: float = float("inf")  # rows with a larger norm are sinks
+    every: Moments = field(default_factory=Moments)
+    no_sink: Moments = field(default_factory=Moments)
+    sq_error: float = 0.0
+    sq_error_no_sink: float = 0.0
+    active: int = 0
+    fired: Tensor = None  # (d_sae,) int64: rows on which a latent fired
+    act_sum: Tensor = None  # (d_sae,) float64
+    act_max: Tensor = None  # (d_sae,) float32
+
+    def __post_init__(self):
+        self.fired = torch.zeros(self.d_sae, dtype=torch.int64)
+        self.act_sum = torch.zeros(self.d_sae, dtype=torch.float64)
+        self.act_max = torch.zeros(self.d_sae)
+
+    def add(self, x: Tensor, x_hat: Tensor, latents: Tensor, values: Tensor) -> Tensor:
+        """Add rows x and x_hat (N, d_in) with the active pairs' latents and values (nnz,).
+
+        Returns:
+            The squared error of each row, (N,) float64.
+        """
+        errors = (x.double() - x_hat.double()).square().sum(1)
+        keep = x.norm(dim=1) <= self.sink_norm
+        self.every.add(x)
+        if keep.any():
+            self.no_sink.add(x[keep])
+        self.sq_error += errors.sum().item()
+        self.sq_error_no_sink += errors[keep].sum().item()
+        self.active += len(values)
+        latents = latents.long()
+        self.fired += torch.bincount(latents, minlength=self.d_sae)
+        self.act_sum.index_add_(0, latents, values.double())
+        self.act_max.scatter_reduce_(0, latents, values, "amax")
+        return errors
+
+    def result(self) -> dict[str, float]:
+        """mse, nmse, fvu, fvu_no_sink, sink_pct, l0, dead_pct; NaN where a denominator is 0."""
+        rows, elements = self.every.rows, self.every.rows * len(self.every.total)
+        mse = self.sq_error / elements
+        return {
+            "val_mse": mse,
+            "nmse": _ratio(mse, self.every.pooled_variance),
+            "fvu": _ratio(self.sq_error, self.every.centred),
+            "fvu_no_sink": _ratio(self.sq_error_no_sink, self.no_sink.centred if self.no_sink.rows else 0.0),
+            "sink_pct": 100 * (rows - self.no_sink.rows) / rows,
+            "l0": self.active / rows,
+            "dead_pct": 100 * (self.fired == 0).double().mean().item(),
+        }
+
+
+def splice_metrics(clean: float, spliced: float, zero: float, mean: float) -> dict[str, float]:
+    """Metrics of a splice from four cross-entropies in nats per token over the same tokens.
+
+    `frac_rec_pct` is the published ratio 100 * clean / spliced; `loss_recovered_*` are the field's.
+    """
+    return {
+        "ce_clean": clean,
+        "ce_spliced": spliced,
+        "ce_zero": zero,
+        "ce_mean": mean,
+        "delta_loss": spliced - clean,
+        "frac_rec_pct": 100 * _ratio(clean, spliced),
+        "loss_recovered_zero": _ratio(zero - spliced, zero - clean),
+        "loss_recovered_mean": _ratio(mean - spliced, mean - clean),
+    }
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else float("nan")

@@ -1,0 +1,142 @@
+"""The architectures: one class each, its docstring the equation.
+
+All share one encoder and decoder (`kernels.reference` has the formulas) and differ in what their code keeps.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from saegrid.config import RunConfig
+from saegrid.kernels import reference
+from saegrid.kernels.reference import Codes, Params, Rule
+
+
+class SAE(nn.Module):
+    """A sparse autoencoder with tied centre `b_pre`: pre = (x - b_pre) W_encᵀ + b_enc, x_hat = z W_dec + b_dec + b_pre.
+
+    Args:
+        d_in: width of the activations.
+        d_sae: number of latents.
+        k: latents a row (TopK) or a row on average (BatchTopK).
+        threshold: JumpReLU's theta, in the activations' unit.
+        inference_threshold: scalar cut that BatchTopK uses once calibrated; None: it cuts per batch.
+    """
+
+    def __init__(
+        self, d_in: int, d_sae: int, k: int = 0, threshold: float = 0.0, inference_threshold: float | None = None
+    ):
+        super().__init__()
+        self.d_in, self.d_sae, self.k, self.threshold = d_in, d_sae, k, threshold
+        self.inference_threshold = inference_threshold
+        self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in), requires_grad=False)
+        self.b_enc = nn.Parameter(torch.zeros(d_sae), requires_grad=False)
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in), requires_grad=False)
+        self.b_dec = nn.Parameter(torch.zeros(d_in), requires_grad=False)
+        self.b_pre = nn.Parameter(torch.zeros(d_in), requires_grad=False)
+
+    @property
+    def arch(self) -> str:
+        return type(self).__name__
+
+    @property
+    def params(self) -> Params:
+        """The weights themselves (no copies), as the kernels take them."""
+        return Params(*(getattr(self, name).data for name in Params._fields))
+
+    @property
+    def training_rule(self) -> Rule:
+        """What a code keeps during training."""
+        raise NotImplementedError
+
+    @property
+    def rule(self) -> Rule:
+        """What a code keeps in use: the same as in training, unless a class says otherwise."""
+        return self.training_rule
+
+    def codes(self, x: Tensor, kernel: ModuleType = reference) -> Codes:
+        """Sparse codes of the rows x (N, d_in)."""
+        return kernel.encode(self.params, x, self.rule)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """latent_acts (..., d_sae) of x (..., d_in). BatchTopK without a threshold cuts over all leading rows."""
+        codes = self.codes(x.reshape(-1, self.d_in).float())
+        return reference.dense(codes, self.d_sae).reshape(*x.shape[:-1], self.d_sae)
+
+    def decode(self, latent_acts: Tensor) -> Tensor:
+        """x_hat (..., d_in) of latent_acts (..., d_sae)."""
+        return latent_acts @ self.W_dec + self.b_dec + self.b_pre
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruction x_hat, of x's shape."""
+        return self.decode(self.encode(x))
+
+
+class TopK(SAE):
+    """z = ReLU of the k largest pre-activations of each row, 0 elsewhere (arXiv:2406.04093)."""
+
+    @property
+    def training_rule(self) -> Rule:
+        return Rule("topk", k=self.k)
+
+
+class BatchTopK(SAE):
+    """z = ReLU of the int(N k) largest pre-activations of a batch of N rows, 0 elsewhere (arXiv:2412.06410).
+
+    In use, a scalar threshold calibrated on held-out rows gives each row the same code in any batch.
+    """
+
+    @property
+    def training_rule(self) -> Rule:
+        return Rule("batchtopk", k=self.k)
+
+    @property
+    def rule(self) -> Rule:
+        if self.inference_threshold is None:
+            return self.training_rule
+        return Rule("threshold", threshold=self.inference_threshold)
+
+
+class JumpReLU(SAE):
+    """z = pre where pre > theta, 0 elsewhere, theta fixed (the form of arXiv:2407.14435, theta not trained)."""
+
+    @property
+    def training_rule(self) -> Rule:
+        return Rule("threshold", threshold=self.threshold)
+
+
+ARCHITECTURES: dict[str, type[SAE]] = {cls.__name__: cls for cls in (TopK, BatchTopK, JumpReLU)}
+
+
+def initial_sae(config: RunConfig, d_in: int, mean: Tensor) -> SAE:
+    """The SAE at the start of training, from the run's seed.
+
+    Encoder and decoder start as torch's `nn.Linear` does (Kaiming uniform, a = √5: U(±1/√fan_in), biases too), the
+    decoder's rows then set to unit norm. `encoder_init="decoder"` starts the encoder at the decoder, biases at 0.
+
+    Args:
+        mean: mean of the training rows (d_in,), used by `b_pre_init="mean"`.
+    """
+    d_sae = config.expansion * d_in
+    sae = ARCHITECTURES[config.arch](d_in, d_sae, k=config.k, threshold=config.threshold)
+    generator = torch.Generator().manual_seed(config.seed)
+    for tensor, fan_in in (
+        (sae.W_enc, d_in),
+        (sae.b_enc, d_in),
+        (sae.W_dec, d_sae),
+        (sae.b_dec, d_sae),
+    ):
+        bound = 1 / math.sqrt(fan_in)
+        tensor.data.uniform_(-bound, bound, generator=generator)
+    sae.W_dec.data.div_(sae.W_dec.norm(dim=1, keepdim=True))
+    if config.encoder_init == "decoder":
+        sae.W_enc.data.copy_(sae.W_dec)
+        sae.b_enc.data.zero_()
+        sae.b_dec.data.zero_()
+    if config.b_pre_init == "mean":
+        sae.b_pre.data.copy_(mean)
+    return sae

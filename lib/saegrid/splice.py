@@ -1,0 +1,152 @@
+"""The splice evaluator: put x_hat in place of the residual stream and read the model's next-token loss.
+
+What does not depend on the SAE — the prefix up to the hooked block, and the clean, zero and mean passes — runs once
+per store (`Baseline`) and is shared by every SAE of a grid; an SAE costs one pass through the blocks behind it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from saegrid.atomic import replacing, write_json
+from saegrid.errors import StoreError
+from saegrid.lm import LM, final_from, hidden_at
+from saegrid.prompts import Prompt
+
+BATCH_TOKENS = 4096
+"""Padded tokens in one pass of the model."""
+HEAD_ROWS = 1024
+"""Rows through the unembedding at once: bounds the logits' memory."""
+
+
+@dataclass
+class Baseline:
+    """The evaluation prompts, their residual stream at the hooked block, and their loss without any SAE."""
+
+    prompts: list[Prompt]
+    x: list[Tensor]  # per prompt (T, d_in)
+    sums: pd.DataFrame  # prompt, template, n_tokens, ce_clean_sum, ce_zero_sum, ce_mean_sum
+
+
+def scored_positions(prompt: Prompt) -> Tensor:
+    """Positions that are replaced and whose next token is scored, (n,) int64.
+
+    All but the last (no token follows it) and but a chat prefix that every prompt shares, of which only position 0
+    (the attention sink) stays. One mask for the clean, spliced, zero and mean passes.
+    """
+    last = len(prompt.tokens) - 1
+    return torch.cat([torch.arange(min(1, last)), torch.arange(max(1, prompt.prefix), last)])
+
+
+def make_baseline(lm: LM, prompts: list[Prompt], layer: int, mean: Tensor) -> Baseline:
+    """Run the shared passes. `mean` (d_in,) is the training rows' mean."""
+    x: list[Tensor] = [None] * len(prompts)
+    for indices, ids, mask in _batches(prompts):
+        hidden = hidden_at(lm, ids, mask, layer)
+        for row, index in enumerate(indices):
+            x[index] = hidden[row, : len(prompts[index].tokens)].clone()
+    frame = pd.DataFrame(
+        {
+            "prompt": range(len(prompts)),
+            "template": [prompt.template for prompt in prompts],
+            "n_tokens": [len(scored_positions(prompt)) for prompt in prompts],
+        }
+    )
+    passes = {"clean": lambda rows: rows, "zero": torch.zeros_like, "mean": lambda rows: mean.expand_as(rows)}
+    for name, replace in passes.items():
+        frame[f"ce_{name}_sum"] = splice(lm, prompts, x, layer, replace)
+    return Baseline(prompts, x, frame)
+
+
+def splice(
+    lm: LM, prompts: list[Prompt], x: list[Tensor], layer: int, replace: Callable[[Tensor], Tensor]
+) -> list[float]:
+    """Cross-entropy summed over each prompt's scored tokens, in nats.
+
+    Args:
+        x: residual stream behind block `layer` of each prompt, (T, d_in).
+        replace: maps the rows at the scored positions (n, d_in) to those put in their place; called once per batch.
+    """
+    sums = [0.0] * len(prompts)
+    for indices, ids, mask in _batches(prompts):
+        hidden = torch.zeros(*ids.shape, x[0].shape[1], dtype=x[0].dtype)
+        where = [scored_positions(prompts[index]) for index in indices]
+        for row, index in enumerate(indices):
+            hidden[row, : len(x[index])] = x[index]
+        rows = torch.cat([torch.full_like(positions, row) for row, positions in enumerate(where)])
+        positions = torch.cat(where)
+        hidden[rows, positions] = replace(hidden[rows, positions].float()).to(hidden.dtype)
+        final = final_from(lm, hidden, ids, mask, layer)[rows, positions]
+        losses = _cross_entropy(lm, final, ids[rows, positions + 1])
+        for row, index in enumerate(indices):
+            sums[index] = losses[rows == row].sum().item()
+    return sums
+
+
+def evaluate(lm: LM, baseline: Baseline, layer: int, replace: Callable[[Tensor], Tensor]) -> pd.DataFrame:
+    """Per-prompt sums of all four passes: the baseline's columns and `ce_spliced_sum`."""
+    return baseline.sums.assign(ce_spliced_sum=splice(lm, baseline.prompts, baseline.x, layer, replace))
+
+
+def mean_losses(sums: pd.DataFrame) -> dict[str, float]:
+    """Nats per token of each pass: sums over all prompts, divided once."""
+    tokens = sums["n_tokens"].sum()
+    return {name: float(sums[f"ce_{name}_sum"].sum() / tokens) for name in ("clean", "spliced", "zero", "mean")}
+
+
+def save_baseline(baseline: Baseline, folder: Path) -> None:
+    """Write `baseline.safetensors` and then `baseline.json` into the store's folder."""
+    tensors = {"x": torch.cat(baseline.x)}
+    with replacing(folder / "baseline.safetensors") as temporary:
+        save_file(tensors, temporary)
+    prompts = [{"tokens": p.tokens, "template": p.template, "prefix": p.prefix} for p in baseline.prompts]
+    write_json(folder / "baseline.json", {"prompts": prompts, "sums": baseline.sums.to_dict("list")})
+
+
+def load_baseline(folder: Path) -> Baseline | None:
+    """The baseline of a store, or None where it has not been made. Raises `StoreError` where it is damaged."""
+    path = folder / "baseline.json"
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        prompts = [Prompt(**prompt) for prompt in content["prompts"]]
+        x = load_file(folder / "baseline.safetensors")["x"]
+        return Baseline(prompts, list(x.split([len(p.tokens) for p in prompts])), pd.DataFrame(content["sums"]))
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise StoreError(f"{path}: damaged; delete it to have it made again ({error})") from None
+
+
+def _batches(prompts: list[Prompt]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """(indices, input_ids (B, T), attention_mask (B, T)) by falling length, padded on the right."""
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].tokens))
+    while order:
+        longest = len(prompts[order[0]].tokens)
+        size = max(1, BATCH_TOKENS // longest)
+        indices, order = order[:size], order[size:]
+        ids = torch.zeros(len(indices), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, index in enumerate(indices):
+            tokens = prompts[index].tokens
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        yield indices, ids, mask
+
+
+@torch.inference_mode()
+def _cross_entropy(lm: LM, final: Tensor, targets: Tensor) -> Tensor:
+    """Loss of each row, (n,) float64 nats, from final states (n, d_in)."""
+    losses = [
+        F.cross_entropy(lm.head(states).float(), wanted, reduction="none").double()
+        for states, wanted in zip(final.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
+    ]
+    return torch.cat(losses)

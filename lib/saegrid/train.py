@@ -1,0 +1,208 @@
+"""The training loop: the published recipe, resumable at any moment."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from saegrid.activations import Store
+from saegrid.atomic import replacing, write_text
+from saegrid.config import RunConfig
+from saegrid.errors import SaegridError
+from saegrid.kernels.reference import Params, Rule, StepSettings, TrainState
+from saegrid.metrics import SINK_RATIO
+from saegrid.sae import SAE, JumpReLU, initial_sae
+
+CALIBRATION_ROWS = 65_536
+"""At most so many validation rows set BatchTopK's threshold."""
+
+
+@dataclass
+class Progress:
+    """Where training stands: all that a checkpoint holds."""
+
+    state: TrainState
+    best: Params
+    epoch: int = 0
+    batch: int = 0  # batches of this epoch already taken
+    sq_error: float = 0.0  # of this epoch so far
+    rows: int = 0  # of this epoch so far
+    best_val_mse: float = math.inf
+    best_epoch: int = -1
+    curve: list[dict] = field(default_factory=list)
+
+
+def train(
+    config: RunConfig,
+    store: Store,
+    kernel: ModuleType,
+    run_dir: Path,
+    matmul: str = "fp32",
+    report: Callable[[int], None] = lambda rows: None,
+) -> tuple[SAE, Progress]:
+    """Train one SAE, from the run's last checkpoint where there is one.
+
+    Adam with cosine annealing per step from `lr` to `lr * lr_final`; mean squared error; unit-norm decoder rows after
+    each step; the weights of the epoch with the lowest validation MSE are kept (with the training rule: BatchTopK cuts
+    each validation batch). BatchTopK's scalar threshold is then calibrated on validation rows.
+
+    Args:
+        report: called with the number of rows of each step, and once with those done before a resume.
+
+    Returns:
+        The SAE at its best epoch, and the learning curve with what else the loop knows.
+
+    Raises:
+        SaegridError: the loss is no longer finite; the message names the step.
+    """
+    sae = initial_sae(config, store.d_in, store.mean)
+    if isinstance(sae, JumpReLU) and config.threshold_unit == "rms":
+        sae.threshold = config.threshold * rms_pre_acts(sae.params, next(store.batches("train", config.batch_size)))
+    checkpoint = run_dir / "checkpoint.pt"
+    progress = load_checkpoint(checkpoint, sae) or Progress(TrainState.start(sae.params), _copy(sae.params))
+    per_epoch = math.ceil(store.n_train / config.batch_size)
+    report(min((progress.epoch * per_epoch + progress.batch) * config.batch_size, config.epochs * store.n_train))
+    while progress.epoch < config.epochs:
+        _epoch(config, store, kernel, matmul, sae, progress, checkpoint, report)
+        _validate(config, store, kernel, sae, progress)
+        write_text(run_dir / "metrics.jsonl", "".join(json.dumps(point) + "\n" for point in progress.curve))
+        save_checkpoint(checkpoint, progress)
+    for weights, best in zip(sae.params, progress.best, strict=True):
+        weights.copy_(best)
+    if sae.arch == "BatchTopK":
+        sae.inference_threshold = calibrated_threshold(sae, store, config.batch_size, kernel)
+    return sae, progress
+
+
+def learning_rate(config: RunConfig, step: int, steps: int) -> float:
+    """Cosine annealing: `lr` at step 0, `lr * lr_final` at `steps`."""
+    floor = config.lr * config.lr_final
+    return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _epoch(config, store, kernel, matmul, sae, progress: Progress, checkpoint: Path, report) -> None:
+    steps = config.epochs * math.ceil(store.n_train / config.batch_size)
+    state = progress.state
+    batches = store.batches("train", config.batch_size, config.seed, progress.epoch, start=progress.batch)
+    for x in batches:
+        settings = StepSettings(
+            learning_rate(config, state.step, steps), config.grad_clip, config.project_grad, matmul=matmul
+        )
+        loss, _ = kernel.train_step(state, x, sae.training_rule, settings)
+        if not math.isfinite(loss):
+            raise SaegridError(f"lr = {config.lr:g}: the loss is {loss} at step {state.step}; try a smaller one")
+        progress.sq_error += loss * x.numel()
+        progress.rows += len(x)
+        progress.batch += 1
+        report(len(x))
+        if state.step % config.checkpoint_steps == 0:
+            save_checkpoint(checkpoint, progress)
+
+
+def _validate(config, store, kernel, sae, progress: Progress) -> None:
+    """Close the epoch: validation MSE with the training rule, the learning curve, the best weights."""
+    params = progress.state.params
+    sq_error, active = 0.0, 0
+    fired = torch.zeros(sae.d_sae, dtype=torch.bool)
+    for x in store.batches("val", config.batch_size):
+        codes = kernel.encode(params, x, sae.training_rule)
+        sq_error += (kernel.decode(params, codes) - x).double().square().sum().item()
+        active += len(codes.values)
+        fired[codes.latents.long()] = True
+    steps = config.epochs * math.ceil(store.n_train / config.batch_size)
+    val_mse = sq_error / (store.n_val * store.d_in)
+    progress.curve.append(
+        {
+            "epoch": progress.epoch,
+            "step": progress.state.step,
+            "rows": (progress.epoch + 1) * store.n_train,
+            "lr": learning_rate(config, progress.state.step, steps),
+            "train_mse": progress.sq_error / (progress.rows * store.d_in),
+            "val_mse": val_mse,
+            "val_l0": active / store.n_val,
+            "val_dead_pct": 100 * (~fired).double().mean().item(),
+        }
+    )
+    if val_mse < progress.best_val_mse:
+        progress.best, progress.best_val_mse, progress.best_epoch = _copy(params), val_mse, progress.epoch
+    progress.epoch, progress.batch, progress.sq_error, progress.rows = progress.epoch + 1, 0, 0.0, 0
+
+
+def calibrated_threshold(sae: SAE, store: Store, batch_size: int, kernel: ModuleType) -> float:
+    """The scalar above which `k` pre-activations a row lie, on average over validation rows (arXiv:2412.06410, §3).
+
+    The middle between the last value kept and the first one left out, so that rounding moves no latent over the cut;
+    0 where fewer are positive.
+    """
+    spare = 2  # a batch's own cut must lie below the cut over all batches
+    while True:
+        batches = _held_out_values(sae, store, batch_size, kernel, spare * sae.k)
+        count = sum(rows for rows, _ in batches) * sae.k
+        values = torch.cat([values for _, values in batches])
+        if count >= len(values):
+            return 0.0
+        cut = values.kthvalue(len(values) - count).values.item()  # the largest value left out
+        complete = (len(kept) < rows * spare * sae.k or kept.min().item() <= cut for rows, kept in batches)
+        if all(complete) or spare * sae.k >= sae.d_sae:
+            return (cut + values.kthvalue(len(values) - count + 1).values.item()) / 2
+        spare *= 2
+
+
+def _held_out_values(sae, store, batch_size, kernel, k: int) -> list[tuple[int, Tensor]]:
+    """(rows, kept pre-activations) of validation batches that keep `k` a row."""
+    kept, rows = [], 0
+    for x in store.batches("val", batch_size):
+        x = x[: CALIBRATION_ROWS - rows]
+        kept.append((len(x), kernel.encode(sae.params, x, Rule("batchtopk", k=min(k, sae.d_sae))).values))
+        rows += len(x)
+        if rows >= CALIBRATION_ROWS:
+            break
+    return kept
+
+
+def rms_pre_acts(params: Params, x: Tensor) -> float:
+    """Root mean square of the pre-activations of rows x (N, d_in), attention sinks left out: the unit of "rms"."""
+    norms = x.norm(dim=1)
+    x = x[norms <= SINK_RATIO * norms.median()]
+    return torch.addmm(params.b_enc, x - params.b_pre, params.W_enc.T).double().square().mean().sqrt().item()
+
+
+def save_checkpoint(path: Path, progress: Progress) -> None:
+    plain = {name: value for name, value in vars(progress).items() if name not in ("state", "best")}
+    state = progress.state
+    content = {"plain": plain, "step": state.step, "best": progress.best._asdict()}
+    content |= {name: getattr(state, name)._asdict() for name in ("params", "m", "v")}
+    with replacing(path) as temporary:
+        torch.save(content, os.fspath(temporary))
+
+
+def load_checkpoint(path: Path, sae: SAE) -> Progress | None:
+    """The progress that a checkpoint holds, with the SAE's own tensors as weights; None where there is none.
+
+    Raises:
+        SaegridError: the file is damaged or of another shape.
+    """
+    if not path.exists():
+        return None
+    try:
+        content = torch.load(os.fspath(path), weights_only=True)
+        for name, weights in sae.params._asdict().items():
+            weights.copy_(content["params"][name])
+        state = TrainState(sae.params, Params(**content["m"]), Params(**content["v"]), content["step"])
+        return Progress(state=state, best=Params(**content["best"]), **content["plain"])
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise SaegridError(f"{path}: damaged checkpoint; delete it to start the run again ({reason})") from None
+
+
+def _copy(params: Params) -> Params:
+    return Params(*(tensor.clone() for tensor in params))

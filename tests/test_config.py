@@ -1,0 +1,98 @@
+import ast
+import math
+
+import nbformat
+import papermill
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from saegrid.config import STORE_FIELDS, RunConfig, config_from_namespace, make_config
+from saegrid.errors import ConfigError
+
+NOTEBOOK = "notebooks/train.ipynb"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"k": -1}, ["k = -1", "greater than or equal to 0"]),
+        ({"k": "many"}, ["k = 'many'", "integer"]),
+        ({"k": 3.5}, ["k = 3.5", "integer"]),
+        ({"k": True}, ["k = True", "integer"]),
+        ({"arch": "ReLU", "k": 3}, ["arch = 'ReLU'", "'TopK', 'BatchTopK' or 'JumpReLU'"]),
+        ({"arch": "TopK"}, ["k = 0", "TopK needs a k"]),
+        ({"arch": "TopK", "k": 4, "threshold": 0.1}, ["threshold = 0.1", "not a parameter of TopK"]),
+        ({"arch": "JumpReLU", "k": 4}, ["k = 4", "not a parameter of JumpReLU"]),
+        ({"arch": "JumpReLU"}, ["threshold = 0.0", "above 0"]),
+        ({"k": 4, "expansion": 0}, ["expansion = 0"]),
+        ({"k": 4, "lr": math.nan}, ["lr = nan"]),
+        ({"k": 4, "lr": "fast"}, ["lr = 'fast'", "number"]),
+        ({"k": 4, "layer": -1}, ["layer = -1"]),
+        ({"k": 4, "learning_rate": 1e-4}, ["learning_rate = 0.0001", "no such parameter", "lr"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(parameters, words):
+    with pytest.raises(ConfigError) as error:
+        make_config(**parameters)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_yaml_1_1_numbers_and_numeric_names_are_taken_as_meant():
+    config = make_config(k=4, lr="1e-3", model_revision=123)
+    assert config.lr == 1e-3 and config.model_revision == "123"
+
+
+def test_the_shape_of_the_model_is_checked():
+    config = make_config(k=1153, expansion=2, layer=3)
+    with pytest.raises(ConfigError, match=r"layer = 3.*0 to 2"):
+        config.check_shape(d_in=576, n_layers=3)
+    with pytest.raises(ConfigError, match=r"k = 1153: at most d_sae .* 1152"):
+        config.check_shape(d_in=576, n_layers=4)
+
+
+def test_names_are_the_published_ones():
+    assert make_config(arch="BatchTopK", expansion=8, k=220).name == "BatchTopK_exp8x_k220"
+    assert make_config(arch="JumpReLU", expansion=4, threshold=0.5).name == "JumpReLU_exp4x_t0.5"
+
+
+def test_a_namespace_may_hold_only_parameters():
+    names = {"k": 4, "_dh": [], "In": [], "Out": {}, "math": math, "get_ipython": print, "exit": exit}
+    assert config_from_namespace(names) == make_config(k=4)
+    with pytest.raises(ConfigError, match="kk = 4: no such parameter"):
+        config_from_namespace(names | {"kk": 4})
+
+
+changes = {
+    "seed": st.integers(1, 2**31 - 1),
+    "lr": st.floats(1e-6, 9e-5),
+    "train_tokens": st.integers(1, 99_999),
+    "layer": st.integers(13, 99),
+    "kernel": st.just("reference"),
+}
+
+
+@given(st.sampled_from(sorted(changes)).flatmap(lambda name: st.tuples(st.just(name), changes[name])))
+def test_what_can_change_a_result_changes_the_run_id(change):
+    name, value = change
+    base, other = make_config(k=4), make_config(k=4, **{name: value})
+    assert base.run_id != other.run_id
+    assert (base.store_id != other.store_id) == (name in STORE_FIELDS)
+    assert make_config(k=4, runs_dir="elsewhere").run_id == base.run_id
+
+
+def test_the_notebook_repeats_every_parameter_with_its_default():
+    shown = papermill.inspect_notebook(NOTEBOOK)
+    assert list(shown) == [name for name in shown if name in RunConfig.model_fields]
+    assert set(shown) == set(RunConfig.model_fields)
+    for name, parameter in shown.items():
+        assert ast.literal_eval(parameter["default"]) == RunConfig.model_fields[name].default, name
+
+
+def test_the_config_is_built_right_behind_the_parameters():
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    tagged = [index for index, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    assert "config_from_namespace(globals())" in cells[tagged[0] + 1].source

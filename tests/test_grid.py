@@ -1,0 +1,87 @@
+import shlex
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from papermill.cli import _resolve_type
+
+from saegrid.config import RunConfig, make_config
+from saegrid.errors import ConfigError
+from saegrid.grid import Grid, load_grid, papermill_arguments
+
+PRESETS = sorted(Path("params").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_is_a_grid(path):
+    grid = load_grid(path)
+    runs = grid.runs()
+    assert grid.name == path.stem
+    assert len({run.run_id for run in runs}) == len(runs) > 0
+
+
+def test_the_full_grid_has_the_published_axes():
+    points = {(run.arch, run.expansion, run.k, run.threshold) for run in load_grid("params/full.yaml").runs()}
+    topk = {(arch, e, k, 0.0) for arch in ("TopK", "BatchTopK") for e in (4, 8, 16) for k in (64, 128, 220)}
+    assert points == topk | {("JumpReLU", e, 0, t) for e in (4, 8) for t in (0.1, 0.5)}
+    assert all(run.train_tokens >= 100_000 and run.epochs == 10 for run in load_grid("params/full.yaml").runs())
+
+
+def test_the_published_setting_is_the_cards():
+    for run in load_grid("params/qwen05b.yaml").runs():
+        assert (run.model, run.layer) == ("Qwen/Qwen2.5-0.5B-Instruct", 12)
+        assert (run.epochs, run.lr, run.batch_size, run.eval_prompts) == (10, 1e-4, 512, 50)
+
+
+def test_blocks_are_products_and_the_grid_is_their_union():
+    grid = Grid(
+        name="g",
+        title="t",
+        constants={"epochs": 2},
+        axes=[{"arch": ["TopK"], "k": [1, 2], "seed": [0, 1]}, {"arch": ["JumpReLU"], "threshold": [0.5]}],
+    )
+    assert [(run.arch, run.k, run.seed) for run in grid.runs()] == [
+        ("TopK", 1, 0),
+        ("TopK", 1, 1),
+        ("TopK", 2, 0),
+        ("TopK", 2, 1),
+        ("JumpReLU", 0, 0),
+    ]
+    assert all(run.epochs == 2 for run in grid.runs())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "No such file"),
+        ("{", "not YAML"),
+        ("- 1", "needs name"),
+        ("name: g\ntitle: t\naxes: [{arch: [TopK], k: [4]}]\nseeds: [1]", "seeds"),
+        ("name: g\ntitle: t\naxes: []", "axes"),
+        ("name: ../g\ntitle: t\naxes: [{k: [4]}]", "name"),
+        ("name: g\ntitle: t\naxes: [{arch: [TopK], k: [4, 4]}]", "twice"),
+        ("name: g\ntitle: t\nconstants: {k: 4}\naxes: [{k: [4]}]", "both a constant and an axis"),
+        ("name: g\ntitle: t\naxes: [{k: [4], kk: [4]}]", "kk = 4: no such parameter"),
+        ("name: g\ntitle: t\naxes: [{arch: [TopK], threshold: [0.1]}]", "threshold = 0.1"),
+    ],
+)
+def test_a_bad_grid_file_is_one_line(tmp_path, text, words):
+    path = tmp_path / "grid.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_grid(path).runs()
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)
+
+
+@given(names, st.integers(1, 10**6), st.floats(1e-12, 1e3))
+def test_papermill_reads_the_arguments_back_as_the_same_config(model, k, lr):
+    run = make_config(model=model, k=k, lr=lr, expansion=4)
+    words = shlex.split(papermill_arguments(run))
+    options = list(zip(words[::3], words[1::3], words[2::3], strict=True))
+    parameters = {name: value if flag == "-r" else _resolve_type(value) for flag, name, value in options}
+    assert RunConfig(**parameters) == run

@@ -1,0 +1,68 @@
+import pytest
+import torch
+from published import CLASSES
+
+from saegrid.config import make_config
+from saegrid.files import from_published, published_state_dict
+from saegrid.sae import ARCHITECTURES, BatchTopK, initial_sae
+
+SPARSITY = {"TopK": {"k": 5}, "BatchTopK": {"k": 5}, "JumpReLU": {"threshold": 0.4}}
+
+
+def rows(n, d_in=16, seed=0):
+    return torch.randn(n, d_in, generator=torch.Generator().manual_seed(seed))
+
+
+def published(arch):
+    torch.manual_seed(1)
+    return CLASSES[arch](16, 48, **SPARSITY[arch])
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_published_state_dict_gives_the_published_outputs(arch):
+    theirs = published(arch)
+    with torch.no_grad():
+        theirs.b_pre.normal_()
+        ours = from_published(theirs.state_dict(), arch, **SPARSITY[arch])
+        x = rows(32)
+        torch.testing.assert_close(ours.encode(x), theirs.encode(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    assert (ours.encode(x) > 0).any() and not (ours.encode(x) > 0).all()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_our_state_dict_loads_into_the_published_class(arch):
+    ours = initial_sae(make_config(arch=arch, expansion=3, **SPARSITY[arch]), 16, torch.zeros(16))
+    theirs = published(arch)
+    theirs.load_state_dict(published_state_dict(ours))
+    x = rows(32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_calibrated_batchtopk_gives_a_row_the_same_code_in_any_batch():
+    sae = initial_sae(make_config(arch="BatchTopK", expansion=3, k=5), 16, torch.zeros(16))
+    x = rows(32) * torch.linspace(0.1, 4, 32)[:, None]
+    assert not torch.equal(sae.encode(x)[:1], sae.encode(x[:1]))  # the batch cut looks at the neighbours
+    sae.inference_threshold = 0.7
+    assert torch.allclose(sae.encode(x)[:1], sae.encode(x[:1]), atol=1e-6)
+    assert (sae.encode(x)[sae.encode(x) > 0] > 0.7).all()
+
+
+def test_encode_keeps_leading_dimensions():
+    sae = BatchTopK(16, 48, k=5)
+    assert sae.encode(rows(12).view(3, 4, 16)).shape == (3, 4, 48)
+    assert sae(rows(12).view(3, 4, 16)).shape == (3, 4, 16)
+
+
+def test_the_start_is_set_by_the_seed_and_the_inits():
+    def start(**changes):
+        config = make_config(**{"arch": "TopK", "expansion": 3, "k": 5} | changes)
+        return initial_sae(config, 16, torch.full((16,), 7.0))
+
+    assert torch.equal(start().W_enc, start().W_enc)
+    assert not torch.equal(start().W_enc, start(seed=1).W_enc)
+    torch.testing.assert_close(start().W_dec.norm(dim=1), torch.ones(48))
+    assert (start().b_pre == 0).all() and (start(b_pre_init="mean").b_pre == 7).all()
+    assert torch.equal(start(encoder_init="decoder").W_enc, start().W_dec)
+    assert start().W_enc.abs().max() <= 1 / 4  # U(±1/√d_in)
