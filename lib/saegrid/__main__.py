@@ -1,4 +1,4 @@
-"""Commands: `python -m saegrid collect | tables | site`. A user's mistake is one line on stderr and exit code 2."""
+"""Commands: `python -m saegrid list | collect | tables | pages | site`. A user's mistake is one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("list", help="the runs of a grid: id, store, and whether it has finished")
     command.add_argument("grid", type=Path)
     command = commands.add_parser("tables", help="write the CSV tables of a finished grid")
+    command.add_argument("grid", type=Path)
+    command = commands.add_parser("pages", help="write the report's pages of a grid that has its tables")
     command.add_argument("grid", type=Path)
     commands.add_parser("site", help="render the website: Quarto where it is on PATH, else smalldocs")
     options = parser.parse_args(arguments)
@@ -43,6 +45,10 @@ def _run(options: argparse.Namespace) -> None:
         from saegrid import results
 
         results.make(grid)
+    elif options.command == "pages":
+        from saegrid import pages
+
+        pages.make(grid)
     elif options.command == "collect":
         _collect(grid, options.store_id)
 

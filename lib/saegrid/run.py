@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -14,27 +15,28 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
 import saegrid
 from saegrid import kernels
-from saegrid.activations import Store, collect, open_store
+from saegrid.activations import collect, open_store
 from saegrid.atomic import replacing, write_json
 from saegrid.config import RunConfig, make_config
 from saegrid.errors import SaegridError
+from saegrid.fetch import waiting_lock
 from saegrid.files import load_sae, save_sae
 from saegrid.lm import lm_shape, load_lm
 from saegrid.metrics import SINK_RATIO, Reconstruction, median_norm, splice_metrics
 from saegrid.prompts import make_prompts
 from saegrid.sae import SAE, JumpReLU
 from saegrid.splice import evaluate, load_baseline, make_baseline, mean_losses, save_baseline
+from saegrid.store import Store
 from saegrid.train import rms_pre_acts, train
 
 CODE = (
-    *("activations.py", "embedded.py", "files.py", "lm.py", "metrics.py", "prompts.py"),
-    *("run.py", "sae.py", "splice.py", "train.py", "kernels"),
+    *("activations.py", "embedded.py", "fetch.py", "files.py", "lm.py", "metrics.py", "prompts.py"),
+    *("run.py", "sae.py", "splice.py", "store.py", "train.py", "kernels"),
 )
 """Sources whose change can change a run's result: their hash is the run's code version."""
 
@@ -59,20 +61,22 @@ class Run:
     thread count that it began with.
 
     Raises:
-        ConfigError: the parameters do not fit the language model, or the kernel does not run here.
+        ConfigError: the kernel does not run here.
     """
 
     def __init__(self, config: RunConfig):
-        config.check_shape(*lm_shape(config))
         self.folder = Path(config.runs_dir) / config.run_id
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = waiting_lock(self.folder / ".lock")
-        self._lock.acquire()
+        self._lock = contextlib.ExitStack()  # held until the process ends, or `close`
+        self._lock.enter_context(waiting_lock(self.folder / ".lock"))
         self.run_id = config.run_id
         self.config = self._resolved(config)
         self.times: dict[str, float] = {}
         self.sae: SAE | None = None
         self.best_epoch = -1
+
+    def close(self) -> None:
+        """Let another process have the run."""
+        self._lock.close()
 
     @property
     def finished(self) -> bool:
@@ -219,17 +223,6 @@ def evaluate_rows(sae: SAE, store: Store, batch_size: int, kernel) -> tuple[dict
         n_rows=("sq_error", "size"), sq_error=("sq_error", "mean"), sq_norm_centred=("sq_norm_centred", "mean")
     )
     return sums.result(), latents, positions.reset_index()
-
-
-def waiting_lock(path: Path) -> FileLock:
-    """A lock that dies with its process; says so where it has to wait for another one."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-        lock.release()
-    except Timeout:
-        print(f"waiting for another process that holds {path}", flush=True)
-    return lock
 
 
 def code_version() -> str:

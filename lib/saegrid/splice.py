@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -43,8 +44,7 @@ def scored_positions(prompt: Prompt) -> Tensor:
     All but the last (no token follows it) and but a chat prefix that every prompt shares, of which only position 0
     (the attention sink) stays. One mask for the clean, spliced, zero and mean passes.
     """
-    last = len(prompt.tokens) - 1
-    return torch.cat([torch.arange(min(1, last)), torch.arange(max(1, prompt.prefix), last)])
+    return torch.tensor([position for position in prompt.positions if position < len(prompt.tokens) - 1])
 
 
 def make_baseline(lm: LM, prompts: list[Prompt], layer: int, mean: Tensor) -> Baseline:
@@ -122,7 +122,7 @@ def load_baseline(folder: Path) -> Baseline | None:
         prompts = [Prompt(**prompt) for prompt in content["prompts"]]
         x = load_file(folder / "baseline.safetensors")["x"]
         return Baseline(prompts, list(x.split([len(p.tokens) for p in prompts])), pd.DataFrame(content["sums"]))
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise StoreError(f"{path}: damaged; delete it to have it made again ({error})") from None
 
 

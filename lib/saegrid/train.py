@@ -14,13 +14,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from saegrid.activations import Store
 from saegrid.atomic import replacing, write_text
 from saegrid.config import RunConfig
 from saegrid.errors import SaegridError
 from saegrid.kernels.reference import Params, Rule, StepSettings, TrainState
 from saegrid.metrics import SINK_RATIO
 from saegrid.sae import SAE, JumpReLU, initial_sae
+from saegrid.store import Store
 
 CALIBRATION_ROWS = 65_536
 """At most so many validation rows set BatchTopK's threshold."""
@@ -69,8 +69,7 @@ def train(
         sae.threshold = config.threshold * rms_pre_acts(sae.params, next(store.batches("train", config.batch_size)))
     checkpoint = run_dir / "checkpoint.pt"
     progress = load_checkpoint(checkpoint, sae) or Progress(TrainState.start(sae.params), _copy(sae.params))
-    per_epoch = math.ceil(store.n_train / config.batch_size)
-    report(min((progress.epoch * per_epoch + progress.batch) * config.batch_size, config.epochs * store.n_train))
+    report(progress.epoch * store.n_train + progress.rows)
     while progress.epoch < config.epochs:
         _epoch(config, store, kernel, matmul, sae, progress, checkpoint, report)
         _validate(config, store, kernel, sae, progress)

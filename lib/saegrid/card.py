@@ -1,0 +1,253 @@
+"""The text of the home page, in the form of a model card, and the generated parts of method and reproduce.
+
+Every number is formatted from the tables. The functions return Markdown that holds on its own, so that the same body
+can go to a model repository.
+"""
+
+from __future__ import annotations
+
+from html import escape
+
+import pandas as pd
+
+from saegrid import findings as claims
+from saegrid import intervals, plots, results
+from saegrid.findings import Finding
+from saegrid.tables import COLUMNS, MISSING, Markdown, header, html_block, html_table, markdown, number, pipe_table
+
+SIGNS = {claims.HOLDS: ("✓", "holds"), claims.FAILS: ("✗", "fails"), claims.NOT_TESTABLE: ("○", "open")}
+MAIN = ["name", "l0", "val_mse", "nmse", "fvu_no_sink", "dead_pct", "delta_loss", "frac_rec_pct", "loss_recovered_mean"]
+"""Columns of the results table on the home page."""
+
+
+def model_card(df: pd.DataFrame, prompts: pd.DataFrame | None = None, *, links: str = "") -> Markdown:
+    """The home page's body: recommendation, headline figure, findings, results, what was swept, files, how to load.
+
+    Args:
+        df: the tidy table.
+        prompts: the runs' per-prompt sums, for the intervals.
+        links: the report's folder as seen from the page, such as `report/`; empty: a card without links.
+    """
+    best = claims.recommend(df)
+    runs = f"{links}runs/" if links else ""
+    ax = plots.frontier(df, y="delta_loss", links=runs)
+    own, published = claims.all_findings(df, prompts), claims.all_findings(results.published())
+    return markdown(
+        recommendation(df, prompts, runs),
+        plots.figure(ax, alt=frontier_alt(df, "delta_loss"), caption=frontier_caption("delta_loss")),
+        "## The five published findings, tested again",
+        "The published sweep ran on Qwen2.5-0.5B-Instruct; its printed rows are tested by the same functions."
+        + (f" [Evidence, rule and rows of each]({links}findings.ipynb)." if links else ""),
+        findings_table(own, published, f"{links}findings.html" if links else None),
+        "## Results",
+        html_table(df, MAIN, caption=f"All {len(df)} runs.", links=runs),
+        "## What was swept",
+        setting_table(df),
+        "## Files",
+        files_text(best),
+        "## Load the recommended SAE",
+        load_text(best),
+        "## Limits",
+        limits_text(df),
+    )
+
+
+def recommendation(df: pd.DataFrame, prompts: pd.DataFrame | None = None, runs: str = "") -> Markdown:
+    """The recommended run and its numbers as one paragraph."""
+    best = claims.recommend(df)
+    name = f"[{best['name']}]({runs}{best['run_id']}.ipynb)" if runs else f"`{best['name']}`"
+    limit = f"{claims.DENSE_SHARE_PCT:g}% of their latents"
+    sparse = 100 * best["l0"] / best["d_sae"] < claims.DENSE_SHARE_PCT
+    of = f"of the runs that fire less than {limit}" if sparse else f"of all; no run fires less than {limit}"
+    text = {column: number(best[column], column) for column in MAIN}
+    between = ""
+    if prompts is not None:
+        low, high = intervals.interval(intervals.draws(prompts), {best["run_id"]: 1.0})
+        between = f" (95% interval {number(low, 'delta_loss')} to {number(high, 'delta_loss')})"
+    return Markdown(
+        f"::: {{.headline}}\n**Recommended: {name}**, with the lowest delta loss {of}.\n\n"
+        f"Spliced in, it costs the model **{text['delta_loss']} nats/token**{between} with **L0 {text['l0']}** "
+        f"of {number(best['d_sae'], 'd_sae')} latents: frac_rec {text['frac_rec_pct']}%, loss recovered against the mean "
+        f"{text['loss_recovered_mean']}, FVU without sinks {text['fvu_no_sink']}, dead latents {text['dead_pct']}%.\n:::\n"
+    )
+
+
+def findings_table(own: list[Finding], published: list[Finding], page: str | None = None) -> Markdown:
+    """One row a finding: the claim, the verdict on our rows with the effect, the verdict on the published rows.
+
+    `page` is the findings page as seen from this one, "" for this one itself; None: no links.
+    """
+    rows = []
+    for ours, theirs in zip(own, published, strict=True):
+        title = f"{ours.number}. {escape(ours.title)}"
+        title = title if page is None else f'<a href="{page}#finding-{ours.number}">{title}</a>'
+        rows.append(
+            f'<tr><th scope="row">{title}</th><td class="wrap">{escape(ours.claim)}</td>'
+            f'<td class="text">{verdict(ours)}</td>'
+            f'<td class="wrap">{escape(ours.effect_name)}: {escape(ours.effect_text)}</td>'
+            f'<td class="text">{verdict(theirs)}</td></tr>'
+        )
+    heads = ["Finding", "Published claim", "Verdict here"]
+    heads += ['Effect and 95% interval <span class="unit">nats/token</span>', "Verdict on the published rows"]
+    caption = "Verdicts on this grid's rows. The interval is a paired bootstrap over problem templates."
+    return html_block(
+        f'<div class="table-scroll" role="region" tabindex="0" aria-label="The five findings">\n'
+        f'<table class="table results" data-quarto-disable-processing="true">\n<caption>{caption}</caption>\n'
+        + "<thead><tr>"
+        + "".join(f'<th scope="col" class="text">{head}</th>' for head in heads)
+        + "</tr></thead>\n<tbody>\n"
+        + "\n".join(rows)
+        + "\n</tbody>\n</table>\n</div>"
+    )
+
+
+def verdict(finding: Finding) -> str:
+    """A verdict as HTML: sign, word and colour."""
+    sign, mark = SIGNS[finding.verdict]
+    return f'<span class="verdict verdict-{mark}"><span aria-hidden="true">{sign}</span> {finding.verdict}</span>'
+
+
+def finding_section(own: Finding, published: Finding, links: str = "") -> Markdown:
+    """One finding at length: claim, verdict, numbers, rule, the rows it rests on, and the published rows' verdict."""
+    columns = ["name", "seed", "l0", "val_mse", "nmse", "dead_pct", "delta_loss", "frac_rec_pct"]
+    parts = [
+        f"> {own.claim}",
+        f"**On this grid: {SIGNS[own.verdict][0]} {own.verdict}.** {own.sentence}",
+        f"{own.effect_name}: **{own.effect_text}** nats/token" + (" (95% interval)." if own.interval else "."),
+        f"**On the published rows: {SIGNS[published.verdict][0]} {published.verdict}.** {published.sentence}",
+        f"*Rule, fixed before the results.* {own.rule}",
+    ]
+    for finding, source in ((own, "this grid"), (published, "the published table")):
+        if len(finding.evidence):
+            caption = f"Finding {own.number}: rows of {source}."
+            parts.append(html_table(finding.evidence, columns, caption=caption, links=links if finding is own else ""))
+    return markdown(*parts)
+
+
+def frontier_alt(df: pd.DataFrame, y: str, lower_is_better: bool = True) -> str:
+    """What the frontier shows, in a sentence for those who don't see it."""
+    front = plots.pareto(df, y, lower_is_better=lower_is_better)
+    points = "; ".join(f"{r['name']}: L0 {number(r['l0'], 'l0')}, {number(r[y], y)}" for r in front.to_dict("records"))
+    return f"{header(y)} against L0 for {len(df)} runs. On the Pareto set, from sparse to dense: {points}."
+
+
+def frontier_caption(y: str, lower_is_better: bool = True) -> str:
+    """What to look at in the frontier."""
+    side = "Lower" if lower_is_better else "Higher"
+    return (
+        f"{header(y)} against L0, one mark a run: colour and shape tell the architecture, size the expansion. "
+        f"{side} and further left is better; the line joins the Pareto set. A mark leads to its run's page."
+    )
+
+
+def heatmap_alt(df: pd.DataFrame, metric: str) -> str:
+    """The best and the worst field of a heat map in a sentence."""
+    rows = df[df[metric].notna()].sort_values(metric)
+    low, high = (f"{number(r[metric], metric)} for {r['name']}" for r in (rows.iloc[0], rows.iloc[-1]))
+    return f"{header(metric)} by setting: from {low} to {high}."
+
+
+def position_alt(df: pd.DataFrame) -> str:
+    """How far the first position stands out, in a sentence."""
+    size = df.groupby("position")["sq_norm_centred"].mean()
+    ratio = size.iloc[0] / size.iloc[1:].median()
+    return f"Variance and squared error by position: the first position has {ratio:,.0f} times the median variance."
+
+
+def setting_table(df: pd.DataFrame) -> Markdown:
+    """What all runs share, and what was swept."""
+    rows = [(name.replace("_", " "), _values(df, name)) for name in ("model", "dataset", "text")]
+    rows += [("layer and site", f"{_values(df, 'layer')}, {_values(df, 'site')} (d_in {_values(df, 'd_in')})")]
+    rows += [("architecture", _values(df, "arch")), ("expansion", _values(df, "expansion", "{}x"))]
+    rows += [("K", _values(df, "k")), ("threshold θ", _values(df, "threshold")), ("seed", _values(df, "seed"))]
+    rows += [(COLUMNS[n].title.lower(), _values(df, n)) for n in ("n_train_rows", "n_val_rows")]
+    rows += [("splice", f"{_values(df, 'n_eval_prompts')} prompts, {_values(df, 'n_eval_tokens')} scored tokens")]
+    rows += [
+        ("training", f"{_values(df, 'epochs')} epochs, Adam, lr {_values(df, 'lr')}, batch {_values(df, 'batch_size')}")
+    ]
+    rows += [
+        (
+            "clean loss",
+            f"{_values(df, 'ce_clean')} nats/token; zeros {_values(df, 'ce_zero')}, mean {_values(df, 'ce_mean')}",
+        )
+    ]
+    return pipe_table(["", "Value"], rows)
+
+
+def files_text(best: pd.Series) -> Markdown:
+    """What a run's folder holds."""
+    return Markdown(
+        f"Each run has a folder `runs/<run id>/`: the weights under the published name (`{best['name']}.pt`, a bare "
+        "state dict for `load_state_dict`), the same as `sae.safetensors` with `cfg.json`, the metrics "
+        "(`metrics.json`), the learning curve (`metrics.jsonl`), tables by prompt, latent and position, and the "
+        "executed notebook.\n"
+    )
+
+
+def load_text(best: pd.Series) -> Markdown:
+    """Code that loads the recommended SAE."""
+    folder = f"runs/{best['run_id']}"
+    code = f'from saegrid.files import load_sae\n\nsae = load_sae("{folder}")  # {best["name"]}\n'
+    code += f"x_hat = sae(x)  # (N, {best['d_in']})"
+    plain = f'import torch\n\nstate = torch.load("{folder}/{best["name"]}.pt", weights_only=True)'
+    return markdown(
+        f"```python\n{code}\n```", "Or without this library, into the published class:", f"```python\n{plain}\n```"
+    )
+
+
+def limits_text(df: pd.DataFrame) -> Markdown:
+    """What the numbers can't carry."""
+    seeds = df["seed"].nunique()
+    return Markdown(
+        f"One layer of one model; {seeds} {'seed' if seeds == 1 else 'seeds'} a setting, so differences between single "
+        f"runs may be chance; {_values(df, 'n_eval_prompts')} prompts for the losses. The intervals tell how sure the "
+        "prompts make a difference, not what another seed would give. frac_rec has the published meaning, "
+        "CE clean / CE spliced, which is not the field's fraction of loss recovered.\n"
+    )
+
+
+def published_note() -> Markdown:
+    """What the published table tells about its own definitions, with the arithmetic."""
+    df = results.published_intervals()
+    (var_low, var_high), (ce_low, ce_high) = results.meet(df, "var"), results.meet(df, "ce")
+    usual = df[["usual_low", "usual_high"]]
+    least, most = usual["usual_high"].idxmin(), usual["usual_low"].idxmax()
+    rows = []
+    for row, name in zip(df.to_dict("records"), results.published()["name"], strict=True):
+        bounds = [
+            f"{row[f'{n}_low']:.{d}f} to {row[f'{n}_high']:.{d}f}" for n, d in (("var", 2), ("ce", 3), ("usual", 2))
+        ]
+        rows.append((name, *bounds))
+    heads = ["Published row", "MSE / NMSE (act²)", "f·Δ / (1 − f) (nats)", "Δ / (1 − f) (nats)"]
+    return markdown(
+        "Each printed number is rounded, so each row gives bounds and no value. With f = frac_rec and Δ = delta loss:",
+        pipe_table(heads, rows),
+        f"- **NMSE = MSE / Var(x)** with one variance pooled over all elements. All {len(df)} bounds meet, "
+        f"in [{var_low:.3f}, {var_high:.3f}].",
+        f"- **frac_rec = CE_clean / CE_spliced.** Then f·Δ / (1 − f) is the clean loss, one constant; all {len(df)} "
+        f"bounds meet, in [{ce_low:.3f}, {ce_high:.3f}] nats.",
+        "- It is not the field's fraction of loss recovered. Then Δ / (1 − f) would be one constant, the loss between "
+        f"clean and ablated, and the bounds do not meet: row {least + 1} is at most {usual['usual_high'][least]:.2f}, "
+        f"row {most + 1} at least {usual['usual_low'][most]:.2f}.",
+    )
+
+
+def setting_note(df: pd.DataFrame, timing: pd.DataFrame) -> Markdown:
+    """Hardware, time, versions and hashes of the runs on the site."""
+    machine = [("processor", ", ".join(timing["cpu"].unique())), ("threads a run", _values(timing, "threads"))]
+    machine += [("training, all runs", f"{timing['train_seconds'].sum() / 60:.1f} minutes, one behind the other")]
+    versions = [(n.replace("_", " "), _values(df, n)) for n in ("code_version", "torch_version", "kernel", "matmul")]
+    hashes = [(n.replace("_", " "), _values(df, n, "`{}`")) for n in ("store_id", "data_sha256", "model_sha256")]
+    columns = ["name", "train_seconds", "train_rows_per_second", "eval_seconds"]
+    return markdown(
+        pipe_table(["", "Value"], machine + versions + hashes),
+        html_table(timing, columns, caption="Time of each run.", mark_best=False),
+    )
+
+
+def _values(df: pd.DataFrame, name: str, form: str = "{}") -> str:
+    """The distinct values of a column as text."""
+    values = [value for value in df[name].unique() if not pd.isna(value) and value != ""]
+    if len(values) > 1 and not isinstance(values[0], str):
+        values = sorted(values)
+    return ", ".join(form.format(number(value, name)) for value in values) or MISSING

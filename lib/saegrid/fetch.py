@@ -1,0 +1,158 @@
+"""What comes from outside the checkout: the cache, local folders and the Hub, each failure told in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from saegrid.atomic import write_text
+from saegrid.errors import ConfigError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+CHUNK = 1 << 20
+HUB_TIMEOUT = 5.0
+"""Seconds to wait for an answer when asking whether the Hub is there at all."""
+
+
+def cache_dir() -> Path:
+    """Folder for what is fetched or converted once: `SAEGRID_CACHE`, else `~/.cache/saegrid`."""
+    return Path(os.environ.get("SAEGRID_CACHE") or "~/.cache/saegrid").expanduser()
+
+
+def local_folder(parameter: str, name: str) -> Path | None:
+    """The local folder that a parameter names, or None where it can only be a Hub id.
+
+    Raises:
+        ConfigError: neither a folder that is there nor of a Hub id's form.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ConfigError(f"{parameter} = {name!r}: a file, where a folder or a Hub id is needed")
+    if not HUB_ID.fullmatch(name):
+        raise ConfigError(f"{parameter} = {name!r}: no such folder")
+    return None
+
+
+def files_sha256(paths: Sequence[Path]) -> str:
+    """SHA-256 of the files' contents one after the other, in the given order, as `cat … | sha256sum` has it.
+
+    Remembered in the cache by path, size and time of change, as weights are large.
+    """
+    facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    memory = cache_dir() / "hashes" / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+    if memory.exists() and len(known := memory.read_text(encoding="utf-8")) == 64:
+        return known
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+    write_text(memory, digest.hexdigest())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def fresh_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder that is removed when the block ends; what a killed process left there goes first.
+
+    The caller holds a lock, as the folder's name is fixed.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A fresh temporary folder beside `folder` that takes its place when the block ends well. Needs a lock, too."""
+    with fresh_folder(folder.with_name(f".{folder.name}.part")) as temporary:
+        yield temporary
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+
+
+@contextlib.contextmanager
+def waiting_lock(path: Path) -> Iterator[None]:
+    """An exclusive lock that dies with its process; says so where it has to wait for another one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process that holds {path}", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def hub_errors(parameter: str, name: str, revision: str = "") -> Iterator[None]:
+    """Read from the Hub inside this block: its own errors become one line.
+
+    Where the Hub can't be reached, the block runs in the Hub library's offline mode: what is cached is used at once,
+    what is not fails at once.
+
+    Raises:
+        ConfigError: names the parameter, its value and what the Hub said.
+    """
+    from huggingface_hub import constants, errors
+
+    offline, reachable = constants.HF_HUB_OFFLINE, not constants.HF_HUB_OFFLINE and _reachable(constants.ENDPOINT)
+    constants.HF_HUB_OFFLINE = not reachable
+    where = f"{parameter} = {name!r}"
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise ConfigError(f"{where}: gated: accept its terms on the Hub, then log in (`hf auth login`)") from None
+    except errors.RepositoryNotFoundError:
+        raise ConfigError(
+            f"{where}: no such folder here, and no such repository on the Hub (a private one needs `hf auth login`)"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise ConfigError(f"{parameter}_revision = {revision!r}: the Hub's {name} has no such revision") from None
+    except errors.HFValidationError:
+        raise ConfigError(f"{where}: no such folder, and not a Hub id (name or organisation/name)") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
+        why = "HF_HUB_OFFLINE is set" if offline else "the Hub can't be reached"
+        raise ConfigError(f"{where}: no such folder, not in the Hub's local cache, and {why}") from None
+    except errors.EntryNotFoundError as error:
+        raise ConfigError(f"{where}: a file is missing on the Hub: {_first_line(error)}") from None
+    except errors.HTTPError as error:
+        raise ConfigError(f"{where}: the Hub answered: {_first_line(error)}") from None
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def _reachable(endpoint: str) -> bool:
+    """Whether the Hub's host can be connected to; taken for granted behind a proxy."""
+    url = urllib.parse.urlsplit(endpoint)
+    if urllib.request.getproxies().get(url.scheme):
+        return True
+    try:
+        port = url.port or (80 if url.scheme == "http" else 443)
+        socket.create_connection((url.hostname, port), timeout=HUB_TIMEOUT).close()
+    except OSError:
+        return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

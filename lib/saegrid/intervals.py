@@ -1,0 +1,47 @@
+"""95% intervals of splice losses by a paired bootstrap over problem templates.
+
+Prompts of one template are alike, so the template is what is drawn; all runs of a draw see the same templates, so the
+difference of two runs is free of the noise that they share. Losses are sums divided once by the number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from saegrid.results import ResultsError
+
+DRAWS = 2000
+SEED = 0
+COVERAGE = 0.95
+
+
+def draws(prompts: pd.DataFrame) -> pd.DataFrame:
+    """Delta losses of every run under every bootstrap draw: one row a draw, one column a run id, in nats/token.
+
+    `prompts` is long-form: `run_id, prompt, template, n_tokens, ce_clean_sum, ce_spliced_sum`. A prompt without a
+    template stands for itself. Raises `ResultsError` if the runs were not scored on the same prompts and tokens.
+    """
+    alone = "prompt " + prompts["prompt"].astype(str)
+    prompts = prompts.assign(
+        extra=prompts["ce_spliced_sum"] - prompts["ce_clean_sum"],
+        group=prompts["template"].astype("object").where(prompts["template"].notna(), alone).astype(str),
+    )
+    tokens = prompts.pivot(index=["group", "prompt"], columns="run_id", values="n_tokens")
+    if tokens.isna().any().any() or (tokens.nunique(axis=1) != 1).any():
+        raise ResultsError("prompts.csv: the runs were scored on different prompts or tokens and can't be compared")
+    groups = prompts.groupby(["group", "run_id"], sort=True)[["extra", "n_tokens"]].sum().unstack("run_id")
+    n_groups = len(groups)
+    weights = np.random.default_rng(SEED).multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=DRAWS)
+    extra, counts = groups["extra"], groups["n_tokens"]
+    return pd.DataFrame((weights @ extra.to_numpy()) / (weights @ counts.to_numpy()), columns=extra.columns)
+
+
+def interval(drawn: pd.DataFrame, weights: Mapping[str, float]) -> tuple[float, float]:
+    """The central 95% interval of a weighted sum of runs' delta losses, such as `{"a": 1, "b": -1}` for a - b."""
+    values = sum(drawn[run_id] * weight for run_id, weight in weights.items())
+    tail = (1 - COVERAGE) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)

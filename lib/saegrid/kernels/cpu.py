@@ -1,0 +1,267 @@
+"""Fast kernels for processors: torch's matrix product for the encoder, compiled loops over the active pairs for the rest.
+
+Same functions, arguments and results as `reference`, up to rounding. A step is
+
+1. pre-activations by one product; exact cut by bisection on a short list of candidates (no sort);
+2. reconstruction row by row, from the decoder rows of the active latents alone;
+3. one pass over latents: gradient from the active pairs, Adam, unit norm, while the latent's rows are in cache.
+
+Dense codes (JumpReLU with a low threshold) take plain products in 2 and 3 instead. With `matmul="bf16"` the product only
+selects; the kept values are computed again in float32. The same input and thread count give the same bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saegrid.kernels import _cpu_numba as loops
+from saegrid.kernels.reference import BETAS, EPS, Codes, Params, Rule, StepSettings, TrainState
+
+CHUNKS = 16  # pieces of a parallel loop; fixed, so that sums across pieces don't depend on the number of threads
+DENSE_ABOVE = 0.15  # share of active pairs above which plain products beat loops over pairs (measured)
+BF16_BELOW = 0.1  # share of active pairs up to which a bf16 product + float32 values beat one fp32 product (measured)
+LATENT_COST = 8  # work per latent in the backward pass, in active pairs (Adam against a pair's gradient)
+PROBE_ROWS = 16  # rows that tell how many pairs a threshold keeps
+
+
+def encode(params: Params, x: Tensor, rule: Rule, matmul: str = "fp32") -> Codes:
+    """Codes of the rows x (N, d_in). See `reference.encode`."""
+    return _encode(params, x - params.b_pre, rule, matmul, {})
+
+
+def decode(params: Params, codes: Codes) -> Tensor:
+    """Reconstruction x_hat (N, d_in) of sparse codes. See `reference.decode`."""
+    n_rows, d_in = len(codes.offsets) - 1, params.W_dec.shape[1]
+    x_hat = torch.empty(n_rows, d_in)
+    _decode(params, codes, x_hat, {})
+    return x_hat
+
+
+def gradients(params: Params, x: Tensor, codes: Codes) -> tuple[float, Params]:
+    """Loss and its gradient through the active pairs, dense. See `reference.gradients`."""
+    grads = Params(*map(torch.empty_like, params))
+    loss = _gradients(params, x, x - params.b_pre, codes, grads, {})
+    return loss, grads
+
+
+def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings) -> tuple[float, int]:
+    """One training step, in place. See `reference.train_step`."""
+    params, workspace = state.params, state.workspace
+    centred = torch.sub(x, params.b_pre, out=_buffer(workspace, "centred", x.shape))
+    codes = _encode(params, centred, rule, settings.matmul, workspace)
+    beta1, beta2 = BETAS
+    state.step += 1
+    rate, correction = settings.lr / (1 - beta1**state.step), 1 / (1 - beta2**state.step)
+    adam = tuple(map(np.float32, (1 - beta1, beta2, 1 - beta2, rate, correction, EPS)))
+    weights, m, v = (tuple(_arrays(p[:3])) for p in (params, state.m, state.v))
+    if settings.grad_clip or _is_dense(codes, params):
+        grads = Params(*(_buffer(workspace, f"grad {name}", p.shape) for name, p in params._asdict().items()))
+        loss = _gradients(params, x, centred, codes, grads, workspace)
+        edges = _even(len(params.b_enc))
+        if settings.project_grad:
+            _run(loops.project_latents, edges, *_arrays((grads.W_dec, params.W_dec)))
+        _clip(grads, settings.grad_clip)
+        _run(loops.apply_latents, edges, *_arrays(grads[:3]), weights, m, v, adam)
+        g_dec_bias, g_pre_bias = grads.b_dec, grads.b_pre
+    else:
+        loss, d_hat = _error(params, x, codes, workspace)
+        g_dec_bias = d_hat.sum(0)
+        lists, edges = _by_latent(codes, len(params.b_enc), workspace)
+        pull = _buffer(workspace, "pull", (CHUNKS, x.shape[1]))
+        _run(
+            loops.step_latents, edges, *lists, *_arrays((d_hat, centred)), weights, m, v, pull.numpy(),
+            settings.project_grad, adam,
+        )  # fmt: skip
+        g_pre_bias = g_dec_bias - pull.sum(0)
+    loops.apply_vector(*_arrays((g_dec_bias, params.b_dec, state.m.b_dec, state.v.b_dec)), adam)
+    loops.apply_vector(*_arrays((g_pre_bias, params.b_pre, state.m.b_pre, state.v.b_pre)), adam)
+    return loss, len(codes.values)
+
+
+# --- encoder ---
+
+
+def _encode(params: Params, centred: Tensor, rule: Rule, matmul: str, workspace: dict) -> Codes:
+    """Codes of centred rows (N, d_in)."""
+    bound = np.float32(max(rule.threshold, 0.0) if rule.kind == "threshold" else 0.0)
+    narrow = matmul == "bf16" and _share_kept(params, centred, rule) <= BF16_BELOW
+    pre = _pre_acts(params, centred, narrow, workspace)
+    offsets, latents, values = _select(pre, params.b_enc.numpy(), rule, bound, workspace)
+    if narrow:
+        rows = _arrays((centred, params.W_enc, params.b_enc))
+        _run(loops.recompute, _by_weight(offsets), *rows, offsets, latents, values)
+        if (values <= bound).any():
+            loops.cut_batch(offsets, latents, values, bound, 0)
+    kept = offsets[-1]
+    return Codes(*map(torch.from_numpy, (offsets, latents[:kept], values[:kept])))
+
+
+def _share_kept(params: Params, centred: Tensor, rule: Rule) -> float:
+    """Share of the pairs that the rule will keep; for a threshold, as the first rows have it."""
+    if rule.kind != "threshold":
+        return rule.k / len(params.b_enc)
+    pre = torch.addmm(params.b_enc, centred[:PROBE_ROWS], params.W_enc.T)
+    return (pre > max(rule.threshold, 0.0)).float().mean().item()
+
+
+def _pre_acts(params: Params, centred: Tensor, narrow: bool, workspace: dict) -> np.ndarray:
+    """Pre-activations (N, d_sae) without b_enc, float32 or (narrow) the bits of bfloat16."""
+    shape = len(centred), len(params.b_enc)
+    if not narrow:
+        return torch.mm(centred, params.W_enc.T, out=_buffer(workspace, "pre", shape)).numpy()
+    w_enc = _buffer(workspace, "W_enc bf16", params.W_enc.shape, torch.bfloat16).copy_(params.W_enc)
+    out = _buffer(workspace, "pre bf16", shape, torch.bfloat16)
+    return torch.mm(centred.bfloat16(), w_enc.T, out=out).view(torch.uint16).numpy()
+
+
+def _select(
+    pre: np.ndarray, bias: np.ndarray, rule: Rule, bound: np.float32, workspace: dict
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """CSR lists (offsets, latents, values) of what the rule keeps of pre + bias."""
+    n_rows, d_sae = pre.shape
+    k = min(rule.k, d_sae) if rule.kind == "topk" else 0
+    count = min(rule.k, d_sae) * n_rows if rule.kind == "batchtopk" else 0
+    wide = _arrays((_buffer(workspace, "latents", pre.shape, torch.int32), _buffer(workspace, "values", pre.shape)))
+    counts, edges = np.empty(n_rows, np.int64), _even(n_rows)
+    if count:
+        bound = loops.batch_bound(pre, bias, count)
+    _run(loops.list_above, edges, pre, bias, bound, k, *wide, counts)
+    if bound > 0 and counts.sum() < count:  # the sample misled
+        _run(loops.list_above, edges, pre, bias, np.float32(0), k, *wide, counts)
+    offsets = np.zeros(n_rows + 1, np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    latents, values = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
+    _run(loops.pack, edges, *wide, offsets, latents, values)
+    if 0 < count < len(values):
+        cut = loops.kth_largest(values, len(values), count)
+        ties = count - loops.count_above(values, len(values), cut)
+        loops.cut_batch(offsets, latents, values, cut, ties)
+    return offsets, latents[: offsets[-1]], values[: offsets[-1]]
+
+
+# --- decoder and backward ---
+
+
+def _is_dense(codes: Codes, params: Params) -> bool:
+    return len(codes.values) > DENSE_ABOVE * (len(codes.offsets) - 1) * len(params.b_enc)
+
+
+def _dense(codes: Codes, d_sae: int, workspace: dict) -> Tensor:
+    """Codes as (N, d_sae)."""
+    z = _buffer(workspace, "z", (len(codes.offsets) - 1, d_sae)).zero_()
+    _run(loops.scatter, _by_weight(codes.offsets.numpy()), *_arrays(codes), z.numpy())
+    return z
+
+
+def _decode(params: Params, codes: Codes, out: Tensor, workspace: dict) -> None:
+    bias = params.b_dec + params.b_pre
+    if _is_dense(codes, params):
+        torch.addmm(bias, _dense(codes, len(params.b_enc), workspace), params.W_dec, out=out)
+    else:
+        _run(loops.decode_rows, _by_weight(codes.offsets.numpy()), *_arrays((*codes, params.W_dec, bias, out)))
+
+
+def _error(params: Params, x: Tensor, codes: Codes, workspace: dict) -> tuple[float, Tensor]:
+    """Loss, and its gradient d_hat (N, d_in) with respect to x_hat."""
+    d_hat = _buffer(workspace, "d_hat", x.shape)
+    _decode(params, codes, d_hat, workspace)
+    square_sums = np.empty(len(x))
+    _run(loops.error_rows, _even(len(x)), *_arrays((x, d_hat)), np.float32(2 / x.numel()), square_sums)
+    return square_sums.sum().item() / x.numel(), d_hat
+
+
+def _by_latent(codes: Codes, d_sae: int, workspace: dict) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """Latent-major lists (starts, rows, values) of the pairs, and edges of chunks of latents of like work."""
+    nnz = len(codes.values)
+    lists = np.empty(d_sae + 1, np.int64), np.empty(nnz, np.int32), np.empty(nnz, np.float32)
+    loops.by_latent(*_arrays(codes), *lists)
+    return lists, _by_weight(lists[0] + LATENT_COST * np.arange(d_sae + 1))
+
+
+def _gradients(params: Params, x: Tensor, centred: Tensor, codes: Codes, grads: Params, workspace: dict) -> float:
+    """Loss; its gradients are written to `grads`."""
+    loss, d_hat = _error(params, x, codes, workspace)
+    torch.sum(d_hat, 0, out=grads.b_dec)
+    if _is_dense(codes, params):
+        z = _buffer(workspace, "z", (len(x), len(params.b_enc)))  # filled by _decode
+        torch.mm(z.T, d_hat, out=grads.W_dec)
+        d_z = torch.mm(d_hat, params.W_dec.T, out=_buffer(workspace, "pre", z.shape)).masked_fill_(z == 0, 0)
+        torch.mm(d_z.T, centred, out=grads.W_enc)
+        torch.sum(d_z, 0, out=grads.b_enc)
+        pull = grads.b_enc @ params.W_enc
+    else:
+        lists, edges = _by_latent(codes, len(params.b_enc), workspace)
+        chunk_pulls = _buffer(workspace, "pull", (CHUNKS, x.shape[1]))
+        arrays = _arrays((d_hat, centred, params.W_enc, params.W_dec, *grads[:3], chunk_pulls))
+        _run(loops.gradient_latents, edges, *lists, *arrays)
+        pull = chunk_pulls.sum(0)
+    torch.sub(grads.b_dec, pull, out=grads.b_pre)
+    return loss
+
+
+def _clip(grads: Params, limit: float) -> None:
+    """Scale the gradients in place so that their global norm is at most `limit` (0: none)."""
+    if limit:
+        norm = sum(g.norm(dtype=torch.float64).item() ** 2 for g in grads) ** 0.5
+        scale = min(1.0, limit / (norm + 1e-6))
+        for g in grads if scale < 1 else ():
+            g.mul_(scale)
+
+
+# --- chunks, threads and buffers ---
+
+
+def _even(total: int) -> np.ndarray:
+    """Edges (CHUNKS + 1,) of chunks of equal length."""
+    return np.linspace(0, total, CHUNKS + 1).astype(np.int64)
+
+
+def _by_weight(cumulative: np.ndarray) -> np.ndarray:
+    """Edges (CHUNKS + 1,) of chunks of about equal weight; item i weighs cumulative[i + 1] - cumulative[i]."""
+    edges = np.searchsorted(cumulative, np.linspace(0, cumulative[-1], CHUNKS + 1))
+    edges[0], edges[-1] = 0, len(cumulative) - 1
+    return edges
+
+
+def _run(loop: Callable, edges: np.ndarray, *arguments: Any) -> None:
+    """Run a compiled loop over all chunks, in as many threads as torch uses."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        loop(0, CHUNKS, edges, *arguments)
+        return
+    chunks = iter(range(CHUNKS))
+
+    def work() -> None:
+        for chunk in chunks:  # whoever is free takes the next one
+            loop(chunk, chunk + 1, edges, *arguments)
+
+    helpers = [_pool(threads, os.getpid()).submit(work) for _ in range(threads - 1)]
+    work()
+    for helper in helpers:
+        helper.result()
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Waiting threads; they sleep between loops. A forked process starts its own."""
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix=f"saegrid-{process}")
+
+
+def _arrays(tensors: Iterable[Tensor]) -> tuple[np.ndarray, ...]:
+    return tuple(t.numpy() for t in tensors)
+
+
+def _buffer(workspace: dict, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor with any content, kept in `workspace`: fresh pages cost milliseconds. A shorter batch takes its front."""
+    kept = workspace.get(name)
+    if kept is None or len(kept) < shape[0] or kept.shape[1:] != shape[1:] or kept.dtype != dtype:
+        kept = workspace[name] = torch.empty(shape, dtype=dtype)
+    return kept[: shape[0]]

@@ -1,0 +1,135 @@
+"""Pages that are made from the runs and the tables: the home page's text, the run pages and their index."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from saegrid import card, results
+from saegrid.atomic import write_text
+from saegrid.grid import Grid
+from saegrid.plots import setting
+from saegrid.results import ResultsError
+from saegrid.tables import Markdown, html_block, html_table, markdown
+
+INDEX_COLUMNS = ["name", "seed", "l0", "fvu_no_sink", "dead_pct", "delta_loss", "frac_rec_pct"]
+AXES = {"arch": "architecture", "expansion": "expansion", "k": "K", "threshold": "threshold", "seed": "seed"}
+
+
+def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None) -> None:
+    """Write the home page's text, the generated parts of method and reproduce, and a page for every run of a grid.
+
+    Reads the grid's tables (`results.make`) and the runs' folders; writes under `report/`.
+    Raises `ResultsError` for a table or a run's file that is missing.
+    """
+    root = Path(root)
+    runs_dir = root / (runs_dir or grid.constants.get("runs_dir", "runs"))
+    report = root / "report"
+    df = results.read_tidy(root / grid.results_dir)
+    write_text(report / "_home.md", card.model_card(df, results.load_prompts(df, runs_dir), links="report/"))
+    write_text(report / "_published.md", card.published_note())
+    write_text(report / "_setting.md", card.setting_note(df, results.load_timing(df, runs_dir)))
+    write_run_pages(df, runs_dir, report / "runs")
+    (report / "data").mkdir(exist_ok=True)
+    for name in ("results.csv", "results_full.csv", "results_tidy.csv"):
+        shutil.copyfile(root / grid.results_dir / name, report / "data" / name)
+
+
+def write_run_pages(df: pd.DataFrame, runs_dir: str | Path, folder: Path) -> None:
+    """The executed notebook of every run as a page, and an index that links all. Pages of other grids' runs go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for page in folder.glob("*.ipynb"):
+        if page.stem not in set(df["run_id"]):
+            page.unlink()
+    rows = df.to_dict("records")
+    for n, row in enumerate(rows):
+        path = Path(runs_dir) / row["run_id"] / "train.ipynb"
+        try:
+            notebook = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ResultsError(f"{path}: {error.strerror}; delete the folder and run it again") from None
+        except ValueError as error:
+            raise ResultsError(f"{path}: no notebook: {error}") from None
+        page = run_page(notebook, title(row), navigation(rows, n))
+        write_text(folder / f"{row['run_id']}.ipynb", json.dumps(page, ensure_ascii=False, indent=1) + "\n")
+    write_text(folder / "index.qmd", index_page(df))
+
+
+def run_page(notebook: dict[str, Any], page_title: str, nav: str) -> dict[str, Any]:
+    """An executed notebook as a page of the site.
+
+    It gets a title and links to its neighbours; its own first heading goes. Progress bars and widgets go; HTML outputs
+    become raw Markdown, and figures get a text, so that the page is the same and fetches nothing in either renderer.
+    """
+    page = copy.deepcopy(notebook)
+    page.setdefault("metadata", {}).pop("widgets", None)
+    heading = "the run"
+    for n, cell in enumerate(page["cells"]):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            lines = source.split("\n")
+            if n == 0 and lines[0].startswith("# "):
+                lines = lines[1:]
+            cell["source"] = "\n".join(lines).strip("\n")
+            heading = next((line.lstrip("# ") for line in lines if line.startswith("## ")), heading)
+        elif cell["cell_type"] == "code":
+            cell["outputs"] = [output for output in map(_portable, cell.get("outputs", [])) if output]
+            if any("image/png" in output.get("data", {}) for output in cell["outputs"]):
+                alt = json.dumps(
+                    f"{heading} of {page_title}; the text around the figure has its numbers", ensure_ascii=False
+                )
+                cell["source"] = f"#| fig-alt: {alt}\n{source}"
+    front = f"---\ntitle: {json.dumps(page_title, ensure_ascii=False)}\n---\n"
+    added = [{"cell_type": "raw", "id": "page-front", "metadata": {}, "source": front}]
+    added += [{"cell_type": "markdown", "id": "page-nav", "metadata": {}, "source": nav}]
+    page["cells"] = added + page["cells"]
+    return page
+
+
+def title(row: dict[str, Any]) -> str:
+    """A run in words: `TopK, K = 64, 8x, seed 0`."""
+    return f"{setting(row)}, {row['expansion']}x, seed {row['seed']}"
+
+
+def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:
+    """Links to the runs before and behind, and to those that differ along one axis alone."""
+    around = ["[All runs](index.qmd) · [CSV](../data/results_tidy.csv) · [`metrics`](../results.ipynb)"]
+    if n > 0:
+        around.insert(0, f"← [{title(rows[n - 1])}]({rows[n - 1]['run_id']}.ipynb)")
+    if n + 1 < len(rows):
+        around.append(f"[{title(rows[n + 1])}]({rows[n + 1]['run_id']}.ipynb) →")
+    near = {}
+    for other in rows:
+        differing = [name for name in AXES if not _same(rows[n][name], other[name])]
+        if len(differing) == 1:
+            near.setdefault(AXES[differing[0]], []).append(f"[{title(other)}]({other['run_id']}.ipynb)")
+    lines = [f"- another {axis}: {'; '.join(links)}" for axis, links in near.items()]
+    return markdown(" · ".join(around), *(["The same but for one axis:", "\n".join(lines)] if lines else []))
+
+
+def index_page(df: pd.DataFrame) -> Markdown:
+    """The list of all runs."""
+    table = html_table(df, INDEX_COLUMNS, caption=f"{len(df)} runs; each leads to its executed notebook.", links="./")
+    return markdown("---\ntitle: Runs\n---", "One page a run: parameters, curves, numbers, files and hashes.", table)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return (pd.isna(a) and pd.isna(b)) or (not pd.isna(a) and not pd.isna(b) and a == b)
+
+
+def _portable(output: dict[str, Any]) -> dict[str, Any] | None:
+    """An output that renders alike everywhere; None for progress bars and widgets."""
+    if output.get("output_type") == "stream":
+        return None if output.get("name") == "stderr" else output
+    data = output.get("data", {})
+    if "application/vnd.jupyter.widget-view+json" in data:
+        return None
+    html = data.pop("text/html", None)
+    if html is not None and "text/markdown" not in data:
+        output["data"] = {"text/markdown": html_block("".join(html))}
+    return output

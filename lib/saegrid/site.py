@@ -1,0 +1,193 @@
+"""The website: placeholders for what is not made yet, the renderer, and a check of what came out.
+
+Standard library only, so that `lib/prerender.py` runs under any Python 3 that the renderer finds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from saegrid.errors import SaegridError
+
+PLACEHOLDERS = {
+    "report/_home.md": "",
+    "report/_published.md": "",
+    "report/_setting.md": "",
+    "report/findings.ipynb": "Findings",
+    "report/frontier.ipynb": "Frontier",
+    "report/results.ipynb": "Results",
+    "report/runs/index.qmd": "Runs",
+}
+"""Pages and includes that `make report` makes, with the pages' titles."""
+MISSING = """::: {.callout-important}
+## Nothing to show yet
+
+This part of the report comes from the runs of a grid, and there are none yet, or their tables are missing.
+`make report` trains the quick grid, writes the tables and renders this site again.
+:::
+"""
+OLD = 1.0
+"""Placeholders bear this time of change (1970), so that every workflow takes them for out of date."""
+_FETCHED = {
+    **dict.fromkeys(
+        ["script", "img", "iframe", "embed", "source", "track", "audio", "video", "input"], ("src", "srcset")
+    ),
+    **{"video": ("src", "poster"), "object": ("data",), "image": ("href", "xlink:href"), "use": ("href", "xlink:href")},
+}
+_FETCHED_LINKS = {
+    "stylesheet",
+    "icon",
+    "preload",
+    "prefetch",
+    "modulepreload",
+    "preconnect",
+    "dns-prefetch",
+    "manifest",
+}
+_CSS_REFERENCE = re.compile(r"""url\(\s*['"]?([^'")\s]+)|@import\s+['"]([^'"]+)""")
+_SCRIPT_IMPORT = re.compile(r"""\b(?:import|from|fetch\(|importScripts\()\s*\(?['"]((?:https?:)?//[^'"]+)""")
+
+
+class SiteError(SaegridError):
+    """The site could not be rendered, or what came out breaks a rule of the report."""
+
+
+def prepare(root: str | Path = ".") -> list[str]:
+    """Put a placeholder wherever a page of the report is not made yet. Returns those that it wrote."""
+    written = []
+    for name, title in PLACEHOLDERS.items():
+        path = Path(root) / name
+        if path.exists():
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        front = f"---\ntitle: {title}\n---\n"
+        if path.suffix == ".ipynb":
+            cells = [("raw", front), ("markdown", MISSING)]
+            path.write_text(json.dumps(_notebook(cells)), encoding="utf-8")
+        else:
+            path.write_text(f"{front}\n{MISSING}" if title else MISSING, encoding="utf-8")
+        os.utime(path, (OLD, OLD))
+        written.append(name)
+    return written
+
+
+def render(root: str | Path = ".") -> str:
+    """Render the website: `quarto render` where Quarto is on PATH, else smalldocs. Returns a line that says which.
+
+    Raises:
+        SiteError: no renderer, the renderer failed, or `check` found something.
+    """
+    root = Path(root)
+    prepare(root)
+    quarto = shutil.which("quarto")
+    command = [quarto, "render"] if quarto else [sys.executable, "-m", "smalldocs.cli", "render", ".", "--quiet"]
+    name = "Quarto" if quarto else "smalldocs (Quarto is not on PATH)"
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise SiteError(f"{name}: could not start: {error}") from None
+    if done.returncode:
+        last = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()][-1:]
+        raise SiteError(f"{name} ended with code {done.returncode}: {' '.join(last)}")
+    problems = check(root / "_site")
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise SiteError(f"_site: {problems[0]}{more}")
+    pages = len(list((root / "_site").rglob("*.html")))
+    return f"rendered {pages} pages to _site/index.html with {name}"
+
+
+def check(site: str | Path) -> list[str]:
+    """What is wrong with a rendered site: requests to other hosts, links and references that lead nowhere."""
+    site = Path(site).resolve()
+    pages = {path: _read_page(path) for path in sorted(site.rglob("*.html"))}
+    problems = [] if pages else ["no page was rendered"]
+    for path, page in pages.items():
+        where = path.relative_to(site)
+        problems += [f"{where}: would fetch {url} from another host" for url in page.fetched if _is_external(url)]
+        for url in [*page.links, *(url for url in page.fetched if not _is_external(url))]:
+            problems += [f"{where}: {problem}" for problem in _broken(url, path, pages)]
+    for path in sorted(site.rglob("*.css")):
+        for url in _css_references(path.read_text(encoding="utf-8", errors="replace")):
+            if _is_external(url):
+                problems.append(f"{path.relative_to(site)}: would fetch {url} from another host")
+    return problems
+
+
+class _Page(HTMLParser):
+    """What a page fetches when it is opened, where it links to, and its ids."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.fetched: list[str] = []
+        self.links: list[str] = []
+        self.ids: set[str] = set()
+        self._inside = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value or "" for name, value in attrs}
+        self._inside = tag if tag in ("style", "script") else ""
+        self.ids |= {given[name] for name in ("id", "name") if name in given}
+        for name in _FETCHED.get(tag, ()):
+            parts = given.get(name, "").split(",") if name == "srcset" else [given.get(name, "")]
+            self.fetched += [part.split()[0] for part in parts if part.strip() and not part.startswith("#")]
+        if tag == "link" and _FETCHED_LINKS & set(given.get("rel", "").split()):
+            self.fetched.append(given.get("href", ""))
+        if tag in ("a", "area"):
+            self.links += [given[name] for name in ("href", "xlink:href") if given.get(name)]
+        self.fetched += _css_references(given.get("style", ""))
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "style":
+            self.fetched += _css_references(data)
+        elif self._inside == "script":
+            self.fetched += _SCRIPT_IMPORT.findall(data)
+
+
+def _read_page(path: Path) -> _Page:
+    page = _Page()
+    page.feed(path.read_text(encoding="utf-8"))
+    page.close()
+    return page
+
+
+def _css_references(css: str) -> list[str]:
+    found = [first or second for first, second in _CSS_REFERENCE.findall(css)]
+    return [url for url in found if not url.startswith(("data:", "#"))]
+
+
+def _is_external(url: str) -> bool:
+    parts = urlsplit(url.strip())
+    return bool(parts.netloc) or parts.scheme in ("http", "https", "ws", "wss", "ftp")
+
+
+def _broken(url: str, page: Path, pages: dict[Path, _Page]) -> list[str]:
+    parts = urlsplit(url)
+    if parts.scheme or parts.netloc:
+        return []
+    target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+    target = target / "index.html" if target.is_dir() else target
+    if not target.is_file():
+        return [f"{url} leads nowhere"]
+    fragment = unquote(parts.fragment)
+    if fragment and fragment != "top" and target in pages and fragment not in pages[target].ids:
+        return [f"{url} leads to no such place in the page"]
+    return []
+
+
+def _notebook(cells: list[tuple[str, str]]) -> dict:
+    """A notebook without outputs, of raw and Markdown cells."""
+    entries = [
+        {"id": f"cell-{n}", "cell_type": kind, "metadata": {}, "source": source}
+        for n, (kind, source) in enumerate(cells)
+    ]
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    return {"cells": entries, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}

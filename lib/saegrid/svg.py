@@ -1,0 +1,31 @@
+"""matplotlib's SVG made fit for a page of the report."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from html import escape
+
+
+def page_svg(svg: str, ink: str, alt: str) -> str:
+    """An SVG of matplotlib's as a part of a page.
+
+    Ink becomes the page's text colour, ids become unique to the figure. A group whose id begins with `mark: ` gets the
+    rest of it as its tooltip, and as the name of the link inside it.
+    """
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = svg.replace(ink, "currentColor")
+    mark = "f" + hashlib.sha256(svg.encode()).hexdigest()[:8]  # ids are unique in a page with several figures
+    svg = re.sub(r'<g id="mark: ([^"]*)">', r"<g><title>\1</title>", svg)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{mark}-\1"', svg)
+    svg = re.sub(r'(url\(|href=")#([^")]+)', rf"\1#{mark}-\2", svg)
+    svg = re.sub(r"(<g><title>([^<]*)</title>(?:(?!</?g>).)*?<a )", r'\1aria-label="\2" ', svg, flags=re.S)
+    svg = re.sub(r"\n\s*\n", "\n", svg)
+    role = "group" if "<a " in svg else "img"
+    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    svg = re.sub(r'^<svg [^>]*?viewBox="[^"]*"[^>]*>', "", svg, count=1)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="0 0 {size[1]} {size[2]}" role="{role}" aria-label="{escape(alt)}">{svg}'
+    )

@@ -1,0 +1,198 @@
+"""Tables for the report: units in the header, missing values as a dash, best values marked by more than colour.
+
+What a function returns is Markdown that both renderers of the site read alike. HTML goes inside a raw block of it and
+never as a notebook's `text/html` output, for which Quarto would load scripts from another host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+MISSING = "–"
+
+
+class Markdown(str):
+    """Text that a notebook shows as Markdown."""
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
+
+    def __repr__(self) -> str:
+        return f"<Markdown, {len(self)} characters>"
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a column of the tidy table is shown."""
+
+    title: str
+    unit: str = ""
+    digits: str = ""
+    """Format of a number; empty: as it is."""
+    best: str = ""
+    """`min`, `max`, or empty where no value is better than another."""
+
+
+COLUMNS = {
+    "name": Column("Run"),
+    "arch": Column("Architecture"),
+    "source": Column("Source"),
+    "expansion": Column("Expansion", "d_sae / d_in", "d"),
+    "k": Column("K", "latents/token", "d"),
+    "threshold": Column("Threshold θ", "act", "g"),
+    "seed": Column("Seed", "", "d"),
+    "d_sae": Column("d_sae", "latents", ",d"),
+    "l0": Column("L0", "latents/token", ",.1f"),
+    "l0_eval": Column("L0 on the prompts", "latents/token", ",.1f"),
+    "l0_share_pct": Column("L0 / d_sae", "%", ".1f"),
+    "val_mse": Column("MSE", "act²", ".4g", "min"),
+    "val_mse_batch": Column("MSE, batch cut", "act²", ".4g", "min"),
+    "nmse": Column("NMSE", "1", ".3g", "min"),
+    "fvu": Column("FVU", "1", ".3g", "min"),
+    "fvu_no_sink": Column("FVU without sinks", "1", ".3f", "min"),
+    "sink_pct": Column("Sink rows", "%", ".2f"),
+    "dead_pct": Column("Dead latents", "%", ".1f", "min"),
+    "ce_clean": Column("CE clean", "nats/token", ".3f"),
+    "ce_spliced": Column("CE spliced", "nats/token", ".3f", "min"),
+    "ce_zero": Column("CE zero", "nats/token", ".3f"),
+    "ce_mean": Column("CE mean", "nats/token", ".3f"),
+    "delta_loss": Column("Delta loss", "nats/token", ".3f", "min"),
+    "frac_rec_pct": Column("frac_rec", "%", ".1f", "max"),
+    "loss_recovered_zero": Column("Loss recovered (zero)", "1", ".3f", "max"),
+    "loss_recovered_mean": Column("Loss recovered (mean)", "1", ".3f", "max"),
+    "inference_threshold": Column("Threshold at inference", "act", ".3g"),
+    "theta_over_rms": Column("θ / RMS(pre_acts)", "1", ".3g"),
+    "n_train_rows": Column("Training rows", "rows", ",d"),
+    "n_val_rows": Column("Validation rows", "rows", ",d"),
+    "n_eval_prompts": Column("Prompts", "", ",d"),
+    "n_eval_tokens": Column("Scored tokens", "", ",d"),
+    "steps": Column("Steps", "", ",d"),
+    "best_epoch": Column("Best epoch", "", "d"),
+    "train_seconds": Column("Training", "s", ",.0f"),
+    "eval_seconds": Column("Evaluation", "s", ",.0f"),
+    "train_rows_per_second": Column("Training speed", "rows/s", ",.0f"),
+}
+"""Every column that a page shows: title, unit, format, direction."""
+
+
+def number(value: Any, name: str = "") -> str:
+    """A value of the column `name` as text: the column's format, a true minus sign, a dash where it is missing."""
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return MISSING
+    column = COLUMNS.get(name, Column(name))
+    if isinstance(value, str):
+        return value
+    text = format(int(value) if column.digits.endswith("d") else value, column.digits)
+    return text.replace("-", "−") if "e" not in text else text
+
+
+def header(name: str) -> str:
+    """Title and unit of a column as one line: `Delta loss (nats/token)`."""
+    column = COLUMNS.get(name, Column(name))
+    return f"{column.title} ({column.unit})" if column.unit not in ("", "1") else column.title
+
+
+def html_table(
+    df: pd.DataFrame,
+    columns: Sequence[str],
+    *,
+    caption: str,
+    links: str = "",
+    mark_best: bool = True,
+) -> Markdown:
+    """An accessible HTML table: one row a run, its first column the row's header.
+
+    Args:
+        df: tidy rows.
+        columns: which columns, in order; those that hold nothing at all are left out.
+        caption: what the table shows.
+        links: where run pages lie as seen from the page, such as `runs/`; empty: no links.
+        mark_best: star the best value of the columns that have a direction.
+    """
+    columns = [name for name in columns if name in df and df[name].notna().any()]
+    best = {name: _best(df, name) for name in columns} if mark_best and len(df) > 1 else {}
+    head = "".join(f'<th scope="col">{_head(name)}</th>' for name in columns)
+    body = []
+    for row in df.to_dict("records"):
+        cells = [_row_header(row, columns[0], links)]
+        cells += [_cell(row[name], name, row[name] == best.get(name)) for name in columns[1:]]
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    note = " ★ marks the best value of a column." if any(value is not None for value in best.values()) else ""
+    return html_block(
+        f'<div class="table-scroll" role="region" tabindex="0" aria-label="{escape(caption)}">\n'
+        f'<table class="table table-sm results" data-quarto-disable-processing="true">\n'
+        f"<caption>{escape(caption)}{note}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n"
+        + "\n".join(body)
+        + "\n</tbody>\n</table>\n</div>"
+    )
+
+
+def run_metrics(row: Mapping[str, Any]) -> Markdown:
+    """The numbers of one run, one a line, with their units."""
+    names = [name for name in COLUMNS if name in row and name not in ("name", "arch", "source", "seed")]
+    return pipe_table(
+        ["Measure", "Value", "Unit"],
+        [(COLUMNS[name].title, number(row[name], name), COLUMNS[name].unit or "1") for name in names],
+    )
+
+
+def run_files(folder: str | Path) -> Markdown:
+    """The files of a run: name, size, first half of the SHA-256."""
+    files = [path for path in sorted(Path(folder).iterdir()) if path.is_file() and not path.name.startswith(".")]
+    files = [path for path in files if path.suffix != ".ipynb"]  # being written while it lists
+    rows = [(f"`{f.name}`", f"{f.stat().st_size:,}", f"`{sha256(f.read_bytes()).hexdigest()[:32]}`") for f in files]
+    return pipe_table(["File", "Bytes", "SHA-256, first half"], rows)
+
+
+def pipe_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Markdown:
+    """A plain Markdown table of ready text."""
+    lines = ["| " + " | ".join(headers) + " |", "|" + " --- |" * len(headers)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
+    return Markdown("\n".join(lines) + "\n")
+
+
+def html_block(html: str) -> Markdown:
+    """HTML as a raw block of Markdown, which both renderers pass on untouched."""
+    return Markdown(f"```{{=html}}\n{html}\n```\n")
+
+
+def markdown(*parts: str) -> Markdown:
+    """Blocks of Markdown, one behind the other."""
+    return Markdown("\n\n".join(str(part).strip("\n") for part in parts) + "\n")
+
+
+def _best(df: pd.DataFrame, name: str) -> Any:
+    direction = COLUMNS.get(name, Column(name)).best
+    return getattr(df[name], direction)() if direction else None
+
+
+def _head(name: str) -> str:
+    column = COLUMNS.get(name, Column(name))
+    unit = f' <span class="unit">{escape(column.unit)}</span>' if column.unit not in ("", "1") else ""
+    return escape(column.title) + unit
+
+
+def _row_header(row: dict[str, Any], name: str, links: str) -> str:
+    text = escape(number(row[name], name))
+    if links and row.get("run_id"):
+        text = f'<a href="{escape(links)}{escape(row["run_id"])}.html">{text}</a>'
+    return f'<th scope="row">{text}</th>'
+
+
+def _cell(value: Any, name: str, is_best: bool) -> str:
+    text = escape(number(value, name))
+    if text == MISSING:
+        return f'<td data-column="{name}" class="missing"><span aria-label="no value">{text}</span></td>'
+    if isinstance(value, str):
+        return f'<td data-column="{name}" class="text">{text}</td>'
+    if is_best:
+        text = f'<strong>{text}</strong><span class="star" role="img" aria-label="best">★</span>'
+    return f'<td data-column="{name}" data-value="{value!r}">{text}</td>'

@@ -1,0 +1,395 @@
+"""The fast kernels against the definition, and the definition against autograd."""
+
+import copy
+import logging
+import math
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saegrid import kernels
+from saegrid.errors import ConfigError
+from saegrid.kernels import cpu, reference
+from saegrid.kernels.reference import Codes, Params, Rule, StepSettings, TrainState
+
+D_IN, D_SAE = 48, 192
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads as the grid has them; a test that sets another number leaves no trace."""
+    before = torch.get_num_threads()
+    kernels.set_threads(1)
+    yield
+    kernels.set_threads(before)
+
+
+def make_rows(n: int, seed: int = 0, d_in: int = D_IN, sinks: int = 0) -> torch.Tensor:
+    """Anisotropic rows (n, d_in) of norm about 145, the first `sinks` of them of norm about 25,000."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.randn(d_in, generator=generator).exp()
+    rows = torch.randn(n, d_in, generator=generator) * scales
+    rows *= 145 / rows.norm(dim=1).median()
+    direction = torch.randn(d_in, generator=generator)
+    rows[:sinks] += 25_000 * direction / direction.norm()
+    return rows
+
+
+def make_params(seed: int = 0, d_in: int = D_IN, d_sae: int = D_SAE) -> Params:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    w_dec = torch.randn(d_sae, d_in, generator=generator)
+    return Params(
+        W_enc=torch.randn(d_sae, d_in, generator=generator) / d_in**0.5,
+        b_enc=torch.randn(d_sae, generator=generator),
+        W_dec=w_dec / w_dec.norm(dim=1, keepdim=True),
+        b_dec=torch.randn(d_in, generator=generator),
+        b_pre=torch.randn(d_in, generator=generator),
+    )
+
+
+def start(params: Params) -> TrainState:
+    return TrainState.start(Params(*(p.clone() for p in params)))
+
+
+def apart(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference by the norm of what is expected."""
+    return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
+
+
+def dense(codes: Codes, d_sae: int = D_SAE) -> torch.Tensor:
+    z = torch.zeros(len(codes.offsets) - 1, d_sae)
+    z[reference._rows(codes), codes.latents.long()] = codes.values
+    return z
+
+
+def assert_same_codes(actual: Codes, expected: Codes, params: Params, x: torch.Tensor) -> None:
+    """Equal up to rounding: a pair that only one of them lists is a near-tie with the cut."""
+    assert_well_formed(actual)
+    d_sae = len(params.b_enc)
+    z, z_expected = dense(actual, d_sae), dense(expected, d_sae)
+    scale = (x - params.b_pre).norm(dim=1, keepdim=True)  # rows' norms set the size of rounding
+    both = (z > 0) & (z_expected > 0)
+    assert ((z - z_expected).abs() <= 1e-5 * scale + 1e-5)[both].all()
+    either = (z > 0) != (z_expected > 0)
+    assert either.sum() <= 2 + 1e-3 * both.sum()
+
+
+def assert_well_formed(codes: Codes) -> None:
+    assert codes.offsets.dtype == torch.int64 and codes.latents.dtype == torch.int32
+    assert codes.values.dtype == torch.float32 and (codes.values > 0).all()
+    assert codes.offsets[0] == 0 and codes.offsets[-1] == len(codes.latents) == len(codes.values)
+    rows = reference._rows(codes)
+    keys = rows * 2**32 + codes.latents
+    assert (keys.diff() > 0).all()  # latents ascend within a row, none twice
+
+
+RULES = [
+    Rule("topk", 9),
+    Rule("topk", D_SAE),
+    Rule("batchtopk", 9),
+    Rule("batchtopk", D_SAE),
+    Rule("threshold", 0, 30.0),
+    Rule("threshold", 0, 0.1),
+    Rule("threshold", 0, 0.0),
+]
+rules = st.one_of(
+    st.builds(Rule, st.sampled_from(["topk", "batchtopk"]), st.integers(1, D_SAE)),
+    st.builds(Rule, st.just("threshold"), st.just(0), st.floats(0.0, 60.0, width=32)),
+)
+
+
+# --- the definition ---
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_reference_gradients_are_autograd(rule):
+    """Dense, in float64, straight from the formulas: topk and relu as masks, mean squared error, autograd."""
+    params = Params(*(p.double().requires_grad_() for p in make_params()))
+    x = make_rows(40).double()
+    pre = (x - params.b_pre) @ params.W_enc.T + params.b_enc
+    if rule.kind == "topk":
+        cut = pre.sort(dim=1, descending=True).values[:, rule.k - 1 : rule.k]
+        z = torch.where(pre >= cut, pre, 0).relu()
+    elif rule.kind == "batchtopk":
+        cut = pre.flatten().sort(descending=True).values[len(x) * rule.k - 1]
+        z = torch.where(pre >= cut, pre, 0).relu()
+    else:
+        z = torch.where(pre > rule.threshold, pre, 0).relu()
+    loss = torch.nn.functional.mse_loss(z @ params.W_dec + params.b_dec + params.b_pre, x)
+    loss.backward()
+
+    single = Params(*(p.detach().float() for p in params))
+    codes = reference.encode(single, x.float(), rule)
+    assert apart(dense(codes), z.detach()) < 1e-5
+    actual_loss, grads = reference.gradients(single, x.float(), codes)
+    assert actual_loss == pytest.approx(loss.item(), rel=1e-5)
+    for name, grad in grads._asdict().items():
+        assert apart(grad, getattr(params, name).grad) < 1e-5, name
+
+
+def test_reference_by_hand():
+    """One row, two latents, d_in 2: every number by hand."""
+    params = Params(
+        torch.tensor([[1.0, 0.0], [0.0, 2.0]]),
+        torch.tensor([0.5, 0.0]),
+        torch.tensor([[1.0, 0.0], [0.6, 0.8]]),
+        torch.tensor([0.0, 1.0]),
+        torch.tensor([1.0, 0.0]),
+    )
+    x = torch.tensor([[2.0, 3.0]])  # centred (1, 3), pre (1.5, 6)
+    codes = reference.encode(params, x, Rule("topk", 1))
+    assert codes.latents.tolist() == [1] and codes.values.tolist() == [6.0]
+    # x_hat = 6 * (0.6, 0.8) + (0, 1) + (1, 0) = (4.6, 5.8); error (2.6, 2.8); d_hat = 2 / 2 * error
+    loss, grads = reference.gradients(params, x, codes)
+    assert loss == pytest.approx((2.6**2 + 2.8**2) / 2, rel=1e-6)
+    d_z = 0.6 * 2.6 + 0.8 * 2.8  # 3.8
+    expected = Params(
+        torch.tensor([[0.0, 0.0], [d_z, 3 * d_z]]),
+        torch.tensor([0.0, d_z]),
+        torch.tensor([[0.0, 0.0], [6 * 2.6, 6 * 2.8]]),
+        torch.tensor([2.6, 2.8]),
+        torch.tensor([2.6, 2.8 - 2 * d_z]),
+    )
+    for grad, by_hand in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, by_hand)
+
+
+@pytest.mark.parametrize(("grad_clip", "project_grad"), [(0.0, False), (1.0, False), (0.0, True), (1.0, True)])
+def test_reference_step_is_torch_adam(grad_clip, project_grad):
+    """Against torch's own Adam and clipping, with unit norm decoder rows after each step."""
+    state, rule = start(make_params()), Rule("batchtopk", 9)
+    weights = [torch.nn.Parameter(p.clone()) for p in state.params]
+    adam = torch.optim.Adam(weights, lr=1e-2)
+    for step in range(4):
+        x = make_rows(64, seed=step)
+        codes = reference.encode(Params(*weights), x, rule)
+        _, grads = reference.gradients(Params(*(w.detach() for w in weights)), x, codes)
+        for weight, grad in zip(weights, grads, strict=True):
+            weight.grad = grad
+        w_dec = weights[2]
+        if project_grad:
+            unit = w_dec.detach() / w_dec.detach().norm(dim=1, keepdim=True)
+            w_dec.grad -= (w_dec.grad * unit).sum(1, keepdim=True) * unit
+        if grad_clip:
+            torch.nn.utils.clip_grad_norm_(weights, grad_clip)
+        adam.step()
+        with torch.no_grad():
+            w_dec /= w_dec.norm(dim=1, keepdim=True)
+        reference.train_step(state, x, rule, StepSettings(1e-2, grad_clip, project_grad))
+    for mine, theirs in zip(state.params, weights, strict=True):
+        assert apart(mine, theirs.detach()) < 1e-5
+
+
+# --- the cpu kernel against the definition ---
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 512), rule=rules, seed=st.integers(0, 999), sinks=st.integers(0, 3))
+def test_cpu_matches_reference(n, rule, seed, sinks):
+    params, x = make_params(seed), make_rows(n, seed, sinks=min(sinks, n))
+    codes = reference.encode(params, x, rule)
+    assert_same_codes(cpu.encode(params, x, rule), codes, params, x)
+    x_hat = reference.decode(params, codes)
+    assert ((cpu.decode(params, codes) - x_hat).norm(dim=1) <= 1e-5 * (x.norm(dim=1) + x_hat.norm(dim=1))).all()
+    loss, grads = reference.gradients(params, x, codes)
+    actual_loss, actual = cpu.gradients(params, x, codes)
+    assert actual_loss == pytest.approx(loss, rel=1e-5)
+    for name, grad in grads._asdict().items():
+        assert apart(getattr(actual, name), grad) < 1e-5, name
+
+
+@pytest.mark.parametrize("share", [0.02, 0.6])
+def test_cpu_gradients_sparse_and_dense(share):
+    """Both ways to the gradients, loops over pairs and plain products, at shapes that no vector width divides."""
+    params, x = make_params(3, 77, 131), make_rows(45, 3, 77, sinks=1)
+    codes = reference.encode(params, x, Rule("batchtopk", int(share * 131)))
+    assert cpu._is_dense(codes, params) == (share > 0.5)
+    loss, grads = reference.gradients(params, x, codes)
+    actual_loss, actual = cpu.gradients(params, x, codes)
+    assert actual_loss == pytest.approx(loss, rel=1e-5)
+    for mine, expected in zip(actual, grads, strict=True):
+        assert apart(mine, expected) < 1e-5
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("grad_clip", "project_grad"), [(0.0, False), (1.0, False), (1e9, False), (0.0, True), (1.0, True)])
+def test_cpu_train_step(rule, grad_clip, project_grad):
+    """Several steps, the last batch a partial one, sinks included: weights and both moments."""
+    step_settings = StepSettings(1e-2, grad_clip, project_grad)
+    expected, actual = start(make_params()), start(make_params())
+    for step, n in enumerate([200, 200, 37]):
+        x = make_rows(n, step, sinks=1)
+        loss, active = reference.train_step(expected, x, rule, step_settings)
+        actual_loss, actual_active = cpu.train_step(actual, x, rule, step_settings)
+        assert actual_loss == pytest.approx(loss, rel=1e-4)
+        assert abs(actual_active - active) <= 1 + 2e-3 * active
+        actual.params = Params(*(p.clone() for p in expected.params))  # no near-tie that one step turns is passed on
+        for moments in ("m", "v"):
+            for name, mine, theirs in zip(Params._fields, getattr(actual, moments), getattr(expected, moments), strict=True):
+                assert apart(mine, theirs) < 1e-3, (moments, name)
+    assert actual.step == expected.step == 3
+
+
+def test_cpu_train_step_stays_close():
+    """Ten steps with no near-ties: every tensor of the state to 1e-5."""
+    expected, actual = start(make_params()), start(make_params())
+    for step in range(10):
+        x = make_rows(100, step)
+        reference.train_step(expected, x, Rule("threshold", 0, 20.0), StepSettings(1e-4))
+        cpu.train_step(actual, x, Rule("threshold", 0, 20.0), StepSettings(1e-4))
+    for part in ("params", "m", "v"):
+        for name, mine, theirs in zip(Params._fields, getattr(actual, part), getattr(expected, part), strict=True):
+            assert apart(mine, theirs) < 1e-4, (part, name)
+    torch.testing.assert_close(actual.params.W_dec.norm(dim=1), torch.ones(D_SAE))
+
+
+def test_cpu_latents_that_do_not_fire_still_move():
+    state = start(make_params())
+    cpu.train_step(state, make_rows(64), Rule("topk", 9), StepSettings(1e-3))
+    m, v, w = state.m.W_enc.clone(), state.v.W_enc.clone(), state.params.W_enc.clone()
+    _, active = cpu.train_step(state, make_rows(64), Rule("threshold", 0, 1e9), StepSettings(1e-3))
+    assert active == 0
+    torch.testing.assert_close(state.m.W_enc, 0.9 * m)
+    torch.testing.assert_close(state.v.W_enc, 0.999 * v)
+    assert (state.params.W_enc != w)[m.abs() > 1e-6].any()
+
+
+# --- odd inputs ---
+
+
+@pytest.mark.parametrize("kernel", [reference, cpu])
+def test_no_active_pair(kernel):
+    params = make_params()._replace(b_enc=torch.full((D_SAE,), -1e6))
+    x = make_rows(20)
+    for rule in RULES:
+        codes = kernel.encode(params, x, rule)
+        assert codes.offsets.tolist() == [0] * 21 and len(codes.latents) == len(codes.values) == 0
+    assert torch.equal(kernel.decode(params, codes), (params.b_dec + params.b_pre).expand(20, -1))
+    loss, grads = kernel.gradients(params, x, codes)
+    assert loss == pytest.approx((x - params.b_dec - params.b_pre).double().square().mean().item(), rel=1e-5)
+    assert not grads.W_enc.any() and not grads.W_dec.any() and not grads.b_enc.any()
+    assert torch.equal(grads.b_pre, grads.b_dec)
+
+
+@pytest.mark.parametrize("kernel", [reference, cpu])
+@pytest.mark.parametrize("value", [0.0, 3.0])
+@pytest.mark.parametrize("n", [1, 7, 300])
+def test_ties(kernel, value, n):
+    """Latents and rows that are all alike: the count is exact all the same."""
+    params = make_params()
+    params = Params(torch.full_like(params.W_enc, 0.5), torch.ones(D_SAE), params.W_dec, params.b_dec, torch.zeros(D_IN))
+    x = torch.full((n, D_IN), value)
+    for k in (1, 9, D_SAE):
+        for kind in ("topk", "batchtopk"):
+            codes = kernel.encode(params, x, Rule(kind, k))
+            assert_well_formed(codes)
+            assert len(codes.values) == n * k
+            assert codes.values.unique().tolist() == [value * 0.5 * D_IN + 1]
+            if kind == "topk":
+                assert (codes.offsets.diff() == k).all()
+
+
+def test_batch_cut_falls_on_sinks():
+    """BatchTopK gives a sink row many latents; TopK gives it k."""
+    params, x = make_params(), make_rows(200, sinks=1)
+    counts = cpu.encode(params, x, Rule("batchtopk", 9)).offsets.diff()
+    assert counts.sum() == 200 * 9 and counts[0] > 5 * 9
+    assert (cpu.encode(params, x, Rule("topk", 9)).offsets.diff() == 9).all()
+
+
+def test_sample_that_misleads_is_repaired():
+    """All positive pre-activations sit where the batch's sample looks: the bound from it is too high."""
+    d_sae, n = 61, 500  # the stride equals d_sae: only latent 0 is seen
+    params = make_params(0, D_IN, d_sae)
+    params = params._replace(W_enc=params.W_enc * 1e-3, b_enc=torch.linspace(1, 2, d_sae).flip(0))
+    x = make_rows(n)
+    for k in (1, 30, 60):
+        for kind in ("batchtopk", "topk"):
+            expected = reference.encode(params, x, Rule(kind, k))
+            assert_same_codes(cpu.encode(params, x, Rule(kind, k)), expected, params, x)
+
+
+@pytest.mark.parametrize("kernel", [reference, cpu])
+@pytest.mark.parametrize("rule", RULES)
+def test_divergence_shows_in_the_loss(kernel, rule):
+    for bad in (math.nan, math.inf):
+        state, x = start(make_params()), make_rows(16)
+        x[3, 5] = bad
+        loss, _ = kernel.train_step(state, x, rule, StepSettings(1e-3))
+        assert not math.isfinite(loss)
+
+
+# --- determinism, threads, bf16 ---
+
+
+@pytest.mark.parametrize("matmul", ["fp32", "bf16"])
+@pytest.mark.parametrize("rule", [Rule("topk", 5), Rule("batchtopk", 5), Rule("threshold", 0, 30.0), Rule("threshold", 0, 0.1)])
+def test_same_bytes(rule, matmul):
+    """Same input and thread count, same bytes, whatever the buffers held; 1 and 2 threads agree to rounding."""
+    results = {}
+    for threads in (1, 2):
+        kernels.set_threads(threads)
+        runs = []
+        for attempt in range(2):
+            state = start(make_params())
+            if attempt:  # a workspace that another batch has filled
+                other = copy.deepcopy(state)
+                cpu.train_step(other, make_rows(333, 9), Rule("threshold", 0, 1.0), StepSettings(1e-3, 1.0))
+                state.workspace = other.workspace
+            losses = [
+                cpu.train_step(state, make_rows(n, n, sinks=1), rule, StepSettings(1e-3, matmul=matmul)) for n in (128, 50)
+            ]
+            runs.append((losses, [t.clone() for part in (state.params, state.m, state.v) for t in part]))
+        assert runs[0][0] == runs[1][0]
+        assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+        results[threads] = runs[0]
+    assert results[1][0][0][0] == pytest.approx(results[2][0][0][0], rel=1e-5)
+    for one, two in zip(results[1][1][:5], results[2][1][:5], strict=True):
+        assert apart(one, two) < 1e-4
+
+
+@pytest.mark.parametrize("rule", [Rule("topk", 8), Rule("batchtopk", 8), Rule("threshold", 0, 40.0)])
+def test_bf16_selects_but_does_not_set_values(rule):
+    """Nearly the same pairs are kept; the values of those that are kept are float32's."""
+    params, x = make_params(5), make_rows(256, 5)
+    assert cpu._share_kept(params, x - params.b_pre, rule) <= cpu.BF16_BELOW
+    exact, actual = reference.encode(params, x, rule), cpu.encode(params, x, rule, "bf16")
+    assert_well_formed(actual)
+    z, z_exact = dense(actual), dense(exact)
+    both = (z > 0) & (z_exact > 0)
+    assert both.sum() >= 0.97 * (z_exact > 0).sum()
+    assert ((z - z_exact).abs() <= 1e-5 * x.norm(dim=1, keepdim=True))[both].all()
+    losses = [kernel.gradients(params, x, codes)[0] for kernel, codes in ((reference, exact), (cpu, actual))]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+def test_bf16_codes_that_are_not_sparse_are_float32s():
+    params, x = make_params(5), make_rows(64, 5)
+    for rule in (Rule("batchtopk", D_SAE // 2), Rule("threshold", 0, 0.1)):
+        for mine, theirs in zip(cpu.encode(params, x, rule, "bf16"), cpu.encode(params, x, rule), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+# --- which kernel ---
+
+
+def test_choose_resolves_auto(caplog):
+    with caplog.at_level(logging.INFO, "saegrid.kernels"):
+        choice = kernels.choose("auto", "auto", 0)
+    assert choice.kernel == "cpu" and choice.matmul in ("fp32", "bf16")
+    assert choice.threads == len(os.sched_getaffinity(0))
+    assert "kernel cpu" in caplog.text and "numba" in caplog.text
+    assert kernels.choose("reference", "fp32", 3) == ("reference", "fp32", 3)
+
+
+def test_load():
+    assert kernels.load("reference") is reference and kernels.load("cpu") is cpu
+    with pytest.raises(ConfigError, match="kernel = 'cuda'"):
+        kernels.load("cuda")
+    with pytest.raises(ConfigError, match="kernel = 'cuda'"):
+        kernels.choose("cuda", "auto", 0)
+    with pytest.raises(ConfigError, match="kernel = 'gpu'"):
+        kernels.load("gpu")

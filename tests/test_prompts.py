@@ -1,0 +1,151 @@
+"""Prompts: splits that share nothing, exact row counts, the shared chat prefix, and datasets that do not fit."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import save_dataset, save_model, tiny_tokenizer
+from transformers import AutoTokenizer
+
+from saegrid.config import make_config
+from saegrid.errors import ConfigError
+from saegrid.prompts import Prompt, gsm_symbolic, make_prompts, split_templates
+
+GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
+
+
+def config_for(**parameters):
+    return make_config(k=4, **{"train_tokens": 2000, "val_tokens": 500, "eval_prompts": 6, **parameters})
+
+
+def rows(prompts):
+    return sum(len(prompt.positions) for prompt in prompts)
+
+
+def test_positions_are_all_but_of_a_shared_prefix_only_the_first():
+    assert Prompt([5, 6, 7], 0).positions == [0, 1, 2]
+    assert Prompt([5, 6, 7, 8, 9], 0, prefix=3).positions == [0, 3, 4]
+    assert Prompt([5], 0, prefix=3).positions == [0]
+
+
+def test_templates_are_dealt_out_once_each():
+    split = split_templates(0)
+    assert {name: len(some) for name, some in split.items()} == {"train": 51, "val": 17, "eval": 17}
+    assert len(set.union(*split.values())) == 85
+    assert split == split_templates(0) and split != split_templates(1)
+
+
+def test_embedded_splits_share_no_template_and_have_exact_row_counts():
+    config = config_for()
+    prompts = make_prompts(config, tiny_tokenizer())
+    assert (rows(prompts["train"]), rows(prompts["val"]), len(prompts["eval"])) == (2000, 500, 6)
+    templates = {name: {prompt.template for prompt in some} for name, some in prompts.items()}
+    for name, allowed in split_templates(config.data_seed).items():
+        assert templates[name] <= allowed
+    assert make_prompts(config, tiny_tokenizer()) == prompts
+    assert make_prompts(config_for(data_seed=1), tiny_tokenizer()) != prompts
+
+
+def test_neighbouring_data_seeds_draw_other_problems():
+    def questions(seed):
+        problems = gsm_symbolic(seed, range(100))
+        return {next(problems).question for _ in range(300)}
+
+    assert len(questions(0)) > 290
+    assert len(questions(0) & questions(1)) <= 3  # a template with few variants may come out alike
+
+
+def test_plain_text_is_question_newline_answer(tmp_path):
+    tokenizer = tiny_tokenizer()
+    prompts = make_prompts(config_for(dataset=save_dataset(tmp_path), train_tokens=100, val_tokens=50), tokenizer)
+    lines = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+    for prompt in prompts["eval"]:
+        line = lines[prompt.template]
+        assert tokenizer.decode(prompt.tokens) == line["question"] + "\n" + line["answer"]
+        assert prompt.prefix == 0
+
+
+def test_local_dataset_splits_share_no_prompt(tmp_path):
+    config = config_for(dataset=save_dataset(tmp_path), train_tokens=300, val_tokens=100)
+    prompts = make_prompts(config, tiny_tokenizer())
+    assert (rows(prompts["train"]), rows(prompts["val"]), len(prompts["eval"])) == (300, 100, 6)
+    texts = {split: {tiny_tokenizer().decode(p.tokens) for p in some} for split, some in prompts.items()}
+    assert all(text.startswith("train") for text in texts["train"] | texts["val"])
+    assert all(text.startswith("test") for text in texts["eval"])
+    assert not {p.template for p in prompts["train"]} & {p.template for p in prompts["val"]}
+
+
+def test_a_prompt_is_cut_behind_max_tokens(tmp_path):
+    config = config_for(dataset=save_dataset(tmp_path), train_tokens=100, val_tokens=50, max_tokens=7)
+    prompts = make_prompts(config, tiny_tokenizer())
+    assert {len(prompt.tokens) for prompt in prompts["eval"]} == {7}
+    assert rows(prompts["train"]) == 100
+
+
+def test_shared_chat_prefix_is_found_and_kept_only_at_position_0(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(save_model(tmp_path / "model", chat=True))
+    config = config_for(dataset=save_dataset(tmp_path / "data"), text="chat", train_tokens=300, val_tokens=100)
+    prompts = make_prompts(config, tokenizer)
+    everyone = [prompt for some in prompts.values() for prompt in some]
+    prefix = everyone[0].prefix
+    assert tokenizer.decode(everyone[0].tokens[:prefix]) == "<end>system\nBe brief.\n<end>user\n"
+    assert {prompt.prefix for prompt in everyone} == {prefix}
+    assert {tuple(prompt.tokens[:prefix]) for prompt in everyone} == {tuple(everyone[0].tokens[:prefix])}
+    assert prompts["eval"][0].positions[:2] == [0, prefix]
+    assert (rows(prompts["train"]), rows(prompts["val"])) == (300, 100)
+
+
+def test_chat_needs_a_template_and_room_behind_its_prefix(tmp_path):
+    data = save_dataset(tmp_path / "data")
+    with pytest.raises(ConfigError, match="text = 'chat': the tokenizer of .* has no chat template"):
+        make_prompts(config_for(dataset=data, text="chat"), tiny_tokenizer())
+    tokenizer = AutoTokenizer.from_pretrained(save_model(tmp_path / "model", chat=True))
+    with pytest.raises(ConfigError, match="max_tokens = 10: no room"):
+        make_prompts(config_for(dataset=data, text="chat", max_tokens=10), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"train_tokens": 10_000}, "train_tokens = 10000: .* has only"),
+        ({"val_tokens": 10_000}, "val_tokens = 10000: .* has only"),
+        ({"eval_prompts": 11}, "eval_prompts = 11: .* has only 10 left"),
+    ],
+)
+def test_a_dataset_that_is_too_small_names_the_parameter(tmp_path, parameters, message):
+    config = config_for(dataset=save_dataset(tmp_path), **{"train_tokens": 300, "val_tokens": 100, **parameters})
+    with pytest.raises(ConfigError, match=message):
+        make_prompts(config, tiny_tokenizer())
+
+
+def test_published_activations_need_evaluation_prompts_only(tmp_path):
+    config = config_for(dataset=save_dataset(tmp_path), activations="some/files", train_tokens=10**9)
+    prompts = make_prompts(config, tiny_tokenizer())
+    assert (prompts["train"], prompts["val"], len(prompts["eval"])) == ([], [], 6)
+
+
+def test_a_dataset_of_another_form_is_one_line(tmp_path):
+    def message(dataset):
+        with pytest.raises(ConfigError) as error:
+            make_prompts(config_for(dataset=dataset), tiny_tokenizer())
+        assert repr(dataset) in str(error.value) and "\n" not in str(error.value)
+        return str(error.value)
+
+    folder = Path(save_dataset(tmp_path / "data"))
+    assert "no such folder" in message(str(tmp_path / "nowhere"))
+    assert "no such embedded dataset; there is embedded:gsm_symbolic" in message("embedded:other")
+    (folder / "test.jsonl").write_text('{"prompt": "a"}\n')
+    assert "test needs the columns question and answer, has prompt" in message(str(folder))
+    (folder / "test.jsonl").write_text("no json\n")
+    assert "can't be read" in message(str(folder))
+    (folder / "test.jsonl").unlink()
+    assert "test.jsonl is missing" in message(str(folder))
+
+
+@pytest.mark.skipif(not GSM8K.is_dir(), reason=f"GSM8K's own files are not beside the checkout ({GSM8K})")
+def test_gsm8k_itself():
+    config = config_for(dataset=str(GSM8K), train_tokens=20_000, val_tokens=5000, eval_prompts=50)
+    tokenizer = tiny_tokenizer()
+    prompts = make_prompts(config, tokenizer)
+    assert (rows(prompts["train"]), rows(prompts["val"]), len(prompts["eval"])) == (20_000, 5000, 50)
+    assert all("\n#### " in tokenizer.decode(prompt.tokens) for prompt in prompts["eval"] if len(prompt.tokens) < 512)

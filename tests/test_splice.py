@@ -1,0 +1,110 @@
+"""The splice evaluator against a direct computation: one prompt at a time, full passes, nothing shared."""
+
+import pandas as pd
+import pytest
+import torch
+import transformers
+
+from saegrid.errors import StoreError
+from saegrid.lm import take_apart
+from saegrid.metrics import splice_metrics
+from saegrid.prompts import Prompt
+from saegrid.splice import evaluate, load_baseline, make_baseline, mean_losses, save_baseline, scored_positions
+
+SIZES = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 48, "num_attention_heads": 3, "num_hidden_layers": 4}
+CONFIGS = {
+    "Llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig(**SIZES)),
+    "Qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config(num_key_value_heads=3, **SIZES)),
+    "GPT-NeoX": (transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig(**SIZES)),
+    "GPT-2": (transformers.GPT2LMHeadModel, transformers.GPT2Config(vocab_size=61, n_embd=24, n_head=3, n_layer=4)),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def lm(request):
+    model_class, config = CONFIGS[request.param]
+    torch.manual_seed(0)
+    model = model_class(config)
+    for parameter in model.parameters():
+        parameter.data.mul_(3)  # initial weights are so small that every block is nearly the identity
+    return take_apart(model.eval(), None, {})
+
+
+def some_prompts(prefix=0):
+    generator = torch.Generator().manual_seed(1)
+    lengths = [9, 31, 2, 17, 12]
+    tokens = [torch.randint(0, 61, (length,), generator=generator).tolist() for length in lengths]
+    return [Prompt(ids, template=index // 2, prefix=prefix) for index, ids in enumerate(tokens)]
+
+
+def shift(x):
+    return x.roll(1, dims=-1)
+
+
+def direct(lm, prompt, layer, replace):
+    """Summed loss of one prompt: a full forward pass whose block output a hook replaces."""
+    positions = [0, *range(max(1, prompt.prefix), len(prompt.tokens) - 1)] if len(prompt.tokens) > 1 else []
+
+    def hook(module, arguments, output):
+        x = (output[0] if isinstance(output, tuple) else output).clone()
+        x[0, positions] = replace(x[0, positions])
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    handle = lm.blocks[layer].register_forward_hook(hook)
+    with torch.no_grad():
+        logits = lm.model(input_ids=torch.tensor([prompt.tokens])).logits[0].double()
+    handle.remove()
+    targets = torch.tensor(prompt.tokens)[[position + 1 for position in positions]]
+    return -logits.log_softmax(-1)[positions, targets].sum().item()
+
+
+@pytest.mark.parametrize("layer", [0, 2, 3])
+@pytest.mark.parametrize("prefix", [0, 5])
+def test_agrees_with_the_direct_computation(lm, layer, prefix):
+    prompts = [prompt for prompt in some_prompts(prefix) if len(prompt.tokens) > prefix + 1]
+    mean = torch.linspace(-1, 1, 24)
+    sums = evaluate(lm, make_baseline(lm, prompts, layer, mean), layer, shift)
+    passes = {
+        "clean": lambda x: x,
+        "spliced": shift,
+        "zero": torch.zeros_like,
+        "mean": lambda x: mean.expand_as(x),
+    }
+    for name, replace in passes.items():
+        expected = [direct(lm, prompt, layer, replace) for prompt in prompts]
+        assert sums[f"ce_{name}_sum"].tolist() == pytest.approx(expected, abs=1e-4), name
+    assert sums["ce_spliced_sum"].tolist() != pytest.approx(sums["ce_clean_sum"].tolist(), abs=1e-2)
+
+
+def test_the_true_activations_recover_everything(lm):
+    baseline = make_baseline(lm, some_prompts(), 2, torch.zeros(24))
+    result = splice_metrics(**mean_losses(evaluate(lm, baseline, 2, lambda x: x)))
+    assert result["delta_loss"] == 0
+    assert result["loss_recovered_zero"] == 1 and result["frac_rec_pct"] == 100
+
+
+def test_the_losses_are_summed_before_they_are_divided():
+    sums = pd.DataFrame({"n_tokens": [1, 3], **{f"ce_{name}_sum": [4.0, 0.0] for name in PASSES}})
+    assert mean_losses(sums) == dict.fromkeys(PASSES, 1.0)
+
+
+PASSES = ("clean", "spliced", "zero", "mean")
+
+
+def test_what_is_replaced_and_scored():
+    assert scored_positions(Prompt([7, 8, 9, 10], 0)).tolist() == [0, 1, 2]
+    assert scored_positions(Prompt([7, 8, 9, 10, 11], 0, prefix=3)).tolist() == [0, 3]
+
+
+def test_a_baseline_comes_back_as_it_was_saved(lm, tmp_path):
+    assert load_baseline(tmp_path) is None
+    baseline = make_baseline(lm, some_prompts(), 1, torch.zeros(24))
+    save_baseline(baseline, tmp_path)
+    back = load_baseline(tmp_path)
+    assert back.prompts == baseline.prompts
+    pd.testing.assert_frame_equal(back.sums, baseline.sums)
+    assert all(torch.equal(a, b) for a, b in zip(back.x, baseline.x, strict=True))
+    content = (tmp_path / "baseline.safetensors").read_bytes()
+    (tmp_path / "baseline.safetensors").write_bytes(content[:-8])
+    with pytest.raises(StoreError, match=r"baseline\.json: damaged"):
+        load_baseline(tmp_path)

@@ -1,0 +1,171 @@
+import json
+
+import pytest
+import torch
+
+from saegrid.activations import collect, open_store
+from saegrid.config import make_config
+from saegrid.errors import SaegridError
+from saegrid.kernels import reference
+from saegrid.sae import initial_sae
+from saegrid.store import Store
+from saegrid.train import calibrated_threshold, learning_rate, load_checkpoint, train
+
+
+def rows(n, heavy=1.0):
+    """Sparse sums of 20 directions in 8 dimensions, (n, 8); the first 64 rows `heavy` times as large."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(20, 8, generator=generator)
+    sparse = torch.rand(n, 20, generator=generator)
+    x = torch.where(sparse > 0.85, sparse, 0) @ basis
+    x[:64] *= heavy
+    return x
+
+
+@pytest.fixture
+def make_store(tmp_path):
+    """A real store, from published activation files that are made here."""
+
+    def make(n_val=100, scale=1.0, heavy=1.0):
+        files, folder = tmp_path / "files", tmp_path / "stores"
+        files.mkdir()
+        (files / "config.json").write_text('{"hidden_size": 8, "num_hidden_layers": 13}')
+        torch.save(scale * rows(300 + n_val)[:300], files / "instruct_base_layer12_train.pt")
+        torch.save(rows(n_val, heavy), files / "instruct_base_layer12_val.pt")
+        run = config(model=str(files), activations=str(files), store_dir=str(folder), act_dtype="float32")
+        collect(run)
+        return open_store(run)
+
+    return make
+
+
+class Interrupted(Store):
+    """A store whose reader is stopped after some batches, as by Ctrl-C."""
+
+    stop_after = 0
+
+    def batches(self, split, *args, **kwargs):
+        for batch in super().batches(split, *args, **kwargs):
+            if split == "train":
+                if not self.stop_after:
+                    raise KeyboardInterrupt
+                self.stop_after -= 1
+            yield batch
+
+
+def config(**changes):
+    return make_config(**{"arch": "BatchTopK", "expansion": 3, "k": 3, "epochs": 4, "batch_size": 64} | changes)
+
+
+def test_the_recipe_against_a_plain_torch_loop(make_store, tmp_path):
+    """torch.optim.Adam, autograd, per-step cosine, unit-norm decoder: the same weights."""
+    run = config(arch="TopK", epochs=2, lr=1e-2)
+    store = make_store()
+    ours, progress = train(run, store, reference, tmp_path)
+
+    start = initial_sae(run, 8, store.mean)
+    params = [torch.nn.Parameter(tensor.clone()) for tensor in start.params]
+    W_enc, b_enc, W_dec, b_dec, b_pre = params
+    optimiser = torch.optim.Adam(params, lr=run.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=10)
+    for epoch in range(2):
+        for x in store.batches("train", 64, run.seed, epoch):
+            pre = (x - b_pre) @ W_enc.T + b_enc
+            top = pre.topk(3, dim=1)
+            z = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
+            loss = (z @ W_dec + b_dec + b_pre - x).square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            W_dec.data.div_(W_dec.data.norm(dim=1, keepdim=True))
+    assert progress.best_epoch == 1
+    for mine, theirs in zip(ours.params, params, strict=True):
+        torch.testing.assert_close(mine, theirs.data, rtol=1e-3, atol=1e-5)
+
+
+def test_training_lowers_the_loss_and_keeps_the_best_epoch(make_store, tmp_path):
+    sae, progress = train(config(epochs=8, lr=1e-2), make_store(), reference, tmp_path)
+    val = [point["val_mse"] for point in progress.curve]
+    assert val[-1] < 0.5 * val[0]
+    assert progress.best_epoch == val.index(min(val))
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(24))
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == progress.curve
+
+
+def test_the_weights_kept_are_those_of_the_best_epoch(make_store, tmp_path):
+    store = make_store()
+    run = config(epochs=6, lr=1.0)  # so large that later epochs get worse again
+    sae, progress = train(run, store, reference, tmp_path)
+    sae.inference_threshold = None
+    sq_error = sum((sae(x) - x).double().square().sum().item() for x in store.batches("val", 64))
+    assert sq_error / store.rows("val").numel() == pytest.approx(progress.best_val_mse, rel=1e-6)
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 7, 13])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(make_store, tmp_path, stop_after):
+    run = config(checkpoint_steps=3)
+    store = make_store()
+    whole, progress = train(run, store, reference, tmp_path / "whole")
+    broken = Interrupted(store.folder)
+    broken.stop_after = stop_after
+    with pytest.raises(KeyboardInterrupt):
+        train(run, broken, reference, tmp_path / "resumed")
+    seen = []
+    resumed, again = train(run, store, reference, tmp_path / "resumed", report=seen.append)
+    assert all(torch.equal(a, b) for a, b in zip(whole.params, resumed.params, strict=True))
+    assert whole.inference_threshold == resumed.inference_threshold
+    assert again.curve == progress.curve
+    assert sum(seen) == 4 * 300
+    curves = [(tmp_path / folder / "metrics.jsonl").read_bytes() for folder in ("whole", "resumed")]
+    assert curves[0] == curves[1]
+
+
+def test_a_damaged_checkpoint_is_named(make_store, tmp_path):
+    train(config(epochs=1), make_store(), reference, tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(SaegridError, match=r"checkpoint\.pt: damaged checkpoint; delete it"):
+        load_checkpoint(path, initial_sae(config(), 8, torch.zeros(8)))
+
+
+def test_a_diverging_loss_stops_the_run(make_store, tmp_path):
+    store = make_store(scale=1e25)
+    with pytest.raises(SaegridError, match=r"the loss is (inf|nan) at step"):
+        train(config(), store, reference, tmp_path)
+
+
+@pytest.mark.parametrize("final", [0.0, 0.1])
+def test_cosine_annealing(final):
+    run = config(lr=1e-3, lr_final=final)
+    assert learning_rate(run, 0, 100) == pytest.approx(1e-3)
+    assert learning_rate(run, 50, 100) == pytest.approx((1e-3 + final * 1e-3) / 2)
+    assert learning_rate(run, 100, 100) == pytest.approx(final * 1e-3)
+
+
+@pytest.mark.parametrize("heavy", [1.0, 100.0])
+def test_the_calibrated_threshold_keeps_k_a_row(make_store, heavy):
+    """Also where one batch's rows outweigh all others."""
+    store = make_store(n_val=256, heavy=heavy)
+    sae = initial_sae(config(), 8, store.mean)
+    sae.inference_threshold = calibrated_threshold(sae, store, 64, reference)
+    codes = sae.encode(store.rows("val"))
+    assert (codes > 0).sum() == 3 * 256
+
+
+def test_the_threshold_is_zero_where_too_few_are_positive(make_store):
+    sae = initial_sae(config(k=24), 8, torch.zeros(8))
+    assert calibrated_threshold(sae, make_store(), 64, reference) == 0.0
+
+
+def test_theta_in_units_of_the_pre_activations(make_store, tmp_path):
+    store = make_store()
+    run = config(arch="JumpReLU", k=0, threshold=0.5, threshold_unit="rms", epochs=1)
+    sae, _ = train(run, store, reference, tmp_path)
+    start = initial_sae(run, 8, store.mean)
+    x = store.rows("train")[:64]
+    pre = (x - start.b_pre) @ start.W_enc.T + start.b_enc
+    norms = x.norm(dim=1)
+    assert sae.threshold == pytest.approx(
+        0.5 * pre[norms <= 10 * norms.median()].square().mean().sqrt().item(), rel=1e-5
+    )

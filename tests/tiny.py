@@ -1,0 +1,73 @@
+"""Tiny seeded language models of every known layout, a byte-level tokenizer, and small datasets."""
+
+import json
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+VOCAB, D_IN, N_LAYERS = 260, 16, 3
+SMALL = {"vocab_size": VOCAB, "hidden_size": D_IN, "num_hidden_layers": N_LAYERS, "num_attention_heads": 2}
+LLAMA = {**SMALL, "intermediate_size": 32, "num_key_value_heads": 1, "max_position_embeddings": 64}
+# a wide start makes attention and MLP matter next to the embeddings
+LAYOUTS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, initializer_range=0.3)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**LLAMA, initializer_range=0.3, tie_word_embeddings=True)),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, intermediate_size=32, initializer_range=0.3)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCAB, n_embd=D_IN, n_layer=N_LAYERS, n_head=2, n_positions=64, initializer_range=0.3)
+    ),
+}
+
+
+def tiny_model(layout):
+    torch.manual_seed(0)
+    return LAYOUTS[layout]().eval()
+
+
+def tiny_tokenizer():
+    """A byte-level tokenizer: one token per byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: index for index, symbol in enumerate(["<end>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+
+
+CHAT_TEMPLATE = (
+    "{{ '<end>system\\nBe brief.\\n' }}"
+    "{% for message in messages %}{{ '<end>' + message['role'] + '\\n' + message['content'] + '\\n' }}{% endfor %}"
+)
+
+
+def save_model(folder, layout="llama", chat=False):
+    """A tiny model and its tokenizer as a local folder."""
+    tokenizer = tiny_tokenizer()
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    tiny_model(layout).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def save_dataset(folder, train=40, test=10):
+    """`train.jsonl` and `test.jsonl` of GSM8K's form; every question is another one."""
+    folder.mkdir(exist_ok=True)
+    for split, count in (("train", train), ("test", test)):
+        lines = [
+            {"question": f"{split} {i}: {'x' * (i % 7)}?", "answer": f"{i}+1={i + 1}\n#### {i + 1}"}
+            for i in range(count)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
