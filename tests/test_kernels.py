@@ -215,7 +215,9 @@ def test_cpu_gradients_sparse_and_dense(share):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("grad_clip", "project_grad"), [(0.0, False), (1.0, False), (1e9, False), (0.0, True), (1.0, True)])
+@pytest.mark.parametrize(
+    ("grad_clip", "project_grad"), [(0.0, False), (1.0, False), (1e9, False), (0.0, True), (1.0, True)]
+)
 def test_cpu_train_step(rule, grad_clip, project_grad):
     """Several steps, the last batch a partial one, sinks included: weights and both moments."""
     step_settings = StepSettings(1e-2, grad_clip, project_grad)
@@ -228,7 +230,9 @@ def test_cpu_train_step(rule, grad_clip, project_grad):
         assert abs(actual_active - active) <= 1 + 2e-3 * active
         actual.params = Params(*(p.clone() for p in expected.params))  # no near-tie that one step turns is passed on
         for moments in ("m", "v"):
-            for name, mine, theirs in zip(Params._fields, getattr(actual, moments), getattr(expected, moments), strict=True):
+            for name, mine, theirs in zip(
+                Params._fields, getattr(actual, moments), getattr(expected, moments), strict=True
+            ):
                 assert apart(mine, theirs) < 1e-3, (moments, name)
     assert actual.step == expected.step == 3
 
@@ -280,7 +284,8 @@ def test_no_active_pair(kernel):
 def test_ties(kernel, value, n):
     """Latents and rows that are all alike: the count is exact all the same."""
     params = make_params()
-    params = Params(torch.full_like(params.W_enc, 0.5), torch.ones(D_SAE), params.W_dec, params.b_dec, torch.zeros(D_IN))
+    w_enc = torch.full_like(params.W_enc, 0.5)
+    params = params._replace(W_enc=w_enc, b_enc=torch.ones(D_SAE), b_pre=torch.zeros(D_IN))
     x = torch.full((n, D_IN), value)
     for k in (1, 9, D_SAE):
         for kind in ("topk", "batchtopk"):
@@ -326,7 +331,9 @@ def test_divergence_shows_in_the_loss(kernel, rule):
 
 
 @pytest.mark.parametrize("matmul", ["fp32", "bf16"])
-@pytest.mark.parametrize("rule", [Rule("topk", 5), Rule("batchtopk", 5), Rule("threshold", 0, 30.0), Rule("threshold", 0, 0.1)])
+@pytest.mark.parametrize(
+    "rule", [Rule("topk", 5), Rule("batchtopk", 5), Rule("threshold", 0, 30.0), Rule("threshold", 0, 0.1)]
+)
 def test_same_bytes(rule, matmul):
     """Same input and thread count, same bytes, whatever the buffers held; 1 and 2 threads agree to rounding."""
     results = {}
@@ -340,7 +347,8 @@ def test_same_bytes(rule, matmul):
                 cpu.train_step(other, make_rows(333, 9), Rule("threshold", 0, 1.0), StepSettings(1e-3, 1.0))
                 state.workspace = other.workspace
             losses = [
-                cpu.train_step(state, make_rows(n, n, sinks=1), rule, StepSettings(1e-3, matmul=matmul)) for n in (128, 50)
+                cpu.train_step(state, make_rows(n, n, sinks=1), rule, StepSettings(1e-3, matmul=matmul))
+                for n in (128, 50)
             ]
             runs.append((losses, [t.clone() for part in (state.params, state.m, state.v) for t in part]))
         assert runs[0][0] == runs[1][0]
@@ -393,3 +401,13 @@ def test_load():
         kernels.choose("cuda", "auto", 0)
     with pytest.raises(ConfigError, match="kernel = 'gpu'"):
         kernels.load("gpu")
+
+
+def test_weights_of_a_module_and_strided_rows():
+    """Weights that require gradients, and rows that are every other one of a larger batch."""
+    params, x = make_params(), make_rows(40)
+    module = Params(*(torch.nn.Parameter(p) for p in params))
+    with torch.no_grad():
+        codes = cpu.encode(module, x[::2], Rule("topk", 9))
+        x_hat = cpu.decode(module, codes)
+    assert torch.equal(x_hat, cpu.decode(params, cpu.encode(params, x[::2].clone(), Rule("topk", 9))))

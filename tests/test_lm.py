@@ -171,7 +171,7 @@ def test_missing_folder_file_or_layer_is_one_line(folder, tmp_path):
         with pytest.raises(ConfigError, match=message) as error:
             lm_shape(config_for(model))
         assert repr(model) in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(ConfigError, match="layer = 3: .* has layers 0 to 2"):
+    with pytest.raises(ConfigError, match=r"layer = 3: .* has layers 0 to 2"):
         load_lm(config_for(folder, layer=3))
 
 

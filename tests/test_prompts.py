@@ -70,7 +70,7 @@ def test_local_dataset_splits_share_no_prompt(tmp_path):
     prompts = make_prompts(config, tiny_tokenizer())
     assert (rows(prompts["train"]), rows(prompts["val"]), len(prompts["eval"])) == (300, 100, 6)
     texts = {split: {tiny_tokenizer().decode(p.tokens) for p in some} for split, some in prompts.items()}
-    assert all(text.startswith("train") for text in texts["train"] | texts["val"])
+    assert all("train".startswith(text[:5]) for text in texts["train"] | texts["val"])  # the last one may be cut
     assert all(text.startswith("test") for text in texts["eval"])
     assert not {p.template for p in prompts["train"]} & {p.template for p in prompts["val"]}
 
@@ -97,7 +97,7 @@ def test_shared_chat_prefix_is_found_and_kept_only_at_position_0(tmp_path):
 
 def test_chat_needs_a_template_and_room_behind_its_prefix(tmp_path):
     data = save_dataset(tmp_path / "data")
-    with pytest.raises(ConfigError, match="text = 'chat': the tokenizer of .* has no chat template"):
+    with pytest.raises(ConfigError, match=r"text = 'chat': the tokenizer of .* has no chat template"):
         make_prompts(config_for(dataset=data, text="chat"), tiny_tokenizer())
     tokenizer = AutoTokenizer.from_pretrained(save_model(tmp_path / "model", chat=True))
     with pytest.raises(ConfigError, match="max_tokens = 10: no room"):
@@ -137,9 +137,9 @@ def test_a_dataset_of_another_form_is_one_line(tmp_path):
     (folder / "test.jsonl").write_text('{"prompt": "a"}\n')
     assert "test needs the columns question and answer, has prompt" in message(str(folder))
     (folder / "test.jsonl").write_text("no json\n")
-    assert "can't be read" in message(str(folder))
+    assert "can't be read: " in message(str(folder))
     (folder / "test.jsonl").unlink()
-    assert "test.jsonl is missing" in message(str(folder))
+    assert "no test.jsonl in this folder" in message(str(folder))
 
 
 @pytest.mark.skipif(not GSM8K.is_dir(), reason=f"GSM8K's own files are not beside the checkout ({GSM8K})")

@@ -18,7 +18,7 @@ from transformers import (
 
 VOCAB, D_IN, N_LAYERS = 260, 16, 3
 SMALL = {"vocab_size": VOCAB, "hidden_size": D_IN, "num_hidden_layers": N_LAYERS, "num_attention_heads": 2}
-LLAMA = {**SMALL, "intermediate_size": 32, "num_key_value_heads": 1, "max_position_embeddings": 64}
+LLAMA = {**SMALL, "intermediate_size": 32, "num_key_value_heads": 1, "max_position_embeddings": 256}
 # a wide start makes attention and MLP matter next to the embeddings
 LAYOUTS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, initializer_range=0.3)),

@@ -20,12 +20,13 @@ MAIN = ["name", "l0", "val_mse", "nmse", "fvu_no_sink", "dead_pct", "delta_loss"
 """Columns of the results table on the home page."""
 
 
-def model_card(df: pd.DataFrame, prompts: pd.DataFrame | None = None, *, links: str = "") -> Markdown:
+def model_card(df: pd.DataFrame, prompts: pd.DataFrame | None = None, *, title: str = "", links: str = "") -> Markdown:
     """The home page's body: recommendation, headline figure, findings, results, what was swept, files, how to load.
 
     Args:
         df: the tidy table.
         prompts: the runs' per-prompt sums, for the intervals.
+        title: the grid's title.
         links: the report's folder as seen from the page, such as `report/`; empty: a card without links.
     """
     best = claims.recommend(df)
@@ -33,6 +34,7 @@ def model_card(df: pd.DataFrame, prompts: pd.DataFrame | None = None, *, links: 
     ax = plots.frontier(df, y="delta_loss", links=runs)
     own, published = claims.all_findings(df, prompts), claims.all_findings(results.published())
     return markdown(
+        f"{title}: {len(df)} runs." if title else f"{len(df)} runs.",
         recommendation(df, prompts, runs),
         plots.figure(ax, alt=frontier_alt(df, "delta_loss"), caption=frontier_caption("delta_loss")),
         "## The five published findings, tested again",
@@ -67,8 +69,9 @@ def recommendation(df: pd.DataFrame, prompts: pd.DataFrame | None = None, runs: 
     return Markdown(
         f"::: {{.headline}}\n**Recommended: {name}**, with the lowest delta loss {of}.\n\n"
         f"Spliced in, it costs the model **{text['delta_loss']} nats/token**{between} with **L0 {text['l0']}** "
-        f"of {number(best['d_sae'], 'd_sae')} latents: frac_rec {text['frac_rec_pct']}%, loss recovered against the mean "
-        f"{text['loss_recovered_mean']}, FVU without sinks {text['fvu_no_sink']}, dead latents {text['dead_pct']}%.\n:::\n"
+        f"of {number(best['d_sae'], 'd_sae')} latents: frac_rec {text['frac_rec_pct']}%, loss recovered against the "
+        f"mean {text['loss_recovered_mean']}, FVU without sinks {text['fvu_no_sink']}, dead latents "
+        f"{text['dead_pct']}%.\n:::\n"
     )
 
 
@@ -82,14 +85,14 @@ def findings_table(own: list[Finding], published: list[Finding], page: str | Non
         title = f"{ours.number}. {escape(ours.title)}"
         title = title if page is None else f'<a href="{page}#finding-{ours.number}">{title}</a>'
         rows.append(
-            f'<tr><th scope="row">{title}</th><td class="wrap">{escape(ours.claim)}</td>'
+            f'<tr><th scope="row" class="wrap">{title}<span class="claim">{escape(ours.claim)}</span></th>'
             f'<td class="text">{verdict(ours)}</td>'
-            f'<td class="wrap">{escape(ours.effect_name)}: {escape(ours.effect_text)}</td>'
+            f'<td class="text">{escape(ours.effect_text)}<span class="claim">{escape(ours.effect_name)}</span></td>'
             f'<td class="text">{verdict(theirs)}</td></tr>'
         )
-    heads = ["Finding", "Published claim", "Verdict here"]
-    heads += ['Effect and 95% interval <span class="unit">nats/token</span>', "Verdict on the published rows"]
-    caption = "Verdicts on this grid's rows. The interval is a paired bootstrap over problem templates."
+    heads = ["Published claim", "Verdict here", 'Effect, 95% interval <span class="unit">nats/token</span>']
+    heads += ["Published rows"]
+    caption = "Verdicts on this grid's rows and on the published ones; intervals by paired bootstrap over templates."
     return html_block(
         f'<div class="table-scroll" role="region" tabindex="0" aria-label="The five findings">\n'
         f'<table class="table results" data-quarto-disable-processing="true">\n<caption>{caption}</caption>\n'
@@ -113,10 +116,12 @@ def finding_section(own: Finding, published: Finding, links: str = "") -> Markdo
     parts = [
         f"> {own.claim}",
         f"**On this grid: {SIGNS[own.verdict][0]} {own.verdict}.** {own.sentence}",
-        f"{own.effect_name}: **{own.effect_text}** nats/token" + (" (95% interval)." if own.interval else "."),
         f"**On the published rows: {SIGNS[published.verdict][0]} {published.verdict}.** {published.sentence}",
         f"*Rule, fixed before the results.* {own.rule}",
     ]
+    if own.effect is not None:
+        interval = ", with its 95% interval" if own.interval else ""
+        parts.insert(2, f"{own.effect_name}: **{own.effect_text}** nats/token{interval}.")
     for finding, source in ((own, "this grid"), (published, "the published table")):
         if len(finding.evidence):
             caption = f"Finding {own.number}: rows of {source}."
@@ -171,7 +176,7 @@ def setting_table(df: pd.DataFrame) -> Markdown:
             f"{_values(df, 'ce_clean')} nats/token; zeros {_values(df, 'ce_zero')}, mean {_values(df, 'ce_mean')}",
         )
     ]
-    return pipe_table(["", "Value"], rows)
+    return pipe_table(["Setting", "Value"], rows)
 
 
 def files_text(best: pd.Series) -> Markdown:
@@ -240,7 +245,7 @@ def setting_note(df: pd.DataFrame, timing: pd.DataFrame) -> Markdown:
     hashes = [(n.replace("_", " "), _values(df, n, "`{}`")) for n in ("store_id", "data_sha256", "model_sha256")]
     columns = ["name", "train_seconds", "train_rows_per_second", "eval_seconds"]
     return markdown(
-        pipe_table(["", "Value"], machine + versions + hashes),
+        pipe_table(["What", "Value"], machine + versions + hashes),
         html_table(timing, columns, caption="Time of each run.", mark_best=False),
     )
 

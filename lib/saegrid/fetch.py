@@ -130,8 +130,10 @@ def hub_errors(parameter: str, name: str, revision: str = "") -> Iterator[None]:
         raise ConfigError(f"{parameter}_revision = {revision!r}: the Hub's {name} has no such revision") from None
     except errors.HFValidationError:
         raise ConfigError(f"{where}: no such folder, and not a Hub id (name or organisation/name)") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
         why = "HF_HUB_OFFLINE is set" if offline else "the Hub can't be reached"
+        if reachable:  # the Hub's client hides what else went wrong behind "not in the cache"
+            why = f"the Hub answered: {_first_line(error.__cause__ or error)}"
         raise ConfigError(f"{where}: no such folder, not in the Hub's local cache, and {why}") from None
     except errors.EntryNotFoundError as error:
         raise ConfigError(f"{where}: a file is missing on the Hub: {_first_line(error)}") from None

@@ -217,9 +217,10 @@ def large_adds_little(df: pd.DataFrame, drawn: pd.DataFrame | None = None) -> Fi
         gap, n = pairs["delta_loss_large"] - pairs["delta_loss_small"], len(pairs)
         weights = _weights(pairs, "run_id_large", 1 / n) | _weights(pairs, "run_id_small", -1 / n)
         effect, interval = float(gap.mean()), _interval(drawn, weights)
+        spread = "" if n == 1 else f", from {signed(gap.min())} to {signed(gap.max())}"
         sentence += (
             f"From {small}x to {large}x at matched K, delta loss moves by {signed(effect)} nats/token on average over "
-            f"{n} {'pair' if n == 1 else 'pairs'} (below 0 is a gain; from {signed(gap.min())} to {signed(gap.max())})."
+            f"{n} {'pair' if n == 1 else 'pairs'}{spread} (below 0 is a gain)."
         )
     verdict = NOT_TESTABLE if not testable else HOLDS if -effect <= LITTLE_NATS else FAILS
     return Finding(

@@ -31,7 +31,8 @@ def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None)
     runs_dir = root / (runs_dir or grid.constants.get("runs_dir", "runs"))
     report = root / "report"
     df = results.read_tidy(root / grid.results_dir)
-    write_text(report / "_home.md", card.model_card(df, results.load_prompts(df, runs_dir), links="report/"))
+    prompts = results.load_prompts(df, runs_dir)
+    write_text(report / "_home.md", card.model_card(df, prompts, title=grid.title, links="report/"))
     write_text(report / "_published.md", card.published_note())
     write_text(report / "_setting.md", card.setting_note(df, results.load_timing(df, runs_dir)))
     write_run_pages(df, runs_dir, report / "runs")
@@ -79,11 +80,13 @@ def run_page(notebook: dict[str, Any], page_title: str, nav: str) -> dict[str, A
             heading = next((line.lstrip("# ") for line in lines if line.startswith("## ")), heading)
         elif cell["cell_type"] == "code":
             cell["outputs"] = [output for output in map(_portable, cell.get("outputs", [])) if output]
+            options = []
+            if "parameters" in cell["metadata"].get("tags", []):
+                options = ["code-fold: true", 'code-summary: "All parameters and their defaults"']
             if any("image/png" in output.get("data", {}) for output in cell["outputs"]):
-                alt = json.dumps(
-                    f"{heading} of {page_title}; the text around the figure has its numbers", ensure_ascii=False
-                )
-                cell["source"] = f"#| fig-alt: {alt}\n{source}"
+                alt = f"{heading} of {page_title}; the text around the figure has its numbers"
+                options.append(f"fig-alt: {json.dumps(alt, ensure_ascii=False)}")
+            cell["source"] = "".join(f"#| {option}\n" for option in options) + source
     front = f"---\ntitle: {json.dumps(page_title, ensure_ascii=False)}\n---\n"
     added = [{"cell_type": "raw", "id": "page-front", "metadata": {}, "source": front}]
     added += [{"cell_type": "markdown", "id": "page-nav", "metadata": {}, "source": nav}]
@@ -98,7 +101,7 @@ def title(row: dict[str, Any]) -> str:
 
 def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:
     """Links to the runs before and behind, and to those that differ along one axis alone."""
-    around = ["[All runs](index.qmd) · [CSV](../data/results_tidy.csv) · [`metrics`](../results.ipynb)"]
+    around = ["[All runs](index.qmd) · [CSV](../data/results_tidy.csv) · [Results](../results.ipynb)"]
     if n > 0:
         around.insert(0, f"← [{title(rows[n - 1])}]({rows[n - 1]['run_id']}.ipynb)")
     if n + 1 < len(rows):

@@ -26,6 +26,10 @@ INK = "#0a0b0c"
 PALETTE = {"BatchTopK": "#d55e00", "TopK": "#3a86c8", "JumpReLU": "#009e73"}
 """Vermillion, blue and green after Okabe and Ito; the blue lighter, for 3:1 contrast on white and on near-black."""
 MARKERS = {"BatchTopK": "o", "TopK": "s", "JumpReLU": "^"}
+BESIDE = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+"""A legend beside the plot, where it hides nothing."""
+WIDE = 50.0
+"""Values that span more than this factor get a logarithmic axis."""
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "saegrid",
@@ -100,6 +104,9 @@ def frontier(
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.set_xlabel("L0 (latents/token, log scale)")
     ax.set_ylabel(header(y))
+    if df[y].min() > 0 and df[y].max() / df[y].min() > WIDE:
+        ax.set_yscale("log")
+        ax.set_ylabel(f"{header(y)}, log scale")
     _frontier_legend(df, ax)
     return ax
 
@@ -141,7 +148,7 @@ def dead_latents(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_ylim(bottom=0)
     ax.set_xlabel(header("k"))
     ax.set_ylabel(header("dead_pct"))
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    ax.legend(**BESIDE)
     return ax
 
 
@@ -153,13 +160,14 @@ def learning_curves(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         color = PALETTE.get(arch, INK)
         marker = MARKERS.get(arch, "o")
         (line,) = ax.plot(group["epoch"], group["val_mse"], color=color, marker=marker, markersize=3.5, alpha=0.8)
-        line.set_gid(f"mark: {group['name'].iloc[0]}")
+        if arch:
+            line.set_gid(f"mark: {group['name'].iloc[0]}")
     if df["run_id"].nunique() == 1:
         line.set_label("validation rows")
         ax.plot(df["epoch"], df["train_mse"], color=color, linestyle="--", label="training rows")
         ax.legend()
     else:
-        ax.legend(handles=_arch_handles(df), loc="upper right")
+        ax.legend(handles=_arch_handles(df), **BESIDE)
     if (df["val_mse"] > 0).all():
         ax.set_yscale("log")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -187,7 +195,7 @@ def firing_histogram(df: pd.DataFrame, *, n_rows: int = 0, ax: Axes | None = Non
         ax.plot(centres, shares.mean(0), color=color, marker=marker, markersize=3.5, label=arch)
         ax.fill_between(centres, shares.min(0), shares.max(0), color=color, alpha=0.15, linewidth=0)
     ax.set_ylim(bottom=0)
-    ax.xaxis.set_major_formatter(lambda value, _: f"{100 * 10**value:.2g}%")
+    ax.xaxis.set_major_formatter(lambda value, _: f"{float(f'{100 * 10**value:.2g}'):g}%")
     ax.set_xlabel("Share of validation rows on which a latent fires (log scale)")
     ax.set_ylabel("Latents (% of d_sae)")
     if df["arch"].any():
@@ -241,7 +249,7 @@ def against_published(df: pd.DataFrame, *, metric: str = "delta_loss", ax: Axes 
         Line2D([], [], marker="o", linestyle="", color=INK, label="own"),
         Line2D([], [], marker="o", linestyle="", color=INK, markerfacecolor="none", label="published"),
     ]
-    ax.legend(handles=handles, loc="best")
+    ax.legend(handles=handles, **BESIDE)
     return ax
 
 
@@ -297,4 +305,4 @@ def _frontier_legend(df: pd.DataFrame, ax: Axes) -> None:
     sizes = sorted(df["expansion"].unique())
     sizes = [Line2D([], [], markersize=np.sqrt(_size(size)), label=f"{size}x", **dot) for size in sizes]
     front = Line2D([], [], color=INK, alpha=0.45, linewidth=1.2, label="Pareto set")
-    ax.legend(handles=[*_arch_handles(df), *sizes, front], loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    ax.legend(handles=[*_arch_handles(df), *sizes, front], **BESIDE)

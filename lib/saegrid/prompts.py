@@ -181,21 +181,21 @@ def _question_answer(config: RunConfig) -> tuple[Any, Any]:
     datasets.disable_progress_bars()
     try:
         if folder:
-            files = {split: str(folder / f"{split}.jsonl") for split in ("train", "test")}
-            for path in files.values():
-                with open(path, "rb"):
-                    pass
-            data = datasets.load_dataset("json", data_files=files)
+            data = {}
+            for split in ("train", "test"):
+                path = folder / f"{split}.jsonl"
+                if not path.exists():
+                    raise ConfigError(f"{where}: no {path.name} in this folder")
+                data[split] = datasets.load_dataset("json", data_files=str(path), split="train")
         else:
             name = "main" if config.dataset == "openai/gsm8k" else None
             with hub_errors("dataset", config.dataset, config.dataset_revision):
                 data = datasets.load_dataset(config.dataset, name, revision=config.dataset_revision or None)
     except ConfigError:
         raise
-    except FileNotFoundError as error:
-        raise ConfigError(f"{where}: {error.filename or str(error).splitlines()[0]} is missing") from None
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-        raise ConfigError(f"{where}: can't be read: {str(error).strip().splitlines()[0]}") from None
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ConfigError(f"{where}: can't be read: {reason}") from None
     finally:
         datasets.enable_progress_bars()
     for split in ("train", "test"):

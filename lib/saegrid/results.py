@@ -115,7 +115,7 @@ def read_tidy(path: str | Path) -> pd.DataFrame:
     path = path / "results_tidy.csv" if path.is_dir() else path
     texts = {*TEXT, *(name for name in PARAMETERS if RunConfig.model_fields[name].annotation is str), "arch"}
     try:
-        df = pd.read_csv(path, dtype=dict.fromkeys(texts, str), float_precision="round_trip")
+        df = pd.read_csv(path, dtype=dict.fromkeys(texts, str))
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror}; `make report` makes it") from None
     except (ValueError, pd.errors.ParserError) as error:

@@ -75,7 +75,8 @@ class Run:
         self.best_epoch = -1
 
     def close(self) -> None:
-        """Let another process have the run."""
+        """The run is done: drop its checkpoint and let another process have it."""
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         self._lock.close()
 
     @property
@@ -148,7 +149,6 @@ class Run:
         self._write_times()
         row = self._row(rows | {"l0_eval": l0_eval} | splice_metrics(**mean_losses(sums)), sums, weights)
         write_json(self.folder / "metrics.json", row)
-        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         return self.metrics
 
     def _splice(self) -> tuple[pd.DataFrame, float]:

@@ -20,8 +20,8 @@ def page_svg(svg: str, ink: str, alt: str) -> str:
     svg = re.sub(r'<g id="mark: ([^"]*)">', r"<g><title>\1</title>", svg)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{mark}-\1"', svg)
     svg = re.sub(r'(url\(|href=")#([^")]+)', rf"\1#{mark}-\2", svg)
-    svg = re.sub(r"(<g><title>([^<]*)</title>(?:(?!</?g>).)*?<a )", r'\1aria-label="\2" ', svg, flags=re.S)
-    svg = re.sub(r"\n\s*\n", "\n", svg)
+    svg = re.sub(r"(<g><title>([^<]*)</title>(?:(?!</?g>).)*?<a )xlink:", r'\1aria-label="\2" ', svg, flags=re.S)
+    svg = re.sub(r"\n\s*\n", "\n", svg.replace(' target="_blank"', ""))
     role = "group" if "<a " in svg else "img"
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
     svg = re.sub(r'^<svg [^>]*?viewBox="[^"]*"[^>]*>', "", svg, count=1)

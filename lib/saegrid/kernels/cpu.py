@@ -1,13 +1,15 @@
-"""Fast kernels for processors: torch's matrix product for the encoder, compiled loops over the active pairs for the rest.
+"""The kernel for processors: torch's matrix product for the encoder, compiled loops over the active pairs for the rest.
 
 Same functions, arguments and results as `reference`, up to rounding. A step is
 
 1. pre-activations by one product; exact cut by bisection on a short list of candidates (no sort);
 2. reconstruction row by row, from the decoder rows of the active latents alone;
-3. one pass over latents: gradient from the active pairs, Adam, unit norm, while the latent's rows are in cache.
+3. latent by latent: gradient from the active pairs, Adam, unit norm, while the latent's row is in cache.
 
-Dense codes (JumpReLU with a low threshold) take plain products in 2 and 3 instead. With `matmul="bf16"` the product only
-selects; the kept values are computed again in float32. The same input and thread count give the same bytes.
+Dense codes (JumpReLU with a low threshold) take plain products in 2 and 3 instead. With `matmul="bf16"` the product
+only selects, and the kept values are computed again in float32; where so many are kept that this would not pay, the
+product is a float32 one. The same input and thread count give the same bytes: loops are cut into chunks by the amount
+of work, never by the number of threads, and sums that cross chunks are kept per chunk.
 """
 
 from __future__ import annotations
@@ -22,19 +24,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saegrid.kernels import _cpu_numba as loops
+from saegrid.kernels import _cpu_pairs as pairs
+from saegrid.kernels import _cpu_select as select
 from saegrid.kernels.reference import BETAS, EPS, Codes, Params, Rule, StepSettings, TrainState
 
 CHUNKS = 16  # pieces of a parallel loop; fixed, so that sums across pieces don't depend on the number of threads
-DENSE_ABOVE = 0.15  # share of active pairs above which plain products beat loops over pairs (measured)
-BF16_BELOW = 0.1  # share of active pairs up to which a bf16 product + float32 values beat one fp32 product (measured)
+DENSE_ABOVE = 0.5  # share of active pairs above which plain products beat loops over pairs (measured)
+BF16_BELOW = 0.12  # share of active pairs up to which a bf16 product + float32 values beat one fp32 product (measured)
 LATENT_COST = 8  # work per latent in the backward pass, in active pairs (Adam against a pair's gradient)
-PROBE_ROWS = 16  # rows that tell how many pairs a threshold keeps
+PROBE = 64, 32  # rows, and one latent in so many, that tell how many pairs a threshold keeps
 
 
 def encode(params: Params, x: Tensor, rule: Rule, matmul: str = "fp32") -> Codes:
     """Codes of the rows x (N, d_in). See `reference.encode`."""
-    return _encode(params, x - params.b_pre, rule, matmul, {})
+    return _encode(params, x.contiguous() - params.b_pre, rule, matmul, {})
 
 
 def decode(params: Params, codes: Codes) -> Tensor:
@@ -48,13 +51,13 @@ def decode(params: Params, codes: Codes) -> Tensor:
 def gradients(params: Params, x: Tensor, codes: Codes) -> tuple[float, Params]:
     """Loss and its gradient through the active pairs, dense. See `reference.gradients`."""
     grads = Params(*map(torch.empty_like, params))
-    loss = _gradients(params, x, x - params.b_pre, codes, grads, {})
+    loss = _gradients(params, x.contiguous(), x.contiguous() - params.b_pre, codes, grads, {})
     return loss, grads
 
 
 def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings) -> tuple[float, int]:
-    """One training step, in place. See `reference.train_step`."""
-    params, workspace = state.params, state.workspace
+    """One training step, in place. See `reference.train_step`. Buffers are kept in `state.workspace`."""
+    params, workspace, x = state.params, state.workspace, x.contiguous()
     centred = torch.sub(x, params.b_pre, out=_buffer(workspace, "centred", x.shape))
     codes = _encode(params, centred, rule, settings.matmul, workspace)
     beta1, beta2 = BETAS
@@ -67,9 +70,9 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         loss = _gradients(params, x, centred, codes, grads, workspace)
         edges = _even(len(params.b_enc))
         if settings.project_grad:
-            _run(loops.project_latents, edges, *_arrays((grads.W_dec, params.W_dec)))
+            _run(pairs.project_latents, edges, *_arrays((grads.W_dec, params.W_dec)))
         _clip(grads, settings.grad_clip)
-        _run(loops.apply_latents, edges, *_arrays(grads[:3]), weights, m, v, adam)
+        _run(pairs.apply_latents, edges, *_arrays(grads[:3]), weights, m, v, adam)
         g_dec_bias, g_pre_bias = grads.b_dec, grads.b_pre
     else:
         loss, d_hat = _error(params, x, codes, workspace)
@@ -77,12 +80,12 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         lists, edges = _by_latent(codes, len(params.b_enc), workspace)
         pull = _buffer(workspace, "pull", (CHUNKS, x.shape[1]))
         _run(
-            loops.step_latents, edges, *lists, *_arrays((d_hat, centred)), weights, m, v, pull.numpy(),
+            pairs.step_latents, edges, *lists, *_arrays((d_hat, centred)), weights, m, v, pull.numpy(),
             settings.project_grad, adam,
         )  # fmt: skip
         g_pre_bias = g_dec_bias - pull.sum(0)
-    loops.apply_vector(*_arrays((g_dec_bias, params.b_dec, state.m.b_dec, state.v.b_dec)), adam)
-    loops.apply_vector(*_arrays((g_pre_bias, params.b_pre, state.m.b_pre, state.v.b_pre)), adam)
+    pairs.apply_vector(*_arrays((g_dec_bias, params.b_dec, state.m.b_dec, state.v.b_dec)), adam)
+    pairs.apply_vector(*_arrays((g_pre_bias, params.b_pre, state.m.b_pre, state.v.b_pre)), adam)
     return loss, len(codes.values)
 
 
@@ -94,21 +97,22 @@ def _encode(params: Params, centred: Tensor, rule: Rule, matmul: str, workspace:
     bound = np.float32(max(rule.threshold, 0.0) if rule.kind == "threshold" else 0.0)
     narrow = matmul == "bf16" and _share_kept(params, centred, rule) <= BF16_BELOW
     pre = _pre_acts(params, centred, narrow, workspace)
-    offsets, latents, values = _select(pre, params.b_enc.numpy(), rule, bound, workspace)
+    offsets, latents, values = _select(pre, params.b_enc.detach().numpy(), rule, bound, workspace)
     if narrow:
         rows = _arrays((centred, params.W_enc, params.b_enc))
-        _run(loops.recompute, _by_weight(offsets), *rows, offsets, latents, values)
+        _run(pairs.recompute, _by_weight(offsets), *rows, offsets, latents, values)
         if (values <= bound).any():
-            loops.cut_batch(offsets, latents, values, bound, 0)
+            select.cut_batch(offsets, latents, values, bound, 0)
     kept = offsets[-1]
     return Codes(*map(torch.from_numpy, (offsets, latents[:kept], values[:kept])))
 
 
 def _share_kept(params: Params, centred: Tensor, rule: Rule) -> float:
-    """Share of the pairs that the rule will keep; for a threshold, as the first rows have it."""
+    """Share of the pairs that the rule will keep; for a threshold, as some rows and latents have it."""
     if rule.kind != "threshold":
         return rule.k / len(params.b_enc)
-    pre = torch.addmm(params.b_enc, centred[:PROBE_ROWS], params.W_enc.T)
+    rows, stride = PROBE
+    pre = torch.addmm(params.b_enc[::stride], centred[:rows], params.W_enc[::stride].T)
     return (pre > max(rule.threshold, 0.0)).float().mean().item()
 
 
@@ -132,18 +136,18 @@ def _select(
     wide = _arrays((_buffer(workspace, "latents", pre.shape, torch.int32), _buffer(workspace, "values", pre.shape)))
     counts, edges = np.empty(n_rows, np.int64), _even(n_rows)
     if count:
-        bound = loops.batch_bound(pre, bias, count)
-    _run(loops.list_above, edges, pre, bias, bound, k, *wide, counts)
+        bound = select.batch_bound(pre, bias, count)
+    _run(select.list_above, edges, pre, bias, bound, k, *wide, counts)
     if bound > 0 and counts.sum() < count:  # the sample misled
-        _run(loops.list_above, edges, pre, bias, np.float32(0), k, *wide, counts)
+        _run(select.list_above, edges, pre, bias, np.float32(0), k, *wide, counts)
     offsets = np.zeros(n_rows + 1, np.int64)
     np.cumsum(counts, out=offsets[1:])
     latents, values = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
-    _run(loops.pack, edges, *wide, offsets, latents, values)
+    _run(select.pack, edges, *wide, offsets, latents, values)
     if 0 < count < len(values):
-        cut = loops.kth_largest(values, len(values), count)
-        ties = count - loops.count_above(values, len(values), cut)
-        loops.cut_batch(offsets, latents, values, cut, ties)
+        cut = select.kth_largest(values, len(values), count)
+        ties = count - select.count_above(values, len(values), cut)
+        select.cut_batch(offsets, latents, values, cut, ties)
     return offsets, latents[: offsets[-1]], values[: offsets[-1]]
 
 
@@ -157,7 +161,7 @@ def _is_dense(codes: Codes, params: Params) -> bool:
 def _dense(codes: Codes, d_sae: int, workspace: dict) -> Tensor:
     """Codes as (N, d_sae)."""
     z = _buffer(workspace, "z", (len(codes.offsets) - 1, d_sae)).zero_()
-    _run(loops.scatter, _by_weight(codes.offsets.numpy()), *_arrays(codes), z.numpy())
+    _run(pairs.scatter, _by_weight(codes.offsets.numpy()), *_arrays(codes), z.numpy())
     return z
 
 
@@ -166,7 +170,7 @@ def _decode(params: Params, codes: Codes, out: Tensor, workspace: dict) -> None:
     if _is_dense(codes, params):
         torch.addmm(bias, _dense(codes, len(params.b_enc), workspace), params.W_dec, out=out)
     else:
-        _run(loops.decode_rows, _by_weight(codes.offsets.numpy()), *_arrays((*codes, params.W_dec, bias, out)))
+        _run(pairs.decode_rows, _by_weight(codes.offsets.numpy()), *_arrays((*codes, params.W_dec, bias, out)))
 
 
 def _error(params: Params, x: Tensor, codes: Codes, workspace: dict) -> tuple[float, Tensor]:
@@ -174,7 +178,7 @@ def _error(params: Params, x: Tensor, codes: Codes, workspace: dict) -> tuple[fl
     d_hat = _buffer(workspace, "d_hat", x.shape)
     _decode(params, codes, d_hat, workspace)
     square_sums = np.empty(len(x))
-    _run(loops.error_rows, _even(len(x)), *_arrays((x, d_hat)), np.float32(2 / x.numel()), square_sums)
+    _run(pairs.error_rows, _even(len(x)), *_arrays((x, d_hat)), np.float32(2 / x.numel()), square_sums)
     return square_sums.sum().item() / x.numel(), d_hat
 
 
@@ -182,7 +186,7 @@ def _by_latent(codes: Codes, d_sae: int, workspace: dict) -> tuple[tuple[np.ndar
     """Latent-major lists (starts, rows, values) of the pairs, and edges of chunks of latents of like work."""
     nnz = len(codes.values)
     lists = np.empty(d_sae + 1, np.int64), np.empty(nnz, np.int32), np.empty(nnz, np.float32)
-    loops.by_latent(*_arrays(codes), *lists)
+    pairs.by_latent(*_arrays(codes), *lists)
     return lists, _by_weight(lists[0] + LATENT_COST * np.arange(d_sae + 1))
 
 
@@ -201,7 +205,7 @@ def _gradients(params: Params, x: Tensor, centred: Tensor, codes: Codes, grads: 
         lists, edges = _by_latent(codes, len(params.b_enc), workspace)
         chunk_pulls = _buffer(workspace, "pull", (CHUNKS, x.shape[1]))
         arrays = _arrays((d_hat, centred, params.W_enc, params.W_dec, *grads[:3], chunk_pulls))
-        _run(loops.gradient_latents, edges, *lists, *arrays)
+        _run(pairs.gradient_latents, edges, *lists, *arrays)
         pull = chunk_pulls.sum(0)
     torch.sub(grads.b_dec, pull, out=grads.b_pre)
     return loss
@@ -237,11 +241,12 @@ def _run(loop: Callable, edges: np.ndarray, *arguments: Any) -> None:
     if threads == 1:
         loop(0, CHUNKS, edges, *arguments)
         return
-    chunks = iter(range(CHUNKS))
+    size = max(1, CHUNKS // (2 * threads))
+    firsts = iter(range(0, CHUNKS, size))
 
     def work() -> None:
-        for chunk in chunks:  # whoever is free takes the next one
-            loop(chunk, chunk + 1, edges, *arguments)
+        for first in firsts:  # whoever is free takes the next ones
+            loop(first, min(first + size, CHUNKS), edges, *arguments)
 
     helpers = [_pool(threads, os.getpid()).submit(work) for _ in range(threads - 1)]
     work()
@@ -251,16 +256,16 @@ def _run(loop: Callable, edges: np.ndarray, *arguments: Any) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Waiting threads; they sleep between loops. A forked process starts its own."""
+    """Waiting threads; they sleep between pairs. A forked process starts its own."""
     return ThreadPoolExecutor(threads - 1, thread_name_prefix=f"saegrid-{process}")
 
 
 def _arrays(tensors: Iterable[Tensor]) -> tuple[np.ndarray, ...]:
-    return tuple(t.numpy() for t in tensors)
+    return tuple(t.detach().numpy() for t in tensors)
 
 
 def _buffer(workspace: dict, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor with any content, kept in `workspace`: fresh pages cost milliseconds. A shorter batch takes its front."""
+    """A tensor of any content, kept in `workspace`: fresh pages cost milliseconds. A shorter batch takes its front."""
     kept = workspace.get(name)
     if kept is None or len(kept) < shape[0] or kept.shape[1:] != shape[1:] or kept.dtype != dtype:
         kept = workspace[name] = torch.empty(shape, dtype=dtype)

@@ -1,0 +1,289 @@
+"""Compiled loops of the `cpu` kernel: work on the active (row, latent) pairs, and Adam.
+
+N rows, d_sae latents, d_in dimensions. Pairs are listed row by row (CSR: offsets, latents, values) or latent by latent
+(CSC: starts, rows, values). A loop with `first, last, edges` does the chunks `first` to `last - 1`, chunk c being
+edges[c] to edges[c + 1], and releases the interpreter's lock, so that `cpu._run` has plain threads run it.
+Four pairs are taken at a time: the sum's row is then loaded and stored once for four.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+# fastmath leaves out nnan and ninf: a run that diverges must show a loss of NaN or infinity.
+# Here and not shared: the cache on disk sees changes of its own file only, so no compiled code crosses modules.
+compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
+ZERO = np.float32(0)
+TINY = np.float32(1e-30)  # a first moment below is 0: those of dead latents would end as subnormals, which are slow
+GROUP_FLOATS = 2**19  # weights that a core's second cache about holds
+
+
+@compiled
+def group_size(offsets, weights):
+    """How many latents to take at a time: their weights about fit L2, and a row has some 16 active ones among them."""
+    n_latents, width = weights.shape
+    pairs = max(offsets[-1], 1)
+    return max(GROUP_FLOATS // width, 16 * n_latents * (len(offsets) - 1) // pairs, 1)
+
+
+@compiled
+def end_of_group(latents, start, stop, end):
+    """Place in a row's list (start to stop) of the first latent at or behind `end`."""
+    while start < stop and latents[start] < end:
+        start += 1
+    return start
+
+
+@compiled
+def recompute(first, last, edges, centred, w_enc, b_enc, offsets, latents, values):
+    """Pre-activations of the listed pairs in float32."""
+    begin, done, group = edges[first], edges[last], group_size(offsets, w_enc)
+    places = offsets[begin:done].copy()
+    for end in range(group, len(w_enc) + group, group):
+        for n in range(begin, done):
+            i, stop = places[n - begin], end_of_group(latents, places[n - begin], offsets[n + 1], end)
+            places[n - begin] = stop
+            while i + 4 <= stop:
+                j0, j1, j2, j3 = latents[i], latents[i + 1], latents[i + 2], latents[i + 3]
+                s0, s1, s2, s3 = b_enc[j0], b_enc[j1], b_enc[j2], b_enc[j3]
+                for c in range(w_enc.shape[1]):
+                    x = centred[n, c]
+                    s0 += x * w_enc[j0, c]
+                    s1 += x * w_enc[j1, c]
+                    s2 += x * w_enc[j2, c]
+                    s3 += x * w_enc[j3, c]
+                values[i], values[i + 1], values[i + 2], values[i + 3] = s0, s1, s2, s3
+                i += 4
+            while i < stop:
+                j0 = latents[i]
+                s0 = b_enc[j0]
+                for c in range(w_enc.shape[1]):
+                    s0 += centred[n, c] * w_enc[j0, c]
+                values[i] = s0
+                i += 1
+
+
+@compiled
+def by_latent(offsets, latents, values, starts, rows, by_latent_values):
+    """CSR to latent-major lists (CSC): latent j has entries starts[j] to starts[j + 1], rows ascending."""
+    starts[:] = 0
+    for i in range(offsets[-1]):
+        starts[latents[i] + 1] += 1
+    for j in range(len(starts) - 1):
+        starts[j + 1] += starts[j]
+    place = starts[:-1].copy()
+    for n in range(len(offsets) - 1):
+        for i in range(offsets[n], offsets[n + 1]):
+            j = latents[i]
+            rows[place[j]] = n
+            by_latent_values[place[j]] = values[i]
+            place[j] += 1
+
+
+@compiled
+def scatter(first, last, edges, offsets, latents, values, out):
+    """CSR lists to dense rows `out` (N, d_sae), which are zero before."""
+    for n in range(edges[first], edges[last]):
+        for i in range(offsets[n], offsets[n + 1]):
+            out[n, latents[i]] = values[i]
+
+
+@compiled
+def add_rows(start, stop, rows, factors, x, out):
+    """out (d_in,) += sum of factors[i] * x[rows[i]]. Returns the sum of the factors."""
+    width = x.shape[1]
+    total = ZERO
+    i = start
+    while i + 4 <= stop:
+        n0, n1, n2, n3 = rows[i], rows[i + 1], rows[i + 2], rows[i + 3]
+        f0, f1, f2, f3 = factors[i], factors[i + 1], factors[i + 2], factors[i + 3]
+        for c in range(width):
+            out[c] += f0 * x[n0, c] + f1 * x[n1, c] + f2 * x[n2, c] + f3 * x[n3, c]
+        total += (f0 + f1) + (f2 + f3)
+        i += 4
+    while i < stop:
+        n0, f0 = rows[i], factors[i]
+        for c in range(width):
+            out[c] += f0 * x[n0, c]
+        total += f0
+        i += 1
+    return total
+
+
+@compiled
+def decode_rows(first, last, edges, offsets, latents, values, w_dec, bias, out):
+    """Reconstructions (N, d_in), `bias` (d_in,) included."""
+    begin, done, group = edges[first], edges[last], group_size(offsets, w_dec)
+    places = offsets[begin:done].copy()
+    for n in range(begin, done):
+        for c in range(len(bias)):
+            out[n, c] = bias[c]
+    for end in range(group, len(w_dec) + group, group):
+        for n in range(begin, done):
+            start, stop = places[n - begin], end_of_group(latents, places[n - begin], offsets[n + 1], end)
+            places[n - begin] = stop
+            add_rows(start, stop, latents, values, w_dec, out[n])
+
+
+@compiled
+def error_rows(first, last, edges, x, x_hat, scale, square_sums):
+    """x_hat to scale * (x_hat - x), in place; the squared errors' sum of each row, in float64."""
+    width = x.shape[1]
+    for n in range(edges[first], edges[last]):
+        total = 0.0
+        for c in range(width):
+            error = x_hat[n, c] - x[n, c]
+            total += np.float64(error) * np.float64(error)
+            x_hat[n, c] = error * scale
+        square_sums[n] = total
+
+
+@compiled
+def decoder_gradient(j, start, stop, rows, values, d_hat, w_dec, gradient, d_z):
+    """Adds latent j's gradient of W_dec to a row (d_in,); writes that of each of its activations to d_z."""
+    width = w_dec.shape[1]
+    i = start
+    while i + 4 <= stop:
+        n0, n1, n2, n3 = rows[i], rows[i + 1], rows[i + 2], rows[i + 3]
+        z0, z1, z2, z3 = values[i], values[i + 1], values[i + 2], values[i + 3]
+        d0, d1, d2, d3 = ZERO, ZERO, ZERO, ZERO
+        for c in range(width):
+            w = w_dec[j, c]
+            e0, e1, e2, e3 = d_hat[n0, c], d_hat[n1, c], d_hat[n2, c], d_hat[n3, c]
+            d0 += w * e0
+            d1 += w * e1
+            d2 += w * e2
+            d3 += w * e3
+            gradient[c] += z0 * e0 + z1 * e1 + z2 * e2 + z3 * e3
+        d_z[i], d_z[i + 1], d_z[i + 2], d_z[i + 3] = d0, d1, d2, d3
+        i += 4
+    while i < stop:
+        n0, z0 = rows[i], values[i]
+        d0 = ZERO
+        for c in range(width):
+            e0 = d_hat[n0, c]
+            d0 += w_dec[j, c] * e0
+            gradient[c] += z0 * e0
+        d_z[i] = d0
+        i += 1
+
+
+@compiled
+def adam_row(p, m, v, gradient, keep1, beta2, keep2, rate, correction, eps):
+    """Adam on one row, in place; returns the new squared norm.
+
+    keep1 = 1 - beta1, keep2 = 1 - beta2, rate = lr / (1 - beta1^t), correction = 1 / (1 - beta2^t).
+    """
+    square_sum = ZERO
+    for c in range(len(p)):
+        g = gradient[c]
+        first = m[c] + keep1 * (g - m[c])
+        first = first if abs(first) > TINY or first != first else ZERO
+        second = beta2 * v[c] + keep2 * g * g
+        new = p[c] - rate * first / (np.sqrt(second * correction) + eps)
+        m[c], v[c], p[c] = first, second, new
+        square_sum += new * new
+    return square_sum
+
+
+@compiled
+def apply_encoder(j, g_enc, g_bias, params, m, v, adam):
+    """Adam on latent j's encoder row and bias. params, m, v: (W_enc, b_enc, W_dec)."""
+    keep1, beta2, keep2, rate, correction, eps = adam
+    adam_row(params[0][j], m[0][j], v[0][j], g_enc, keep1, beta2, keep2, rate, correction, eps)
+    bias = slice(j, j + 1)
+    adam_row(params[1][bias], m[1][bias], v[1][bias], g_bias, keep1, beta2, keep2, rate, correction, eps)
+
+
+@compiled
+def apply_decoder(j, g_dec, params, m, v, adam):
+    """Adam on latent j's decoder row, and the row back to norm 1."""
+    keep1, beta2, keep2, rate, correction, eps = adam
+    w_dec = params[2][j]
+    square_sum = adam_row(w_dec, m[2][j], v[2][j], g_dec, keep1, beta2, keep2, rate, correction, eps)
+    norm = max(np.sqrt(square_sum), np.float32(1e-12))
+    for c in range(len(w_dec)):
+        w_dec[c] /= norm
+
+
+@compiled
+def project_row(gradient, w_dec):
+    """Drop the part of a gradient (d_in,) along a decoder row of norm 1, in place."""
+    along = ZERO
+    for c in range(len(w_dec)):
+        along += gradient[c] * w_dec[c]
+    for c in range(len(w_dec)):
+        gradient[c] -= along * w_dec[c]
+
+
+@compiled
+def step_latents(first, last, edges, starts, rows, values, d_hat, centred, params, m, v, pull, project, adam):
+    """Gradient and Adam of each latent while its rows are in cache; chunk c's part of b_pre's gradient in pull[c].
+
+    The decoder's rows first, then the encoder's: each pass gathers rows of one array only, which L2 about holds.
+    """
+    w_enc, _, w_dec = params
+    width = w_enc.shape[1]
+    gradient, g_bias = np.zeros(width, np.float32), np.zeros(1, np.float32)
+    for chunk in range(first, last):
+        begin = starts[edges[chunk]]
+        d_z = np.empty(starts[edges[chunk + 1]] - begin, np.float32)
+        its_rows, its_values = rows[begin:], values[begin:]
+        for j in range(edges[chunk], edges[chunk + 1]):
+            start, stop = starts[j] - begin, starts[j + 1] - begin
+            gradient[:] = ZERO
+            decoder_gradient(j, start, stop, its_rows, its_values, d_hat, w_dec, gradient, d_z)
+            if project:
+                project_row(gradient, w_dec[j])
+            apply_decoder(j, gradient, params, m, v, adam)
+        pull[chunk] = ZERO
+        for j in range(edges[chunk], edges[chunk + 1]):
+            start, stop = starts[j] - begin, starts[j + 1] - begin
+            gradient[:] = ZERO
+            bias = add_rows(start, stop, its_rows, d_z, centred, gradient)
+            if bias != ZERO:
+                for c in range(width):
+                    pull[chunk, c] += bias * w_enc[j, c]
+            g_bias[0] = bias
+            apply_encoder(j, gradient, g_bias, params, m, v, adam)
+
+
+@compiled
+def gradient_latents(
+    first, last, edges, starts, rows, values, d_hat, centred, w_enc, w_dec, g_enc, g_bias, g_dec, pull
+):
+    """As `step_latents`, but writes the gradients out instead of applying them."""
+    width = w_enc.shape[1]
+    d_z = np.empty(starts[edges[last]], np.float32)
+    for chunk in range(first, last):
+        pull[chunk] = ZERO
+        for j in range(edges[chunk], edges[chunk + 1]):
+            start, stop = starts[j], starts[j + 1]
+            g_enc[j] = ZERO
+            g_dec[j] = ZERO
+            decoder_gradient(j, start, stop, rows, values, d_hat, w_dec, g_dec[j], d_z)
+            g_bias[j] = add_rows(start, stop, rows, d_z, centred, g_enc[j])
+            for c in range(width):
+                pull[chunk, c] += g_bias[j] * w_enc[j, c]
+
+
+@compiled
+def project_latents(first, last, edges, g_dec, w_dec):
+    for j in range(edges[first], edges[last]):
+        project_row(g_dec[j], w_dec[j])
+
+
+@compiled
+def apply_latents(first, last, edges, g_enc, g_bias, g_dec, params, m, v, adam):
+    """Adam of each latent from gradients that are there already."""
+    for j in range(edges[first], edges[last]):
+        apply_decoder(j, g_dec[j], params, m, v, adam)
+        apply_encoder(j, g_enc[j], g_bias[j : j + 1], params, m, v, adam)
+
+
+@compiled
+def apply_vector(gradient, p, m, v, adam):
+    """Adam on a bias (d_in,)."""
+    keep1, beta2, keep2, rate, correction, eps = adam
+    adam_row(p, m, v, gradient, keep1, beta2, keep2, rate, correction, eps)

@@ -1,0 +1,200 @@
+"""Reading from the Hub, with the Hub's own client against a small server of its form, and without any network."""
+
+import hashlib
+import http.server
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from tiny import D_IN, save_dataset, save_model
+
+from saegrid.errors import ConfigError
+from saegrid.fetch import files_sha256, local_folder, replacing_folder
+
+COMMIT = "c0ffee" + "0" * 34
+REFUSALS = {
+    "gated": (403, "GatedRepo"),
+    "nowhere": (404, "RepoNotFound"),
+    "broken": (418, ""),
+}
+"""Repositories that the server refuses: status, and the code that the Hub gives along."""
+
+
+def serve(repositories):
+    """A server of files under `/{repository}/resolve/{revision}/{file}` and of their lists."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            parts = self.path.split("?")[0].strip("/").split("/")
+            if parts[0] == "api":
+                repository, rest = "/".join(parts[2:4]), parts[4:]
+            else:
+                start = 1 if parts[0] == "datasets" else 0
+                repository, rest = "/".join(parts[start : start + 2]), parts[start + 2 :]
+            refusal = REFUSALS.get(repository.split("/")[-1])
+            if refusal:
+                return self.answer(refusal[0], b"", {"X-Error-Code": refusal[1]})
+            if len(rest) > 1 and rest[1] not in ("main", COMMIT):
+                return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
+            files = repositories.get(repository, {})
+            if parts[0] == "api":
+                siblings = [{"rfilename": name} for name in files]
+                facts = {"id": repository, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
+                entries = [
+                    {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                    for name, content in files.items()
+                ]
+                return self.answer(200, json.dumps(entries if rest[:1] == ["tree"] else facts).encode(), {})
+            content = files.get("/".join(rest[2:]))
+            if content is None:
+                return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+            headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+            return self.answer(200, content, headers)
+
+        do_HEAD = do_GET
+
+        def answer(self, status, content, headers):
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def tensor_bytes(tensor):
+    buffer = io.BytesIO()
+    torch.save(tensor, buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """Environment in which the Hub is a local server with a model and published activations, and its folder."""
+    root = tmp_path_factory.mktemp("hub")
+    save_model(root / "model")
+    model = {path.name: path.read_bytes() for path in (root / "model").iterdir()}
+    acts = {"runs/12/instruct_base_layer1.pt": tensor_bytes(torch.randn(50, D_IN).half()), "README.md": b"-"}
+    server = serve({"some/model": model, "some/acts": acts, "some/empty": {"README.md": b"-"}})
+    endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    yield {"HF_ENDPOINT": endpoint, "HF_HOME": str(root / "home"), "HF_HUB_DISABLE_XET": "1"}
+    server.shutdown()
+
+
+def in_another_process(environment, code):
+    """Run code under other environment variables, as the Hub's client reads them when it is imported."""
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN")
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**clean, **environment}, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+SHAPES = """
+import json
+from saegrid.config import make_config
+from saegrid.errors import ConfigError
+from saegrid.lm import lm_shape
+answers = []
+for parameters in CASES:
+    try:
+        answers.append(lm_shape(make_config(k=4, **parameters)))
+    except ConfigError as error:
+        answers.append(str(error))
+print(json.dumps(answers))
+"""
+
+
+def test_the_hubs_answers_become_one_line(hub):
+    cases = {
+        "some/model": [D_IN, 3],
+        "some/gated": "model = 'some/gated': gated: accept its terms on the Hub",
+        "some/nowhere": "model = 'some/nowhere': no such folder here, and no such repository on the Hub",
+        "some/empty": "model = 'some/empty': a file is missing on the Hub",
+        "some/broken": "model = 'some/broken': no such folder, not in the Hub's local cache, and the Hub answered: ",
+    }
+    listed = [*({"model": name} for name in cases), {"model": "some/model", "model_revision": "v9"}]
+    *answers, revision = in_another_process(hub, SHAPES.replace("CASES", repr(listed)))
+    for answer, wanted in zip(answers, cases.values(), strict=True):
+        assert answer == wanted if isinstance(wanted, list) else answer.startswith(wanted), answer
+        assert "\n" not in str(answer)
+    assert revision == "model_revision = 'v9': the Hub's some/model has no such revision"
+
+
+COLLECT = """
+import json
+from saegrid.activations import collect, open_store
+from saegrid.config import make_config
+config = make_config(k=4, layer=1, eval_prompts=2, train_tokens=100, val_tokens=50, **PARAMETERS)
+collect(config)
+manifest = open_store(config).manifest
+print(json.dumps([manifest["model"], manifest["data"], open_store(config).n_train]))
+"""
+
+
+def test_model_and_published_activations_come_from_the_hub(hub, tmp_path):
+    local = {"model": "some/model", "dataset": save_dataset(tmp_path / "data"), "store_dir": str(tmp_path)}
+    model, _, rows = in_another_process(hub, COLLECT.replace("PARAMETERS", repr(local)))
+    assert (model["model"], model["revision"], rows) == ("some/model", COMMIT, 100)
+    files = {"model": "some/model", "activations": "some/acts", "store_dir": str(tmp_path)}
+    _, data, rows = in_another_process(hub, COLLECT.replace("PARAMETERS", repr(files)))
+    assert (data["revision"], data["files"], rows) == (COMMIT, {"all": "instruct_base_layer1.pt"}, 40)
+
+
+def test_without_the_hub_what_is_cached_is_used_and_the_rest_is_one_line(hub, tmp_path):
+    in_another_process(hub, SHAPES.replace("CASES", repr([{"model": "some/model"}])))
+    cases = repr([{"model": "some/model"}, {"model": "some/other"}])
+    unreachable = {**hub, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    for environment, why in ((unreachable, "the Hub can't be reached"), ({**hub, "HF_HUB_OFFLINE": "1"}, "is set")):
+        cached, other = in_another_process(environment, SHAPES.replace("CASES", cases))
+        assert cached == [D_IN, 3]
+        assert other.startswith("model = 'some/other': no such folder, not in the Hub's local cache, and")
+        assert other.endswith(why)
+
+
+def test_a_path_is_not_taken_for_a_hub_id(tmp_path):
+    assert local_folder("model", "org/name") is None
+    assert local_folder("model", str(tmp_path)) == tmp_path
+    for name in ("./name", "../org/name", "a/b/c", "/no/where", "two words"):
+        with pytest.raises(ConfigError, match=r"model = .*: no such folder"):
+            local_folder("model", name)
+
+
+def test_hash_of_files_is_that_of_their_contents_and_follows_a_change(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAEGRID_CACHE", str(tmp_path / "cache"))
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"ab")
+    two.write_bytes(b"c")
+    for _ in range(2):  # reckoned, then remembered
+        assert files_sha256([one, two]) == hashlib.sha256(b"abc").hexdigest()
+    os.utime(two, ns=(0, 0))
+    two.write_bytes(b"d")
+    assert files_sha256([one, two]) == hashlib.sha256(b"abd").hexdigest()
+
+
+def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "folder"
+    with replacing_folder(folder) as temporary:
+        (temporary / "old").write_text("")
+    with pytest.raises(RuntimeError), replacing_folder(folder) as temporary:
+        (temporary / "new").write_text("")
+        raise RuntimeError
+    assert [path.name for path in folder.iterdir()] == ["old"]
+    with replacing_folder(folder) as temporary:
+        (temporary / "new").write_text("")
+    assert [path.name for path in folder.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

@@ -1,0 +1,149 @@
+"""Verdicts on rows that are made so that each comes out one way, and intervals against a computation by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from saegrid import findings, intervals, results
+from saegrid.findings import FAILS, HOLDS, NOT_TESTABLE
+
+
+def rows(*given):
+    """Rows of (arch, expansion, k or threshold, val_mse, dead_pct, delta_loss), the rest made up."""
+    made = []
+    for n, (arch, expansion, sparsity, mse, dead, delta) in enumerate(given):
+        k, threshold = (None, sparsity) if arch == "JumpReLU" else (sparsity, None)
+        row = {"run_id": f"run{n}", "arch": arch, "expansion": expansion, "k": k, "threshold": threshold, "seed": 0}
+        row |= {"val_mse": mse, "nmse": mse / 50, "dead_pct": dead, "delta_loss": delta, "l0": float(k or 500)}
+        row |= {
+            "d_sae": 576 * expansion,
+            "frac_rec_pct": 100 * 2.3 / (2.3 + delta),
+            "name": f"{arch}_{expansion}_{sparsity}",
+        }
+        made.append(row)
+    return pd.DataFrame(made).astype({"k": "Int64", "threshold": float})
+
+
+def test_1_needs_every_pair():
+    good = [("BatchTopK", 4, 64, 1.0, 5, 0.3), ("TopK", 4, 64, 2.0, 5, 0.2)]
+    finding = findings.batchtopk_beats_topk(rows(*good))
+    assert finding.verdict == HOLDS
+    assert finding.effect == pytest.approx(0.1)
+    assert "the lower delta loss in 0" in finding.sentence
+    bad = [*good, ("BatchTopK", 8, 64, 1.0, 6, 0.1), ("TopK", 8, 64, 2.0, 5, 0.2)]
+    assert findings.batchtopk_beats_topk(rows(*bad)).verdict == FAILS
+    assert findings.batchtopk_beats_topk(rows(good[0])).verdict == NOT_TESTABLE
+
+
+def test_2_most_dead_at_small_k():
+    small, large = ("BatchTopK", 8, 64, 1.0, 57, 0.9), ("BatchTopK", 8, 128, 1.0, 31, 0.5)
+    assert findings.small_k_dies(rows(small, large)).verdict == HOLDS
+    assert findings.small_k_dies(rows((*small[:4], 49.0, 0.9), large)).verdict == FAILS
+    assert findings.small_k_dies(rows(small, (*large[:4], 60.0, 0.5))).verdict == FAILS
+    elsewhere = findings.small_k_dies(rows(("TopK", 8, 32, 1.0, 40, 0.9), large))
+    assert elsewhere.verdict == NOT_TESTABLE
+    assert "K = 32 leaves 40.0% dead; K = 128 leaves 31.0% dead" in elsewhere.sentence
+
+
+def test_3_the_best_of_the_sparse_runs():
+    sweet, other = ("BatchTopK", 4, 220, 1.0, 13, 0.2), ("TopK", 8, 220, 1.0, 5, 0.3)
+    assert findings.sweet_spot(rows(sweet, other)).verdict == HOLDS
+    assert findings.sweet_spot(rows(sweet, (*other[:5], 0.1))).verdict == FAILS
+    assert findings.sweet_spot(rows((*sweet[:4], 22.0, 0.2), other)).verdict == FAILS
+    assert findings.sweet_spot(rows((*sweet[:5], 0.3), (*other[:5], 0.4))).verdict == FAILS  # frac_rec 88%
+    assert findings.sweet_spot(rows(other)).verdict == NOT_TESTABLE
+    assert findings.sweet_spot(rows(("JumpReLU", 4, 0.1, 1.0, 5, 0.0))).verdict == NOT_TESTABLE
+
+
+def test_4_dense_and_near_perfect():
+    dense = rows(("JumpReLU", 4, 0.1, 1.0, 5, 0.01), ("JumpReLU", 4, 0.5, 1.0, 5, 0.9))
+    assert findings.jumprelu_is_dense(dense).verdict == HOLDS  # 500 of 2,304 latents
+    assert findings.jumprelu_is_dense(dense.assign(l0=100.0)).verdict == FAILS
+    assert findings.jumprelu_is_dense(dense.assign(frac_rec_pct=97.0)).verdict == FAILS
+    assert findings.jumprelu_is_dense(rows(("TopK", 4, 64, 1.0, 5, 0.1))).verdict == NOT_TESTABLE
+
+
+def test_5_little_gain():
+    eight = ("TopK", 8, 64, 1.0, 5, 0.50)
+    assert findings.large_adds_little(rows(eight, ("TopK", 16, 64, 1.0, 5, 0.46))).verdict == HOLDS
+    assert findings.large_adds_little(rows(eight, ("TopK", 16, 64, 1.0, 5, 0.60))).verdict == HOLDS
+    assert findings.large_adds_little(rows(eight, ("TopK", 16, 64, 1.0, 5, 0.40))).verdict == FAILS
+    elsewhere = findings.large_adds_little(rows(("TopK", 4, 64, 1.0, 5, 0.60), eight))
+    assert elsewhere.verdict == NOT_TESTABLE
+    assert "From 4x to 8x at matched K, delta loss moves by −0.100" in elsewhere.sentence
+
+
+def test_the_published_rows():
+    verdicts = [finding.verdict for finding in findings.all_findings(results.published())]
+    assert verdicts == [NOT_TESTABLE, NOT_TESTABLE, HOLDS, HOLDS, HOLDS]
+    sweet, dense, large = findings.all_findings(results.published())[2:]
+    assert sweet.effect == pytest.approx(0.247 - 0.406)
+    assert "27.4 to 44.5% of its latents" in dense.sentence
+    assert large.effect == pytest.approx(0.406 - 0.354)
+
+
+def test_nothing_is_testable_on_an_empty_table(fake_grid, fake_runs):
+    df = results.tidy(fake_grid, fake_runs / "runs")
+    for finding in findings.all_findings(df.iloc[:0]):
+        assert finding.verdict == NOT_TESTABLE
+        assert finding.effect is None
+        assert len(finding.evidence) == 0
+
+
+def test_sentences_follow_the_rows(fake_grid, fake_runs):
+    df = results.tidy(fake_grid, fake_runs / "runs")
+    prompts = results.load_prompts(df, fake_runs / "runs")
+    before = findings.all_findings(df, prompts)
+    after = findings.all_findings(df.assign(delta_loss=df["delta_loss"] * 1.5, l0=df["l0"] * 0.9), prompts)
+    for old, new in zip(before, after, strict=True):
+        assert old.effect != new.effect
+        assert old.interval is not None
+        assert len(old.evidence) > 0
+
+
+def test_recommended_is_the_lowest_loss_of_the_sparse():
+    df = rows(("JumpReLU", 4, 0.1, 1.0, 5, 0.01), ("TopK", 4, 64, 1.0, 5, 0.3), ("BatchTopK", 4, 64, 1.0, 5, 0.2))
+    assert findings.recommend(df)["run_id"] == "run2"
+    assert findings.recommend(df.iloc[:1])["run_id"] == "run0"
+
+
+def prompts_of(run_id, deltas, templates):
+    n = len(deltas)
+    frame = pd.DataFrame({"run_id": run_id, "prompt": range(n), "template": templates, "n_tokens": 10})
+    return frame.assign(ce_clean_sum=20.0, ce_spliced_sum=20.0 + 10 * np.asarray(deltas))
+
+
+def test_draws_are_means_over_drawn_templates():
+    deltas, templates = [0.1, 0.3, 0.5, 0.9], [0, 0, 1, 2]
+    drawn = intervals.draws(prompts_of("a", deltas, templates))["a"]
+    by_template = {0: (0.4, 2), 1: (0.5, 1), 2: (0.9, 1)}
+    possible = set()
+    for first in by_template.values():
+        for second in by_template.values():
+            for third in by_template.values():
+                extra, count = (sum(values) for values in zip(first, second, third, strict=True))
+                possible.add(round(extra / count, 9))
+    assert {round(value, 9) for value in drawn} == possible
+
+
+def test_pairing_takes_out_what_the_runs_share():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(1.0, 0.5, 40)
+    both = pd.concat([prompts_of("a", noise + 0.1, range(40)), prompts_of("b", noise, range(40))])
+    drawn = intervals.draws(both)
+    low, high = intervals.interval(drawn, {"a": 1.0, "b": -1.0})
+    assert (low, high) == (pytest.approx(0.1), pytest.approx(0.1))
+    low, high = intervals.interval(drawn, {"a": 1.0})
+    assert 0.15 < high - low < 0.6  # about 2 · 1.96 · 0.5 / √40
+
+
+def test_prompts_without_a_template_stand_for_themselves():
+    frame = prompts_of("a", [0.1, 0.9], [0, 0])
+    assert intervals.draws(frame)["a"].nunique() == 1
+    assert intervals.draws(frame.assign(template=np.nan))["a"].nunique() == 3
+
+
+def test_runs_scored_on_different_prompts_are_not_compared():
+    other = prompts_of("b", [0.1, 0.2], [0, 1]).assign(prompt=[0, 2])
+    with pytest.raises(results.ResultsError, match="scored on different prompts"):
+        intervals.draws(pd.concat([prompts_of("a", [0.1, 0.2], [0, 1]), other]))

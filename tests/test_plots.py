@@ -1,0 +1,122 @@
+"""Plots draw what the table holds; figures carry a text, links and the page's ink."""
+
+import re
+from xml.etree import ElementTree
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from saegrid import card, plots, results
+
+
+@pytest.fixture
+def df(fake_grid, fake_runs):
+    yield results.tidy(fake_grid, fake_runs / "runs")
+    plt.close("all")
+
+
+@pytest.fixture
+def long(df, fake_runs):
+    return {
+        "learning_curves": results.load_curves(df, fake_runs / "runs"),
+        "firing_histogram": results.load_latents(df, fake_runs / "runs"),
+        "error_by_position": results.load_positions(df, fake_runs / "runs"),
+        **dict.fromkeys(["frontier", "heatmap", "dead_latents"], df),
+        "against_published": pd.concat([df, results.published()], ignore_index=True),
+    }
+
+
+PLOTS = [
+    *("frontier", "heatmap", "dead_latents", "learning_curves"),
+    *("firing_histogram", "error_by_position", "against_published"),
+]
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_plots_take_an_axes_or_make_one_and_leave_the_table_alone(long, name):
+    plot, frame = getattr(plots, name), long[name]
+    before = frame.copy()
+    _, ax = plt.subplots()
+    assert plot(frame, ax=ax) is ax
+    assert ax.get_xlabel()
+    assert plot(frame) is not ax
+    pd.testing.assert_frame_equal(frame, before)
+
+
+def test_the_frontier_has_a_mark_a_run_at_its_numbers(df):
+    ax = plots.frontier(df)
+    marks = {tuple(mark.get_offsets()[0]) for mark in ax.collections}
+    assert marks == set(zip(df["l0"], df["delta_loss"], strict=True))
+    (line,) = ax.lines
+    front = plots.pareto(df, "delta_loss")
+    assert list(line.get_ydata()) == list(front["delta_loss"])
+
+
+def test_pareto_by_hand():
+    df = pd.DataFrame({"l0": [1, 2, 3, 4, 2], "loss": [5.0, 3.0, 4.0, 1.0, 2.0], "good": [5.0, 3.0, 4.0, 9.0, 2.0]})
+    assert list(plots.pareto(df, "loss")["loss"]) == [5.0, 2.0, 1.0]
+    assert list(plots.pareto(df, "good", lower_is_better=False)["good"]) == [5.0, 9.0]
+
+
+def test_the_heat_map_writes_every_value(df):
+    ax = plots.heatmap(df, metric="dead_pct")
+    written = {text.get_text() for text in ax.texts}
+    assert {f"{value:.1f}" for value in df["dead_pct"]} <= written
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["4x", "8x", "16x"]
+
+
+def test_the_histogram_leaves_out_the_dead():
+    df = pd.DataFrame({"latent": range(4), "fired": [0, 0, 10, 10]})
+    ax = plots.firing_histogram(df, n_rows=100)
+    (line,) = ax.lines
+    assert sum(line.get_ydata()) == pytest.approx(50.0)
+
+
+def test_a_single_run_needs_no_columns_that_tell_runs_apart(long):
+    for name in ("learning_curves", "error_by_position"):
+        frame = long[name]
+        one = frame[frame["run_id"] == frame["run_id"].iloc[0]]
+        ax = getattr(plots, name)(one.drop(columns=["run_id", "name", "arch", "expansion", "k", "threshold", "seed"]))
+        assert len(ax.lines) == 2
+
+
+def test_a_figure_is_well_formed_with_text_links_and_the_pages_ink(df):
+    text = plots.figure(plots.frontier(df, links="runs/"), alt="Loss & L0", caption="A < B")
+    html = text.removeprefix("```{=html}\n").rstrip("`\n")
+    root = ElementTree.fromstring(html)
+    svg = root.find("{http://www.w3.org/2000/svg}svg")
+    assert svg.get("aria-label") == "Loss & L0"
+    assert root.find("figcaption").text == "A < B"
+    links = re.findall(r'<a [^>]*href="([^"]+)"', html)
+    assert sorted(set(links)) == sorted(f"runs/{run_id}.html" for run_id in df["run_id"])
+    assert html.count("<title>") == len(df)
+    assert plots.INK not in html
+    assert "currentColor" in html
+    assert not re.search(r'(src|href)="https?:', html)
+    assert not plt.get_fignums()
+
+
+def test_two_figures_share_no_id_and_the_same_table_gives_the_same_bytes(df):
+    first, again = (plots.figure(plots.frontier(df), alt="a", caption="c") for _ in range(2))
+    other = plots.figure(plots.frontier(df, y="fvu"), alt="a", caption="c")
+    ids = [set(re.findall(r'\bid="([^"]+)"', text)) for text in (first, other)]
+    assert ids[0]
+    assert not ids[0] & ids[1]
+    assert first == again
+
+
+def test_texts_for_those_who_do_not_see_the_figure(df):
+    alt = card.frontier_alt(df, "delta_loss")
+    for row in plots.pareto(df, "delta_loss").to_dict("records"):
+        assert row["name"] in alt
+    worst = df.loc[df["dead_pct"].idxmax()]
+    assert f"{worst['dead_pct']:.1f} for {worst['name']}" in card.heatmap_alt(df, "dead_pct")
+
+
+def test_a_file_of_its_own_has_a_background_and_ink(df):
+    svg = plots.standalone_svg(plots.frontier(df))
+    root = ElementTree.fromstring(svg[svg.index("<svg") :])
+    assert root.tag.endswith("svg")
+    assert plots.INK in svg
+    assert "fill: #ffffff" in svg

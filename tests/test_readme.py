@@ -1,0 +1,44 @@
+"""The README's tree is what lies on the disk, and its commands exist."""
+
+import re
+import subprocess
+from pathlib import Path
+
+README = Path("README.md").read_text()
+TREE = re.search(r"## What is where\n\n```\n(.*?)```", README, re.S)[1]
+
+
+def paths():
+    """Paths that the tree names; a line's folder is the last one above it that is less indented."""
+    folder = ""
+    for line in TREE.splitlines():
+        names = re.split(r" {3,}", line.strip())[0].split("  ")
+        if not line.startswith(" "):
+            folder = names[0] if names[0].endswith("/") else ""
+            yield from names
+        else:
+            yield from (folder + name for name in names)
+
+
+def test_every_path_of_the_tree_exists():
+    for path in paths():
+        assert Path(path).exists(), path
+
+
+def test_every_module_notebook_and_folder_is_in_the_tree():
+    named = set(paths())
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=False).stdout.split()
+    for path in tracked:
+        parts = Path(path).parts
+        if path.startswith(("lib/saegrid/", "notebooks/")) and "__" not in path and len(parts) > 1:
+            assert path in named or f"lib/saegrid/{parts[2]}/" in named or path.endswith(".csv"), path
+        elif not path.startswith((".", "lib/")):
+            assert path in named or any(name.startswith(parts[0] + "/") for name in named), path
+
+
+def test_the_make_targets_exist():
+    makefile = Path("Makefile").read_text()
+    targets = re.findall(r"^make (\w+)", README, re.M) + re.findall(r"`make (\w+)`", README)
+    assert {"report", "test"} <= set(targets)
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.M), target

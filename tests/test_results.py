@@ -1,0 +1,150 @@
+"""Tables: what is read, what is refused, what is written; and what the published table tells by arithmetic."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from saegrid import results
+from saegrid.results import ResultsError
+
+
+def change(root, run, **changes):
+    path = root / "runs" / run.run_id / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_row_a_run_in_the_order_of_the_grid(fake_grid, fake_runs):
+    df = results.tidy(fake_grid, fake_runs / "runs")
+    assert list(df["run_id"]) == [run.run_id for run in fake_grid.runs()]
+    assert list(df.columns) == [*results.TIDY, "source"]
+    assert set(df["source"]) == {"own"}
+    assert df.loc[df["arch"] == "JumpReLU", "k"].isna().all()
+    assert df.loc[df["arch"] != "JumpReLU", "threshold"].isna().all()
+
+
+def test_the_tidy_file_reads_back_as_it_was(fake_grid, fake_runs):
+    df = results.tidy(fake_grid, fake_runs / "runs")
+    folder = results.make(fake_grid, fake_runs)
+    assert folder == fake_runs / "results/synthetic"
+    pd.testing.assert_frame_equal(results.read_tidy(folder), df, check_exact=True)
+
+
+def test_published_files_hold_the_published_columns(fake_grid, fake_runs):
+    folder = results.make(fake_grid, fake_runs)
+    short, full = pd.read_csv(folder / "results.csv"), pd.read_csv(folder / "results_full.csv")
+    assert list(full.columns[: len(results.PUBLISHED)]) == results.PUBLISHED
+    assert list(full.columns[: len(results.PUBLISHED)]) == list(results.published().columns[: len(results.PUBLISHED)])
+    assert set(short["arch"]) == {"BatchTopK", "TopK"}
+    assert {"val_mse", "nmse", "dead_pct"} < set(short.columns)
+    assert "delta_loss" not in short
+    assert set(results.METRICS) < set(full.columns)
+    assert len(full) == len(fake_grid.runs())
+    assert "BatchTopK,4,220,," in (folder / "results_full.csv").read_text()
+
+
+def test_a_missing_run_stops_the_tables_and_leaves_the_old_ones(fake_grid, fake_runs):
+    folder = results.make(fake_grid, fake_runs)
+    before = (folder / "results_full.csv").read_bytes()
+    run = fake_grid.runs()[3]
+    (fake_runs / "runs" / run.run_id / "metrics.json").unlink()
+    with pytest.raises(ResultsError, match=f"{run.run_id}/metrics.json: .*`make report` finishes it"):
+        results.make(fake_grid, fake_runs)
+    assert (folder / "results_full.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"delta_loss": None}, "delta_loss = None, needs a finite number"),
+        ({"fvu": math.nan}, "fvu = nan, needs a finite number"),
+        ({"l0": "many"}, "l0 = 'many', needs a finite number"),
+        ({"weights_sha256": ""}, "weights_sha256 = '', needs a SHA-256"),
+        ({"run_id": "another"}, "belongs to the run 'another'"),
+    ],
+)
+def test_bad_metrics_are_one_line_that_names_file_and_value(fake_grid, fake_runs, changes, message):
+    run = fake_grid.runs()[0]
+    change(fake_runs, run, **changes)
+    with pytest.raises(ResultsError, match=message) as error:
+        results.tidy(fake_grid, fake_runs / "runs")
+    assert run.run_id in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_column_and_a_torn_file_are_told(fake_grid, fake_runs):
+    run = fake_grid.runs()[0]
+    path = fake_runs / "runs" / run.run_id / "metrics.json"
+    row = json.loads(path.read_text())
+    del row["nmse"]
+    path.write_text(json.dumps(row))
+    with pytest.raises(ResultsError, match="lacks nmse"):
+        results.tidy(fake_grid, fake_runs / "runs")
+    path.write_text('{"nmse": ')
+    with pytest.raises(ResultsError, match="not JSON"):
+        results.tidy(fake_grid, fake_runs / "runs")
+
+
+def test_a_table_with_a_hole_is_refused(fake_grid, fake_runs):
+    folder = results.make(fake_grid, fake_runs)
+    df = pd.read_csv(folder / "results_tidy.csv")
+    df.loc[2, "delta_loss"] = np.nan
+    df.to_csv(folder / "results_tidy.csv", index=False)
+    with pytest.raises(ResultsError, match=f"delta_loss is missing for {df.loc[2, 'run_id']}"):
+        results.read_tidy(folder)
+    with pytest.raises(ResultsError, match="`make report` makes it"):
+        results.read_tidy(folder / "nothing.csv")
+
+
+def test_long_form_files_carry_the_axes(fake_grid, fake_runs):
+    df = results.tidy(fake_grid, fake_runs / "runs")
+    for load, column in (
+        (results.load_prompts, "ce_spliced_sum"),
+        (results.load_latents, "fired"),
+        (results.load_positions, "sq_error"),
+        (results.load_curves, "val_mse"),
+        (results.load_timing, "train_seconds"),
+    ):
+        long = load(df, fake_runs / "runs")
+        assert set(long["run_id"]) == set(df["run_id"])
+        assert {"arch", "expansion", "k", "threshold", "seed", column} <= set(long.columns)
+    (fake_runs / "runs" / df["run_id"][0] / "prompts.csv").unlink()
+    with pytest.raises(ResultsError, match=r"prompts\.csv: no such file"):
+        results.load_prompts(df, fake_runs / "runs")
+
+
+def test_published_rows_by_hand():
+    df = results.published()
+    first = df.iloc[0]
+    assert (first["name"], first["d_sae"], first["val_mse"]) == ("BatchTopK_exp4x_k220", 4 * 896, 0.0228)
+    assert df["name"].iloc[-1] == "JumpReLU_exp8x_t0.1"
+    assert len(df) == 9
+    assert set(df["source"]) == {"published"}
+
+
+def test_nmse_is_mse_over_one_pooled_variance():
+    """Row 6 by hand: 0.0435 ± 0.00005 over 0.000915 ± 0.0000005. All nine bounds meet."""
+    df = results.published_intervals()
+    assert df.loc[5, "var_low"] == pytest.approx(0.04345 / 0.0009155)
+    assert df.loc[5, "var_high"] == pytest.approx(0.04355 / 0.0009145)
+    low, high = results.meet(df, "var")
+    assert (round(low, 3), round(high, 3)) == (47.460, 47.584)
+
+
+def test_frac_rec_is_clean_over_spliced():
+    """Row 1 by hand: f = 92.9 ± 0.05 %, delta = 0.247 ± 0.0005. All nine bounds meet."""
+    df = results.published_intervals()
+    assert df.loc[0, "ce_low"] == pytest.approx(0.9285 * 0.2465 / (1 - 0.9285))
+    assert df.loc[0, "ce_high"] == pytest.approx(0.9295 * 0.2475 / (1 - 0.9295))
+    low, high = results.meet(df, "ce")
+    assert (round(low, 3), round(high, 3)) == (3.201, 3.215)
+
+
+def test_frac_rec_is_not_the_fraction_of_loss_recovered():
+    df = results.published_intervals()
+    low, high = results.meet(df, "usual")
+    assert low > high
+    assert df.loc[0, "usual_high"] <= 3.52
+    assert df.loc[6, "usual_low"] >= 4.19

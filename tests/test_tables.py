@@ -1,0 +1,110 @@
+"""Tables show every value with its unit, and what is missing as missing."""
+
+import math
+from xml.etree import ElementTree
+
+import pandas as pd
+import pytest
+
+from saegrid import card, findings, results, tables
+
+
+def parse(text):
+    return ElementTree.fromstring(text.removeprefix("```{=html}\n").rstrip("`\n"))
+
+
+@pytest.mark.parametrize(
+    ("value", "name", "shown"),
+    [
+        (0.2469, "delta_loss", "0.247"),
+        (-0.0141, "delta_loss", "−0.014"),
+        (0.000479, "nmse", "0.000479"),
+        (1.4e-5, "nmse", "1.4e-05"),
+        (12.94, "dead_pct", "12.9"),
+        (7168, "d_sae", "7,168"),
+        (0.0, "dead_pct", "0.0"),
+        (None, "k", "–"),
+        (pd.NA, "k", "–"),
+        (math.nan, "delta_loss", "–"),
+        ("TopK", "arch", "TopK"),
+    ],
+)
+def test_numbers(value, name, shown):
+    assert tables.number(value, name) == shown
+
+
+def test_a_missing_value_is_a_dash_and_never_zero():
+    df = results.published()
+    table = parse(tables.html_table(df, ["name", "k", "l0"], caption="Published"))
+    rows = table.findall(".//tbody/tr")
+    assert "".join(rows[0].findall("td")[1].itertext()) == "–"
+    assert rows[0].findall("td")[1].get("data-value") is None
+    assert "".join(rows[5].findall("td")[0].itertext()) == "–"
+    assert rows[5].findall("td")[1].get("data-value") == "77.0"
+
+
+def test_units_headers_caption_and_best():
+    df = results.published()
+    table = parse(tables.html_table(df, ["name", "delta_loss", "frac_rec_pct"], caption="A & B"))
+    heads = ["".join(head.itertext()) for head in table.findall(".//thead/tr/th")]
+    assert heads == ["Run", "Delta loss nats/token", "frac_rec %"]
+    assert all(head.get("scope") == "col" for head in table.findall(".//thead/tr/th"))
+    assert table.find(".//caption").text.startswith("A & B")
+    best = [cell for cell in table.iter("td") if cell.find("strong") is not None]
+    assert [cell.find("strong").text for cell in best] == ["−0.014", "100.4"]
+    assert all(cell.find("span").get("aria-label") == "best" for cell in best)
+
+
+def test_columns_that_hold_nothing_are_left_out():
+    df = results.published().assign(theta_over_rms=math.nan)
+    table = parse(tables.html_table(df, ["name", "theta_over_rms", "nothing", "nmse"], caption="c"))
+    assert len(table.findall(".//thead/tr/th")) == 2
+
+
+def test_names_lead_to_their_runs_and_cells_carry_full_precision(fake_grid, fake_runs):
+    df = results.tidy(fake_grid, fake_runs / "runs")
+    table = parse(tables.html_table(df, ["name", "delta_loss"], caption="c", links="runs/"))
+    assert [link.get("href") for link in table.iter("a")] == [f"runs/{run_id}.html" for run_id in df["run_id"]]
+    assert [float(cell.get("data-value")) for cell in table.iter("td")] == list(df["delta_loss"])
+
+
+def test_what_a_notebook_shows_is_markdown_and_no_html_output():
+    text = tables.html_table(results.published(), ["name", "nmse"], caption="c")
+    assert text._repr_markdown_() == text
+    assert not hasattr(text, "_repr_html_")
+    assert len(repr(text)) < 40
+
+
+def test_text_is_escaped():
+    df = results.published().head(1).assign(name="<b>&")
+    table = parse(tables.html_table(df, ["name", "nmse"], caption="<i>"))
+    assert table.find(".//tbody/tr/th").text == "<b>&"
+
+
+def test_run_metrics_and_files(fake_grid, fake_runs):
+    row = results.tidy(fake_grid, fake_runs / "runs").iloc[0]
+    text = tables.run_metrics(row)
+    assert f"| Delta loss | {row['delta_loss']:.3f} | nats/token |" in text
+    folder = fake_runs / "runs" / row["run_id"]
+    files = tables.run_files(folder)
+    assert f"| `metrics.json` | {(folder / 'metrics.json').stat().st_size:,} |" in files
+
+
+def test_the_card_holds_the_recommended_run_and_every_verdict(fake_grid, fake_runs):
+    df = results.tidy(fake_grid, fake_runs / "runs")
+    prompts = results.load_prompts(df, fake_runs / "runs")
+    text = card.model_card(df, prompts)
+    best = findings.recommend(df)
+    assert f"**Recommended: `{best['name']}`**" in text
+    assert f"**{best['delta_loss']:.3f} nats/token**" in text
+    assert f"{best['name']}.pt" in text
+    for finding in findings.all_findings(df, prompts):
+        assert finding.claim.replace("'", "&#x27;") in text
+        assert finding.effect_text in text
+    assert "<a " not in text  # without links it stands alone
+
+
+def test_the_arithmetic_on_the_method_page_is_computed():
+    text = card.published_note()
+    for number in ("[47.460, 47.584]", "[3.201, 3.215]", "at most 3.48", "at least 4.19"):
+        assert number in text

@@ -1,0 +1,136 @@
+"""The smoke grid through Snakemake, papermill and the site, end to end, in a folder of its own."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from saegrid.grid import load_grid
+
+ROOT = Path.cwd()
+SOURCES = ["lib", "notebooks", "params", "workflow", "_quarto.yml", "index.qmd", "method.qmd", "reproduce.qmd"]
+GRID = load_grid("params/smoke.yaml")
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def snakemake(folder, *options, grid="params/smoke.yaml"):
+    command = [sys.executable, "-m", "snakemake", "-s", "workflow/Snakefile", *options, "--config", f"grid={grid}"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+
+
+def checkout(folder):
+    for name in SOURCES:
+        copy = shutil.copytree if Path(name).is_dir() else shutil.copy2
+        copy(name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """A checkout in which the smoke grid has run."""
+    folder = checkout(tmp_path_factory.mktemp("smoke"))
+    done = snakemake(folder, "--cores", "2", "--quiet", "rules")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return folder
+
+
+def test_every_run_leaves_its_files(smoke):
+    for run in GRID.runs():
+        folder = smoke / "runs" / run.run_id
+        for name in (f"{run.name}.pt", "sae.safetensors", "cfg.json", "metrics.json", "metrics.jsonl", "train.ipynb"):
+            assert (folder / name).stat().st_size > 0, name
+        assert not (folder / "checkpoint.pt").exists()
+
+
+def test_the_tables_have_every_run_and_no_hole(smoke):
+    full = pd.read_csv(smoke / "results_full.csv")
+    assert sorted(full["run_id"]) == sorted(run.run_id for run in GRID.runs())
+    assert full.drop(columns=["k", "threshold"]).notna().all(axis=None)
+    assert full["threshold"].notna().eq(full["arch"] == "JumpReLU").all()
+    small = pd.read_csv(smoke / "results.csv")
+    assert set(small["arch"]) == {"BatchTopK", "TopK"}
+    for run_id, delta in zip(full["run_id"], full["delta_loss"], strict=True):
+        assert json.loads((smoke / "runs" / run_id / "metrics.json").read_text())["delta_loss"] == delta
+
+
+def test_the_site_is_there(smoke):
+    home = (smoke / "_site" / "index.html").read_text()
+    assert "SmolLM2" in home or "smollm2" in home
+    for run in GRID.runs():
+        assert run.name in (smoke / "_site" / "report" / "runs" / f"{run.run_id}.html").read_text()
+
+
+def test_a_second_call_does_nothing(smoke):
+    done = snakemake(smoke, "--cores", "2", "--dry-run")
+    assert done.returncode == 0 and "Nothing to be done" in done.stdout + done.stderr
+
+
+def test_a_lost_result_is_made_again_and_no_other(smoke):
+    first = GRID.runs()[0]
+    metrics = smoke / "runs" / first.run_id / "metrics.json"
+    before = metrics.read_bytes()
+    metrics.unlink()
+    try:
+        done = snakemake(smoke, "--cores", "2", "--dry-run")
+        lines = [line.split() for line in (done.stdout + done.stderr).splitlines()]
+        counts = {words[0]: int(words[1]) for words in lines if len(words) == 2 and words[1].isdigit()}
+        assert counts["train"] == 1 and counts["tables"] == 1 and "activations" not in counts
+    finally:
+        metrics.write_bytes(before)
+
+
+@pytest.mark.parametrize("preset", ["quick", "full", "qwen05b"])
+def test_every_preset_plans_one_job_per_run(tmp_path, preset):
+    folder = checkout(tmp_path)
+    done = snakemake(folder, "--cores", "2", "--dry-run", grid=f"params/{preset}.yaml")
+    assert done.returncode == 0, done.stderr[-2000:]
+    runs = len(load_grid(f"params/{preset}.yaml").runs())
+    assert f"train {runs} " in " ".join((done.stdout + done.stderr).split()) + " "
+
+
+@pytest.mark.parametrize("profile", ["slurm", "kubernetes"])
+def test_the_cluster_profiles_plan_the_grid(tmp_path, profile):
+    """Without the extra, the executor alone is taken out of the profile; its other settings are planned with."""
+    folder = checkout(tmp_path)
+    path = folder / "workflow" / "profiles" / profile / "config.yaml"
+    content = yaml.safe_load(path.read_text())
+    assert content.pop("executor") == profile
+    path.write_text(yaml.safe_dump(content))
+    done = snakemake(folder, "--workflow-profile", str(path.parent), "--dry-run", "--cores", "2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"train {len(GRID.runs())} " in " ".join((done.stdout + done.stderr).split()) + " "
+
+
+def test_a_bad_grid_is_one_line(tmp_path):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("name: bad\ntitle: t\naxes: [{arch: [TopK], kk: [4]}]\n")
+    for command in ("list", "tables", "pages"):
+        done = subprocess.run(
+            [sys.executable, "-m", "saegrid", command, str(bad)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2
+        assert len(done.stderr.strip().splitlines()) == 1 and "kk = 4" in done.stderr
+
+
+def test_list_says_what_is_to_do(smoke):
+    done = subprocess.run(
+        [sys.executable, "-m", "saegrid", "list", "params/smoke.yaml"],
+        cwd=smoke, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [run.run_id for run in GRID.runs()]
+    assert all(line.endswith("finished") for line in done.stdout.splitlines())
+
+
+def test_one_gpu_each(tmp_path):
+    """Two commands at once on a machine with two devices get one device each."""
+    command = [sys.executable, str(ROOT / "workflow" / "with_gpu.py"), sys.executable, "-c"]
+    code = "import os, time; time.sleep(1.5); print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "3,5", "TMPDIR": str(tmp_path)}
+    both = [subprocess.Popen([*command, code], stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    assert {process.communicate()[0].strip() for process in both} == {"3", "5"}
