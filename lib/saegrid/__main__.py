@@ -1,4 +1,7 @@
-"""Commands: `python -m saegrid list | collect | tables | pages | site`. A user's mistake is one line on stderr and exit code 2."""
+"""Commands: `python -m saegrid list | collect | tables | pages | site`.
+
+A user's mistake is one line on stderr and exit code 2.
+"""
 
 from __future__ import annotations
 

@@ -6,8 +6,11 @@ Chat text is a user turn with the question and an assistant turn with the answer
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import random
+import sys
+import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -149,6 +152,7 @@ def _problems(config: RunConfig) -> dict[str, Iterator[Problem]]:
 
 def split_templates(seed: int) -> dict[str, set[int]]:
     """The problem templates of gsm_symbolic, dealt out to the splits by a seeded shuffle."""
+    _reasoning_gym()
     from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import tasks_ok
 
     order = random.Random(seed).sample(sorted(tasks_ok), len(tasks_ok))
@@ -161,8 +165,7 @@ def split_templates(seed: int) -> dict[str, set[int]]:
 
 def gsm_symbolic(seed: int, templates: Iterable[int]) -> Iterator[Problem]:
     """Endless GSM8K-style problems of some templates, by reasoning-gym (arXiv:2505.24760; arXiv:2410.05229)."""
-    import reasoning_gym
-
+    reasoning_gym = _reasoning_gym()
     for chunk in itertools.count():
         start = seed * SEED_STEP + chunk * CHUNK
         dataset = reasoning_gym.create_dataset("gsm_symbolic", size=CHUNK, seed=start)
@@ -170,6 +173,13 @@ def gsm_symbolic(seed: int, templates: Iterable[int]) -> Iterator[Problem]:
             if template in templates:
                 item = dataset[index]
                 yield Problem(template, item["question"], item["metadata"]["answer_cot"])
+
+
+def _reasoning_gym() -> types.ModuleType:
+    """The package, also where pycosat is absent: it needs a C compiler, for a puzzle that is never made here."""
+    if importlib.util.find_spec("pycosat") is None:
+        sys.modules["pycosat"] = types.ModuleType("pycosat")
+    return importlib.import_module("reasoning_gym")
 
 
 def _question_answer(config: RunConfig) -> tuple[Any, Any]:

@@ -35,7 +35,7 @@ from saegrid.store import Store
 from saegrid.train import rms_pre_acts, train
 
 CODE = (
-    *("activations.py", "embedded.py", "fetch.py", "files.py", "lm.py", "metrics.py", "prompts.py"),
+    *("activations.py", "embedded.py", "fetch.py", "files.py", "lm.py", "metrics.py", "prompts.py", "published.py"),
     *("run.py", "sae.py", "splice.py", "store.py", "train.py", "kernels"),
 )
 """Sources whose change can change a run's result: their hash is the run's code version."""
