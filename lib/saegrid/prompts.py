@@ -177,7 +177,7 @@ def gsm_symbolic(seed: int, templates: Iterable[int]) -> Iterator[Problem]:
 
 def _reasoning_gym() -> types.ModuleType:
     """The package, also where pycosat is absent: it needs a C compiler, for a puzzle that is never made here."""
-    if importlib.util.find_spec("pycosat") is None:
+    if "pycosat" not in sys.modules and importlib.util.find_spec("pycosat") is None:
         sys.modules["pycosat"] = types.ModuleType("pycosat")
     return importlib.import_module("reasoning_gym")
 
