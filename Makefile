@@ -28,7 +28,7 @@ full: setup  ## the published axes on the embedded model
 	@echo "open _site/index.html"
 
 test: setup
-	pytest
+	pytest -n auto --dist loadfile
 
 lint: setup
 	ruff check . && ruff format --check . && nbstripout --verify notebooks/*.ipynb

@@ -82,8 +82,9 @@ def test_the_saved_files_are_one_sae(trained):
 def test_the_executed_notebook_shows_curves_and_numbers(trained):
     folder, _, _ = trained
     outputs = [o for cell in nbformat.read(folder / "mine.ipynb", 4).cells for o in cell.get("outputs", [])]
-    kinds = {kind for output in outputs for kind in output.get("data", {})}
-    assert "image/png" in kinds or "image/svg+xml" in kinds
+    shown = "".join("".join(output.get("data", {}).get("text/markdown", "")) for output in outputs)
+    assert shown.count("<svg") == 3  # learning curve, firing frequency, error by position
+    assert "Delta loss" in shown and "BatchTopK_exp1x_k16.pt" in shown
     assert not [output for output in outputs if output.output_type == "error"]
 
 
