@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY := PASSIVE
 SNAKEMAKE = snakemake -s workflow/Snakefile --cores $(CORES) --rerun-incomplete --quiet rules
 
 .DEFAULT_GOAL := report
-.PHONY: report full test lint bench clean setup unlock
+.PHONY: report full test lint peers clean setup
 
 setup: $(VENV)/.ready
 
@@ -16,6 +16,7 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "make: needs Python 3.11 or newer; name one with PYTHON=..." >&2; exit 1)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-no-deps.lock
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
@@ -29,6 +30,14 @@ full: setup  ## the published axes on the embedded model
 
 test: setup
 	pytest -n auto --dist loadfile
+
+peers: $(VENV)-peers/.ready  ## sae-lens, dictionary-learning and sparsify, for the tests and benchmarks against them
+
+$(VENV)-peers/.ready: benchmarks/requirements-peers.lock benchmarks/requirements-peers-no-deps.lock
+	$(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/pip install --quiet --disable-pip-version-check -r benchmarks/requirements-peers.lock
+	$(VENV)-peers/bin/pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements-peers-no-deps.lock
+	touch $@
 
 lint: setup
 	ruff check . && ruff format --check . && nbstripout --verify notebooks/*.ipynb

@@ -1,3 +1,12 @@
 """Grid searches of sparse autoencoders on one layer of a language model, and the report on them."""
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """`saegrid.load_sae`, fetched when it is asked for: importing the package alone brings no torch."""
+    if name == "load_sae":
+        from saegrid.formats import load_sae
+
+        return load_sae
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

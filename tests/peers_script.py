@@ -1,0 +1,115 @@
+"""Runs in the peers' environment, which has no saegrid: read exported folders, and save SAEs of the peers' own.
+
+    python peers_script.py FOLDER
+
+FOLDER holds `rows.safetensors` and `exported/{format}-{arch}/`. For each of those the peer's own loader, encoder and
+decoder write `theirs/{format}-{arch}.safetensors` (latent_acts, x_hat); for each SAE of the peers' own, saved by their
+own code as `saved/{format}-{name}/`, likewise `theirs/{format}-{name}.safetensors`.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from dictionary_learning.dictionary import JumpReluAutoEncoder
+from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
+from dictionary_learning.trainers.top_k import AutoEncoderTopK
+from dictionary_learning.utils import load_dictionary
+from sae_lens import (
+    SAE,
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    JumpReLUSAE,
+    JumpReLUSAEConfig,
+    TopKSAE,
+    TopKSAEConfig,
+)
+from safetensors.torch import load_file, save_file
+from sparsify import SparseCoder, SparseCoderConfig
+
+K, FACTOR = 32, 16
+
+
+def load(format, folder):
+    if format == "saelens":
+        return SAE.load_from_disk(folder)
+    if format == "dictionary_learning":
+        return load_dictionary(str(folder), "cpu")[0]
+    return SparseCoder.load_from_disk(folder)
+
+
+def outputs(format, sae, x):
+    if format == "sparsify":
+        coded = sae.encode(x)
+        acts = torch.zeros(len(x), sae.num_latents).scatter(1, coded.top_indices, coded.top_acts)
+        return {"latent_acts": acts, "x_hat": sae.decode(coded.top_acts, coded.top_indices)}
+    acts = sae.encode(x)
+    return {"latent_acts": acts, "x_hat": sae.decode(acts)}
+
+
+def write_outputs(format, folder, x, results):
+    done = outputs(format, load(format, folder), x)
+    save_file({key: value.contiguous() for key, value in done.items()}, results / f"{folder.name}.safetensors")
+
+
+def own_saes(d_in):
+    """(format, name, SAE) of each kind that a peer can save and this project reads."""
+    d_sae = FACTOR * d_in
+    shape = {"d_in": d_in, "d_sae": d_sae}
+    for b_dec in (False, True):
+        for rescale in (False, True):
+            cfg = TopKSAEConfig(**shape, k=K, apply_b_dec_to_input=b_dec, rescale_acts_by_decoder_norm=rescale)
+            yield "saelens", f"topk-b_dec_{b_dec}-rescale_{rescale}", TopKSAE(cfg)
+        cfg = JumpReLUSAEConfig(**shape, apply_b_dec_to_input=b_dec)
+        yield "saelens", f"jumprelu-b_dec_{b_dec}", JumpReLUSAE(cfg)
+    yield "saelens", "batchtopk", BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**shape, k=K))
+    yield "dictionary_learning", "topk", AutoEncoderTopK(d_in, d_sae, K)
+    yield "dictionary_learning", "batchtopk", BatchTopKSAE(d_in, d_sae, K)
+    yield "dictionary_learning", "jumprelu", JumpReluAutoEncoder(d_in, d_sae)
+    yield "sparsify", "topk", SparseCoder(d_in, SparseCoderConfig(expansion_factor=FACTOR, k=K))
+
+
+def fill(sae):
+    """Random weights, every bias at work, decoder rows of several norms, thresholds that differ."""
+    for name, parameter in sae.named_parameters():
+        scale = 2.0 if name == "b_dec" else 0.1
+        parameter.data.normal_(std=scale)
+        if name == "threshold":
+            parameter.data.uniform_(20, 60)
+    for name, buffer in sae.named_buffers():
+        if name in ("threshold", "topk_threshold"):
+            buffer.fill_(35.0)
+
+
+def save(format, name, sae, folder):
+    if format == "sparsify":
+        sae.save_to_disk(folder)
+    elif format == "dictionary_learning":
+        folder.mkdir(parents=True)
+        torch.save(sae.state_dict(), folder / "ae.pt")
+        trainer = {"dict_class": type(sae).__name__} | ({"k": K} if name != "jumprelu" else {})
+        (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {"d_submodule": 1}}))
+    elif name == "batchtopk":
+        sae.save_inference_model(folder)
+    else:
+        sae.save_model(folder)
+
+
+@torch.no_grad()
+def main(folder):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    x = load_file(folder / "rows.safetensors")["x"]
+    (folder / "theirs").mkdir()
+    for exported in sorted((folder / "exported").iterdir()):
+        write_outputs(exported.name.split("-")[0], exported, x, folder / "theirs")
+    for format, name, sae in own_saes(x.shape[1]):
+        fill(sae)
+        saved = folder / "saved" / f"{format}-{name}"
+        save(format, name, sae, saved)
+        write_outputs(format, saved, x, folder / "theirs")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
