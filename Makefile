@@ -1,4 +1,4 @@
-# make report · test · lint · bench · full · clean — each sets up what it needs.
+# make report · test · lint · bench · peers · full · clean — each sets up what it needs.
 PYTHON ?= python3
 CORES ?= all
 VENV := .venv
@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY := PASSIVE
 SNAKEMAKE = snakemake -s workflow/Snakefile --cores $(CORES) --rerun-incomplete --quiet rules
 
 .DEFAULT_GOAL := report
-.PHONY: report full test lint peers clean setup
+.PHONY: report full test lint bench peers clean setup
 
 setup: $(VENV)/.ready
 
@@ -38,6 +38,10 @@ $(VENV)-peers/.ready: benchmarks/requirements-peers.lock benchmarks/requirements
 	$(VENV)-peers/bin/pip install --quiet --disable-pip-version-check -r benchmarks/requirements-peers.lock
 	$(VENV)-peers/bin/pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements-peers-no-deps.lock
 	touch $@
+
+bench: setup peers  ## a training step beside the peers': hours for all of it, see BENCH="--quick"
+	python benchmarks/bench.py $(BENCH)
+	python benchmarks/page.py
 
 lint: setup
 	ruff check . && ruff format --check . && nbstripout --verify notebooks/*.ipynb

@@ -4,6 +4,8 @@ import re
 import subprocess
 from pathlib import Path
 
+from saegrid import findings, results
+
 README = Path("README.md").read_text()
 TREE = re.search(r"## What is where\n\n```\n(.*?)```", README, re.S)[1]
 
@@ -42,3 +44,16 @@ def test_the_make_targets_exist():
     assert {"report", "test"} <= set(targets)
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_the_readmes_numbers_are_those_of_the_committed_table():
+    df = results.read_tidy("results/full")
+    best = findings.recommend(df)
+    first = findings.batchtopk_beats_topk(df)
+    verdicts = [finding.verdict for finding in findings.all_findings(df)]
+    text = " ".join(README.split())
+    assert f"**{best['name']} costs the model least, {best['delta_loss']:.3f} nats/token**" in text
+    assert f"({len(df)} runs, {df['n_train_rows'].max():,} tokens, {df['epochs'].max()} epochs" in text
+    assert f"by {first.effect:.3f} nats/token on average" in text
+    assert "lower delta loss in 0" in first.sentence and "in all 9 settings" in text
+    assert (verdicts.count("holds"), verdicts.count("fails")) == (1, 4)

@@ -1,0 +1,299 @@
+"""The benchmark: this project's training step against its peers, against the floor, and over its sizes.
+
+    python benchmarks/bench.py                          # everything; hours
+    python benchmarks/bench.py --quick                  # one shape, one architecture; minutes
+    python benchmarks/bench.py --shapes 576x8x128 --batches 512 --keep
+
+Writes benchmarks/results.json after every race, so that a run which is stopped keeps what it has. Peers run in an
+environment of their own (`make peers`); without it only this project's own parts are measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import itertools
+import json
+import logging
+import os
+import platform
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numpy as np
+import torch
+import yaml
+from peers import ARCHITECTURES, settings_of
+from prepare import ROWS, Shape, real_rows, rows_of_width, theta_for, trained, write_inputs
+from quality import compare
+from race import race
+from torch import Tensor
+
+from saegrid import kernels
+from saegrid.atomic import write_json
+from saegrid.config import RunConfig, make_config
+from saegrid.kernels.reference import TrainState
+from saegrid.run import code_version, prepare_store, processor
+from saegrid.store import Store
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES = "896x8x220,896x16x64,576x8x128,2048x16x64"
+ARCHS = ("TopK", "BatchTopK", "JumpReLU")
+WARM_STEPS = 2  # of each contender, before it is timed
+PARTS = ("steps", "floor", "scaling", "quality")
+STORE = {"train_tokens": 40_000, "val_tokens": 10_000}
+SCALING_BASE = Shape(d_in=0, expansion=8, k=128, batch=512)
+SCALING = {"expansion": (4, 8, 16, 32), "k": (32, 64, 128, 256), "batch": (256, 512, 1024, 2048, 4096)}
+UNITS = {
+    "*_ms": "milliseconds of wall clock, one training step; median, and the quartiles as _low and _high",
+    "*_rss_mib": "MiB of resident memory of the contender's process: behind its imports, and at the steps' peak",
+    "mse": "mean squared error of the first batch, act²; l0: active latents a row",
+    "ratio*": "the peer's median over this project's, of one race; above 1: this project is faster",
+    "bandwidth_gb_s": "10⁹ bytes a second, read and written",
+    "exponents": "slope of log(step) over log(size), least squares",
+}
+NOT_MEASURED = (
+    "GPU: no GPU has been measured, and there is no GPU kernel yet; every number here is a processor's.",
+    "Splice evaluation against SAELens' run_evals: not measured yet.",
+)
+
+
+def main() -> None:
+    options = parse()
+    logging.basicConfig(level=logging.WARNING)
+    kernels.set_threads(options.threads)
+    bench = Bench(options)
+    if "floor" in options.parts or "steps" in options.parts:
+        for d_in, expansion, k in options.shapes:
+            bench.shape(d_in, expansion, k)
+    if "scaling" in options.parts:
+        bench.scaling()
+    if "quality" in options.parts:
+        bench.results["quality"] = compare(bench.config, options.threads, epochs=1 if options.quick else 3)
+        bench.write()
+    print(f"{options.out}: written")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", help=f"d_in x expansion x K, joined by commas (default: {SHAPES})")
+    parser.add_argument("--batches", help="rows of a step, joined by commas (default: 512,4096)")
+    parser.add_argument("--archs", help=f"(default: {','.join(ARCHS)})")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what to measure (default: all)")
+    parser.add_argument("--peers", default=",".join(ARCHITECTURES), help="which peers (default: all; none: '')")
+    parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers/bin/python")
+    parser.add_argument("--threads", type=int, default=0, help="0: all cores")
+    parser.add_argument("--turns", type=int, default=3, help="turns of each contender in a race")
+    parser.add_argument("--turn-seconds", type=float, default=2.0, help="length of a turn; one step at least")
+    parser.add_argument("--train-steps", type=int, default=500, help="steps behind the weights")
+    parser.add_argument("--quick", action="store_true", help="one shape, batch 512, BatchTopK, default and bf16 only")
+    parser.add_argument("--keep", action="store_true", help="keep what the results file has of other races")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results.json")
+    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    options = parser.parse_args()
+    first = SHAPES.split(",", maxsplit=1)[0]
+    shapes = options.shapes or (first if options.quick else SHAPES)
+    options.shapes = [tuple(map(int, shape.split("x"))) for shape in shapes.split(",")]
+    options.batches = [int(b) for b in (options.batches or ("512" if options.quick else "512,4096")).split(",")]
+    options.archs = (options.archs or ("BatchTopK" if options.quick else ",".join(ARCHS))).split(",")
+    options.parts = options.parts.split(",")
+    options.peers = [peer for peer in options.peers.split(",") if peer]
+    options.threads = options.threads or kernels.choose("auto", "auto", 0).threads
+    return options
+
+
+class Bench:
+    """Races one after the other; what they find goes into one results file."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        values = STORE | {name: yaml.safe_load(value) for name, value in options.parameter}
+        self.config: RunConfig = make_config(k=64, **values)
+        self.store: Store = prepare_store(self.config)
+        self.rows = real_rows(self.store)
+        python = options.peers_python
+        self.peers = options.peers if python.exists() else [peer for peer in options.peers if peer == "torch"]
+        self.pythons = {peer: str(python) for peer in self.peers if python.exists()}
+        self.results = self._start()
+
+    def _start(self) -> dict[str, Any]:
+        options, old = self.options, {}
+        if options.keep and options.out.exists():
+            old = json.loads(options.out.read_text(encoding="utf-8"))
+        statistics = self.store.manifest["statistics"]["train"]
+        missing = [peer for peer in options.peers if peer not in self.peers]
+        notes = [f"{peer}: its environment is missing ({options.peers_python}); see `make peers`" for peer in missing]
+        rows = {"made": ROWS, "model": self.config.model, "layer": self.config.layer, "n": len(self.rows)}
+        return {
+            "started": now(),
+            "machine": machine(options.threads),
+            "versions": {"python": platform.python_version(), "saegrid": code_version()} | old.get("versions", {}),
+            "units": UNITS,
+            "settings": {name: getattr(options, name) for name in ("turns", "turn_seconds", "train_steps", "quick")},
+            "rows": rows | {"median_norm": statistics["median_norm"], "max_norm": statistics["max_norm"]},
+            "races": old.get("races", []),
+            "floors": old.get("floors", []),
+            "scaling": old.get("scaling", {}),
+            "quality": old.get("quality", []),
+            "not_measured": [*notes, *NOT_MEASURED],
+        }
+
+    def shape(self, d_in: int, expansion: int, k: int) -> None:
+        """All races of one shape: the floor and each peer, at each batch size, for each architecture."""
+        rows, weights = rows_of_width(self.rows, d_in), {}
+        fastest: dict[tuple[str, str], str] = {}
+        for batch, arch in itertools.product(self.options.batches, self.options.archs):
+            shape = Shape(d_in, expansion, k, batch)
+            trained_as = "TopK" if arch == "TopK" else "BatchTopK"
+            if trained_as not in weights:
+                weights[trained_as] = trained(rows, shape, trained_as, self.options.train_steps)
+            state = weights[trained_as]
+            theta = theta_for(state.params, rows, shape) if arch == "JumpReLU" else 0.0
+            with self.inputs(state, rows, shape, arch, theta) as common:
+                if "floor" in self.options.parts:
+                    self.floor(shape, arch, common)
+                for peer in self.peers if "steps" in self.options.parts else ():
+                    if arch in ARCHITECTURES[peer]:
+                        self.against(peer, shape, arch, common, fastest)
+
+    def against(self, peer: str, shape: Shape, arch: str, common: dict, fastest: dict) -> None:
+        """One race with one peer. The fastest setting at a shape's first batch size is the only one tried at others."""
+        settings = settings_of(peer, arch)
+        if self.options.quick:
+            settings = settings[:2]
+        if (peer, arch) in fastest:
+            settings = dict.fromkeys(("default", fastest[peer, arch]))
+        specs = [common | {"contender": "saegrid", "setting": "auto"}]
+        specs += [common | {"contender": peer, "setting": setting} for setting in settings]
+        records = self.race(specs)
+        summary = ratios(records)
+        fastest.setdefault((peer, arch), summary.get("fastest_setting", "default"))
+        self.put("races", shape, arch, {"peer": peer, **summary, "theta": common["theta"], "contenders": records})
+        if "ratio" in summary:
+            theirs = f"{peer} {summary['fastest_ms']:8.1f} ms ({summary['fastest_setting']})"
+            say(shape, arch, f"{summary['saegrid_ms']:8.1f} ms, {theirs}, ratio {summary['ratio']:.2f}")
+        for record in records:
+            if "failure" in record:
+                say(shape, arch, f"{record['contender']} {record['setting']}: {record['failure']}")
+
+    def floor(self, shape: Shape, arch: str, common: dict) -> None:
+        """This project's step beside the least that it must do."""
+        names = (("saegrid", "auto"), ("saegrid", "fp32"), ("floor", "product"), ("floor", "memory"))
+        records = self.race([common | {"contender": name, "setting": setting} for name, setting in names])
+        step, fp32, product, memory = (record.get("step_ms") for record in records)
+        summary = {"saegrid_ms": step, "saegrid_fp32_ms": fp32, "product_ms": product, "memory_ms": memory}
+        if step and product and memory:
+            summary |= {"floor_ms": product + memory, "over_floor": step / (product + memory)}
+            summary["bandwidth_gb_s"] = records[3]["bytes"] / memory / 1e6
+            floor, over = summary["floor_ms"], summary["over_floor"]
+            say(shape, arch, f"{step:8.1f} ms, floor {floor:8.1f} ms, over {over:.2f}")
+        self.put("floors", shape, arch, summary | {"contenders": records})
+
+    def scaling(self) -> None:
+        """Cost of a BatchTopK step over d_sae, K and rows, this project's and the plain torch loop's."""
+        base = SCALING_BASE._replace(d_in=self.rows.shape[1])
+        found: dict[str, Any] = {"base": {**base._asdict(), "d_sae": base.d_sae, "arch": "BatchTopK"}, "points": {}}
+        states: dict[tuple[int, int], Any] = {}
+        for axis, values in ({"batch": SCALING["batch"][:2]} if self.options.quick else SCALING).items():
+            points = []
+            for value in values:
+                shape = base._replace(**{axis: value})
+                key = shape.expansion, shape.k
+                if key not in states:
+                    states = {key: trained(self.rows, shape, "BatchTopK", self.options.train_steps)}
+                with self.inputs(states[key], self.rows, shape, "BatchTopK", 0.0) as common:
+                    names = (("saegrid", "auto"), ("torch", "default"))
+                    records = self.race([common | {"contender": name, "setting": s} for name, s in names])
+                size = shape.d_sae if axis == "expansion" else value
+                points.append({"size": size, **{f"{r['contender']}_ms": r.get("step_ms") for r in records}})
+            found["points"][{"expansion": "d_sae", "k": "K", "batch": "rows"}[axis]] = points
+        found["exponents"] = {
+            axis: {name: exponent(points, f"{name}_ms") for name in ("saegrid", "torch")}
+            for axis, points in found["points"].items()
+        }
+        self.results["scaling"] = found
+        self.write()
+        print(f"exponents: {found['exponents']}", flush=True)
+
+    @contextlib.contextmanager
+    def inputs(self, state: TrainState, rows: Tensor, shape: Shape, arch: str, theta: float) -> Iterator[dict]:
+        """What the contenders of a race are told, with the file that they load."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "inputs.safetensors"
+            write_inputs(path, state, rows, shape.batch)
+            told = {"inputs": str(path), "arch": arch, "k": shape.k, "theta": theta, "batch": shape.batch}
+            yield told | {"threads": self.options.threads, "warm_steps": WARM_STEPS}
+
+    def race(self, specs: list[dict]) -> list[dict]:
+        options = self.options
+        stay = {"auto", "fp32", "default", "product", "memory"}
+        records = race(specs, self.pythons, options.turns, options.turn_seconds, stay)
+        for record in records:
+            versions = record.pop("versions", {})
+            self.results["versions"] |= versions
+        return records
+
+    def put(self, part: str, shape: Shape, arch: str, content: dict) -> None:
+        """Add a race's record, in place of an older one of the same race."""
+        key = {**shape._asdict(), "d_sae": shape.d_sae, "arch": arch}
+        if "peer" in content:
+            key["peer"] = content["peer"]
+        kept = [old for old in self.results[part] if {name: old.get(name) for name in key} != key]
+        self.results[part] = [*kept, {**key, "date": now(), **content}]
+        self.write()
+
+    def write(self) -> None:
+        write_json(self.options.out, self.results | {"finished": now()})
+
+
+def ratios(records: list[dict]) -> dict[str, Any]:
+    """The peer's default and its fastest setting over this project's step; records[0] is this project's."""
+    measured = [record for record in records[1:] if "step_ms" in record]
+    if "step_ms" not in records[0] or not measured:
+        return {}
+    ours, fastest = records[0]["step_ms"], min(measured, key=lambda record: record["step_ms"])
+    summary = {"saegrid_ms": ours, "fastest_setting": fastest["setting"], "fastest_ms": fastest["step_ms"]}
+    summary["ratio"] = fastest["step_ms"] / ours
+    if "step_ms" in records[1]:
+        summary |= {"default_ms": records[1]["step_ms"], "ratio_default": records[1]["step_ms"] / ours}
+    return summary
+
+
+def exponent(points: list[dict], name: str) -> float | None:
+    """Slope of log(time) over log(size), least squares; None below two points."""
+    known = [(point["size"], point[name]) for point in points if point.get(name)]
+    if len(known) < 2:
+        return None
+    size, time_ms = np.log(np.array(known)).T
+    return float(np.polyfit(size, time_ms, 1)[0])
+
+
+def machine(threads: int) -> dict[str, Any]:
+    return {
+        "processor": processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "bf16_instructions": [n for n in ("avx512_bf16", "amx_tile") if getattr(torch.cpu, f"_is_{n}_supported")()],
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": platform.platform(),
+        "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def say(shape: Shape, arch: str, line: str) -> None:
+    print(f"{shape} {arch:9}: {line}", flush=True)
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+if __name__ == "__main__":
+    main()

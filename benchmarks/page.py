@@ -1,0 +1,278 @@
+"""The benchmark's page, made from results.json: tables, a plot of step times, and the learning curves.
+
+python benchmarks/page.py [results.json] [report/_benchmarks.md]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+
+from saegrid.atomic import write_text
+from saegrid.plots import BESIDE, INK, PALETTE, STYLE, figure
+from saegrid.tables import MISSING, Markdown, markdown, pipe_table
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKS = {  # contender: colour, shape, name; told apart by shape as well as by colour
+    "saegrid": ("#d55e00", "o", "this project"),
+    "torch": ("#3a86c8", "s", "published class, plain torch"),
+    "sae-lens": ("#009e73", "^", "sae-lens"),
+    "sparsify": ("#b07aa1", "D", "sparsify"),
+    "dictionary_learning": ("#a08000", "v", "dictionary_learning"),
+    "floor": (INK, "|", "floor"),
+}
+NAMES = {name: title for name, (_, _, title) in MARKS.items()}
+ALIKE = 0.01  # first-batch MSE within this share: the contenders solve one problem
+
+
+def make(results: Path, page: Path) -> None:
+    """Write the page's Markdown. Sections whose numbers are missing say so."""
+    content = json.loads(results.read_text(encoding="utf-8"))
+    write_text(page, render(content))
+
+
+def render(results: dict[str, Any]) -> Markdown:
+    """The page as Markdown, from the content of results.json."""
+    parts = [introduction(results), not_measured(results)]
+    parts += [section("Ratio to the peers", ratio_table(results), results["races"])]
+    if results["races"]:
+        parts += [step_plot(results), details(results)]
+    parts += [section("Over the floor", floor_table(results), results["floors"])]
+    parts += [section("Cost against size", scaling_table(results), results["scaling"])]
+    parts += [section("Equal quality", quality_table(results), results["quality"])]
+    if results["quality"]:
+        parts.append(curve_plot(results))
+    parts += [section("Peak memory of a step", memory_table(results), results["races"])]
+    return markdown(*parts)
+
+
+def section(title: str, body: str, numbers: Any) -> str:
+    return f"## {title}\n\n{body if numbers else 'Not measured yet: `make bench` does it.'}"
+
+
+def introduction(results: dict[str, Any]) -> str:
+    machine, rows, settings = results["machine"], results["rows"], results["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    bf16 = ", ".join(machine["bf16_instructions"]) or "none"
+    return (
+        f"One training step, wall clock, of this project and of its peers' released packages, on one machine: "
+        f"**{machine['processor']}**, {machine['threads']} threads of {machine['cores']} cores, "
+        f"{machine['memory_gib']:g} GiB, {machine['instructions']}, bf16 instructions: {bf16}; {machine['system']}. "
+        f"Measured {results['started'][:10]} with {versions}.\n\n"
+        f"Rows: {rows['n']:,} of {rows['model']}, layer {rows['layer']}. {rows['made']} The weights have had "
+        f"{settings['train_steps']} steps of training; all contenders start from the same ones, and from the same "
+        "moments where they use Adam. JumpReLU takes the BatchTopK weights with θ set so that L0 is K. Each contender "
+        f"runs in a process of its own; they take {settings['turns']} turns of {settings['turn_seconds']:g} s (one "
+        "step at least); medians. A peer is measured in its default and in faster settings (bf16 autocast, "
+        "torch.compile, fused Adam), and the ratio is to the faster one: the one that is fastest with "
+        "a shape's first number of rows is measured with the others. No latent counts as dead yet in any "
+        "peer, so none of them computes its auxiliary loss."
+    )
+
+
+def not_measured(results: dict[str, Any]) -> str:
+    lines = "\n".join(f"- {line}" for line in results["not_measured"])
+    return f"::: {{.callout-important}}\n## Not measured\n\n{lines}\n:::"
+
+
+def ratio_table(results: dict[str, Any]) -> str:
+    rows = []
+    for race in results["races"]:
+        setting = race.get("fastest_setting", MISSING)
+        times = (text(race.get(name), ".1f") for name in ("saegrid_ms", "default_ms", "fastest_ms"))
+        ratios = text(race.get("ratio_default"), ".1f"), bold(race.get("ratio"), ".1f")
+        rows.append((*shape_of(race), NAMES[race["peer"]], *times, setting, *ratios))
+    times = "This project (ms)", "Default (ms)", "Fastest (ms)", "Fastest setting"
+    table = pipe_table([*SHAPE, "Peer", *times, "Ratio to default", "Ratio to fastest"], rows)
+    return f"{lowest(results)}\n\n{table}"
+
+
+def lowest(results: dict[str, Any]) -> str:
+    """The ratio that counts, one line a shape and batch: to the fastest of all peers."""
+    best: dict[tuple, dict] = {}
+    for race in results["races"]:
+        key = race["d_in"], race["expansion"], race["k"], race["batch"], race["arch"]
+        if "ratio" in race and race["ratio"] < best.get(key, {"ratio": float("inf")})["ratio"]:
+            best[key] = race
+    if not best:
+        return ""
+    rows = [(*shape_of(race), NAMES[race["peer"]], bold(race["ratio"], ".1f")) for race in best.values()]
+    ratios = [race["ratio"] for race in best.values()]
+    line = f"To the fastest peer of each line the ratio is {min(ratios):.1f} to {max(ratios):.1f}."
+    return f"{line}\n\n{pipe_table([*SHAPE, 'Fastest peer', 'Ratio'], rows)}"
+
+
+def details(results: dict[str, Any]) -> str:
+    """What failed, and whether all contenders solved one problem."""
+    failures, unlike = {}, []
+    for race in results["races"]:
+        errors = [c.get("mse") for c in race["contenders"] if "mse" in c]
+        if errors and max(errors) - min(errors) > ALIKE * min(errors):
+            unlike.append(f"{' '.join(shape_of(race))}, {race['peer']}")
+        for contender in race["contenders"]:
+            if "failure" in contender:
+                failures[contender["contender"], contender["setting"]] = contender["failure"]
+    if unlike:
+        same = f"The first batch's MSE differs by more than {ALIKE:.0%} between contenders at: {'; '.join(unlike)}."
+    else:
+        same = (
+            f"On the first batch all contenders of a race have the same MSE within {ALIKE:.0%}: they solve one problem."
+        )
+    lines = [f"- {NAMES[name]}, {setting}: {reason}" for (name, setting), reason in sorted(failures.items())]
+    return same + ("\n\nSettings that did not run:\n\n" + "\n".join(lines) if lines else "")
+
+
+def floor_table(results: dict[str, Any]) -> str:
+    names = ("saegrid_ms", "saegrid_fp32_ms", "product_ms", "memory_ms", "floor_ms", "bandwidth_gb_s")
+    rows = [
+        (*shape_of(record), *(text(record.get(name), ".1f") for name in names), bold(record.get("over_floor"), ".2f"))
+        for record in results["floors"]
+    ]
+    heads = "Step (ms)", "Step, fp32 product (ms)", "Product (ms)", "Memory (ms)", "Floor (ms)", "Bandwidth (GB/s)"
+    return (
+        "The floor is the encoder's product alone, in the step's own precision, and one read and write of the "
+        "parameters and of Adam's moments at the bandwidth that the machine gives.\n\n"
+        + pipe_table([*SHAPE, *heads, "Step / floor"], rows)
+    )
+
+
+def scaling_table(results: dict[str, Any]) -> str:
+    scaling = results["scaling"]
+    if not scaling:
+        return ""
+    base = scaling["base"]
+    rows = []
+    for axis, points in scaling["points"].items():
+        sizes = " · ".join(f"{point['size']:,}" for point in points)
+        for name in ("saegrid", "torch"):
+            times = " · ".join(text(point.get(f"{name}_ms"), ".1f") for point in points)
+            rows.append((axis, NAMES[name], sizes, times, bold(scaling["exponents"][axis][name], ".2f")))
+    return (
+        f"BatchTopK at d_in {base['d_in']}, d_sae {base['d_sae']:,}, K {base['k']}, {base['batch']} rows, one size "
+        f"changed at a time; the exponent is the slope of log(step) over log(size).\n\n"
+        + pipe_table(["Size", "Contender", "Sizes", "Step (ms)", "Exponent"], rows)
+    )
+
+
+def quality_table(results: dict[str, Any]) -> str:
+    rows = []
+    for record in results["quality"]:
+        own, reference, ratios = record["own"], record["reference"], record["ratios"]
+        pairs = (
+            f"{reference[n]:{f}} → {own[n]:{f}}" for n, f in (("val_mse", ".4g"), ("l0", ".1f"), ("dead_pct", ".1f"))
+        )
+        kernel = f"{own['kernel']}, {own['matmul']}"
+        rows.append((record["arch"], kernel, *pairs, *(text(ratios[n], ".4f") for n in ("val_mse", "l0", "dead_pct"))))
+    heads = "Validation MSE (act²)", "L0 (latents/token)", "Dead (%)", "MSE ratio", "L0 ratio", "Dead ratio"
+    return (
+        "The reference kernel in fp32 → this machine's own kernel: same seed, rows, order and steps.\n\n"
+        + pipe_table(["Architecture", "Kernel", *heads], rows)
+    )
+
+
+def memory_table(results: dict[str, Any]) -> str:
+    rows = []
+    for race in results["races"]:
+        for c in race["contenders"]:
+            if c.get("peak_rss_mib") and (c["contender"] != "saegrid" or race["peer"] == "torch"):
+                step = c["peak_rss_mib"] - c["imported_rss_mib"]
+                numbers = (text(value, ",.0f") for value in (step, c["peak_rss_mib"], c["imported_rss_mib"]))
+                rows.append((*shape_of(race), NAMES[c["contender"]], c["setting"], *numbers))
+    heads = "Peak above the imports (MiB)", "Peak of the process (MiB)", "Behind its imports (MiB)"
+    return (
+        "Resident memory of each contender's process. Weights, gradients and Adam's moments are in it, and four "
+        "batches of rows; what is loaded at the first use counts too.\n\n"
+        + pipe_table([*SHAPE, "Contender", "Setting", *heads], rows)
+    )
+
+
+def step_plot(results: dict[str, Any]) -> Markdown:
+    """Step times at the smallest batch: a line a shape and architecture, a mark a contender in its fastest setting."""
+    batch = min(race["batch"] for race in results["races"])
+    lines: dict[str, dict[str, float]] = {}
+    for race in results["races"]:
+        if race["batch"] == batch and "ratio" in race:
+            times = lines.setdefault(label_of(race), {})
+            times |= {"saegrid": race["saegrid_ms"], race["peer"]: race["fastest_ms"]}
+    for record in results["floors"]:
+        if record["batch"] == batch and record.get("floor_ms") and label_of(record) in lines:
+            lines[label_of(record)]["floor"] = record["floor_ms"]
+    with plt.rc_context(STYLE):
+        _, ax = plt.subplots(figsize=(8.0, 1.2 + 0.34 * max(1, len(lines))), layout="constrained")
+        for contender, (color, shape, title) in MARKS.items():
+            points = [(times[contender], n) for n, times in enumerate(lines.values()) if contender in times]
+            if points:
+                ax.scatter(*zip(*points, strict=True), color=color, marker=shape, s=60, label=title, zorder=2)
+        ax.set_yticks(range(len(lines)), list(lines))
+        ax.invert_yaxis()
+        ax.set_xscale("log")
+        plain_numbers(ax.xaxis)
+        ax.set_xlabel("One training step (ms, log scale)")
+        ax.legend(**BESIDE)
+    caption = f"Median time of a step of {batch} rows; each peer in its fastest setting. Left is faster."
+    return figure(ax, alt="Step time of each contender at each shape and architecture", caption=caption)
+
+
+def curve_plot(results: dict[str, Any]) -> Markdown:
+    """Validation MSE over the steps, both kernels of each architecture together."""
+    with plt.rc_context(STYLE):
+        _, ax = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
+        for record in results["quality"]:
+            draw_curves(ax, record)
+        ax.set_yscale("log")
+        plain_numbers(ax.yaxis)
+        ax.set_xlabel("Step")
+        ax.set_ylabel("Validation MSE (act², log scale)")
+        ax.legend(**BESIDE)
+    caption = (
+        "Learning curves: the reference kernel in fp32 (wide, pale) and this machine's own (dashed) lie on each other."
+    )
+    return figure(ax, alt="Validation MSE over the steps, by architecture and kernel", caption=caption)
+
+
+def draw_curves(ax: Axes, record: dict[str, Any]) -> None:
+    color = PALETTE[record["arch"]]
+    for name, style in (("reference", {"linewidth": 5, "alpha": 0.35}), ("own", {"linestyle": "--", "marker": "o"})):
+        curve = record[name]["curve"]
+        label = f"{record['arch']}, {record[name]['kernel']} {record[name]['matmul']}"
+        ax.plot([p["step"] for p in curve], [p["val_mse"] for p in curve], color=color, label=label, **style)
+
+
+def plain_numbers(axis: Axis) -> None:
+    """20 and 50 in place of matplotlib's mathematical powers, which want a renderer for formulas."""
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+
+
+SHAPE = ("d_in", "Expansion", "K", "Rows", "Architecture")
+
+
+def shape_of(record: dict[str, Any]) -> tuple[str, ...]:
+    return str(record["d_in"]), f"{record['expansion']}x", str(record["k"]), str(record["batch"]), record["arch"]
+
+
+def label_of(record: dict[str, Any]) -> str:
+    return f"{record['d_in']}, {record['expansion']}x, K {record['k']}, {record['arch']}"
+
+
+def bold(value: float | None, form: str) -> str:
+    return f"**{text(value, form)}**"
+
+
+def text(value: float | None, form: str) -> str:
+    return MISSING if value is None else format(value, form)
+
+
+if __name__ == "__main__":
+    given = [Path(argument) for argument in sys.argv[1:]]
+    make(*(given + [ROOT / "benchmarks/results.json", ROOT / "report/_benchmarks.md"][len(given) :]))

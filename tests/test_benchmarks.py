@@ -1,0 +1,113 @@
+"""The benchmark's driver on a shape that takes no time, and the page made from what it wrote. No time is asserted."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import save_dataset, save_model
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """Runs the driver in a folder of its own; returns the content of the results file."""
+    root = tmp_path_factory.mktemp("bench")
+    values = {"model": save_model(root / "model"), "dataset": save_dataset(root / "data"), "layer": 1}
+    values |= {"train_tokens": 600, "val_tokens": 120, "eval_prompts": 2, "store_dir": str(root / "activations")}
+    out = root / "results.json"
+
+    def run(*arguments):
+        command = [sys.executable, str(BENCHMARKS / "bench.py"), "--out", str(out), "--threads", "1", "--turns", "2"]
+        command += ["--turn-seconds", "0.02", "--train-steps", "3", "--peers-python", str(root / "missing")]
+        for name, value in values.items():
+            command += ["-p", name, str(value)]
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=root)
+        assert done.returncode == 0, done.stderr
+        return json.loads(out.read_text())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def results(bench):
+    return bench("--quick", "--shapes", "24x2x4", "--batches", "32", "--archs", "JumpReLU")
+
+
+def test_a_race_has_a_ratio_to_the_plain_torch_loop(results):
+    (race,) = results["races"]
+    shape = {"d_in": 24, "expansion": 2, "d_sae": 48, "k": 4, "batch": 32, "arch": "JumpReLU", "peer": "torch"}
+    assert race.items() >= shape.items()
+    own, default, bf16 = race["contenders"]
+    assert (own["contender"], default["setting"], bf16["setting"]) == ("saegrid", "default", "bf16")
+    fastest = min(default["step_ms"], bf16["step_ms"])
+    assert race["ratio"] == pytest.approx(fastest / own["step_ms"])
+    assert race["ratio_default"] == pytest.approx(default["step_ms"] / own["step_ms"])
+
+
+def test_all_contenders_solve_one_problem_at_the_l0_asked_for(results):
+    own, default, _ = results["races"][0]["contenders"]
+    assert own["mse"] == pytest.approx(default["mse"], rel=1e-4)
+    assert own["l0"] == pytest.approx(default["l0"], rel=0.05)
+    assert own["l0"] == pytest.approx(4, rel=0.4)  # theta is set on all timed batches, this is the first
+
+
+def test_the_floor_is_the_product_and_the_memory_together(results):
+    (floor,) = results["floors"]
+    assert floor["floor_ms"] == pytest.approx(floor["product_ms"] + floor["memory_ms"])
+    assert floor["over_floor"] == pytest.approx(floor["saegrid_ms"] / floor["floor_ms"])
+    values = 3 * (2 * 48 * 24 + 48 + 2 * 24)  # weights and two moments
+    assert floor["contenders"][3]["bytes"] == 2 * 4 * values
+
+
+def test_exponents_are_slopes_of_the_measured_points(results):
+    first, second = results["scaling"]["points"]["rows"]
+    for name in ("saegrid", "torch"):
+        slope = math.log(second[f"{name}_ms"] / first[f"{name}_ms"]) / math.log(second["size"] / first["size"])
+        assert results["scaling"]["exponents"]["rows"][name] == pytest.approx(slope)
+
+
+def test_both_kernels_reach_the_same_loss(results):
+    assert [record["arch"] for record in results["quality"]] == ["TopK", "BatchTopK", "JumpReLU"]
+    for record in results["quality"]:
+        assert record["reference"]["kernel"] == "reference" and record["own"]["kernel"] == "cpu"
+        assert record["ratios"]["val_mse"] == pytest.approx(1, abs=0.01)
+        assert len(record["own"]["curve"]) == record["epochs"]
+
+
+def test_the_record_says_where_and_with_what(results):
+    assert results["machine"]["processor"] and results["machine"]["threads"] == 1
+    assert {"torch", "numba", "python", "saegrid"} <= set(results["versions"])
+    assert any("no GPU has been measured" in line for line in results["not_measured"])
+    assert any(line.startswith("sae-lens") for line in results["not_measured"])
+
+
+def test_keep_adds_to_what_the_file_has(bench, results):
+    more = bench("--quick", "--keep", "--parts", "steps", "--shapes", "16x2x4", "--batches", "48", "--archs", "TopK")
+    assert [race["batch"] for race in more["races"]] == [32, 48]
+    assert more["floors"] == results["floors"] and more["quality"] == results["quality"]
+
+
+def test_the_page_shows_the_ratios_and_says_what_is_not_measured(results, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    page = tmp_path / "page.md"
+    command = [sys.executable, str(BENCHMARKS / "page.py"), str(tmp_path / "results.json"), str(page)]
+    subprocess.run(command, check=True)
+    text = page.read_text()
+    for race in results["races"]:
+        assert f"**{race['ratio']:.1f}**" in text
+    assert "no GPU has been measured" in text and text.count("<svg") == 2 and "$" not in text
+
+
+def test_a_contender_that_fails_is_recorded_and_the_race_goes_on(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from race import race
+
+    spec = {"contender": "torch", "setting": "default", "arch": "TopK", "k": 1, "theta": 0.0, "batch": 1}
+    spec |= {"threads": 1, "warm_steps": 1, "inputs": str(tmp_path / "missing.safetensors")}
+    (record,) = race([spec], {}, 2, 0.01, {"default"})
+    assert record["contender"] == "torch" and "missing.safetensors" in record["failure"]
