@@ -29,7 +29,7 @@ full: setup  ## the published axes on the embedded model
 	@echo "open _site/index.html"
 
 test: setup
-	pytest -n auto --dist loadfile
+	pytest -n auto --dist loadfile -rs
 
 peers: $(VENV)-peers/.ready  ## sae-lens, dictionary-learning and sparsify, for the tests and benchmarks against them
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 import transformers
 
+from saegrid.config import make_config
 from saegrid.errors import StoreError
-from saegrid.lm import take_apart
+from saegrid.lm import load_lm, take_apart
 from saegrid.metrics import splice_metrics
-from saegrid.prompts import Prompt
+from saegrid.prompts import Prompt, make_prompts
 from saegrid.splice import evaluate, load_baseline, make_baseline, mean_losses, save_baseline, scored_positions
 
 SIZES = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 48, "num_attention_heads": 3, "num_hidden_layers": 4}
@@ -74,6 +75,20 @@ def test_agrees_with_the_direct_computation(lm, layer, prefix):
         expected = [direct(lm, prompt, layer, replace) for prompt in prompts]
         assert sums[f"ce_{name}_sum"].tolist() == pytest.approx(expected, abs=1e-4), name
     assert sums["ce_spliced_sum"].tolist() != pytest.approx(sums["ce_clean_sum"].tolist(), abs=1e-2)
+
+
+def test_agrees_on_the_embedded_model():
+    """Nats per token within 1e-4, prompts of different lengths in one batch against one at a time."""
+    config = make_config(k=64, train_tokens=10, val_tokens=10, eval_prompts=4)
+    lm = load_lm(config)
+    prompts = make_prompts(config, lm.tokenizer)["eval"]
+    mean = torch.linspace(-1, 1, lm.d_in)
+    sums = evaluate(lm, make_baseline(lm, prompts, 12, mean), 12, shift)
+    for name, replace in {"clean": lambda x: x, "spliced": shift, "zero": torch.zeros_like}.items():
+        expected = [direct(lm, prompt, 12, replace) for prompt in prompts]
+        difference = (sums[f"ce_{name}_sum"] - expected) / sums["n_tokens"]
+        assert difference.abs().max() < 1e-4, name
+    assert 1 < mean_losses(sums)["clean"] < 4  # it reads English
 
 
 def test_the_true_activations_recover_everything(lm):
