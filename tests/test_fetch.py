@@ -1,77 +1,19 @@
 """Reading from the Hub, with the Hub's own client against a small server of its form, and without any network."""
 
 import hashlib
-import http.server
 import io
 import json
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
+from hub_server import COMMIT, serve
 from tiny import D_IN, save_dataset, save_model
 
 from saegrid.errors import ConfigError
 from saegrid.fetch import files_sha256, local_folder, replacing_folder
-
-COMMIT = "c0ffee" + "0" * 34
-REFUSALS = {
-    "gated": (403, "GatedRepo"),
-    "nowhere": (404, "RepoNotFound"),
-    "broken": (418, ""),
-}
-"""Repositories that the server refuses: status, and the code that the Hub gives along."""
-
-
-def serve(repositories):
-    """A server of files under `/{repository}/resolve/{revision}/{file}` and of their lists."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            parts = self.path.split("?")[0].strip("/").split("/")
-            if parts[0] == "api":
-                repository, rest = "/".join(parts[2:4]), parts[4:]
-            else:
-                start = 1 if parts[0] == "datasets" else 0
-                repository, rest = "/".join(parts[start : start + 2]), parts[start + 2 :]
-            refusal = REFUSALS.get(repository.split("/")[-1])
-            if refusal:
-                return self.answer(refusal[0], b"", {"X-Error-Code": refusal[1]})
-            if len(rest) > 1 and rest[1] not in ("main", COMMIT):
-                return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
-            files = repositories.get(repository, {})
-            if parts[0] == "api":
-                siblings = [{"rfilename": name} for name in files]
-                facts = {"id": repository, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
-                entries = [
-                    {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                    for name, content in files.items()
-                ]
-                return self.answer(200, json.dumps(entries if rest[:1] == ["tree"] else facts).encode(), {})
-            content = files.get("/".join(rest[2:]))
-            if content is None:
-                return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-            headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
-            return self.answer(200, content, headers)
-
-        do_HEAD = do_GET
-
-        def answer(self, status, content, headers):
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(content))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(content)
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
 
 
 def tensor_bytes(tensor):
@@ -88,8 +30,7 @@ def hub(tmp_path_factory):
     model = {path.name: path.read_bytes() for path in (root / "model").iterdir()}
     acts = {"runs/12/instruct_base_layer1.pt": tensor_bytes(torch.randn(50, D_IN).half()), "README.md": b"-"}
     server = serve({"some/model": model, "some/acts": acts, "some/empty": {"README.md": b"-"}})
-    endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-    yield {"HF_ENDPOINT": endpoint, "HF_HOME": str(root / "home"), "HF_HUB_DISABLE_XET": "1"}
+    yield {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(root / "home"), "HF_HUB_DISABLE_XET": "1"}
     server.shutdown()
 
 

@@ -6,7 +6,8 @@ import torch
 
 from saegrid.config import make_config
 from saegrid.errors import SaeFileError
-from saegrid.files import load_published, load_sae, published_state_dict, save_sae
+from saegrid.files import load_folder, published_state_dict, save_sae
+from saegrid.formats import load_sae
 from saegrid.sae import initial_sae
 
 
@@ -19,11 +20,11 @@ def sae():
 
 def test_a_saved_sae_comes_back_whole(sae, tmp_path):
     save_sae(sae, tmp_path, "BatchTopK_exp2x_k3", {"model": "m"})
-    back = load_sae(tmp_path)
+    back = load_folder(tmp_path)
     assert (back.arch, back.k, back.inference_threshold) == ("BatchTopK", 3, 0.25)
     assert all(torch.equal(a, b) for a, b in zip(back.params, sae.params, strict=True))
-    published = load_published(tmp_path / "BatchTopK_exp2x_k3.pt", "BatchTopK", k=3)
-    assert torch.equal(published.W_dec, sae.W_dec) and published.inference_threshold is None
+    published = load_sae(tmp_path / "BatchTopK_exp2x_k3.pt")
+    assert torch.equal(published.W_dec, sae.W_dec) and published.inference_threshold == 0.25  # by cfg.json
     assert json.loads((tmp_path / "cfg.json").read_text())["model"] == "m"
 
 
@@ -63,7 +64,7 @@ def test_a_bad_published_file_is_refused_in_one_line(sae, tmp_path, how, monkeyp
     monkeypatch.chdir(tmp_path)
     torch.save(spoiled(sae, how), "x.pt")
     with pytest.raises(SaeFileError, match=r"^x\.pt: ") as error:
-        load_published("x.pt", "TopK", k=3)
+        load_sae("x.pt", arch="TopK", k=3)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "pwned").exists()
 
@@ -73,7 +74,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path, content):
     path = tmp_path / "x.pt"
     path.write_bytes(content)
     with pytest.raises(SaeFileError):
-        load_published(path, "TopK", k=3)
+        load_sae(path, arch="TopK", k=3)
 
 
 def test_a_changed_byte_is_found(sae, tmp_path):
@@ -83,7 +84,7 @@ def test_a_changed_byte_is_found(sae, tmp_path):
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(SaeFileError, match="SHA-256"):
-        load_sae(tmp_path)
+        load_folder(tmp_path)
     weights.unlink()
     with pytest.raises(SaeFileError, match="No such file"):
-        load_sae(tmp_path)
+        load_folder(tmp_path)

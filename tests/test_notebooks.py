@@ -11,7 +11,7 @@ import pytest
 import torch
 from published import BatchTopK
 
-from saegrid.files import load_sae
+from saegrid.files import load_folder
 
 SMALL = "train_tokens=1500 val_tokens=600 eval_prompts=2 epochs=2 expansion=1 threads=1"
 
@@ -69,7 +69,7 @@ def test_the_metrics_follow_from_the_files(trained):
 
 def test_the_saved_files_are_one_sae(trained):
     _, run_dir, _ = trained
-    ours = load_sae(run_dir)
+    ours = load_folder(run_dir)
     theirs = BatchTopK(576, 576, k=16)
     theirs.load_state_dict(torch.load(run_dir / "BatchTopK_exp1x_k16.pt", weights_only=True))
     ours.inference_threshold = None

@@ -46,7 +46,9 @@ def test_optional_parts_are_not_in_the_core():
     assert not core & {"quarto-cli", "snakemake-executor-plugin-slurm", "snakemake-executor-plugin-kubernetes"}
 
 
-@pytest.mark.parametrize("module", ["config", "grid", "results", "findings", "plots", "tables", "card", "site", "lm"])
+@pytest.mark.parametrize(
+    "module", ["config", "grid", "results", "findings", "plots", "tables", "card", "site", "lm", "hub"]
+)
 def test_what_the_report_and_the_workflow_import_is_free_of_torch(module):
     code = f"import sys, saegrid.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from hub_server import ORGANISATION, client_environment, python_blocks, serve
+from huggingface_hub import ModelCard
 
 from saegrid.grid import load_grid
 
@@ -134,3 +137,44 @@ def test_one_gpu_each(tmp_path):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "3,5", "TMPDIR": str(tmp_path)}
     both = [subprocess.Popen([*command, code], stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
     assert {process.communicate()[0].strip() for process in both} == {"3", "5"}
+
+
+MEASURE = """
+import torch
+from saegrid.activations import open_store
+from saegrid.config import make_config
+from saegrid.lm import load_lm
+from saegrid.splice import evaluate, load_baseline, mean_losses
+config = make_config(**CONFIG)
+store = open_store(config)
+with torch.no_grad():
+    errors = [((x - sae(x)).double() ** 2).sum(dtype=torch.float64).item() for x in store.batches("val", 512)]
+    losses = mean_losses(evaluate(load_lm(config), load_baseline(store.folder), config.layer, sae))
+print(sum(errors) / store.n_val / sae.b_pre.numel(), losses["spliced"] - losses["clean"])
+"""
+
+
+def test_the_published_grid_gives_what_its_card_states(smoke, tmp_path):
+    """By the real client; then each of the card's snippets, in a fresh process, fetches what is measured here."""
+    server = serve()
+    environment = client_environment(server, tmp_path / "home")
+    publish = [sys.executable, "-m", "saegrid", "publish", "params/smoke.yaml", "--folder", str(tmp_path / "folder")]
+    where = ["--repo", f"{ORGANISATION}/smoke", "--space", f"{ORGANISATION}/report"]
+    run = {"cwd": smoke, "env": environment, "capture_output": True, "text": True, "check": False}
+    done = subprocess.run([*publish, *where], **run)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "README.md").write_bytes(server.files(where[1])["README.md"])
+    card = ModelCard.load(tmp_path / "README.md")
+    assert {r.metric_args["run_id"] for r in card.data.eval_results} == {run.run_id for run in GRID.runs()}
+    own, published_class, _ = python_blocks(card.text)
+    file = re.search(r'load_sae\("[^/]+/[^/]+/(.+)"\)', own)[1]
+    stated = {r.metric_type: r for r in card.data.eval_results if r.metric_args["file"] == file}
+    run_id = stated["val_mse"].metric_args["run_id"]
+    config = next(run for run in GRID.runs() if run.run_id == run_id).model_dump()
+    for code in (own, published_class):
+        done = subprocess.run([sys.executable, "-c", f"{code}\n{MEASURE.replace('CONFIG', repr(config))}"], **run)
+        assert done.returncode == 0, done.stderr[-3000:]
+        val_mse, delta_loss = map(float, done.stdout.split()[-2:])
+        assert val_mse == pytest.approx(stated["val_mse"].metric_value, rel=1e-4)
+        assert delta_loss == pytest.approx(stated["delta_loss"].metric_value, abs=1e-3)
+    server.shutdown()

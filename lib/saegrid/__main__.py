@@ -1,4 +1,4 @@
-"""Commands: `python -m saegrid list | collect | tables | pages | site`.
+"""Commands: `python -m saegrid list | collect | tables | pages | site | publish`.
 
 A user's mistake is one line on stderr and exit code 2.
 """
@@ -26,6 +26,12 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("pages", help="write the report's pages of a grid that has its tables")
     command.add_argument("grid", type=Path)
     commands.add_parser("site", help="render the website: Quarto where it is on PATH, else smalldocs")
+    command = commands.add_parser("publish", help="build a model repository of a finished grid, and upload it")
+    command.add_argument("grid", type=Path)
+    command.add_argument("--repo", default="", metavar="ORG/NAME", help="model repository on the Hub")
+    command.add_argument("--space", default="", metavar="ORG/NAME", help="static Space on the Hub, for the site")
+    command.add_argument("--folder", default="", metavar="DIR", help="where to build; default: published/<grid's name>")
+    command.add_argument("--dry-run", action="store_true", help="build and show what would go where, and send nothing")
     options = parser.parse_args(arguments)
     try:
         _run(options)
@@ -42,6 +48,7 @@ def _run(options: argparse.Namespace) -> None:
         print(site.render(Path()))
         return
     grid = load_grid(options.grid)
+    grid.runs()  # a bad point is told before anything else is
     if options.command == "list":
         _list(grid)
     elif options.command == "tables":
@@ -52,6 +59,10 @@ def _run(options: argparse.Namespace) -> None:
         from saegrid import pages
 
         pages.make(grid)
+    elif options.command == "publish":
+        from saegrid import hub
+
+        hub.publish(grid, options.repo, options.space, options.folder, options.dry_run)
     elif options.command == "collect":
         _collect(grid, options.store_id)
 

@@ -192,7 +192,7 @@ def files_text(best: pd.Series) -> Markdown:
 def load_text(best: pd.Series) -> Markdown:
     """Code that loads the recommended SAE."""
     folder = f"runs/{best['run_id']}"
-    code = f'from saegrid.files import load_sae\n\nsae = load_sae("{folder}")  # {best["name"]}\n'
+    code = f'import saegrid\n\nsae = saegrid.load_sae("{folder}")  # {best["name"]}\n'
     code += f"x_hat = sae(x)  # (N, {best['d_in']})"
     plain = f'import torch\n\nstate = torch.load("{folder}/{best["name"]}.pt", weights_only=True)'
     return markdown(

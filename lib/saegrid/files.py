@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -40,28 +39,13 @@ def published_state_dict(sae: SAE) -> dict[str, Tensor]:
     }
 
 
-def from_published(state: dict[str, Tensor], arch: str, k: int = 0, threshold: float = 0.0, source: str = "") -> SAE:
-    """The SAE that a published state dict holds; BatchTopK has no calibrated threshold and cuts per batch.
+def from_published(state: dict[str, Tensor], arch: str, k: int = 0, threshold: float = 0.0) -> SAE:
+    """The SAE of a published state dict of fitting shapes; a BatchTopK has no threshold yet and cuts per batch.
 
-    Raises:
-        SaeFileError: names that are missing or too many, shapes that do not fit each other, or values not finite.
+    `formats.load_sae` reads files, and checks what they hold.
     """
-    where = f"{source}: " if source else ""
-    if not isinstance(state, dict) or set(state) != set(PUBLISHED_SHAPES):
-        found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
-        raise SaeFileError(f"{where}needs the tensors {', '.join(PUBLISHED_SHAPES)}; found {found}")
-    if not all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in state.values()):
-        raise SaeFileError(f"{where}holds something other than floating-point tensors")
-    if state["encoder.weight"].ndim != 2:
-        raise SaeFileError(f"{where}encoder.weight has shape {tuple(state['encoder.weight'].shape)}, not [d_sae, d_in]")
-    sizes = dict(zip(("d_sae", "d_in"), state["encoder.weight"].shape, strict=True))
-    for name, dimensions in PUBLISHED_SHAPES.items():
-        wanted = tuple(sizes[dimension] for dimension in dimensions)
-        if tuple(state[name].shape) != wanted:
-            raise SaeFileError(f"{where}{name} has shape {tuple(state[name].shape)}, not {wanted}")
-        if not state[name].isfinite().all():
-            raise SaeFileError(f"{where}{name} holds values that are not finite")
-    sae = ARCHITECTURES[arch](sizes["d_in"], sizes["d_sae"], k=k, threshold=threshold)
+    d_sae, d_in = state["encoder.weight"].shape
+    sae = ARCHITECTURES[arch](d_in, d_sae, k=k, threshold=threshold)
     sae.b_pre.data.copy_(state["b_pre"])
     sae.W_enc.data.copy_(state["encoder.weight"])
     sae.b_enc.data.copy_(state["encoder.bias"])
@@ -92,8 +76,8 @@ def save_sae(sae: SAE, folder: str | Path, name: str, facts: dict[str, Any]) -> 
     return digest
 
 
-def load_sae(folder: str | Path) -> SAE:
-    """The SAE of a folder written by `save_sae`, its weights checked against `cfg.json`'s hash.
+def load_folder(folder: str | Path) -> SAE:
+    """The SAE of a run's folder, as `save_sae` wrote it, its weights checked against `cfg.json`'s hash.
 
     Raises:
         SaeFileError: a file is missing, damaged, or not of this form.
@@ -120,15 +104,3 @@ def load_sae(folder: str | Path) -> SAE:
             raise SaeFileError(f"{weights}: {name} is missing or not of shape {tuple(target.shape)}")
         target.data.copy_(tensors[name])
     return sae
-
-
-def load_published(path: str | Path, arch: str, k: int = 0, threshold: float = 0.0) -> SAE:
-    """The SAE of a published `.pt` file. Only tensors are unpickled. Raises `SaeFileError`."""
-    try:
-        state = torch.load(str(path), map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise SaeFileError(f"{path}: {error.strerror or error}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise SaeFileError(f"{path}: not a state dict of tensors: {first_line}") from None
-    return from_published(state, arch, k, threshold, source=str(path))

@@ -170,14 +170,14 @@ def _kind(folder: Path, present: list[str]) -> str:
 
 
 def _read_own(folder: Path) -> SAE:
-    """A run's SAE. `files.load_sae` trusts its `cfg.json`, so that is held against the weights first."""
+    """A run's SAE. `files.load_folder` trusts its `cfg.json`, so that is held against the weights first."""
     path, weights_path = folder / "cfg.json", folder / "sae.safetensors"
     cfg = as_model(_OwnCfg, read_json(path), path)
     sizes = check_tensors(read_safetensors(weights_path), OWN_SHAPES, weights_path)
     check_sizes(cfg, sizes, path)
     theta = cfg.threshold if cfg.arch == "JumpReLU" else cfg.threshold or None
     check_sparsity(path, cfg.arch, cfg.k or None, theta, sizes["d_sae"])
-    return files.load_sae(folder)
+    return files.load_folder(folder)
 
 
 READERS: dict[str, Callable[[Path], SAE]] = {

@@ -68,7 +68,7 @@ def read_published(path: Path, given: Told) -> SAE:
         raise SaeFileError(f"{path}: its name says d_sae = {d_sae}, and the weights have {sizes['d_sae']}")
     theta = told.threshold if told.arch != "BatchTopK" else None
     check_sparsity(path, told.arch, told.k, theta, sizes["d_sae"])
-    sae = from_published(state, told.arch, told.k or 0, theta or 0.0, source=str(path))
+    sae = from_published(state, told.arch, told.k or 0, theta or 0.0)
     if isinstance(sae, BatchTopK):
         sae.inference_threshold = told.threshold
     return sae

@@ -25,7 +25,7 @@ from saegrid.atomic import replacing, write_json
 from saegrid.config import RunConfig, make_config
 from saegrid.errors import SaegridError
 from saegrid.fetch import waiting_lock
-from saegrid.files import load_sae, save_sae
+from saegrid.files import load_folder, save_sae
 from saegrid.lm import lm_shape, load_lm
 from saegrid.metrics import SINK_RATIO, Reconstruction, median_norm, splice_metrics
 from saegrid.prompts import make_prompts
@@ -119,7 +119,7 @@ class Run:
     def train(self) -> SAE:
         """Train, or load what a finished run saved."""
         if self.finished:
-            self.sae = load_sae(self.folder)
+            self.sae = load_folder(self.folder)
             return self.sae
         started = time.perf_counter()
         rows = self.config.epochs * self.store.n_train
