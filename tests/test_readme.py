@@ -38,6 +38,13 @@ def test_every_module_notebook_and_folder_is_in_the_tree():
             assert path in named or any(name.startswith(parts[0] + "/") for name in named), path
 
 
+def test_the_papermill_line_finds_its_folder():
+    """papermill makes no folder for its output, so the checkout has it."""
+    output = re.search(r"^papermill notebooks/train.ipynb (\S+)", README, re.M)[1]
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=False).stdout.split()
+    assert f"{Path(output).parent}/.gitkeep" in tracked
+
+
 def test_the_make_targets_exist():
     makefile = Path("Makefile").read_text()
     targets = re.findall(r"^make (\w+)", README, re.M) + re.findall(r"`make (\w+)`", README)
