@@ -281,7 +281,7 @@ def machine(threads: int) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": threads,
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
         "load_before": round(os.getloadavg()[0], 2),
     }
