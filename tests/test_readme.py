@@ -1,5 +1,6 @@
 """The README's tree is what lies on the disk, and its commands exist."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -64,3 +65,8 @@ def test_the_readmes_numbers_are_those_of_the_committed_table():
     assert f"by {first.effect:.3f} nats/token on average" in text
     assert "lower delta loss in 0" in first.sentence and "in all 9 settings" in text
     assert (verdicts.count("holds"), verdicts.count("fails")) == (1, 4)
+
+
+def test_the_readmes_speed_is_that_of_the_committed_benchmark():
+    ratios = [race["ratio"] for race in json.loads(Path("benchmarks/results.json").read_text())["races"]]
+    assert f"{min(ratios):.1f}x to {max(ratios):.1f}x faster" in README
