@@ -121,8 +121,8 @@ class Run:
         if self.finished:
             self.sae = load_folder(self.folder)
             return self.sae
+        rows = self.config.epochs * self.store.n_train  # a missing store is collected here, and timed apart
         started = time.perf_counter()
-        rows = self.config.epochs * self.store.n_train
         with tqdm(total=rows, unit="row", unit_scale=True, desc=self.config.name, mininterval=1.0) as bar:
             self.sae, progress = train(
                 self.config, self.store, self.kernel, self.folder, self.config.matmul, report=bar.update
