@@ -54,6 +54,18 @@ def from_published(state: dict[str, Tensor], arch: str, k: int = 0, threshold: f
     return sae
 
 
+def write_state_dict(sae: SAE, path: Path) -> None:
+    """Write the published `.pt` file; the same SAE gives the same bytes."""
+    buffer = io.BytesIO()  # a path would put the file's name into its bytes
+    torch.save(published_state_dict(sae), buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def shape_and_rule(sae: SAE) -> dict[str, Any]:
+    """What rebuilds the SAE besides its weights."""
+    return {field: getattr(sae, field) for field in ("arch", "d_in", "d_sae", "k", "threshold", "inference_threshold")}
+
+
 def save_sae(sae: SAE, folder: str | Path, name: str, facts: dict[str, Any]) -> str:
     """Write `{name}.pt`, `sae.safetensors` and `cfg.json` into `folder`; the same SAE gives the same bytes.
 
@@ -65,14 +77,11 @@ def save_sae(sae: SAE, folder: str | Path, name: str, facts: dict[str, Any]) -> 
         SHA-256 of `sae.safetensors`.
     """
     folder = Path(folder)
-    buffer = io.BytesIO()  # a path would put the file's name into its bytes
-    torch.save(published_state_dict(sae), buffer)
-    write_bytes(folder / f"{name}.pt", buffer.getvalue())
+    write_state_dict(sae, folder / f"{name}.pt")
     content = save({key: tensor.contiguous() for key, tensor in sae.params._asdict().items()})
     write_bytes(folder / "sae.safetensors", content)
     digest = hashlib.sha256(content).hexdigest()
-    own = {field: getattr(sae, field) for field in ("arch", "d_in", "d_sae", "k", "threshold", "inference_threshold")}
-    write_json(folder / "cfg.json", {**own, "weights_sha256": digest, **facts})
+    write_json(folder / "cfg.json", {**shape_and_rule(sae), "weights_sha256": digest, **facts})
     return digest
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from saegrid.atomic import write_bytes, write_json
+from saegrid.atomic import write_json
 from saegrid.config import Arch
 from saegrid.errors import SaeFileError
 from saegrid.exchange import JumpReLUPerLatent
-from saegrid.files import PUBLISHED_SHAPES, from_published, published_state_dict
+from saegrid.files import PUBLISHED_SHAPES, from_published, shape_and_rule, write_state_dict
 from saegrid.sae import ARCHITECTURES, SAE, BatchTopK, JumpReLU
 from saegrid.untrusted import as_model, check_sizes, check_tensors, read_json, read_pt
 
@@ -145,9 +143,6 @@ def write_published(sae: SAE, folder: Path, facts: dict[str, Any]) -> Path:
     name = facts.get("name") or f"{sae.arch}_exp{sae.d_sae / sae.d_in:g}x_{sparsity}"
     if not re.fullmatch(r"[\w.+-]+", str(name)):
         raise SaeFileError(f"name = {name!r}: letters, digits and _ . + - make a file name")
-    buffer = io.BytesIO()  # a path would put the file's name into its bytes
-    torch.save(published_state_dict(sae), buffer)
-    write_bytes(folder / f"{name}.pt", buffer.getvalue())
-    own = {field: getattr(sae, field) for field in ("arch", "d_in", "d_sae", "k", "threshold", "inference_threshold")}
-    write_json(folder / f"{name}.json", facts | own)
+    write_state_dict(sae, folder / f"{name}.pt")
+    write_json(folder / f"{name}.json", facts | shape_and_rule(sae))
     return folder / f"{name}.pt"
