@@ -46,7 +46,7 @@ def decode_rows(
     """Reconstructions (N, d_in), biases included; a program per row and WIDTH columns.
 
     MAY_BE_DENSE: where the dense path has made `product` = z W_dec, that is taken in place of the lists.
-    ERROR: `out` is scale * (x_hat - x); the squared errors' sums go to square_sums, the number of active pairs to facts.
+    ERROR: `out` is scale * (x_hat - x), square_sums takes the sums of squared errors, facts the number of active pairs.
     """
     row, chunk = tl.program_id(0), tl.program_id(1)
     column = chunk * WIDTH + tl.arange(0, WIDTH)
@@ -130,7 +130,7 @@ def step_latents(
     FROM_PAIRS: gradients come from the lists; with FROM_MEMORY too, from memory where the dense path has made them.
     FROM_MEMORY alone: from memory, times hyper[SCALE] (the second half of a clipped step).
     APPLY: change weights and moments; else write the gradients out, and the sum of each latent's squares.
-    pull (programs, d_in): each program's part of sum over latents of g_bias W_enc, b_pre's gradient through the encoder.
+    pull (programs, d_in): each program's part of the sum of g_bias W_enc, b_pre's gradient through the encoder.
     """
     column = tl.arange(0, WIDTH)
     inside = column < d_in

@@ -33,7 +33,7 @@ def order_bits(value):
 
 @triton.jit
 def count_digit(bits, prefix, LEVEL: tl.constexpr):
-    """Histogram (BINS,) of digit LEVEL, the most significant first, among the values whose higher digits are `prefix`."""
+    """Histogram (BINS,) of digit LEVEL, 0 the most significant, among values whose higher digits are `prefix`."""
     shift: tl.constexpr = 8 * (DIGITS - 1 - LEVEL)
     candidate = bits > 0
     if LEVEL > 0:
@@ -43,7 +43,7 @@ def count_digit(bits, prefix, LEVEL: tl.constexpr):
 
 @triton.jit
 def pick_digit(histogram, prefix, need):
-    """The digit that the need-th largest candidate has: (prefix with it, how many are needed among those that share it)."""
+    """The digit of the need-th largest candidate: (prefix with it, how many are needed among those that share it)."""
     above = tl.sum(histogram, 0) - tl.cumsum(histogram, 0)  # candidates of a larger digit
     here = (above < need) & (above + histogram >= need)
     digit = tl.sum(tl.where(here, tl.arange(0, BINS), 0), 0)
@@ -52,7 +52,7 @@ def pick_digit(histogram, prefix, need):
 
 @triton.jit
 def batch_cut(histograms, count, LEVELS: tl.constexpr):
-    """What the first LEVELS histograms (DIGITS, BINS) say of the batch's count-th largest: (prefix, need) as `pick_digit`.
+    """What LEVELS of the histograms (DIGITS, BINS) say of the count-th largest value: (prefix, need) as `pick_digit`.
 
     (0, 0) once all digits are known and no more than `count` are positive: then all of those are kept.
     """
@@ -70,7 +70,7 @@ def batch_cut(histograms, count, LEVELS: tl.constexpr):
 
 @triton.jit
 def cut_rows(pre, bias, d_sae, k, cuts, above, ties, BLOCK: tl.constexpr):
-    """TopK, a program per row: bits of its k-th largest value, how many lie above it, and how many ties fill up to k."""
+    """TopK, a program per row: bits of its k-th largest value, how many lie above, and how many ties fill up to k."""
     row = tl.program_id(0)
     prefix, need = 0, k
     few = False
@@ -92,7 +92,7 @@ def cut_rows(pre, bias, d_sae, k, cuts, above, ties, BLOCK: tl.constexpr):
 
 @triton.jit
 def batch_digits(pre, bias, n_rows, d_sae, count, histograms, LEVEL: tl.constexpr, BLOCK: tl.constexpr):
-    """BatchTopK: adds the histogram of digit LEVEL over all rows; the earlier ones are complete, this one is 0 before."""
+    """BatchTopK: adds the histogram of digit LEVEL over all rows; earlier ones are complete, this one is 0 before."""
     prefix, _ = batch_cut(histograms, count, LEVEL)
     histogram = tl.zeros((BINS,), tl.int32)
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
@@ -132,7 +132,7 @@ def count_rows(
 def place_rows(
     above, ties, histograms, count, n_rows, capacity, offsets, facts, BATCH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One program: where each row's list begins, offsets (N + 1,), and how many of its ties it keeps, in place of `ties`."""
+    """One program: where each row's list begins, offsets (N + 1,), and how many ties it keeps, in place of `ties`."""
     left = 0
     if BATCH:
         _, left = batch_cut(histograms, count, DIGITS)
