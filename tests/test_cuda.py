@@ -132,9 +132,12 @@ def test_a_step_never_waits_and_repeats_its_bytes(rule, matmul):
 
     settings, states = StepSettings(1e-3, 1.0, matmul=matmul), [start(on_gpu(make_params())) for _ in range(2)]
     batches = [make_rows(n, n, sinks=1).cuda() for n in (128, 128, 50, 128, 50)]
+    losses = [[cuda.train_step(state, x, rule, settings)[0] for x in batches] for state in states]  # captured by now
     torch.cuda.set_sync_debug_mode("error")
     try:
-        losses = [[cuda.train_step(state, x, rule, settings)[0] for x in batches] for state in states]
+        for state, some in zip(states, losses, strict=True):
+            cuda._step(state, 50, rule, settings, state.workspace["cuda"])  # launch by launch
+            some += [cuda.train_step(state, x, rule, settings)[0] for x in batches]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(*(torch.stack(some) for some in losses))
