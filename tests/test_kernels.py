@@ -396,6 +396,10 @@ def test_bf16_codes_that_are_not_sparse_are_float32s():
 # --- which kernel ---
 
 
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: see test_cuda.py")
+
+
+@without_gpu
 def test_choose_resolves_auto(caplog):
     with caplog.at_level(logging.INFO, "saegrid.kernels"):
         choice = kernels.choose("auto", "auto", 0)
@@ -405,6 +409,7 @@ def test_choose_resolves_auto(caplog):
     assert kernels.choose("reference", "fp32", 3) == ("reference", "fp32", 3)
 
 
+@without_gpu
 def test_load():
     assert kernels.load("reference") is reference and kernels.load("cpu") is cpu
     with pytest.raises(ConfigError, match="kernel = 'cuda'"):

@@ -50,7 +50,7 @@ def collect(config: RunConfig, device: str | None = None, shard_rows: int = SHAR
         with waiting_lock(folder.with_name(f".{folder.name}.lock")):
             if not (folder / "manifest.json").exists():
                 with replacing_folder(folder) as temporary:
-                    _make(config, temporary, device or ("cuda" if torch.cuda.is_available() else "cpu"), shard_rows)
+                    _make(config, temporary, device, shard_rows)
     open_store(config)
     return folder
 
@@ -79,7 +79,7 @@ def store_folder(config: RunConfig) -> Path:
     return Path(config.store_dir) / config.store_id
 
 
-def _make(config: RunConfig, folder: Path, device: str, shard_rows: int) -> None:
+def _make(config: RunConfig, folder: Path, device: str | None, shard_rows: int) -> None:
     """Write a whole store into an empty folder, its manifest last."""
     started = time.perf_counter()
     d_in, n_layers = lm_shape(config)
@@ -110,7 +110,7 @@ def _make(config: RunConfig, folder: Path, device: str, shard_rows: int) -> None
     write_json(folder / "manifest.json", manifest)
 
 
-def _add_collected(config: RunConfig, writers: dict[str, ShardWriter], device: str) -> dict[str, Any]:
+def _add_collected(config: RunConfig, writers: dict[str, ShardWriter], device: str | None) -> dict[str, Any]:
     """Run the language model over the prompts; the manifest's facts on where the rows come from."""
     lm = load_lm(config, device)
     prompts = make_prompts(config, lm.tokenizer)
@@ -135,7 +135,7 @@ def _add_collected(config: RunConfig, writers: dict[str, ShardWriter], device: s
         "templates": {split: len({prompt.template for prompt in some}) for split, some in prompts.items()},
         "shared_prefix": prompts["eval"][0].prefix,
     }
-    return {"model": {**lm.identity, "device": device}, "data": data}
+    return {"model": {**lm.identity, "device": lm.model.device.type}, "data": data}
 
 
 def _residuals(lm: LM, prompts: list[Prompt], layer: int, bar: tqdm) -> list[torch.Tensor]:

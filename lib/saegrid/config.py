@@ -109,7 +109,7 @@ class RunConfig(BaseModel):
     matmul: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the encoder's product while training; evaluation always uses fp32."""
     threads: int = Field(0, ge=0)
-    """Threads of one run; 0: all cores. Recorded in the run, and used again on resume."""
+    """Threads of one run; 0: `OMP_NUM_THREADS` where it is set, else all cores. Recorded, and used again on resume."""
 
     # --- places: not part of a run's identity ---
     runs_dir: str = Field("runs", min_length=1)

@@ -81,8 +81,11 @@ def lm_shape(config: RunConfig) -> tuple[int, int]:
         raise ConfigError(f"model = {config.model!r}: its config.json is not a language model's") from None
 
 
-def load_lm(config: RunConfig, device: str = "cpu") -> LM:
+def load_lm(config: RunConfig, device: str | None = None) -> LM:
     """The run's language model in `lm_dtype`, ready for `hidden_at` and `final_from`.
+
+    Args:
+        device: where it runs; by default a GPU where there is one.
 
     Raises:
         ConfigError: the model can't be found or loaded, or has no block `layer`.
@@ -114,6 +117,7 @@ def load_lm(config: RunConfig, device: str = "cpu") -> LM:
         "dtype": config.lm_dtype,
         "architecture": type(model).__name__,
     }
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     lm = take_apart(model.to(device), tokenizer, identity)
     config.check_shape(lm.d_in, lm.n_layers)
     return lm

@@ -71,7 +71,7 @@ class Reconstruction:
         self.act_max = torch.zeros(self.d_sae)
 
     def add(self, x: Tensor, x_hat: Tensor, latents: Tensor, values: Tensor) -> Tensor:
-        """Add rows x and x_hat (N, d_in) with the active pairs' latents and values (nnz,).
+        """Add rows x and x_hat (N, d_in) with the active pairs' latents and values (nnz,), all on one device.
 
         Returns:
             The squared error of each row, (N,) float64.
@@ -84,7 +84,7 @@ class Reconstruction:
         self.sq_error += errors.sum().item()
         self.sq_error_no_sink += errors[keep].sum().item()
         self.active += len(values)
-        latents = latents.long()
+        latents, values = latents.long().cpu(), values.cpu()  # sums on a GPU would have no fixed order
         self.fired += torch.bincount(latents, minlength=self.d_sae)
         self.act_sum.index_add_(0, latents, values.double())
         self.act_max.scatter_reduce_(0, latents, values, "amax")

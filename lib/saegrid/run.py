@@ -36,7 +36,7 @@ from saegrid.train import rms_pre_acts, train
 
 CODE = (
     *("activations.py", "embedded.py", "fetch.py", "files.py", "lm.py", "metrics.py", "prompts.py", "published.py"),
-    *("run.py", "sae.py", "splice.py", "store.py", "train.py", "kernels"),
+    *("run.py", "sae.py", "splice.py", "store.py", "train.py", "transfer.py", "kernels"),
 )
 """Sources whose change can change a run's result: their hash is the run's code version."""
 
@@ -88,6 +88,11 @@ class Run:
         kernels.set_threads(self.config.threads)
         return kernels.load(self.config.kernel)
 
+    @property
+    def device(self) -> str:
+        """Where the run's tensors lie, "cpu" or "cuda"."""
+        return kernels.device(self.config.kernel)
+
     @cached_property
     def store(self) -> Store:
         kernels.set_threads(self.config.threads)
@@ -119,13 +124,13 @@ class Run:
     def train(self) -> SAE:
         """Train, or load what a finished run saved."""
         if self.finished:
-            self.sae = load_folder(self.folder)
+            self.sae = load_folder(self.folder).to(self.device)
             return self.sae
         rows = self.config.epochs * self.store.n_train  # a missing store is collected here, and timed apart
         started = time.perf_counter()
         with tqdm(total=rows, unit="row", unit_scale=True, desc=self.config.name, mininterval=1.0) as bar:
             self.sae, progress = train(
-                self.config, self.store, self.kernel, self.folder, self.config.matmul, report=bar.update
+                self.config, self.store, self.kernel, self.folder, self.config.matmul, bar.update, self.device
             )
         self.best_epoch = progress.best_epoch
         self.times["train_seconds"] = time.perf_counter() - started
@@ -139,6 +144,7 @@ class Run:
         started = time.perf_counter()
         rows, latents, positions = evaluate_rows(self.sae, self.store, self.config.batch_size, self.kernel)
         sums, l0_eval = self._splice()
+        self.sae.cpu()
         cfg = {**self.config.identity(), "run_id": self.run_id, "code_version": code_version()}
         cfg = {name: value for name, value in cfg.items() if name not in ("arch", "k", "threshold")}
         weights = save_sae(self.sae, self.folder, self.config.name, cfg)
@@ -158,7 +164,7 @@ class Run:
 
         def replace(x: Tensor) -> Tensor:
             nonlocal active, rows
-            codes = self.sae.codes(x, self.kernel)
+            codes = self.sae.codes(x.to(self.sae.device), self.kernel)
             active, rows = active + len(codes.values), rows + len(x)
             return self.kernel.decode(self.sae.params, codes)
 
@@ -187,6 +193,8 @@ class Run:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         times = {name: round(value, 3) for name, value in self.times.items()}
         facts = {"finished": now, "threads": self.config.threads, "cpu": processor()}
+        if self.device == "cuda":
+            facts["gpu"] = torch.cuda.get_device_name()
         write_json(self.folder / "timing.json", times | facts)
 
     def _resolved(self, config: RunConfig) -> RunConfig:
@@ -206,19 +214,20 @@ class Run:
 
 def evaluate_rows(sae: SAE, store: Store, batch_size: int, kernel) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
     """Metrics of the validation rows; firing of each latent; squared error by token position."""
-    sink_norm = SINK_RATIO * median_norm(store.batches("val", batch_size))
+    sink_norm = SINK_RATIO * median_norm(store.batches("val", batch_size, device=sae.device))
     sums = Reconstruction(sae.d_sae, sink_norm)
     errors = []
-    for x in store.batches("val", batch_size):
+    for x in store.batches("val", batch_size, device=sae.device):
         codes = sae.codes(x, kernel)
         errors.append(sums.add(x, kernel.decode(sae.params, codes), codes.latents, codes.values))
     mean_act = (sums.act_sum / sums.fired.clamp_min(1)).numpy()
     latents = pd.DataFrame({"latent": range(sae.d_sae), "fired": sums.fired, "mean_act": mean_act})
     latents["max_act"] = sums.act_max
     mean = sums.every.mean
-    centred = torch.cat([(x.double() - mean).square().sum(1) for x in store.batches("val", batch_size)])
-    rows = pd.DataFrame({"position": store.meta("val")["positions"], "sq_error": torch.cat(errors)})
-    rows["sq_norm_centred"] = centred
+    batches = store.batches("val", batch_size, device=sae.device)
+    centred = torch.cat([(x.double() - mean).square().sum(1) for x in batches])
+    rows = pd.DataFrame({"position": store.meta("val")["positions"], "sq_error": torch.cat(errors).cpu()})
+    rows["sq_norm_centred"] = centred.cpu()
     positions = rows.groupby("position").agg(
         n_rows=("sq_error", "size"), sq_error=("sq_error", "mean"), sq_norm_centred=("sq_norm_centred", "mean")
     )

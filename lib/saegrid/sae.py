@@ -44,6 +44,11 @@ class SAE(nn.Module):
         return type(self).__name__
 
     @property
+    def device(self) -> str:
+        """Where the weights lie: "cpu" or "cuda"."""
+        return self.b_pre.device.type
+
+    @property
     def params(self) -> Params:
         """The weights themselves (no copies), as the kernels take them."""
         return Params(*(getattr(self, name).data for name in Params._fields))

@@ -61,7 +61,7 @@ def make_baseline(lm: LM, prompts: list[Prompt], layer: int, mean: Tensor) -> Ba
             "n_tokens": [len(scored_positions(prompt)) for prompt in prompts],
         }
     )
-    passes = {"clean": lambda rows: rows, "zero": torch.zeros_like, "mean": lambda rows: mean.expand_as(rows)}
+    passes = {"clean": lambda rows: rows, "zero": torch.zeros_like, "mean": lambda rows: mean.to(rows).expand_as(rows)}
     for name, replace in passes.items():
         frame[f"ce_{name}_sum"] = splice(lm, prompts, x, layer, replace)
     return Baseline(prompts, x, frame)
@@ -78,13 +78,13 @@ def splice(
     """
     sums = [0.0] * len(prompts)
     for indices, ids, mask in _batches(prompts):
-        hidden = torch.zeros(*ids.shape, x[0].shape[1], dtype=x[0].dtype)
+        hidden = torch.zeros(*ids.shape, x[0].shape[1], dtype=x[0].dtype, device=lm.model.device)
         where = [scored_positions(prompts[index]) for index in indices]
         for row, index in enumerate(indices):
             hidden[row, : len(x[index])] = x[index]
         rows = torch.cat([torch.full_like(positions, row) for row, positions in enumerate(where)])
         positions = torch.cat(where)
-        hidden[rows, positions] = replace(hidden[rows, positions].float()).to(hidden.dtype)
+        hidden[rows, positions] = replace(hidden[rows, positions].float()).to(hidden)
         final = final_from(lm, hidden, ids, mask, layer)[rows, positions]
         losses = _cross_entropy(lm, final, ids[rows, positions + 1])
         for row, index in enumerate(indices):
@@ -147,6 +147,6 @@ def _cross_entropy(lm: LM, final: Tensor, targets: Tensor) -> Tensor:
     """Loss of each row, (n,) float64 nats, from final states (n, d_in)."""
     losses = [
         F.cross_entropy(lm.head(states).float(), wanted, reduction="none").double()
-        for states, wanted in zip(final.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
+        for states, wanted in zip(final.split(HEAD_ROWS), targets.to(final.device).split(HEAD_ROWS), strict=True)
     ]
     return torch.cat(losses)

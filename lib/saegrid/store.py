@@ -25,6 +25,7 @@ from torch import Tensor
 
 from saegrid.atomic import write_bytes
 from saegrid.errors import StoreError
+from saegrid.transfer import received, sent
 
 FORMAT = 1
 META = ("token_ids", "positions", "prompts")
@@ -147,8 +148,9 @@ class Store:
         epoch: int = 0,
         start: int = 0,
         buffer_shards: int = BUFFER_SHARDS,
+        device: str = "cpu",
     ) -> Iterator[Tensor]:
-        """Batches of float32 rows (N, d_in), each row once; the last batch may be smaller.
+        """Batches of float32 rows (N, d_in) on `device`, each row once; the last batch may be smaller.
 
         Without a seed in the stored order. With one, the shards are put in a random order, and the rows of
         `buffer_shards` shards at a time are shuffled: the same seed, epoch and batch size give the same batches.
@@ -157,7 +159,8 @@ class Store:
             start: how many batches to pass over, without reading them.
             buffer_shards: bounds the memory: so many shards, and one more that is cut by the bound.
         """
-        return _prefetched(self._batches(split, batch_size, seed, epoch, start, buffer_shards))
+        batches = self._batches(split, batch_size, seed, epoch, start, buffer_shards)
+        return received(_prefetched(sent(batches, device)))
 
     def rows(self, split: str) -> Tensor:
         """All rows of a split in the stored order, float32 (n, d_in). For small stores."""
@@ -193,7 +196,7 @@ class Store:
             if seed is not None:
                 rows = torch.randperm(high - low, generator=_generator(seed, epoch, group))
             for chosen in rows.split(batch_size)[skip:]:
-                yield buffer[chosen].float()
+                yield buffer[chosen]
             skip = 0
 
     def _read(self, entry: dict[str, Any]) -> dict[str, Tensor]:
@@ -240,7 +243,7 @@ def _generator(*key: Any) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def _prefetched(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+def _prefetched(batches: Iterator[Any]) -> Iterator[Any]:
     """The same batches, made ahead on a thread; it ends with the iterator, and what it raises is raised here."""
     ready: queue.Queue = queue.Queue(maxsize=PREFETCH)
     dropped = threading.Event()

@@ -24,6 +24,8 @@ from saegrid.store import Store
 
 CALIBRATION_ROWS = 65_536
 """At most so many validation rows set BatchTopK's threshold."""
+CHECK_STEPS = 100
+"""On a GPU the loss is read back, and held to be finite, after so many steps: each look waits for the device."""
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Progress:
     best: Params
     epoch: int = 0
     batch: int = 0  # batches of this epoch already taken
-    sq_error: float = 0.0  # of this epoch so far
+    sq_error: float | Tensor = 0.0  # of this epoch so far; on the device until it is read
     rows: int = 0  # of this epoch so far
     best_val_mse: float = math.inf
     best_epoch: int = -1
@@ -48,6 +50,7 @@ def train(
     run_dir: Path,
     matmul: str = "fp32",
     report: Callable[[int], None] = lambda rows: None,
+    device: str = "cpu",
 ) -> tuple[SAE, Progress]:
     """Train one SAE, from the run's last checkpoint where there is one.
 
@@ -57,16 +60,18 @@ def train(
 
     Args:
         report: called with the number of rows of each step, and once with those done before a resume.
+        device: where the kernel works (`kernels.device`), and where the SAE lies afterwards.
 
     Returns:
         The SAE at its best epoch, and the learning curve with what else the loop knows.
 
     Raises:
-        SaegridError: the loss is no longer finite; the message names the step.
+        SaegridError: the loss is no longer finite; the message names the step, or on a GPU the steps.
     """
     sae = initial_sae(config, store.d_in, store.mean)
     if isinstance(sae, JumpReLU) and config.threshold_unit == "rms":
         sae.threshold = config.threshold * rms_pre_acts(sae.params, next(store.batches("train", config.batch_size)))
+    sae.to(device)
     checkpoint = run_dir / "checkpoint.pt"
     progress = load_checkpoint(checkpoint, sae) or Progress(TrainState.start(sae.params), _copy(sae.params))
     report(progress.epoch * store.n_train + progress.rows)
@@ -90,29 +95,43 @@ def learning_rate(config: RunConfig, step: int, steps: int) -> float:
 
 def _epoch(config, store, kernel, matmul, sae, progress: Progress, checkpoint: Path, report) -> None:
     steps = config.epochs * math.ceil(store.n_train / config.batch_size)
-    state = progress.state
-    batches = store.batches("train", config.batch_size, config.seed, progress.epoch, start=progress.batch)
+    state, seen = progress.state, progress.state.step
+    batches = store.batches(
+        "train", config.batch_size, config.seed, progress.epoch, start=progress.batch, device=sae.device
+    )
     for x in batches:
         settings = StepSettings(
             learning_rate(config, state.step, steps), config.grad_clip, config.project_grad, matmul=matmul
         )
         loss, _ = kernel.train_step(state, x, sae.training_rule, settings)
-        if not math.isfinite(loss):
-            raise SaegridError(f"lr = {config.lr:g}: the loss is {loss} at step {state.step}; try a smaller one")
-        progress.sq_error += loss * x.numel()
+        progress.sq_error = progress.sq_error + loss * x.numel()
         progress.rows += len(x)
         progress.batch += 1
         report(len(x))
-        if state.step % config.checkpoint_steps == 0:
+        at_checkpoint = state.step % config.checkpoint_steps == 0
+        if at_checkpoint or isinstance(loss, float) or state.step - seen >= CHECK_STEPS:
+            _read_loss(config, progress, seen)
+            seen = state.step
+        if at_checkpoint:
             save_checkpoint(checkpoint, progress)
+    _read_loss(config, progress, seen)
+
+
+def _read_loss(config, progress: Progress, seen: int) -> None:
+    """Wait for the device, and hold the loss of all steps behind step `seen` to be finite."""
+    progress.sq_error = float(progress.sq_error)
+    if not math.isfinite(progress.sq_error):
+        step = progress.state.step
+        where = f"at step {step}" if step == seen + 1 else f"at one of the steps {seen + 1} to {step}"
+        raise SaegridError(f"lr = {config.lr:g}: the loss is {progress.sq_error} {where}; try a smaller one")
 
 
 def _validate(config, store, kernel, sae, progress: Progress) -> None:
     """Close the epoch: validation MSE with the training rule, the learning curve, the best weights."""
     params = progress.state.params
     sq_error, active = 0.0, 0
-    fired = torch.zeros(sae.d_sae, dtype=torch.bool)
-    for x in store.batches("val", config.batch_size):
+    fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.device)
+    for x in store.batches("val", config.batch_size, device=sae.device):
         codes = kernel.encode(params, x, sae.training_rule)
         sq_error += (kernel.decode(params, codes) - x).double().square().sum().item()
         active += len(codes.values)
@@ -159,7 +178,7 @@ def calibrated_threshold(sae: SAE, store: Store, batch_size: int, kernel: Module
 def _held_out_values(sae, store, batch_size, kernel, k: int) -> list[tuple[int, Tensor]]:
     """(rows, kept pre-activations) of validation batches that keep `k` a row."""
     kept, rows = [], 0
-    for x in store.batches("val", batch_size):
+    for x in store.batches("val", batch_size, device=sae.device):
         x = x[: CALIBRATION_ROWS - rows]
         kept.append((len(x), kernel.encode(sae.params, x, Rule("batchtopk", k=min(k, sae.d_sae))).values))
         rows += len(x)
@@ -176,10 +195,11 @@ def rms_pre_acts(params: Params, x: Tensor) -> float:
 
 
 def save_checkpoint(path: Path, progress: Progress) -> None:
+    """Write all of `progress`, on the CPU: any device can go on from it."""
     plain = {name: value for name, value in vars(progress).items() if name not in ("state", "best")}
     state = progress.state
-    content = {"plain": plain, "step": state.step, "best": progress.best._asdict()}
-    content |= {name: getattr(state, name)._asdict() for name in ("params", "m", "v")}
+    content = {"plain": plain, "step": state.step, "best": _on(progress.best, "cpu")._asdict()}
+    content |= {name: _on(getattr(state, name), "cpu")._asdict() for name in ("params", "m", "v")}
     with replacing(path) as temporary:
         torch.save(content, os.fspath(temporary))
 
@@ -193,11 +213,11 @@ def load_checkpoint(path: Path, sae: SAE) -> Progress | None:
     if not path.exists():
         return None
     try:
-        content = torch.load(os.fspath(path), weights_only=True)
+        content = torch.load(os.fspath(path), weights_only=True, map_location="cpu")
         for name, weights in sae.params._asdict().items():
             weights.copy_(content["params"][name])
-        state = TrainState(sae.params, Params(**content["m"]), Params(**content["v"]), content["step"])
-        return Progress(state=state, best=Params(**content["best"]), **content["plain"])
+        m, v, best = (_on(Params(**content[name]), sae.device) for name in ("m", "v", "best"))
+        return Progress(TrainState(sae.params, m, v, content["step"]), best, **content["plain"])
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise SaegridError(f"{path}: damaged checkpoint; delete it to start the run again ({reason})") from None
@@ -205,3 +225,7 @@ def load_checkpoint(path: Path, sae: SAE) -> Progress | None:
 
 def _copy(params: Params) -> Params:
     return Params(*(tensor.clone() for tensor in params))
+
+
+def _on(params: Params, device: str) -> Params:
+    return Params(*(tensor.to(device) for tensor in params))

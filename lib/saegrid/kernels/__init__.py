@@ -13,24 +13,34 @@ from saegrid.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+CAPABILITY = (8, 0)
+"""Least compute capability of the `cuda` kernel: what Triton supports; bf16 and TF32 come with it."""
+
 
 class Choice(NamedTuple):
     """What one run computes with; recorded in its config and used again on resume."""
 
-    kernel: str  # "reference" or "cpu"
+    kernel: str  # "reference", "cpu" or "cuda"
     matmul: str  # "fp32" or "bf16"
     threads: int  # at least 1
 
 
 def load(name: str) -> ModuleType:
-    """The module of a kernel, "reference" or "cpu". Raises `ConfigError` for one that is not there."""
-    if name == "cuda":
-        raise ConfigError("kernel = 'cuda': not written yet; use 'reference', 'cpu' or 'auto'")
-    if name not in ("reference", "cpu"):
-        raise ConfigError(f"kernel = {name!r}: must be 'reference' or 'cpu'")
+    """The module of a kernel: "reference", "cpu" or "cuda". Raises `ConfigError` for one that does not run here."""
+    if name not in ("reference", "cpu", "cuda"):
+        raise ConfigError(f"kernel = {name!r}: must be 'reference', 'cpu' or 'cuda'")
     if name == "cpu" and importlib.util.find_spec("numba") is None:
         raise ConfigError("kernel = 'cpu': needs the package numba; install it or use 'reference'")
+    if name == "cuda" and (missing := _missing_for_cuda()):
+        raise ConfigError(f"kernel = 'cuda': {missing}; use 'cpu', 'reference' or 'auto'")
     return importlib.import_module(f"saegrid.kernels.{name}")
+
+
+def device(name: str) -> str:
+    """Where the tensors of a kernel's runs lie: "cuda" (the current GPU) or "cpu"."""
+    import torch
+
+    return "cuda" if name == "cuda" and torch.cuda.is_available() else "cpu"
 
 
 def choose(kernel: str, matmul: str, threads: int) -> Choice:
@@ -41,15 +51,15 @@ def choose(kernel: str, matmul: str, threads: int) -> Choice:
     """
     reasons = []
     if kernel == "auto":
-        kernel = "cpu" if importlib.util.find_spec("numba") else "reference"
-        reasons.append("kernel: numba is here" if kernel == "cpu" else "kernel: numba is not installed")
+        kernel, reason = _fastest_kernel()
+        reasons.append(reason)
     load(kernel)
     if matmul == "auto":
         matmul, reason = _fastest_matmul(kernel)
         reasons.append(reason)
     if threads == 0:
-        threads = _cores()
-        reasons.append(f"threads: this process may use {threads} cores")
+        threads, reason = _cores()
+        reasons.append(reason)
     choice = Choice(kernel, matmul, threads)
     logger.info("kernel %s, matmul %s, threads %d (%s)", *choice, "; ".join(reasons) or "as asked")
     return choice
@@ -62,20 +72,55 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def _missing_for_cuda() -> str:
+    """What the `cuda` kernel lacks here; empty where it runs.
+
+    With TRITON_INTERPRET=1 (to look for mistakes; very slow) it needs no GPU.
+    """
+    import torch
+
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton, which torch's CUDA builds bring along"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no NVIDIA GPU here"
+    capability = torch.cuda.get_device_capability()
+    return "" if capability >= CAPABILITY else f"needs a GPU of compute capability 8.0, this one has {capability}"
+
+
+def _fastest_kernel() -> tuple[str, str]:
+    """The fastest kernel that runs here, and the reason."""
+    missing = "Triton only interprets" if os.environ.get("TRITON_INTERPRET") == "1" else _missing_for_cuda()
+    if not missing:
+        import torch
+
+        return "cuda", f"kernel: {torch.cuda.get_device_name()} is here"
+    if importlib.util.find_spec("numba"):
+        return "cpu", f"kernel: not cuda ({missing}), numba is here"
+    return "reference", f"kernel: not cuda ({missing}), numba is not installed"
+
+
 def _fastest_matmul(kernel: str) -> tuple[str, str]:
     """bf16 where the processor multiplies it natively: 2.1 times the fp32 rate with AVX512_BF16 (measured)."""
     import torch
 
     if kernel == "reference":
         return "fp32", "matmul: the reference's precision"
+    if kernel == "cuda":
+        if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "matmul: the GPU has bf16 instructions"
+        return "fp32", "matmul: no GPU with bf16 instructions"
     probes = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
     if any(probe and probe() for probe in probes):
         return "bf16", "matmul: the processor has bf16 instructions"
     return "fp32", "matmul: the processor has no bf16 instructions"
 
 
-def _cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _cores() -> tuple[int, str]:
+    """Threads for one run: OMP_NUM_THREADS, which Snakemake sets to a job's share, else the cores it may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = os.environ.get("OMP_NUM_THREADS", "")
+    if share.isdecimal() and 0 < int(share) < cores:
+        return int(share), f"threads: OMP_NUM_THREADS is {share}"
+    return cores, f"threads: this process may use {cores} cores"

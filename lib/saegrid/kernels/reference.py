@@ -89,7 +89,7 @@ def decode(params: Params, codes: Codes) -> Tensor:
 
 def dense(codes: Codes, d_sae: int) -> Tensor:
     """latent_acts (N, d_sae) of sparse codes."""
-    z = torch.zeros(len(codes.offsets) - 1, d_sae)
+    z = torch.zeros(len(codes.offsets) - 1, d_sae, device=codes.values.device)
     z[_rows(codes), codes.latents.long()] = codes.values
     return z
 
@@ -164,7 +164,7 @@ def _kept(pre: Tensor, rule: Rule) -> Tensor:
 
 
 def _sparse(pre: Tensor, kept: Tensor) -> Codes:
-    offsets = torch.zeros(len(pre) + 1, dtype=torch.int64)
+    offsets = torch.zeros(len(pre) + 1, dtype=torch.int64, device=pre.device)
     offsets[1:] = kept.sum(1).cumsum(0)
     return Codes(offsets, kept.nonzero()[:, 1].int(), pre[kept])
 
@@ -172,4 +172,4 @@ def _sparse(pre: Tensor, kept: Tensor) -> Codes:
 def _rows(codes: Codes) -> Tensor:
     """Row of each entry, (nnz,) int64."""
     counts = codes.offsets.diff()
-    return torch.repeat_interleave(torch.arange(len(counts)), counts)
+    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
