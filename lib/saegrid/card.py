@@ -6,7 +6,9 @@ can go to a model repository.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
+from typing import Any
 
 import pandas as pd
 
@@ -36,7 +38,7 @@ def model_card(df: pd.DataFrame, prompts: pd.DataFrame | None = None, *, title: 
     return markdown(
         f"{title}: {len(df)} runs." if title else f"{len(df)} runs.",
         recommendation(df, prompts, runs),
-        plots.figure(ax, alt=frontier_alt(df, "delta_loss"), caption=frontier_caption("delta_loss")),
+        plots.figure(ax, alt=frontier_alt(df, "delta_loss"), caption=frontier_caption(df, "delta_loss")),
         "## The five published findings, tested again",
         "The published sweep ran on Qwen2.5-0.5B-Instruct; its printed rows are tested by the same functions."
         + (f" [Evidence, rule and rows of each]({links}findings.ipynb)." if links else ""),
@@ -129,19 +131,42 @@ def finding_section(own: Finding, published: Finding, links: str = "") -> Markdo
     return markdown(*parts)
 
 
+def point(row: Mapping[str, Any], y: str) -> str:
+    """A run's place in the frontier: `L0 127.9, delta loss 0.442 nats/token`."""
+    unit = COLUMNS[y].unit
+    return f"L0 {number(row['l0'], 'l0')}, {COLUMNS[y].title} {number(row[y], y)}" + (f" {unit}" if unit != "1" else "")
+
+
 def frontier_alt(df: pd.DataFrame, y: str, lower_is_better: bool = True) -> str:
     """What the frontier shows, in a sentence for those who don't see it."""
-    front = plots.pareto(df, y, lower_is_better=lower_is_better)
+    front = plots.pareto(results.candidates(df), y, lower_is_better=lower_is_better)
     points = "; ".join(f"{r['name']}: L0 {number(r['l0'], 'l0')}, {number(r[y], y)}" for r in front.to_dict("records"))
     return f"{header(y)} against L0 for {len(df)} runs. On the Pareto set, from sparse to dense: {points}."
 
 
-def frontier_caption(y: str, lower_is_better: bool = True) -> str:
-    """What to look at in the frontier."""
-    side = "Lower" if lower_is_better else "Higher"
+def frontier_caption(df: pd.DataFrame, y: str, lower_is_better: bool = True) -> str:
+    """What the frontier says, and what its marks mean."""
+    sparse = results.candidates(df)
+    front = plots.pareto(sparse, y, lower_is_better=lower_is_better)
+    counts = front["arch"].value_counts()
+    parts = " and ".join(f"{count} {arch}" for arch, count in counts.items())
+    moves = (
+        "is the best on its own"
+        if len(front) == 1
+        else (
+            f"from {number(front[y].iloc[0], y)} at L0 {number(front['l0'].iloc[0], 'l0')} to {number(front[y].iloc[-1], y)} "
+            f"at L0 {number(front['l0'].iloc[-1], 'l0')}"
+        )
+    )
+    dense = len(df) - len(sparse)
+    left_out = (
+        f" {dense} dense {'run' if dense == 1 else 'runs'} that {'fires' if dense == 1 else 'fire'} at least "
+        f"{results.DENSE_SHARE_PCT:g}% of the latents (hollow) are left out of the Pareto set, as of the recommendation."
+    )
     return (
-        f"{header(y)} against L0, one mark a run: colour and shape tell the architecture, size the expansion. "
-        f"{side} and further left is better; the line joins the Pareto set. A mark leads to its run's page."
+        f"The Pareto set holds {parts}: {COLUMNS[y].title.lower()} {moves}. One mark a run, colour and shape by "
+        f"architecture, size by expansion; {'lower' if lower_is_better else 'higher'} and further left is better. A mark "
+        f"leads to its run's page.{left_out if dense else ''}"
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from saegrid import card, results
+from saegrid import card, charts, results
 from saegrid.atomic import write_text
 from saegrid.grid import Grid
 from saegrid.plots import setting
@@ -36,6 +36,7 @@ def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None)
     write_text(report / "_published.md", card.published_note())
     write_text(report / "_setting.md", card.setting_note(df, results.load_timing(df, runs_dir)))
     write_run_pages(df, runs_dir, report / "runs")
+    charts.write_library(report)
     (report / "data").mkdir(exist_ok=True)
     for name in ("results.csv", "results_full.csv", "results_tidy.csv"):
         shutil.copyfile(root / grid.results_dir / name, report / "data" / name)

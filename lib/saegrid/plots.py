@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from saegrid.results import DENSE_SHARE_PCT, candidates
 from saegrid.svg import page_svg
 from saegrid.tables import Markdown, header, html_block, number
 
@@ -82,9 +83,12 @@ def frontier(
 ) -> Axes:
     """L0 against a measure of fidelity: one mark a run, the Pareto set joined.
 
-    Colour and shape tell the architecture, size the expansion; with `links` a mark leads to its run's page.
+    Colour and shape tell the architecture, size the expansion; with `links` a mark leads to its run's page. Dense runs
+    (no `results.candidates`) are hollow and not in the Pareto set: they would buy their fidelity with density alone.
     """
-    front = pareto(df, y, lower_is_better=lower_is_better)
+    sparse = candidates(df)
+    front = pareto(sparse, y, lower_is_better=lower_is_better)
+    filled = set(sparse["run_id"])
     ax.plot(front["l0"], front[y], color=INK, alpha=0.45, linewidth=1.2, zorder=1)
     for row in df.sort_values("expansion", ascending=False).to_dict("records"):
         mark = ax.scatter(
@@ -92,9 +96,9 @@ def frontier(
             row[y],
             s=_size(row["expansion"]),
             marker=MARKERS[row["arch"]],
-            color=PALETTE[row["arch"]],
-            edgecolor=INK,
-            linewidth=0.6,
+            facecolor=PALETTE[row["arch"]] if row["run_id"] in filled else "none",
+            edgecolor=INK if row["run_id"] in filled else PALETTE[row["arch"]],
+            linewidth=0.6 if row["run_id"] in filled else 1.4,
             zorder=2,
         )
         mark.set_gid(f"mark: {row['name']}: L0 {number(row['l0'], 'l0')}, {header(y)} {number(row[y], y)}")
@@ -260,17 +264,18 @@ def setting(row: Mapping) -> str:
     return f"{row['arch']}, K = {row['k']}"
 
 
-def figure(ax: Axes, *, alt: str, caption: str) -> Markdown:
+def figure(ax: Axes, *, alt: str, caption: str, above: str = "") -> Markdown:
     """An Axes as a figure of a page: inline SVG in the page's own text colour, with a text for those who don't see it.
 
-    Marks keep their links, and get their names as tooltips; no script is needed.
+    `above` is HTML that stands over the picture, such as its interactive form. Marks keep their links, and get their names as tooltips; no script is needed.
     """
     with plt.rc_context(STYLE):
         buffer = io.StringIO()
         ax.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     plt.close(ax.figure)  # or the notebook shows it once more
     svg = page_svg(buffer.getvalue(), INK, alt)
-    return html_block(f'<figure class="plot">\n{svg}\n<figcaption>{escape(caption)}</figcaption>\n</figure>')
+    parts = [*([above] if above else []), svg, f"<figcaption>{escape(caption)}</figcaption>"]
+    return html_block('<figure class="plot">\n' + "\n".join(parts) + "\n</figure>")
 
 
 def standalone_svg(ax: Axes) -> str:
@@ -304,5 +309,8 @@ def _frontier_legend(df: pd.DataFrame, ax: Axes) -> None:
     dot = {"color": INK, "marker": "o", "linestyle": "", "alpha": 0.5}
     sizes = sorted(df["expansion"].unique())
     sizes = [Line2D([], [], markersize=np.sqrt(_size(size)), label=f"{size}x", **dot) for size in sizes]
-    front = Line2D([], [], color=INK, alpha=0.45, linewidth=1.2, label="Pareto set")
-    ax.legend(handles=[*_arch_handles(df), *sizes, front], **BESIDE)
+    rest = [Line2D([], [], color=INK, alpha=0.45, linewidth=1.2, label="Pareto set")]
+    if len(candidates(df)) < len(df):
+        label = f"dense, ≥ {DENSE_SHARE_PCT:g}% fire"
+        rest.append(Line2D([], [], color=INK, marker="^", markerfacecolor="none", linestyle="", label=label))
+    ax.legend(handles=[*_arch_handles(df), *sizes, *rest], **BESIDE)

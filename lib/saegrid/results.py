@@ -36,6 +36,9 @@ TEXT = ["run_id", "name", "store_id", *HASHES, "code_version", "torch_version"]
 TIDY = ["run_id", "name", *PARAMETERS, *COUNTS, *OPTIONAL, *METRICS, *TEXT[2:]]
 PUBLISHED = ["arch", "expansion", "k", "threshold", "l0", "val_mse", "nmse", "dead_pct", "delta_loss", "frac_rec_pct"]
 """Columns of the published `results_full.csv`, in its order."""
+DENSE_SHARE_PCT = 10.0
+"""A run that fires at least this share of its latents is dense: it is no candidate for "best" ("firing 10-45% of its
+latents" is what the published card calls not sparse). Fixed before the results."""
 _HEX = re.compile(r"[0-9a-f]{8,64}")
 
 
@@ -161,6 +164,19 @@ def load_timing(df: pd.DataFrame, runs_dir: str | Path) -> pd.DataFrame:
     """Seconds, rows/s and machine of all runs of `df`: one row a run."""
     rows = [_read_json(path) | {"run_id": run_id} for run_id, path in _files(df, runs_dir, "timing.json")]
     return _with_axes(pd.DataFrame(rows), df)
+
+
+def candidates(df: pd.DataFrame) -> pd.DataFrame:
+    """The rows that may be called best: those that fire less than `DENSE_SHARE_PCT` of their latents.
+
+    One rule for the recommendation, the Pareto sets and the stars in tables. Where no row is that sparse, or d_sae is
+    not known, all rows. K stands in where L0 was not printed.
+    """
+    if "d_sae" not in df:
+        return df
+    l0 = df["l0"] if "k" not in df else df["l0"].fillna(pd.to_numeric(df["k"]).astype(float))
+    sparse = df[100 * l0 / df["d_sae"] < DENSE_SHARE_PCT]
+    return sparse if len(sparse) else df
 
 
 def published() -> pd.DataFrame:

@@ -24,6 +24,7 @@ PLACEHOLDERS = {
     "report/findings.ipynb": "Findings",
     "report/frontier.ipynb": "Frontier",
     "report/results.ipynb": "Results",
+    "report/latents.ipynb": "Latents",
     "report/runs/index.qmd": "Runs",
 }
 """Pages and includes that `make report` makes, with the pages' titles."""

@@ -16,7 +16,11 @@ from typing import Any
 
 import pandas as pd
 
+from saegrid.results import DENSE_SHARE_PCT, candidates
+
 MISSING = "–"
+FILTER_HINT = "TopK 8x delta_loss&lt;1"
+"""What a filter takes, by an example."""
 
 
 class Markdown(str):
@@ -79,6 +83,7 @@ COLUMNS = {
     "train_seconds": Column("Training", "s", ",.0f"),
     "eval_seconds": Column("Evaluation", "s", ",.0f"),
     "train_rows_per_second": Column("Training speed", "rows/s", ",.0f"),
+    "max_act": Column("Largest activation", "act", "#.3g"),
 }
 """Every column that a page shows: title, unit, format, direction."""
 
@@ -107,6 +112,7 @@ def html_table(
     caption: str,
     links: str = "",
     mark_best: bool = True,
+    tools: str = "",
 ) -> Markdown:
     """An accessible HTML table: one row a run, its first column the row's header.
 
@@ -115,20 +121,26 @@ def html_table(
         columns: which columns, in order; those that hold nothing at all are left out.
         caption: what the table shows.
         links: where run pages lie as seen from the page, such as `runs/`; empty: no links.
-        mark_best: star the best value of the columns that have a direction.
+        mark_best: star the best value of the columns that have a direction, among the sparse runs
+            (`results.candidates`).
+        tools: name of the CSV file, where the table is to be sorted, filtered and downloaded by readers with scripts.
     """
     columns = [name for name in columns if name in df and df[name].notna().any()]
-    best = {name: _best(df, name) for name in columns} if mark_best and len(df) > 1 else {}
+    fit = candidates(df) if "l0" in df else df
+    best = {name: _best(fit, name) for name in columns} if mark_best and len(df) > 1 else {}
     head = "".join(f'<th scope="col">{_head(name)}</th>' for name in columns)
+    given = f' data-tools="{escape(tools)}" data-filter-hint="{FILTER_HINT}"' if tools and len(df) > 1 else ""
     body = []
     for row in df.to_dict("records"):
         cells = [_row_header(row, columns[0], links)]
         cells += [_cell(row[name], name, row[name] == best.get(name)) for name in columns[1:]]
         body.append(f"<tr>{''.join(cells)}</tr>")
-    note = " ★ marks the best value of a column." if any(value is not None for value in best.values()) else ""
+    among = f", of runs that fire less than {DENSE_SHARE_PCT:g}% of their latents" if len(fit) < len(df) else ""
+    starred = any(value is not None for value in best.values())
+    note = f" ★ marks the best value of a column{among}." if starred else ""
     return html_block(
         f'<div class="table-scroll" role="region" tabindex="0" aria-label="{escape(caption)}">\n'
-        f'<table class="table table-sm results" data-quarto-disable-processing="true">\n'
+        f'<table class="table table-sm results" data-quarto-disable-processing="true"{given}>\n'
         f"<caption>{escape(caption)}{note}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n"
         + "\n".join(body)
         + "\n</tbody>\n</table>\n</div>"
