@@ -13,7 +13,7 @@ from pathlib import Path
 import altair as alt
 import pandas as pd
 
-from saegrid import card, plots
+from saegrid import captions, plots
 from saegrid.atomic import write_text
 from saegrid.plots import MARKERS, PALETTE, WIDE
 from saegrid.results import candidates
@@ -29,7 +29,7 @@ FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, sans-serif'
 
 
 def write_library(folder: str | Path) -> None:
-    """Write the script into the report's folder, unless the one of this version is there: it takes seconds to bundle."""
+    """Write the script into the report's folder, unless this version's is there: bundling takes seconds."""
     path = Path(folder) / LIBRARY
     head = f"// Vega, Vega-Lite and Vega-Embed (BSD-3-Clause), from vl-convert-python {version('vl-convert-python')}\n"
     if path.exists() and path.read_text(encoding="utf-8").startswith(head):
@@ -47,8 +47,8 @@ def frontier_figure(df: pd.DataFrame, y: str, *, lower_is_better: bool = True, l
     above = f'<div class="chart" data-library="{LIBRARY}"><script type="application/json">{spec}</script></div>'
     return plots.figure(
         plots.frontier(df, y=y, lower_is_better=lower_is_better, links=links),
-        alt=card.frontier_alt(df, y, lower_is_better),
-        caption=card.frontier_caption(df, y, lower_is_better),
+        alt=captions.frontier_alt(df, y, lower_is_better),
+        caption=captions.frontier_caption(df, y, lower_is_better),
         above=above,
     )
 
@@ -63,7 +63,7 @@ def frontier(df: pd.DataFrame, y: str, *, lower_is_better: bool = True, links: s
         dense=~df["run_id"].isin(sparse["run_id"]),
         l0_share_pct=100 * df["l0"] / df["d_sae"],
     )
-    rows["label"] = [f"{row['name']}: {card.point(row, y)}" for row in rows.to_dict("records")]
+    rows["label"] = [f"{row['name']}: {captions.point(row, y)}" for row in rows.to_dict("records")]
     shown = list(dict.fromkeys([*SHOWN, y]))
     for name in shown:
         rows[f"{name}_text"] = [number(value, name) for value in rows[name]]
@@ -104,7 +104,7 @@ def frontier(df: pd.DataFrame, y: str, *, lower_is_better: bool = True, links: s
     )
     chart = alt.layer(line.encode(x=x_axis, y=y_axis), marks.encode(x=x_axis, y=y_axis))
     return _themed(
-        chart.properties(width="container", height=380, description=card.frontier_alt(df, y, lower_is_better))
+        chart.properties(width="container", height=380, description=captions.frontier_alt(df, y, lower_is_better))
     )
 
 

@@ -61,17 +61,18 @@ def how(data: Mapping[str, Any]) -> Markdown:
     """How each number on the page is made, and what it does not say."""
     return Markdown(
         "## How this is made\n\n"
-        f"- **Fires on.** The share of all {data['n_val_rows']:,} validation rows on which the latent is above 0; the text "
-        "of these rows comes from templates or prompts that training never saw.\n"
-        f"- **Contexts.** Where it fires most, one context a prompt and none twice with the same last five tokens. "
-        f"{data['n_sink_rows']:,} attention-sink rows (norm above 10 times the median, most of them first tokens) are left "
-        "out: their norm would fill every list.\n"
-        "- **Promotes and demotes.** The latent's decoder direction goes through the final norm's scale and the language "
-        "model's head, and what the head says to a zero vector is taken off: logits, centred over the vocabulary, as if "
-        "the residual stream at the end were this direction alone. This is the direct path only: "
-        f"the blocks behind layer {data['layer']}, which read the direction too, are left out. Read the order, not the size.\n"
-        "- **Nearest directions.** Cosine between decoder directions, over all latents of the dictionary. Those in this "
-        "sample have a link.\n"
+        f"- **Fires on.** The share of all {data['n_val_rows']:,} validation rows on which the latent is above 0; the "
+        "text of these rows comes from templates or prompts that training never saw.\n"
+        "- **Contexts.** Where it fires most, one context a prompt and none twice with the same last five tokens. "
+        f"{data['n_sink_rows']:,} attention-sink rows (norm above 10 times the median, most of them first tokens) are "
+        "left out: their norm would fill every list.\n"
+        "- **Promotes and demotes.** The latent's decoder direction goes through the final norm's scale and the "
+        "language model's head, and what the head says to a zero vector is taken off: logits, centred over the "
+        "vocabulary, as if the residual stream at the end were this direction alone. This is the direct path only: the "
+        f"blocks behind layer {data['layer']}, which read the direction too, are left out. Read the order, not the "
+        "size.\n"
+        "- **Nearest directions.** Cosine between decoder directions, over all latents of the dictionary. Those in "
+        "this sample have a link.\n"
         "- Latents were sampled by how often they fire, not by how well they read.\n"
     )
 
@@ -101,7 +102,8 @@ def browser(data: Mapping[str, Any], chunks: str) -> Markdown:
     caption = f"{len(data['latents'])} latents of {data['name']}, from rare to frequent."
     return html_block(
         f'<div class="latents" data-chunks="{escape(chunks)}">\n'
-        f'<div class="latent-list"><div class="table-scroll" role="region" tabindex="0" aria-label="{escape(caption)}">\n'
+        '<div class="latent-list">\n'
+        f'<div class="table-scroll" role="region" tabindex="0" aria-label="{escape(caption)}">\n'
         '<table class="table table-sm results" data-quarto-disable-processing="true" data-tools="latents" '
         f'data-filter-label="Search tokens">\n<caption>{escape(caption)}</caption>\n'
         f"<thead><tr>{''.join(heads)}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody></table></div></div>\n"

@@ -118,7 +118,9 @@ def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:
 
 def index_page(df: pd.DataFrame) -> Markdown:
     """The list of all runs."""
-    table = html_table(df, INDEX_COLUMNS, caption=f"{len(df)} runs; each leads to its executed notebook.", links="./")
+    table = html_table(
+        df, INDEX_COLUMNS, caption=f"{len(df)} runs; each leads to its executed notebook.", links="./", tools="runs"
+    )
     return markdown("---\ntitle: Runs\n---", "One page a run: parameters, curves, numbers, files and hashes.", table)
 
 

@@ -267,7 +267,8 @@ def setting(row: Mapping) -> str:
 def figure(ax: Axes, *, alt: str, caption: str, above: str = "") -> Markdown:
     """An Axes as a figure of a page: inline SVG in the page's own text colour, with a text for those who don't see it.
 
-    `above` is HTML that stands over the picture, such as its interactive form. Marks keep their links, and get their names as tooltips; no script is needed.
+    `above` is HTML that stands over the picture, such as its interactive form. Marks keep their links, and get their
+    names as tooltips; no script is needed.
     """
     with plt.rc_context(STYLE):
         buffer = io.StringIO()

@@ -191,6 +191,25 @@ def published() -> pd.DataFrame:
     return _typed(df.assign(source="published", name=names, d_in=896, d_sae=df["expansion"].astype(int) * 896))
 
 
+def same_settings(own: pd.DataFrame, other: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(own and other rows of every setting that both hold, one behind the other; the other rows that stand alone).
+
+    A setting is architecture, expansion, K and threshold; a threshold in another unit than the activations' is another.
+    """
+    keys = ["arch", "expansion", "k", "threshold"]
+    if "threshold_unit" in own:
+        own = own[own["threshold"].isna() | (own["threshold_unit"] == "absolute")]
+    own_keys, other_keys = (
+        [tuple("" if pd.isna(value) else value for value in row) for row in rows[keys].itertuples(index=False)]
+        for rows in (own, other)
+    )
+    shared = [key for key in dict.fromkeys(other_keys) if key in set(own_keys)]
+    both = pd.concat([own.assign(_key=own_keys), other.assign(_key=other_keys)], ignore_index=True)
+    both = both[both["_key"].isin(shared)].assign(_order=lambda rows: rows["_key"].map(shared.index))
+    both = both.sort_values("_order", kind="stable").drop(columns=["_key", "_order"])
+    return both, other[[key not in shared for key in other_keys]]
+
+
 def run_name(row: Mapping[str, Any]) -> str:
     """The published file name of a row, without its ending: `BatchTopK_exp8x_k220`, `JumpReLU_exp8x_t0.5`."""
     sparsity = f"t{row['threshold']:g}" if row["arch"] == "JumpReLU" else f"k{row['k']:g}"

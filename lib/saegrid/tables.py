@@ -95,7 +95,7 @@ def number(value: Any, name: str = "") -> str:
     column = COLUMNS.get(name, Column(name))
     if isinstance(value, str):
         return value
-    text = format(int(value) if column.digits.endswith("d") else value, column.digits)
+    text = format(int(value) if column.digits.endswith("d") else value, column.digits).removesuffix(".")
     return text.replace("-", "−") if "e" not in text else text
 
 
@@ -147,6 +147,15 @@ def html_table(
     )
 
 
+def beside(rows: pd.DataFrame, columns: Sequence[str], *, links: str = "") -> Markdown:
+    """Own and published rows of the same settings (`results.same_settings`), one behind the other."""
+    if rows.empty:
+        return Markdown("This grid and the published table share no setting.\n")
+    n = rows["name"].nunique()
+    caption = f"{n} {'setting' if n == 1 else 'settings'} of both sweeps: this grid's row, then the published one."
+    return html_table(rows, columns, caption=caption, links=links, mark_best=False)
+
+
 def run_metrics(row: Mapping[str, Any]) -> Markdown:
     """The numbers of one run, one a line, with their units."""
     names = [name for name in COLUMNS if name in row and name not in ("name", "arch", "source", "seed")]
@@ -194,7 +203,7 @@ def _head(name: str) -> str:
 
 def _row_header(row: dict[str, Any], name: str, links: str) -> str:
     text = escape(number(row[name], name))
-    if links and row.get("run_id"):
+    if links and isinstance(row.get("run_id"), str):
         text = f'<a href="{escape(links)}{escape(row["run_id"])}.html">{text}</a>'
     return f'<th scope="row">{text}</th>'
 
