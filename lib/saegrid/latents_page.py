@@ -134,7 +134,7 @@ def card(entry: Mapping[str, Any], data: Mapping[str, Any], known: set[int] | No
     for other, cosine, fired in entry["neighbours"]:
         name = f'<a href="#latent-{other}">{other}</a>' if known and other in known else str(other)
         dead = "" if fired else ", dead"
-        near.append(f"{name} <small>({cosine:.2f}{dead})</small>".replace("-", "−", int(cosine < 0)))
+        near.append(f"{name} <small>({number(cosine, 'cosine')}{dead})</small>")
     return (
         f'<article class="latent" aria-label="Latent {entry["latent"]}">\n'
         f'<h3 tabindex="-1">Latent {entry["latent"]}</h3>\n<p class="latent-facts">{facts}.</p>\n'

@@ -83,6 +83,7 @@ COLUMNS = {
     "train_seconds": Column("Training", "s", ",.0f"),
     "eval_seconds": Column("Evaluation", "s", ",.0f"),
     "train_rows_per_second": Column("Training speed", "rows/s", ",.0f"),
+    "cosine": Column("Cosine", "1", ".2f"),
     "max_act": Column("Largest activation", "act", "#.3g"),
 }
 """Every column that a page shows: title, unit, format, direction."""
