@@ -10,12 +10,12 @@ from typing import Any
 
 import pandas as pd
 
-from saegrid import card, charts, results
+from saegrid import card, charts, plots, results
 from saegrid.atomic import write_text
 from saegrid.grid import Grid
 from saegrid.plots import setting
 from saegrid.results import ResultsError
-from saegrid.tables import Markdown, html_block, html_table, markdown
+from saegrid.tables import Markdown, html_block, html_table, markdown, number
 
 INDEX_COLUMNS = ["name", "seed", "l0", "fvu_no_sink", "dead_pct", "delta_loss", "frac_rec_pct"]
 AXES = {"arch": "architecture", "expansion": "expansion", "k": "K", "threshold": "threshold", "seed": "seed"}
@@ -57,7 +57,7 @@ def write_run_pages(df: pd.DataFrame, runs_dir: str | Path, folder: Path) -> Non
             raise ResultsError(f"{path}: {error.strerror}; delete the folder and run it again") from None
         except ValueError as error:
             raise ResultsError(f"{path}: no notebook: {error}") from None
-        page = run_page(notebook, title(row), navigation(rows, n))
+        page = run_page(notebook, title(row), markdown(summary(row, df), navigation(rows, n)))
         write_text(folder / f"{row['run_id']}.ipynb", json.dumps(page, ensure_ascii=False, indent=1) + "\n")
     write_text(folder / "index.qmd", index_page(df))
 
@@ -98,6 +98,23 @@ def run_page(notebook: dict[str, Any], page_title: str, nav: str) -> dict[str, A
 def title(row: dict[str, Any]) -> str:
     """A run in words: `TopK, K = 64, 8x, seed 0`."""
     return f"{setting(row)}, {row['expansion']}x, seed {row['seed']}"
+
+
+def summary(row: dict[str, Any], df: pd.DataFrame) -> str:
+    """What came out of a run, and where it stands in its grid, in a sentence or two."""
+    fit = results.candidates(df)
+    text = (
+        f"Spliced in, it costs the model **{number(row['delta_loss'], 'delta_loss')} nats/token** with "
+        f"**L0 {number(row['l0'], 'l0')}** of {number(row['d_sae'], 'd_sae')} latents; "
+        f"{number(row['dead_pct'], 'dead_pct')}% of them are dead. "
+    )
+    if row["run_id"] not in set(fit["run_id"]):
+        return text + f"It fires {results.DENSE_SHARE_PCT:g}% of its latents or more, and so is not ranked."
+    place = 1 + int((fit["delta_loss"] < row["delta_loss"]).sum())
+    front = row["run_id"] in set(plots.pareto(fit, "delta_loss")["run_id"])
+    ranked = "It has the lowest delta loss" if place == 1 else f"By delta loss it is number {place}"
+    text += f"{ranked} of the {len(fit)} runs that are ranked"
+    return text + (" and lies on the [Pareto set](../frontier.ipynb)." if front else ".")
 
 
 def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:

@@ -19,7 +19,7 @@ import pandas as pd
 from saegrid.results import DENSE_SHARE_PCT, candidates
 
 MISSING = "–"
-FILTER_HINT = "TopK 8x delta_loss&lt;1"
+FILTER_HINT = "e.g. TopK 8x delta_loss&lt;1"
 """What a filter takes, by an example."""
 
 
