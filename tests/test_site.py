@@ -320,7 +320,9 @@ def test_a_latent_opens_from_its_piece_and_tokens_are_found(open_page):
     page.locator(".latent-shown nav a").last.click()
     page.wait_for_function("document.activeElement.textContent === 'Latent 108'")
     assert not page.problems and page.title() != "broken"
-    page = open_page("report/latents.html#latent-141")
+    page = open_page("report/latents.html")
+    page.goto(f"{page.url}#latent-141")
+    page.reload()
     page.wait_for_function("document.querySelector('.latent-shown h3')?.textContent === 'Latent 141'")
 
 

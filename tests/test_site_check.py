@@ -1,8 +1,10 @@
 """The site before any run, and the checks of sources and of what was rendered."""
 
+import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -83,3 +85,56 @@ def test_an_empty_site_and_a_failing_renderer_are_told(tmp_path):
     assert site.check(tmp_path) == ["no page was rendered"]
     with pytest.raises(SiteError, match="ended with code"):
         site.render(tmp_path)  # no _quarto.yml
+
+
+# --- the sources
+
+
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [
+        ("::: {.callout-note}\ntext\n", "line 1: a div that is never closed"),
+        (":::: {.a}\n::: {.b}\n:::\n", "line 1: a div that is never closed"),
+        ("text\n\n:::\n", "line 3: closes a div where none is open"),
+        ("{{< include gone.md >}}\n", "line 1: includes gone.md, not there"),
+        ("```python\nx = 1\n", "a code block that is never closed"),
+        ("::: {.a}\n```\n:::\n```\n:::\n", None),
+        ("````\n```\n::: {.a}\n````\n", None),
+        ("{{< include there.md >}}\n", None),
+    ],
+)
+def test_faults_of_a_source_are_found_and_stop_the_rendering(tmp_path, source, fault):
+    copy_sources(tmp_path)
+    (tmp_path / "there.md").write_text("text")
+    (tmp_path / "index.qmd").write_text(f"---\ntitle: x\n---\n{source}")
+    site.prepare(tmp_path)
+    faults = site.check_sources(tmp_path)
+    if fault is None:
+        assert not faults
+        return
+    line = re.sub(r"line (\d+)", lambda found: f"line {int(found[1]) + 3}", fault)  # behind the front matter
+    assert faults == [f"index.qmd: {line}"]
+    with pytest.raises(SiteError, match=re.escape(line)):
+        site.render(tmp_path)
+
+
+def test_faults_in_a_notebook_are_found(tmp_path):
+    (tmp_path / "report").mkdir()
+    output = {"output_type": "display_data", "data": {"text/markdown": ["::: {.a}\n", "x"]}}
+    cells = [{"cell_type": "markdown", "source": "fine"}, {"cell_type": "code", "source": "", "outputs": [output]}]
+    (tmp_path / "report/page.ipynb").write_text(json.dumps({"cells": cells}))
+    assert site.check_sources(tmp_path) == ["report/page.ipynb, cell 2: line 1: a div that is never closed"]
+
+
+def test_the_sources_pass_the_linter(tmp_path):
+    """Pages, and the Markdown of the notebooks' cells; includes are there once the placeholders are."""
+    copy_sources(tmp_path)
+    site.prepare(tmp_path)
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+        (tmp_path / f"{path.stem}.qmd").write_text("\n\n".join(texts) + "\n")
+    panache = Path(sys.executable).with_name("panache")
+    sources = sorted(str(path) for path in tmp_path.glob("*.qmd"))
+    done = subprocess.run([panache, "lint", *sources], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

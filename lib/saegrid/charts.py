@@ -89,7 +89,7 @@ def frontier(df: pd.DataFrame, y: str, *, lower_is_better: bool = True, links: s
     line = alt.Chart(front).mark_line(color="currentColor", opacity=0.45, strokeWidth=1.2, aria=False)
     sizes = [f"{size}x" for size in sorted(df["expansion"].unique())]
     arches = [arch for arch in PALETTE if arch in set(df["arch"])]
-    marks = alt.Chart(rows, name="runs").mark_point(filled=True, strokeWidth=1.5, cursor="pointer")
+    marks = alt.Chart(rows, name="runs").mark_point(filled=True, opacity=1, strokeWidth=1.5, cursor="pointer")
     marks = marks.encode(
         color=alt.Color("arch:N", title=None, scale=alt.Scale(domain=arches, range=[PALETTE[a] for a in arches])),
         stroke=alt.Stroke("arch:N", title=None, scale=alt.Scale(domain=arches, range=[PALETTE[a] for a in arches])),
