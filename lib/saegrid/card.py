@@ -34,9 +34,7 @@ def model_card(df: pd.DataFrame, prompts: pd.DataFrame | None = None, *, title: 
     ax = plots.frontier(df, y="delta_loss", links=runs)
     alt, caption = captions.frontier_alt(df, "delta_loss"), captions.frontier_caption(df, "delta_loss")
     own, published = claims.all_findings(df, prompts), claims.all_findings(results.published())
-    verdicts = [finding.verdict for finding in own]
     more = f" [Interactive, and against other measures]({links}frontier.ipynb)." if links else ""
-    tested = [f"{verdicts.count(word)} {word}" for word in SIGNS if word in verdicts]
     return markdown(
         recommendation(df, prompts, runs),
         key_numbers(best),
@@ -46,7 +44,7 @@ def model_card(df: pd.DataFrame, prompts: pd.DataFrame | None = None, *, title: 
         "## Load the recommended SAE",
         load_text(best),
         "## The five published findings, tested again",
-        f"On these rows: {', '.join(tested)}. The published sweep ran on Qwen2.5-0.5B-Instruct; its printed rows are "
+        f"{verdicts_text(own)} The published sweep ran on Qwen2.5-0.5B-Instruct; its printed rows are "
         "tested by the same functions."
         + (f" [Evidence, rule and rows of each]({links}findings.ipynb)." if links else ""),
         findings_table(own, published, f"{links}findings.html" if links else None),
@@ -61,17 +59,29 @@ def model_card(df: pd.DataFrame, prompts: pd.DataFrame | None = None, *, title: 
     )
 
 
+def verdicts_text(own: list[Finding]) -> str:
+    """How many findings hold, fail and can't be tested, in a sentence."""
+    counts = {word: sum(finding.verdict == word for finding in own) for word in SIGNS}
+    parts = []
+    for word, count in counts.items():
+        text = word.removesuffix("s") if count > 1 and word != claims.NOT_TESTABLE else word
+        text = f"{'is' if count == 1 else 'are'} {word}" if word == claims.NOT_TESTABLE else text
+        parts += [f"{count} {text}"] if count else []
+    return f"On these rows, {', '.join(parts)}."
+
+
 def swept_text(df: pd.DataFrame) -> str:
     """The grid in a sentence."""
     by_k = _values(df, "k")
     theta = _values(df, "threshold")
+    theta += " RMS" if theta != MISSING and set(df["threshold_unit"][df["threshold"].notna()]) == {"rms"} else ""
     sparsity = " and ".join(
         [*([f"K of {by_k}"] if by_k != MISSING else []), *([f"θ of {theta}"] if theta != MISSING else [])]
     )
     return (
         f"{len(df)} runs, {_listed(df, 'arch')} at {_values(df, 'expansion', '{}x')} with {sparsity}, each trained on "
         f"{_values(df, 'n_train_rows')} tokens of layer {_values(df, 'layer')} and judged on "
-        f"{_values(df, 'n_eval_prompts')} prompts of templates that training never saw."
+        f"{_values(df, 'n_eval_prompts')} held-out prompts."
     )
 
 

@@ -25,6 +25,8 @@ SHAPES = {"o": "circle", "s": "square", "^": "triangle-up"}
 SHOWN = ["l0", "l0_share_pct", "delta_loss", "frac_rec_pct", "loss_recovered_mean", "fvu_no_sink", "dead_pct"]
 """Measures in a mark's tooltip."""
 LOG_2 = alt.Scale(type="log", base=2, nice=False, padding=24)
+LEGENDS = {"top": {"anchor": "start", "direction": "vertical", "margin": 4}}
+"""One legend below the other, for phones; Vega knows it, Altair's schema does not."""
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, sans-serif'
 
 
@@ -42,8 +44,9 @@ def write_library(folder: str | Path) -> None:
 
 def frontier_figure(df: pd.DataFrame, y: str, *, lower_is_better: bool = True, links: str = "runs/") -> Markdown:
     """The frontier of `y` as a figure: interactive where scripts run, the static picture beneath it elsewhere."""
-    spec = frontier(df, y, lower_is_better=lower_is_better, links=links).to_json(indent=None)
-    spec = spec.replace("</", "<\\/")  # no text of the data ends the element
+    content = frontier(df, y, lower_is_better=lower_is_better, links=links).to_dict()
+    content["config"]["legend"]["layout"] = LEGENDS
+    spec = json.dumps(content).replace("</", "<\\/")  # no text of the data ends the element
     above = f'<div class="chart" data-library="{LIBRARY}"><script type="application/json">{spec}</script></div>'
     return plots.figure(
         plots.frontier(df, y=y, lower_is_better=lower_is_better, links=links),
@@ -84,7 +87,7 @@ def frontier(df: pd.DataFrame, y: str, *, lower_is_better: bool = True, links: s
     logarithmic = df[y].min() > 0 and df[y].max() / df[y].min() > WIDE
     x_axis = alt.X("l0:Q", title=header("l0") + ", log scale", scale=LOG_2)
     title = header(y) + (", log scale" if logarithmic else "")
-    y_axis = alt.Y(f"{y}:Q", title=title, scale=alt.Scale(type="log" if logarithmic else "linear", zero=False))
+    y_axis = alt.Y(f"{y}:Q", title=title, scale=alt.Scale(type="log") if logarithmic else alt.Scale(zero=False))
     front = plots.pareto(sparse, y, lower_is_better=lower_is_better)[["l0", y]]
     line = alt.Chart(front).mark_line(color="currentColor", opacity=0.45, strokeWidth=1.2, aria=False)
     sizes = [f"{size}x" for size in sorted(df["expansion"].unique())]
@@ -96,7 +99,7 @@ def frontier(df: pd.DataFrame, y: str, *, lower_is_better: bool = True, links: s
         shape=alt.Shape(
             "arch:N", title=None, scale=alt.Scale(domain=arches, range=[SHAPES[MARKERS[a]] for a in arches])
         ),
-        size=alt.Size("size:O", title=None, scale=alt.Scale(range=[70, 240]), sort=sizes),
+        size=alt.Size("size:O", title=None, scale=alt.Scale(range=[60, 190]), sort=sizes),
         fillOpacity=alt.condition("datum.dense", alt.value(0), alt.value(0.9)),
         tooltip=_tooltip(shown),
         href="page:N",
@@ -119,9 +122,7 @@ def _themed(chart: alt.LayerChart) -> alt.LayerChart:
     axis = {**ink, "gridColor": "currentColor", "gridOpacity": 0.12, "domainColor": "currentColor"}
     axis |= {"tickColor": "currentColor", "titleFontWeight": "normal", "labelFontSize": 12, "titleFontSize": 13}
     chart = chart.configure(background="transparent", font=FONT).configure_view(stroke=None).configure_axis(**axis)
-    return chart.configure_legend(
-        **ink, orient="top", symbolFillColor="currentColor", labelFontSize=12, titleFontSize=12
-    )
+    return chart.configure_legend(**ink, symbolFillColor="currentColor", labelFontSize=12, orient="top")
 
 
 def spec_of(figure: str) -> dict:

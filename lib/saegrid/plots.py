@@ -27,8 +27,8 @@ INK = "#0a0b0c"
 PALETTE = {"BatchTopK": "#d55e00", "TopK": "#3a86c8", "JumpReLU": "#009e73"}
 """Vermillion, blue and green after Okabe and Ito; the blue lighter, for 3:1 contrast on white and on near-black."""
 MARKERS = {"BatchTopK": "o", "TopK": "s", "JumpReLU": "^"}
-BESIDE = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-"""A legend beside the plot, where it hides nothing."""
+ABOVE = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "columnspacing": 1.4, "handletextpad": 0.3}
+"""A legend above the plot, where it hides nothing and leaves a phone the whole width."""
 WIDE = 50.0
 """Values that span more than this factor get a logarithmic axis."""
 STYLE = {
@@ -64,7 +64,7 @@ def _styled(plot: Callable[..., Axes]) -> Callable[..., Axes]:
     def styled(df: pd.DataFrame, *, ax: Axes | None = None, **options) -> Axes:
         with plt.rc_context(STYLE):
             if ax is None:
-                _, ax = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+                _, ax = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
             return plot(df, ax=ax, **options)
 
     return styled
@@ -152,7 +152,7 @@ def dead_latents(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_ylim(bottom=0)
     ax.set_xlabel(header("k"))
     ax.set_ylabel(header("dead_pct"))
-    ax.legend(**BESIDE)
+    ax.legend(ncols=3, **ABOVE)
     return ax
 
 
@@ -171,7 +171,7 @@ def learning_curves(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax.plot(df["epoch"], df["train_mse"], color=color, linestyle="--", label="training rows")
         ax.legend()
     else:
-        ax.legend(handles=_arch_handles(df), **BESIDE)
+        ax.legend(handles=_arch_handles(df), ncols=3, **ABOVE)
     if (df["val_mse"] > 0).all():
         ax.set_yscale("log")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -253,7 +253,7 @@ def against_published(df: pd.DataFrame, *, metric: str = "delta_loss", ax: Axes 
         Line2D([], [], marker="o", linestyle="", color=INK, label="own"),
         Line2D([], [], marker="o", linestyle="", color=INK, markerfacecolor="none", label="published"),
     ]
-    ax.legend(handles=handles, **BESIDE)
+    ax.legend(handles=handles, ncols=3, **ABOVE)
     return ax
 
 
@@ -314,4 +314,4 @@ def _frontier_legend(df: pd.DataFrame, ax: Axes) -> None:
     if len(candidates(df)) < len(df):
         label = f"dense, ≥ {DENSE_SHARE_PCT:g}% fire"
         rest.append(Line2D([], [], color=INK, marker="^", markerfacecolor="none", linestyle="", label=label))
-    ax.legend(handles=[*_arch_handles(df), *sizes, *rest], **BESIDE)
+    ax.legend(handles=[*_arch_handles(df), *sizes, *rest], ncols=4, **ABOVE)
