@@ -102,6 +102,13 @@ def test_a_figure_is_well_formed_with_text_links_and_the_pages_ink(df):
     assert not plt.get_fignums()
 
 
+def test_figures_stand_side_by_side_in_one_block(df):
+    figures = [plots.figure(plots.heatmap(df, metric=m), alt=m, caption=m) for m in ("fvu", "dead_pct")]
+    html = plots.side_by_side(figures).removeprefix("```{=html}\n").rstrip("`\n")
+    root = ElementTree.fromstring(html)
+    assert [figure.find("figcaption").text for figure in root.findall("figure")] == ["fvu", "dead_pct"]
+
+
 def test_two_figures_share_no_id_and_the_same_table_gives_the_same_bytes(df):
     first, again = (plots.figure(plots.frontier(df), alt="a", caption="c") for _ in range(2))
     other = plots.figure(plots.frontier(df, y="fvu"), alt="a", caption="c")

@@ -75,6 +75,8 @@ def test_requests_to_other_hosts_are_found(tmp_path, html):
 def test_links_to_other_hosts_are_allowed_and_dead_links_are_found(tmp_path):
     (tmp_path / "index.html").write_text('<h2 id="a">x</h2><a href="https://example.org">x</a><a href="#a">y</a>')
     assert site.check(tmp_path) == []
+    (tmp_path / "index.html").write_text('<div data-library="gone.js"></div><div data-chunks="gone/"></div>')
+    assert len(site.check(tmp_path)) == 2
     (tmp_path / "index.html").write_text('<a href="gone.html">x</a><a href="#nowhere">y</a>')
     assert len(site.check(tmp_path)) == 2
     (tmp_path / "style.css").write_text('@import "https://fonts.example/css";')

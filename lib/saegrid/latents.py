@@ -56,9 +56,9 @@ def make(grid: Grid, root: str | Path = ".") -> Path:
 def describe(run_dir: Path, store_dir: Path, size: int = SAMPLE) -> dict[str, Any]:
     """The run's facts and, for a sample of its latents, firing, contexts, unembedded tokens and neighbours."""
     config = _config(run_dir, store_dir)
+    facts = results.load_run(run_dir)
     sae, store, lm = load_folder(run_dir), open_store(config), load_lm(config)
-    firing = pd.read_csv(run_dir / "latents.csv")
-    fired = firing["fired"].to_numpy()
+    fired = results.load_latents(pd.DataFrame([facts]), run_dir.parent)["fired"].to_numpy()
     chosen = sample(fired, size)
     acts = activations(sae, store, chosen)  # (n_val, size)
     limit = SINK_RATIO * median_norm(store.batches("val", BATCH_ROWS))
@@ -77,7 +77,6 @@ def describe(run_dir: Path, store_dir: Path, size: int = SAMPLE) -> dict[str, An
             | {"contexts": contexts(quiet.numpy(), meta, tokens), **_extremes(effects[n], tokens)}
             | {"neighbours": [[other, round(cosine, 3), int(fired[other])] for other, cosine in near[n]]}
         )
-    facts = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
     kept = {name: facts[name] for name in ("run_id", "name", "model", "layer", "d_sae", "n_val_rows", "dead_pct")}
     counts = {"n_alive": int((fired > 0).sum()), "n_sink_rows": int(sinks.sum())}
     return kept | counts | {"tokens_known": bool((meta["token_ids"] >= 0).all()), "latents": entries}

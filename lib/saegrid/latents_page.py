@@ -42,7 +42,7 @@ def write_chunks(data: Mapping[str, Any], folder: str | Path) -> None:
     for old in folder.glob("chunk-*.js"):
         old.unlink()
     known = {entry["latent"] for entry in data["latents"]}
-    for n, start in enumerate(range(0, len(data["latents"]), CHUNK)):
+    for n, start in enumerate(range(0, max(1, len(data["latents"])), CHUNK)):
         part = {entry["latent"]: card(entry, data, known) for entry in data["latents"][start : start + CHUNK]}
         write_text(folder / f"chunk-{n:02d}.js", f"saegridLatents({json.dumps(part, ensure_ascii=False)})\n")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from html import escape
 
 import matplotlib.pyplot as plt
@@ -277,6 +277,12 @@ def figure(ax: Axes, *, alt: str, caption: str, above: str = "") -> Markdown:
     svg = page_svg(buffer.getvalue(), INK, alt)
     parts = [*([above] if above else []), svg, f"<figcaption>{escape(caption)}</figcaption>"]
     return html_block('<figure class="plot">\n' + "\n".join(parts) + "\n</figure>")
+
+
+def side_by_side(figures: Iterable[Markdown]) -> Markdown:
+    """Figures in two columns where there is room for them."""
+    parts = [figure.removeprefix("```{=html}\n").removesuffix("\n```\n") for figure in figures]
+    return html_block('<div class="figures">\n' + "\n".join(parts) + "\n</div>")
 
 
 def standalone_svg(ax: Axes) -> str:

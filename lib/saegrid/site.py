@@ -182,6 +182,8 @@ class _Page(HTMLParser):
         for name in _FETCHED.get(tag, ()):
             parts = given.get(name, "").split(",") if name == "srcset" else [given.get(name, "")]
             self.fetched += [part.split()[0] for part in parts if part.strip() and not part.startswith("#")]
+        self.fetched += [given["data-library"]] if "data-library" in given else []  # by the theme's charts.html
+        self.fetched += [f"{given['data-chunks']}chunk-00.js"] if "data-chunks" in given else []  # and latents.html
         if tag == "link" and _FETCHED_LINKS & set(given.get("rel", "").split()):
             self.fetched.append(given.get("href", ""))
         if tag in ("a", "area"):
