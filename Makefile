@@ -44,7 +44,7 @@ bench: setup peers  ## a training step beside the peers': hours for all of it, s
 	python benchmarks/page.py
 
 lint: setup
-	ruff check . && ruff format --check . && nbstripout --verify notebooks/*.ipynb
+	ruff check . && ruff format --check . && nbstripout --verify notebooks/*.ipynb && panache lint *.qmd
 
 clean:
 	rm -rf _site report .quarto .snakemake

@@ -7,7 +7,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from saegrid import card, plots, results
+from saegrid import captions, charts, plots, results
+from saegrid.tables import number
 
 
 @pytest.fixture
@@ -49,8 +50,12 @@ def test_the_frontier_has_a_mark_a_run_at_its_numbers(df):
     marks = {tuple(mark.get_offsets()[0]) for mark in ax.collections}
     assert marks == set(zip(df["l0"], df["delta_loss"], strict=True))
     (line,) = ax.lines
-    front = plots.pareto(df, "delta_loss")
+    front = plots.pareto(results.candidates(df), "delta_loss")
     assert list(line.get_ydata()) == list(front["delta_loss"])
+    dense = set(df["run_id"]) - set(results.candidates(df)["run_id"])
+    assert dense and not dense & set(front["run_id"])
+    hollow = [mark for mark in ax.collections if len(mark.get_facecolor()) == 0]
+    assert {mark.get_offsets()[0][0] for mark in hollow} == set(df[df["run_id"].isin(dense)]["l0"])
 
 
 def test_pareto_by_hand():
@@ -97,6 +102,13 @@ def test_a_figure_is_well_formed_with_text_links_and_the_pages_ink(df):
     assert not plt.get_fignums()
 
 
+def test_figures_stand_side_by_side_in_one_block(df):
+    figures = [plots.figure(plots.heatmap(df, metric=m), alt=m, caption=m) for m in ("fvu", "dead_pct")]
+    html = plots.side_by_side(figures).removeprefix("```{=html}\n").rstrip("`\n")
+    root = ElementTree.fromstring(html)
+    assert [figure.find("figcaption").text for figure in root.findall("figure")] == ["fvu", "dead_pct"]
+
+
 def test_two_figures_share_no_id_and_the_same_table_gives_the_same_bytes(df):
     first, again = (plots.figure(plots.frontier(df), alt="a", caption="c") for _ in range(2))
     other = plots.figure(plots.frontier(df, y="fvu"), alt="a", caption="c")
@@ -107,11 +119,14 @@ def test_two_figures_share_no_id_and_the_same_table_gives_the_same_bytes(df):
 
 
 def test_texts_for_those_who_do_not_see_the_figure(df):
-    alt = card.frontier_alt(df, "delta_loss")
-    for row in plots.pareto(df, "delta_loss").to_dict("records"):
-        assert row["name"] in alt
+    alt, caption = captions.frontier_alt(df, "delta_loss"), captions.frontier_caption(df, "delta_loss")
+    front = plots.pareto(results.candidates(df), "delta_loss")
+    assert all(row["name"] in alt for row in front.to_dict("records"))
+    for arch, count in front["arch"].value_counts().items():
+        assert f"{count} {arch}" in caption
+    assert f"Hollow: {len(df) - len(results.candidates(df))} run" in caption
     worst = df.loc[df["dead_pct"].idxmax()]
-    assert f"{worst['dead_pct']:.1f} for {worst['name']}" in card.heatmap_alt(df, "dead_pct")
+    assert f"{worst['dead_pct']:.1f} for {worst['name']}" in captions.heatmap_alt(df, "dead_pct")
 
 
 def test_a_file_of_its_own_has_a_background_and_ink(df):
@@ -120,3 +135,32 @@ def test_a_file_of_its_own_has_a_background_and_ink(df):
     assert root.tag.endswith("svg")
     assert plots.INK in svg
     assert "fill: #ffffff" in svg
+
+
+def test_the_interactive_frontier_has_the_same_marks_line_and_links(df):
+    figure = charts.frontier_figure(df, "delta_loss")
+    spec = charts.spec_of(figure)
+    (marks,) = [rows for rows in spec["datasets"].values() if "page" in rows[0]]
+    (line,) = [rows for rows in spec["datasets"].values() if "page" not in rows[0]]
+    assert {(row["name"], row["l0"], row["delta_loss"]) for row in marks} == set(
+        zip(df["name"], df["l0"], df["delta_loss"], strict=True)
+    )
+    assert {row["page"] for row in marks} == {f"runs/{run_id}.html" for run_id in df["run_id"]}
+    front = plots.pareto(results.candidates(df), "delta_loss")
+    assert [row["delta_loss"] for row in line] == list(front["delta_loss"])
+    assert {row["name"] for row in marks if row["dense"]} == set(df["name"]) - set(results.candidates(df)["name"])
+    assert re.search(r"<svg [^>]*aria-label", figure)  # the static picture is there, too
+    assert "</script><b>" not in charts.frontier_figure(df.assign(name="</script><b>"), "delta_loss")
+
+
+def test_sentences_for_the_other_figures(long, df):
+    text = captions.curves_text(long["learning_curves"])
+    ends = long["learning_curves"].query("epoch == 10")["val_mse"]
+    assert number(ends.min(), "val_mse") in text and number(ends.max(), "val_mse") in text
+    assert f"{len(df)} of {len(df)} runs still fell by more than 1%" in text  # by 5%, as they are made
+    latents = long["firing_histogram"]
+    alive = latents[(latents["fired"] > 0) & (latents["arch"] == "TopK")]
+    assert f"{100 * (alive['fired'] / alive['n_val_rows']).median():.2g}% in TopK" in captions.firing_text(latents)
+    by_k = df[df["k"].notna()]
+    assert f"{by_k['dead_pct'].max():.1f}%" in captions.dead_text(df)
+    assert "no run with a K" in captions.dead_text(df[df["k"].isna()])

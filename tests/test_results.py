@@ -148,3 +148,23 @@ def test_frac_rec_is_not_the_fraction_of_loss_recovered():
     assert low > high
     assert df.loc[0, "usual_high"] <= 3.52
     assert df.loc[6, "usual_low"] >= 4.19
+
+
+def test_dense_runs_are_no_candidates_unless_all_are():
+    df = pd.DataFrame({"l0": [99.0, 100.0, 500.0], "d_sae": 1000})
+    assert list(results.candidates(df)["l0"]) == [99.0]
+    assert list(results.candidates(df.iloc[1:])["l0"]) == [100.0, 500.0]
+    published = results.candidates(results.published())
+    assert set(published["arch"]) == {"BatchTopK", "JumpReLU"} and (published["l0"].fillna(0) < 717).all()
+
+
+def test_same_settings_stand_together_and_the_others_apart():
+    published = results.published()
+    own = published.iloc[[1, 6]].assign(source="own", delta_loss=9.0)
+    same, apart = results.same_settings(own, published)
+    assert list(same["source"]) == ["own", "published"] * 2
+    assert list(same["name"]) == [name for name in own["name"] for _ in range(2)]
+    assert len(apart) == len(published) - 2 and not set(apart["name"]) & set(own["name"])
+    same, apart = results.same_settings(own.assign(threshold_unit="rms"), published)
+    assert set(same["arch"]) == {"BatchTopK"}  # a threshold in RMS is another setting
+    assert len(results.same_settings(own.assign(expansion=3), published)[0]) == 0

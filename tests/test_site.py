@@ -1,43 +1,19 @@
 """The website, rendered from synthetic runs through the executed notebooks and opened in Chromium."""
 
+import csv
+import io
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
-import yaml
+from site_project import HOSTILE, NOTEBOOKS, build, execute
 
-from saegrid import pages, results, site
+from saegrid import captions, findings, pages, results, site
 from saegrid.results import ResultsError
-from saegrid.site import SiteError
 from saegrid.tables import number
-
-ROOT = Path(__file__).parents[1]
-SOURCES = ["_quarto.yml", "index.qmd", "method.qmd", "reproduce.qmd", "notebooks", "lib"]
-NOTEBOOKS = ["findings", "results", "frontier"]
-
-
-def copy_sources(root):
-    for name in SOURCES:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-        else:
-            shutil.copy(source, root / name)
-
-
-def execute(root, grid, name):
-    (root / "report").mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "papermill", f"notebooks/{name}.ipynb", f"report/{name}.ipynb"]
-    command += ["-r", "results_dir", grid.results_dir, "-r", "runs_dir", "runs", "--no-progress-bar"]
-    env = os.environ | {"PYTHONPATH": str(ROOT / "lib"), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +21,7 @@ def built(fake_grid, _fake_runs, tmp_path_factory):
     """A project folder with everything that `make report` leaves: tables, executed notebooks, pages, `_site`."""
     root = tmp_path_factory.mktemp("site") / "project"
     shutil.copytree(_fake_runs, root)
-    copy_sources(root)
-    results.make(fake_grid, root)
-    for name in NOTEBOOKS:
-        execute(root, fake_grid, name)
-    pages.make(fake_grid, root)
-    assert "pages to _site/index.html with" in site.render(root)
+    assert "pages to _site/index.html with" in build(root, fake_grid)
     return root
 
 
@@ -165,75 +136,6 @@ def test_a_deleted_run_stops_the_report_with_one_line(built, fake_grid, tmp_path
         pages.make(fake_grid, root)
 
 
-# --- before any run
-
-
-def test_before_any_run_the_site_says_what_is_missing(tmp_path):
-    copy_sources(tmp_path)
-    site.render(tmp_path)
-    for page in ("index.html", "method.html", "report/findings.html", "report/runs/index.html"):
-        assert "Nothing to show yet" in text(tmp_path, page)
-        assert "make report" in text(tmp_path, page)
-
-
-def test_the_hook_runs_without_packages_and_leaves_what_is_there(tmp_path):
-    copy_sources(tmp_path)
-    (tmp_path / "report").mkdir()
-    (tmp_path / "report/findings.ipynb").write_text("made")
-    command = [sys.executable, "-S", "-E", "lib/prerender.py"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    assert (tmp_path / "report/findings.ipynb").read_text() == "made"
-    assert (tmp_path / "report/_home.md").stat().st_mtime < 10  # any workflow takes it for out of date
-
-
-def test_placeholders_are_what_the_config_and_the_sources_name():
-    config = yaml.safe_load((ROOT / "_quarto.yml").read_text())
-    named = {entry["href"] for entry in config["website"]["navbar"]["left"]}
-    for source in ("index.qmd", "method.qmd", "reproduce.qmd"):
-        named |= set(re.findall(r"\{\{< include (\S+) >\}\}", (ROOT / source).read_text()))
-    assert {name for name in named if not (ROOT / name).exists() or name.startswith("report/")} == set(
-        site.PLACEHOLDERS
-    )
-    assert config["project"]["pre-render"] == "lib/prerender.py"
-
-
-# --- the check itself
-
-
-@pytest.mark.parametrize(
-    "html",
-    [
-        '<script src="https://cdn.example/x.js"></script>',
-        '<link rel="stylesheet" href="//fonts.example/css">',
-        '<img src="http://example.org/a.png">',
-        '<img srcset="a.png 1x, https://example.org/b.png 2x">',
-        "<style>@import url('https://fonts.example/css');</style>",
-        '<div style="background: url(https://example.org/a.png)"></div>',
-        "<script type='module'>import x from 'https://cdn.example/x.mjs'</script>",
-        '<svg><image xlink:href="https://example.org/a.png"/></svg>',
-    ],
-)
-def test_requests_to_other_hosts_are_found(tmp_path, html):
-    (tmp_path / "a.png").write_bytes(b"")
-    (tmp_path / "index.html").write_text(f"<html><body>{html}</body></html>")
-    assert any("from another host" in problem for problem in site.check(tmp_path)), html
-
-
-def test_links_to_other_hosts_are_allowed_and_dead_links_are_found(tmp_path):
-    (tmp_path / "index.html").write_text('<h2 id="a">x</h2><a href="https://example.org">x</a><a href="#a">y</a>')
-    assert site.check(tmp_path) == []
-    (tmp_path / "index.html").write_text('<a href="gone.html">x</a><a href="#nowhere">y</a>')
-    assert len(site.check(tmp_path)) == 2
-    (tmp_path / "style.css").write_text('@import "https://fonts.example/css";')
-    assert len(site.check(tmp_path)) == 3
-
-
-def test_an_empty_site_and_a_failing_renderer_are_told(tmp_path):
-    assert site.check(tmp_path) == ["no page was rendered"]
-    with pytest.raises(SiteError, match="ended with code"):
-        site.render(tmp_path)  # no _quarto.yml
-
-
 @pytest.mark.skipif(
     not shutil.which("quarto") and os.environ.get("REQUIRE_QUARTO") != "1", reason="Quarto is not on PATH"
 )
@@ -245,52 +147,72 @@ def test_quarto_renders_the_same_pages(built):
 # --- in the browser
 
 
-def open_page(browser, path, scheme="light", width=1280):
-    context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
-    page = context.new_page()
-    page.requests, page.problems = [], []
-    page.on("request", lambda request: page.requests.append(request.url))
-    page.on("pageerror", lambda error: page.problems.append(str(error)))
-    page.goto(path.as_uri())
-    return page
+@pytest.fixture
+def open_page(built, browser):
+    """A page of the site in a window; what it requests and what goes wrong on it is written down."""
+    contexts = []
+
+    def opened(path, scheme="light", width=1280, scripts=True):
+        context = browser.new_context(
+            color_scheme=scheme, viewport={"width": width, "height": 900}, java_script_enabled=scripts
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.requests, page.problems = [], []
+        page.on("request", lambda request: page.requests.append(request.url))
+        page.on("pageerror", lambda error: page.problems.append(str(error)))
+        page.goto((built / "_site" / path).as_uri())
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
 
 
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 390)])
-def test_pages_open_offline_without_errors_and_fit(built, browser, scheme, width):
-    runs = [path for path in html_pages(built) if path.parent.name == "runs"]
-    for path in [path for path in html_pages(built) if path not in runs] + runs[:3]:
-        page = open_page(browser, path, scheme, width)
-        page.wait_for_timeout(200)  # smalldocs marks the theme 50 ms after loading
-        assert not [url for url in page.requests if not url.startswith(("file:", "data:"))], path
-        assert not page.problems, path
+def settled(page, scheme):
+    """Wait until the renderer has marked the theme, 50 ms after loading."""
+    page.wait_for_function("dark => (document.querySelector('.quarto-dark') !== null) === dark", arg=scheme == "dark")
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 390), ("dark", 390)])
+def test_every_page_opens_offline_without_errors_and_fits(built, open_page, scheme, width):
+    page = open_page("index.html", scheme, width)
+    for path in html_pages(built):
+        page.goto(path.as_uri())
+        settled(page, scheme)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, path
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         dark = sum(map(int, re.findall(r"\d+", background)[:3])) < 384
         assert dark == (scheme == "dark"), path
-        page.context.close()
+    assert not [url for url in page.requests if not url.startswith(("file:", "data:"))]
+    assert not page.problems
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_no_serious_accessibility_issue(built, browser, scheme):
+def test_no_serious_accessibility_issue(built, open_page, scheme):
+    """Every page but the run pages, which are made by one function: of them, three."""
     from axe_playwright_python.sync_playwright import Axe
 
     found = []
-    names = ["index.html", "method.html", "reproduce.html", *(f"report/{name}.html" for name in NOTEBOOKS)]
-    run = next(path for path in html_pages(built) if path.parent.name == "runs" and path.name != "index.html")
-    for path in [*(built / "_site" / name for name in names), built / "_site/report/runs/index.html", run]:
-        page = open_page(browser, path, scheme)
-        page.wait_for_timeout(150)  # smalldocs marks the theme 50 ms after loading
+    runs = [path for path in html_pages(built) if path.parent.name == "runs" and path.name != "index.html"]
+    page = open_page("index.html", scheme)
+    for path in [path for path in html_pages(built) if path not in runs] + runs[::8]:
+        page.goto(path.as_uri())
+        settled(page, scheme)
+        if path.name == "frontier.html":
+            page.wait_for_selector("figure.live")
+        if path.name == "latents.html":
+            page.wait_for_selector(".latent-shown article")
         for violation in Axe().run(page).response["violations"]:
             if violation["impact"] in ("serious", "critical"):
                 nodes = [node["html"][:120] for node in violation["nodes"][:2]]
                 found.append((path.name, violation["id"], nodes))
-        page.context.close()
     assert not found
 
 
-def test_numbers_on_the_page_are_those_of_results_full(built, fake_grid, browser):
+def test_numbers_on_the_page_are_those_of_results_full(built, fake_grid, open_page):
     full = pd.read_csv(built / fake_grid.results_dir / "results_full.csv").set_index("run_id")
-    page = open_page(browser, built / "_site/report/results.html")
+    page = open_page("report/results.html")
     seen = page.evaluate(
         """() => [...document.querySelectorAll('table.results tbody tr')].flatMap(row => {
             const link = row.querySelector('th a')?.getAttribute('href');
@@ -298,7 +220,6 @@ def test_numbers_on_the_page_are_those_of_results_full(built, fake_grid, browser
             return link ? cells.map(cell => [link, cell.dataset.column, cell.dataset.value, cell.innerText]) : [];
         })"""
     )
-    page.context.close()
     checked = set()
     for href, column, value, shown in seen:
         if column in results.METRICS:
@@ -309,21 +230,109 @@ def test_numbers_on_the_page_are_those_of_results_full(built, fake_grid, browser
     assert len(checked) == len(full) * len(results.METRICS)
 
 
-def test_a_mark_in_the_frontier_leads_to_its_run(built, browser):
-    page = open_page(browser, built / "_site/report/frontier.html")
-    mark = page.locator("figure.plot svg a").last  # drawn last, so on top
-    assert "L0" in mark.get_attribute("aria-label")
-    target = mark.get_attribute("href")
+def test_a_point_of_the_frontier_shows_its_run_and_leads_there(built, fake_grid, open_page):
+    df = results.read_tidy(built / fake_grid.results_dir)
+    page = open_page("report/frontier.html")
+    figure = page.locator("figure.live").first
+    marks = figure.locator(".chart path[role=link]")
+    labels = {f"{row['name']}: {captions.point(row, 'delta_loss')}" for row in df.to_dict("records")}
+    assert {mark.get_attribute("aria-label") for mark in marks.all()} == labels
+    assert not figure.locator("> svg").is_visible()  # the static picture is there for print
+    mark = marks.last
+    row = df[df["name"] == mark.get_attribute("aria-label").split(":")[0]].iloc[0]
+    mark.hover(force=True)
+    tip = page.locator("#vg-tooltip-element")
+    tip.wait_for(state="visible")
+    assert row["name"] in tip.inner_text() and number(row["delta_loss"], "delta_loss") in tip.inner_text()
     mark.click(force=True)
-    page.wait_for_url(f"**/{target}")
-    assert page.locator("h1").inner_text()
-    page.context.close()
+    page.wait_for_url(f"**/runs/{row['run_id']}.html")
+    page.go_back()
+    mark = page.locator(".chart path[role=link]").last
+    mark.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_url(f"**/runs/{row['run_id']}.html")
+    assert page.locator("h1").inner_text() == pages.title(row)
 
 
-def test_home_reads_without_scripts(built, browser):
-    context = browser.new_context(java_script_enabled=False)
-    page = context.new_page()
-    page.goto((built / "_site/index.html").as_uri())
-    assert "Recommended" in page.inner_text("main")
+def test_print_and_readers_without_scripts_get_the_static_frontier(open_page):
+    page = open_page("report/frontier.html", scripts=False)
+    assert page.locator("figure.plot > svg").first.is_visible()
+    assert page.locator("figure.plot > svg a").first.get_attribute("href").startswith("runs/")
+    page = open_page("report/frontier.html")
+    page.wait_for_selector("figure.live")
+    page.emulate_media(media="print")
+    assert page.locator("figure.plot > svg").first.is_visible()
+    assert not page.locator(".chart").first.is_visible()
+
+
+def shown(page, column):
+    return page.locator(
+        f'table[data-tools="splice-losses"] tbody tr:visible [data-column="{column}"]'
+    ).all_inner_texts()
+
+
+def test_a_table_sorts_filters_and_downloads(built, fake_grid, open_page):
+    df = results.read_tidy(built / fake_grid.results_dir)
+    page = open_page("report/results.html")
+    table = page.locator('table[data-tools="splice-losses"]')
+    head = table.locator("th", has_text="Delta loss")
+    head.locator("button").focus()
+    for key, order in (("Enter", "ascending"), ("Space", "descending")):
+        page.keyboard.press(key)
+        assert head.get_attribute("aria-sort") == order
+        column = df["delta_loss"].sort_values(ascending=order == "ascending")
+        assert [text.strip("★ ") for text in shown(page, "delta_loss")] == [number(v, "delta_loss") for v in column]
+    head.locator("button").click()
+    assert head.get_attribute("aria-sort") is None
+    assert [text.strip("★ ") for text in shown(page, "delta_loss")] == [number(v, "delta_loss") for v in df.delta_loss]
+    page.locator(".table-tools input").first.fill("topk_exp8x l0<100")
+    kept = df[df["name"].str.contains("TopK_exp8x") & (df["l0"] < 100)]
+    assert len(shown(page, "delta_loss")) == len(kept) > 0
+    assert page.locator(".table-tools output").first.inner_text() == f"{len(kept)} of {len(df)} rows"
+    with page.expect_download() as download:
+        page.locator(".table-tools .csv").first.click()
+    rows = list(csv.DictReader(io.StringIO(download.value.path().read_text())))
+    assert download.value.suggested_filename == "splice-losses.csv"
+    assert [row["Run"] for row in rows] == list(kept["name"])
+    assert [float(row["Delta loss nats/token"]) for row in rows] == list(kept["delta_loss"])
+
+
+def test_a_latent_opens_from_its_piece_and_tokens_are_found(open_page):
+    page = open_page("report/latents.html")
+    page.wait_for_selector(".latent-shown article")
+    assert len([url for url in page.requests if "chunk-" in url]) == 1  # the other pieces are not loaded yet
+    page.locator(".latents input").fill("word7")
+    rows = page.locator(".latents tbody tr:visible")
+    assert [row.get_attribute("data-latent") for row in rows.all()] == ["107"]
+    page.locator(".latents tbody tr:visible a").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.activeElement.textContent === 'Latent 107'")
+    assert page.url.endswith("#latent-107")
+    card = page.locator(".latent-shown")
+    assert card.locator("strong", has_text="word7").get_attribute("title") == number(10.0, "max_act")
+    for text in HOSTILE:
+        assert text in card.inner_text()
+    card.locator("dl a").first.click()
+    page.wait_for_function("document.activeElement.textContent === 'Latent 108'")
+    page.go_back()
+    page.wait_for_function("document.activeElement.textContent === 'Latent 107'")
+    page.locator(".latents input").fill("")
+    page.locator(".latent-shown nav a").last.click()
+    page.wait_for_function("document.activeElement.textContent === 'Latent 108'")
+    assert not page.problems and page.title() != "broken"
+    page = open_page("report/latents.html")
+    page.goto(f"{page.url}#latent-141")
+    page.reload()
+    page.wait_for_function("document.querySelector('.latent-shown h3')?.textContent === 'Latent 141'")
+
+
+def test_pages_read_without_scripts(built, fake_grid, open_page):
+    best = findings.recommend(results.read_tidy(built / fake_grid.results_dir))
+    page = open_page("index.html", scripts=False)
+    assert best["name"] in page.inner_text("main")
     assert page.locator("figure.plot svg").is_visible()
-    context.close()
+    assert not page.locator(".table-tools").count()
+    page = open_page("report/latents.html", scripts=False)
+    assert page.locator("tr[data-latent]").count() == 45
+    assert page.locator("article.latent").count() == 6
+    assert "word3" in page.inner_text("main")

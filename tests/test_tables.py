@@ -22,6 +22,7 @@ def parse(text):
         (1.4e-5, "nmse", "1.40e-05"),
         (12.94, "dead_pct", "12.9"),
         (7168, "d_sae", "7,168"),
+        (5748.3, "val_mse", "5748"),
         (0.0, "dead_pct", "0.0"),
         (None, "k", "–"),
         (pd.NA, "k", "–"),
@@ -51,7 +52,7 @@ def test_units_headers_caption_and_best():
     assert all(head.get("scope") == "col" for head in table.findall(".//thead/tr/th"))
     assert table.find(".//caption").text.startswith("A & B")
     best = [cell for cell in table.iter("td") if cell.find("strong") is not None]
-    assert [cell.find("strong").text for cell in best] == ["−0.014", "100.4"]
+    assert [cell.find("strong").text for cell in best] == ["0.247", "92.9"]  # the dense JumpReLU rows are no candidates
     assert all(cell.find("span").get("aria-label") == "best" for cell in best)
 
 
@@ -102,9 +103,26 @@ def test_the_card_holds_the_recommended_run_and_every_verdict(fake_grid, fake_ru
         assert finding.claim.replace("'", "&#x27;") in text
         assert finding.effect_text in text
     assert "<a " not in text  # without links it stands alone
+    assert f"{len(df)} runs, BatchTopK, TopK and JumpReLU at 4x, 8x, 16x with K of 64, 128, 220" in text
 
 
 def test_the_arithmetic_on_the_method_page_is_computed():
     text = card.published_note()
     for number in ("[47.460, 47.584]", "[3.201, 3.215]", "at most 3.48", "at least 4.19"):
         assert number in text
+
+
+def test_dense_runs_get_no_star_and_the_table_says_so():
+    df = pd.DataFrame({"name": ["sparse", "dense"], "l0": [10.0, 900.0], "d_sae": 1000, "delta_loss": [0.5, 0.01]})
+    table = parse(tables.html_table(df, ["name", "l0", "delta_loss"], caption="c"))
+    assert [cell.find("strong").text for cell in table.iter("td") if cell.find("strong") is not None] == ["0.500"]
+    assert "of runs that fire less than 10%" in table.find(".//caption").text
+
+
+def test_settings_of_both_sweeps_are_shown_in_pairs():
+    published = results.published()
+    own = published.head(2).assign(source="own", run_id=["a", "b"])
+    table = parse(tables.beside(results.same_settings(own, published)[0], ["name", "source", "nmse"], links="runs/"))
+    assert [row.find("td").text for row in table.findall(".//tbody/tr")] == ["own", "published"] * 2
+    assert [link.get("href") for link in table.iter("a")] == ["runs/a.html", "runs/b.html"]
+    assert "share no setting" in tables.beside(own.head(0), ["name"])

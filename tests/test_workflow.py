@@ -67,6 +67,10 @@ def test_the_site_is_there(smoke):
     assert "SmolLM2" in home or "smollm2" in home
     for run in GRID.runs():
         assert run.name in (smoke / "_site" / "report" / "runs" / f"{run.run_id}.html").read_text()
+    described = json.loads((smoke / "report" / "latents" / "latents.json").read_text())
+    assert len(described["latents"]) >= 200 and described["tokens_known"]
+    pieces = "".join(path.read_text() for path in (smoke / "_site" / "report" / "latents").glob("chunk-*.js"))
+    assert all(f"Latent {entry['latent']}<" in pieces for entry in described["latents"])
 
 
 def test_a_second_call_does_nothing(smoke):

@@ -1,4 +1,4 @@
-"""Commands: `python -m saegrid list | collect | tables | pages | site | publish`.
+"""Commands: `python -m saegrid list | collect | tables | latents | pages | site | publish`.
 
 A user's mistake is one line on stderr and exit code 2.
 """
@@ -22,6 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("list", help="the runs of a grid: id, store, and whether it has finished")
     command.add_argument("grid", type=Path)
     command = commands.add_parser("tables", help="write the CSV tables of a finished grid")
+    command.add_argument("grid", type=Path)
+    command = commands.add_parser("latents", help="describe the recommended run's latents, for the report")
     command.add_argument("grid", type=Path)
     command = commands.add_parser("pages", help="write the report's pages of a grid that has its tables")
     command.add_argument("grid", type=Path)
@@ -55,6 +57,10 @@ def _run(options: argparse.Namespace) -> None:
         from saegrid import results
 
         results.make(grid)
+    elif options.command == "latents":
+        from saegrid import latents  # imports torch
+
+        latents.make(grid)
     elif options.command == "pages":
         from saegrid import pages
 

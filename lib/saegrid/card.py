@@ -10,10 +10,10 @@ from html import escape
 
 import pandas as pd
 
+from saegrid import captions, intervals, plots, results
 from saegrid import findings as claims
-from saegrid import intervals, plots, results
 from saegrid.findings import Finding
-from saegrid.tables import COLUMNS, MISSING, Markdown, header, html_block, html_table, markdown, number, pipe_table
+from saegrid.tables import COLUMNS, MISSING, Markdown, html_block, html_table, markdown, number, pipe_table
 
 SIGNS = {claims.HOLDS: ("✓", "holds"), claims.FAILS: ("✗", "fails"), claims.NOT_TESTABLE: ("○", "open")}
 MAIN = ["name", "l0", "val_mse", "nmse", "fvu_no_sink", "dead_pct", "delta_loss", "frac_rec_pct", "loss_recovered_mean"]
@@ -32,26 +32,76 @@ def model_card(df: pd.DataFrame, prompts: pd.DataFrame | None = None, *, title: 
     best = claims.recommend(df)
     runs = f"{links}runs/" if links else ""
     ax = plots.frontier(df, y="delta_loss", links=runs)
+    alt, caption = captions.frontier_alt(df, "delta_loss"), captions.frontier_caption(df, "delta_loss")
     own, published = claims.all_findings(df, prompts), claims.all_findings(results.published())
+    more = f" [Interactive, and against other measures]({links}frontier.ipynb)." if links else ""
     return markdown(
-        f"{title}: {len(df)} runs." if title else f"{len(df)} runs.",
         recommendation(df, prompts, runs),
-        plots.figure(ax, alt=frontier_alt(df, "delta_loss"), caption=frontier_caption("delta_loss")),
+        key_numbers(best),
+        f"{title}: {swept_text(df)}" if title else swept_text(df),
+        plots.figure(ax, alt=alt, caption=caption),
+        f"The recommended run costs least; fewer latents cost more, and the line joins the runs that none beats.{more}",
+        "## Load the recommended SAE",
+        load_text(best),
         "## The five published findings, tested again",
-        "The published sweep ran on Qwen2.5-0.5B-Instruct; its printed rows are tested by the same functions."
+        f"{verdicts_text(own)} The published sweep ran on Qwen2.5-0.5B-Instruct; its printed rows are "
+        "tested by the same functions."
         + (f" [Evidence, rule and rows of each]({links}findings.ipynb)." if links else ""),
         findings_table(own, published, f"{links}findings.html" if links else None),
         "## Results",
-        html_table(df, MAIN, caption=f"All {len(df)} runs.", links=runs),
+        html_table(df, MAIN, caption=f"All {len(df)} runs.", links=runs, tools="results" if links else ""),
         "## What was swept",
         setting_table(df),
         "## Files",
         files_text(best),
-        "## Load the recommended SAE",
-        load_text(best),
         "## Limits",
         limits_text(df),
     )
+
+
+def verdicts_text(own: list[Finding]) -> str:
+    """How many findings hold, fail and can't be tested, in a sentence."""
+    counts = {word: sum(finding.verdict == word for finding in own) for word in SIGNS}
+    parts = []
+    for word, count in counts.items():
+        text = word.removesuffix("s") if count > 1 and word != claims.NOT_TESTABLE else word
+        text = f"{'is' if count == 1 else 'are'} {word}" if word == claims.NOT_TESTABLE else text
+        parts += [f"{count} {text}"] if count else []
+    return f"On these rows, {', '.join(parts)}."
+
+
+def swept_text(df: pd.DataFrame) -> str:
+    """The grid in a sentence."""
+    by_k = _values(df, "k")
+    theta = _values(df, "threshold")
+    theta += " RMS" if theta != MISSING and set(df["threshold_unit"][df["threshold"].notna()]) == {"rms"} else ""
+    sparsity = " and ".join(
+        [*([f"K of {by_k}"] if by_k != MISSING else []), *([f"θ of {theta}"] if theta != MISSING else [])]
+    )
+    return (
+        f"{len(df)} runs, {_listed(df, 'arch')} at {_values(df, 'expansion', '{}x')} with {sparsity}, each trained on "
+        f"{_values(df, 'n_train_rows')} tokens of layer {_values(df, 'layer')} and judged on "
+        f"{_values(df, 'n_eval_prompts')} held-out prompts."
+    )
+
+
+def key_numbers(best: pd.Series) -> Markdown:
+    """The recommended run's numbers, large."""
+    cells = [
+        (f"{number(best['delta_loss'], 'delta_loss')}", "nats/token", "loss added when spliced in"),
+        (f"{number(best['l0'], 'l0')}", f"of {number(best['d_sae'], 'd_sae')}", "latents fire on a token"),
+        (
+            f"{number(100 * best['loss_recovered_mean'], 'frac_rec_pct')}",
+            "%",
+            "of the loss recovered, against the mean",
+        ),
+        (f"{number(best['dead_pct'], 'dead_pct')}", "%", "of the latents are dead"),
+    ]
+    items = "\n".join(
+        f'<div><dt>{escape(what)}</dt><dd><strong>{value}</strong> <span class="unit">{escape(unit)}</span></dd></div>'
+        for value, unit, what in cells
+    )
+    return html_block(f'<dl class="key-numbers">\n{items}\n</dl>')
 
 
 def recommendation(df: pd.DataFrame, prompts: pd.DataFrame | None = None, runs: str = "") -> Markdown:
@@ -129,36 +179,6 @@ def finding_section(own: Finding, published: Finding, links: str = "") -> Markdo
     return markdown(*parts)
 
 
-def frontier_alt(df: pd.DataFrame, y: str, lower_is_better: bool = True) -> str:
-    """What the frontier shows, in a sentence for those who don't see it."""
-    front = plots.pareto(df, y, lower_is_better=lower_is_better)
-    points = "; ".join(f"{r['name']}: L0 {number(r['l0'], 'l0')}, {number(r[y], y)}" for r in front.to_dict("records"))
-    return f"{header(y)} against L0 for {len(df)} runs. On the Pareto set, from sparse to dense: {points}."
-
-
-def frontier_caption(y: str, lower_is_better: bool = True) -> str:
-    """What to look at in the frontier."""
-    side = "Lower" if lower_is_better else "Higher"
-    return (
-        f"{header(y)} against L0, one mark a run: colour and shape tell the architecture, size the expansion. "
-        f"{side} and further left is better; the line joins the Pareto set. A mark leads to its run's page."
-    )
-
-
-def heatmap_alt(df: pd.DataFrame, metric: str) -> str:
-    """The best and the worst field of a heat map in a sentence."""
-    rows = df[df[metric].notna()].sort_values(metric)
-    low, high = (f"{number(r[metric], metric)} for {r['name']}" for r in (rows.iloc[0], rows.iloc[-1]))
-    return f"{header(metric)} by setting: from {low} to {high}."
-
-
-def position_alt(df: pd.DataFrame) -> str:
-    """How far the first position stands out, in a sentence."""
-    size = df.groupby("position")["sq_norm_centred"].mean()
-    ratio = size.iloc[0] / size.iloc[1:].median()
-    return f"Variance and squared error by position: the first position has {ratio:,.0f} times the median variance."
-
-
 def setting_table(df: pd.DataFrame) -> Markdown:
     """What all runs share, and what was swept."""
     rows = [(name.replace("_", " "), _values(df, name)) for name in ("model", "dataset", "text")]
@@ -190,13 +210,27 @@ def files_text(best: pd.Series) -> Markdown:
 
 
 def load_text(best: pd.Series) -> Markdown:
-    """Code that loads the recommended SAE."""
+    """Code that runs the recommended SAE: with this library, and with torch alone."""
     folder = f"runs/{best['run_id']}"
-    code = f'import saegrid\n\nsae = saegrid.load_sae("{folder}")  # {best["name"]}\n'
-    code += f"x_hat = sae(x)  # (N, {best['d_in']})"
-    plain = f'import torch\n\nstate = torch.load("{folder}/{best["name"]}.pt", weights_only=True)'
+    x = f"x = torch.randn(4, {best['d_in']})  # rows of the residual stream behind block {best['layer']}"
+    own = f'import torch\n\nimport saegrid\n\nsae = saegrid.load_sae("{folder}")  # {best["name"]}\n{x}\n'
+    own += f"latent_acts, x_hat = sae.encode(x), sae(x)  # (4, {best['d_sae']}), (4, {best['d_in']})"
+    kept = 'z = pre * (pre > json.load(open(f"{folder}/cfg.json"))["RULE"])'
+    keep = {
+        "TopK": f"top = pre.topk({best['k']})\nz = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())",
+        "BatchTopK": kept.replace("RULE", "inference_threshold"),
+        "JumpReLU": kept.replace("RULE", "threshold"),
+    }[best["arch"]]
+    plain = "" if best["arch"] == "TopK" else "import json\n\n"
+    plain += f'import torch\nfrom safetensors.torch import load_file\n\nfolder = "{folder}"\n'
+    plain += f'w = load_file(f"{{folder}}/sae.safetensors")\n{x}\n'
+    plain += f'pre = (x - w["b_pre"]) @ w["W_enc"].T + w["b_enc"]\n{keep}\n'
+    plain += 'x_hat = z @ w["W_dec"] + w["b_dec"] + w["b_pre"]'
     return markdown(
-        f"```python\n{code}\n```", "Or without this library, into the published class:", f"```python\n{plain}\n```"
+        "From the folder that the runs lie in:",
+        f"```python\n{own}\n```",
+        "With torch and safetensors alone:",
+        f"```python\n{plain}\n```",
     )
 
 
@@ -248,6 +282,12 @@ def setting_note(df: pd.DataFrame, timing: pd.DataFrame) -> Markdown:
         pipe_table(["What", "Value"], machine + versions + hashes),
         html_table(timing, columns, caption="Time of each run.", mark_best=False),
     )
+
+
+def _listed(df: pd.DataFrame, name: str) -> str:
+    """The distinct values of a text column in a sentence: `A, B and C`."""
+    *most, last = df[name].unique()
+    return f"{', '.join(most)} and {last}" if most else str(last)
 
 
 def _values(df: pd.DataFrame, name: str, form: str = "{}") -> str:

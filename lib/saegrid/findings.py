@@ -12,17 +12,18 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from saegrid import intervals
+from saegrid import intervals, results
+from saegrid.results import DENSE_SHARE_PCT
 from saegrid.tables import number
 
 HOLDS, FAILS, NOT_TESTABLE = "holds", "fails", "not testable here"
 
-# Fixed before the results. Each comes from the published sentence; where that gives only a word, the number is ours.
+# Fixed before the results, as `results.DENSE_SHARE_PCT` is. Each comes from the published sentence; where that gives
+# only a word, the number is ours.
 SMALL_K, ENOUGH_K, DEAD_EXPANSION = 64, 128, 8  # "K=64 at 8x ... K should be at least 128"
 MOSTLY_DEAD_PCT = 50.0  # "57% of latents dead", taken as: most of them
 SWEET_K, SWEET_EXPANSIONS = 220, (4, 8)  # "BatchTopK, 4x or 8x, K=220"
 SWEET_FRAC_REC_PCT, SWEET_DEAD_PCT = 90.0, 21.0  # "about 90-93% frac_rec, 13-21% dead"
-DENSE_SHARE_PCT = 10.0  # "firing 10-45% of its latents"; also where we stop to call a run sparse
 NEAR_PERFECT_FRAC_REC_PCT = 98.0  # "almost perfectly"
 LARGE, MEDIUM = 16, 8  # "16x adds little over 8x"
 LITTLE_NATS = 0.05  # "little"
@@ -238,12 +239,8 @@ def large_adds_little(df: pd.DataFrame, drawn: pd.DataFrame | None = None) -> Fi
 
 
 def recommend(df: pd.DataFrame) -> pd.Series:
-    """The row with the lowest delta loss of those that fire less than `DENSE_SHARE_PCT` of their latents.
-
-    Where no row is that sparse, the lowest delta loss of all.
-    """
-    sparse = df[100 * df["l0"] / df["d_sae"] < DENSE_SHARE_PCT]
-    return (sparse if len(sparse) else df).nsmallest(1, "delta_loss").iloc[0]
+    """The row with the lowest delta loss of the `results.candidates`: those that are sparse."""
+    return results.candidates(df).nsmallest(1, "delta_loss").iloc[0]
 
 
 def _by_expansion(rows: pd.DataFrame, small: int, large: int) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from saegrid import card, plots, results
+from saegrid import captions, card, plots, results
 from saegrid import findings as claims
 from saegrid.config import EMBEDDED_DATASET, EMBEDDED_MODEL
 from saegrid.fetch import HUB_ID
@@ -88,7 +88,7 @@ def readme(
         f"{len(df)} sparse autoencoders, one for each point of a grid, trained on a language model's residual stream "
         "and spliced back into it." + (f" [The whole report]({where})." if where else ""),
         card.recommendation(named, prompts),
-        f"![{card.frontier_alt(named, 'delta_loss')}]({PICTURE})",
+        f"![{captions.frontier_alt(named, 'delta_loss')}]({PICTURE})",
         "Delta loss against L0, one mark a run; lower and further left is better.",
         "## The five published findings, tested again",
         f"They come from [{SWEEP}](https://huggingface.co/{SWEEP}), on Qwen2.5-0.5B-Instruct; the rows that its card "

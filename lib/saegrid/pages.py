@@ -10,12 +10,12 @@ from typing import Any
 
 import pandas as pd
 
-from saegrid import card, results
+from saegrid import card, charts, plots, results
 from saegrid.atomic import write_text
 from saegrid.grid import Grid
 from saegrid.plots import setting
 from saegrid.results import ResultsError
-from saegrid.tables import Markdown, html_block, html_table, markdown
+from saegrid.tables import Markdown, html_block, html_table, markdown, number
 
 INDEX_COLUMNS = ["name", "seed", "l0", "fvu_no_sink", "dead_pct", "delta_loss", "frac_rec_pct"]
 AXES = {"arch": "architecture", "expansion": "expansion", "k": "K", "threshold": "threshold", "seed": "seed"}
@@ -36,6 +36,7 @@ def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None)
     write_text(report / "_published.md", card.published_note())
     write_text(report / "_setting.md", card.setting_note(df, results.load_timing(df, runs_dir)))
     write_run_pages(df, runs_dir, report / "runs")
+    charts.write_library(report)
     (report / "data").mkdir(exist_ok=True)
     for name in ("results.csv", "results_full.csv", "results_tidy.csv"):
         shutil.copyfile(root / grid.results_dir / name, report / "data" / name)
@@ -56,7 +57,7 @@ def write_run_pages(df: pd.DataFrame, runs_dir: str | Path, folder: Path) -> Non
             raise ResultsError(f"{path}: {error.strerror}; delete the folder and run it again") from None
         except ValueError as error:
             raise ResultsError(f"{path}: no notebook: {error}") from None
-        page = run_page(notebook, title(row), navigation(rows, n))
+        page = run_page(notebook, title(row), markdown(summary(row, df), navigation(rows, n)))
         write_text(folder / f"{row['run_id']}.ipynb", json.dumps(page, ensure_ascii=False, indent=1) + "\n")
     write_text(folder / "index.qmd", index_page(df))
 
@@ -99,6 +100,23 @@ def title(row: dict[str, Any]) -> str:
     return f"{setting(row)}, {row['expansion']}x, seed {row['seed']}"
 
 
+def summary(row: dict[str, Any], df: pd.DataFrame) -> str:
+    """What came out of a run, and where it stands in its grid, in a sentence or two."""
+    fit = results.candidates(df)
+    text = (
+        f"Spliced in, it costs the model **{number(row['delta_loss'], 'delta_loss')} nats/token** with "
+        f"**L0 {number(row['l0'], 'l0')}** of {number(row['d_sae'], 'd_sae')} latents; "
+        f"{number(row['dead_pct'], 'dead_pct')}% of them are dead. "
+    )
+    if row["run_id"] not in set(fit["run_id"]):
+        return text + f"It fires {results.DENSE_SHARE_PCT:g}% of its latents or more, and so is not ranked."
+    place = 1 + int((fit["delta_loss"] < row["delta_loss"]).sum())
+    front = row["run_id"] in set(plots.pareto(fit, "delta_loss")["run_id"])
+    ranked = "It has the lowest delta loss" if place == 1 else f"By delta loss it is number {place}"
+    text += f"{ranked} of the {len(fit)} runs that are ranked"
+    return text + (" and lies on the [Pareto set](../frontier.ipynb)." if front else ".")
+
+
 def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:
     """Links to the runs before and behind, and to those that differ along one axis alone."""
     around = ["[All runs](index.qmd) · [CSV](../data/results_tidy.csv) · [Results](../results.ipynb)"]
@@ -117,7 +135,9 @@ def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:
 
 def index_page(df: pd.DataFrame) -> Markdown:
     """The list of all runs."""
-    table = html_table(df, INDEX_COLUMNS, caption=f"{len(df)} runs; each leads to its executed notebook.", links="./")
+    table = html_table(
+        df, INDEX_COLUMNS, caption=f"{len(df)} runs; each leads to its executed notebook.", links="./", tools="runs"
+    )
     return markdown("---\ntitle: Runs\n---", "One page a run: parameters, curves, numbers, files and hashes.", table)
 
 

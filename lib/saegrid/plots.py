@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from html import escape
 
 import matplotlib.pyplot as plt
@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from saegrid.results import DENSE_SHARE_PCT, candidates
 from saegrid.svg import page_svg
 from saegrid.tables import Markdown, header, html_block, number
 
@@ -26,8 +27,8 @@ INK = "#0a0b0c"
 PALETTE = {"BatchTopK": "#d55e00", "TopK": "#3a86c8", "JumpReLU": "#009e73"}
 """Vermillion, blue and green after Okabe and Ito; the blue lighter, for 3:1 contrast on white and on near-black."""
 MARKERS = {"BatchTopK": "o", "TopK": "s", "JumpReLU": "^"}
-BESIDE = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-"""A legend beside the plot, where it hides nothing."""
+ABOVE = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "columnspacing": 1.4, "handletextpad": 0.3}
+"""A legend above the plot, where it hides nothing and leaves a phone the whole width."""
 WIDE = 50.0
 """Values that span more than this factor get a logarithmic axis."""
 STYLE = {
@@ -63,7 +64,7 @@ def _styled(plot: Callable[..., Axes]) -> Callable[..., Axes]:
     def styled(df: pd.DataFrame, *, ax: Axes | None = None, **options) -> Axes:
         with plt.rc_context(STYLE):
             if ax is None:
-                _, ax = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+                _, ax = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
             return plot(df, ax=ax, **options)
 
     return styled
@@ -82,9 +83,12 @@ def frontier(
 ) -> Axes:
     """L0 against a measure of fidelity: one mark a run, the Pareto set joined.
 
-    Colour and shape tell the architecture, size the expansion; with `links` a mark leads to its run's page.
+    Colour and shape tell the architecture, size the expansion; with `links` a mark leads to its run's page. Dense runs
+    (no `results.candidates`) are hollow and not in the Pareto set: they would buy their fidelity with density alone.
     """
-    front = pareto(df, y, lower_is_better=lower_is_better)
+    sparse = candidates(df)
+    front = pareto(sparse, y, lower_is_better=lower_is_better)
+    filled = set(sparse["run_id"])
     ax.plot(front["l0"], front[y], color=INK, alpha=0.45, linewidth=1.2, zorder=1)
     for row in df.sort_values("expansion", ascending=False).to_dict("records"):
         mark = ax.scatter(
@@ -92,9 +96,9 @@ def frontier(
             row[y],
             s=_size(row["expansion"]),
             marker=MARKERS[row["arch"]],
-            color=PALETTE[row["arch"]],
-            edgecolor=INK,
-            linewidth=0.6,
+            facecolor=PALETTE[row["arch"]] if row["run_id"] in filled else "none",
+            edgecolor=INK if row["run_id"] in filled else PALETTE[row["arch"]],
+            linewidth=0.6 if row["run_id"] in filled else 1.4,
             zorder=2,
         )
         mark.set_gid(f"mark: {row['name']}: L0 {number(row['l0'], 'l0')}, {header(y)} {number(row[y], y)}")
@@ -148,7 +152,7 @@ def dead_latents(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_ylim(bottom=0)
     ax.set_xlabel(header("k"))
     ax.set_ylabel(header("dead_pct"))
-    ax.legend(**BESIDE)
+    ax.legend(ncols=3, **ABOVE)
     return ax
 
 
@@ -167,7 +171,7 @@ def learning_curves(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax.plot(df["epoch"], df["train_mse"], color=color, linestyle="--", label="training rows")
         ax.legend()
     else:
-        ax.legend(handles=_arch_handles(df), **BESIDE)
+        ax.legend(handles=_arch_handles(df), ncols=3, **ABOVE)
     if (df["val_mse"] > 0).all():
         ax.set_yscale("log")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -249,7 +253,7 @@ def against_published(df: pd.DataFrame, *, metric: str = "delta_loss", ax: Axes 
         Line2D([], [], marker="o", linestyle="", color=INK, label="own"),
         Line2D([], [], marker="o", linestyle="", color=INK, markerfacecolor="none", label="published"),
     ]
-    ax.legend(handles=handles, **BESIDE)
+    ax.legend(handles=handles, ncols=3, **ABOVE)
     return ax
 
 
@@ -260,17 +264,25 @@ def setting(row: Mapping) -> str:
     return f"{row['arch']}, K = {row['k']}"
 
 
-def figure(ax: Axes, *, alt: str, caption: str) -> Markdown:
+def figure(ax: Axes, *, alt: str, caption: str, above: str = "") -> Markdown:
     """An Axes as a figure of a page: inline SVG in the page's own text colour, with a text for those who don't see it.
 
-    Marks keep their links, and get their names as tooltips; no script is needed.
+    `above` is HTML that stands over the picture, such as its interactive form. Marks keep their links, and get their
+    names as tooltips; no script is needed.
     """
     with plt.rc_context(STYLE):
         buffer = io.StringIO()
         ax.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     plt.close(ax.figure)  # or the notebook shows it once more
     svg = page_svg(buffer.getvalue(), INK, alt)
-    return html_block(f'<figure class="plot">\n{svg}\n<figcaption>{escape(caption)}</figcaption>\n</figure>')
+    parts = [*([above] if above else []), svg, f"<figcaption>{escape(caption)}</figcaption>"]
+    return html_block('<figure class="plot">\n' + "\n".join(parts) + "\n</figure>")
+
+
+def side_by_side(figures: Iterable[Markdown]) -> Markdown:
+    """Figures in two columns where there is room for them."""
+    parts = [figure.removeprefix("```{=html}\n").removesuffix("\n```\n") for figure in figures]
+    return html_block('<div class="figures">\n' + "\n".join(parts) + "\n</div>")
 
 
 def standalone_svg(ax: Axes) -> str:
@@ -304,5 +316,8 @@ def _frontier_legend(df: pd.DataFrame, ax: Axes) -> None:
     dot = {"color": INK, "marker": "o", "linestyle": "", "alpha": 0.5}
     sizes = sorted(df["expansion"].unique())
     sizes = [Line2D([], [], markersize=np.sqrt(_size(size)), label=f"{size}x", **dot) for size in sizes]
-    front = Line2D([], [], color=INK, alpha=0.45, linewidth=1.2, label="Pareto set")
-    ax.legend(handles=[*_arch_handles(df), *sizes, front], **BESIDE)
+    rest = [Line2D([], [], color=INK, alpha=0.45, linewidth=1.2, label="Pareto set")]
+    if len(candidates(df)) < len(df):
+        label = f"dense, ≥ {DENSE_SHARE_PCT:g}% fire"
+        rest.append(Line2D([], [], color=INK, marker="^", markerfacecolor="none", linestyle="", label=label))
+    ax.legend(handles=[*_arch_handles(df), *sizes, *rest], ncols=4, **ABOVE)

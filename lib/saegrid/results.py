@@ -36,6 +36,9 @@ TEXT = ["run_id", "name", "store_id", *HASHES, "code_version", "torch_version"]
 TIDY = ["run_id", "name", *PARAMETERS, *COUNTS, *OPTIONAL, *METRICS, *TEXT[2:]]
 PUBLISHED = ["arch", "expansion", "k", "threshold", "l0", "val_mse", "nmse", "dead_pct", "delta_loss", "frac_rec_pct"]
 """Columns of the published `results_full.csv`, in its order."""
+DENSE_SHARE_PCT = 10.0
+"""A run that fires at least this share of its latents is dense: it is no candidate for "best" ("firing 10-45% of its
+latents" is what the published card calls not sparse). Fixed before the results."""
 _HEX = re.compile(r"[0-9a-f]{8,64}")
 
 
@@ -163,6 +166,19 @@ def load_timing(df: pd.DataFrame, runs_dir: str | Path) -> pd.DataFrame:
     return _with_axes(pd.DataFrame(rows), df)
 
 
+def candidates(df: pd.DataFrame) -> pd.DataFrame:
+    """The rows that may be called best: those that fire less than `DENSE_SHARE_PCT` of their latents.
+
+    One rule for the recommendation, the Pareto sets and the stars in tables. Where no row is that sparse, or d_sae is
+    not known, all rows. K stands in where L0 was not printed.
+    """
+    if "d_sae" not in df:
+        return df
+    l0 = df["l0"] if "k" not in df else df["l0"].fillna(pd.to_numeric(df["k"]).astype(float))
+    sparse = df[100 * l0 / df["d_sae"] < DENSE_SHARE_PCT]
+    return sparse if len(sparse) else df
+
+
 def published() -> pd.DataFrame:
     """The nine rows that the published model card prints, with `source="published"` and the derived `d_sae`.
 
@@ -173,6 +189,25 @@ def published() -> pd.DataFrame:
     df[numbers] = df[numbers].apply(pd.to_numeric)
     names = [run_name(row) for row in df.to_dict("records")]
     return _typed(df.assign(source="published", name=names, d_in=896, d_sae=df["expansion"].astype(int) * 896))
+
+
+def same_settings(own: pd.DataFrame, other: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(own and other rows of every setting that both hold, one behind the other; the other rows that stand alone).
+
+    A setting is architecture, expansion, K and threshold; a threshold in another unit than the activations' is another.
+    """
+    keys = ["arch", "expansion", "k", "threshold"]
+    if "threshold_unit" in own:
+        own = own[own["threshold"].isna() | (own["threshold_unit"] == "absolute")]
+    own_keys, other_keys = (
+        [tuple("" if pd.isna(value) else value for value in row) for row in rows[keys].itertuples(index=False)]
+        for rows in (own, other)
+    )
+    shared = [key for key in dict.fromkeys(other_keys) if key in set(own_keys)]
+    both = pd.concat([own.assign(_key=own_keys), other.assign(_key=other_keys)], ignore_index=True)
+    both = both[both["_key"].isin(shared)].assign(_order=lambda rows: rows["_key"].map(shared.index))
+    both = both.sort_values("_order", kind="stable").drop(columns=["_key", "_order"])
+    return both, other[[key not in shared for key in other_keys]]
 
 
 def run_name(row: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ PLACEHOLDERS = {
     "report/findings.ipynb": "Findings",
     "report/frontier.ipynb": "Frontier",
     "report/results.ipynb": "Results",
+    "report/latents.ipynb": "Latents",
     "report/runs/index.qmd": "Runs",
 }
 """Pages and includes that `make report` makes, with the pages' titles."""
@@ -83,10 +84,12 @@ def render(root: str | Path = ".") -> str:
     """Render the website: `quarto render` where Quarto is on PATH, else smalldocs. Returns a line that says which.
 
     Raises:
-        SiteError: no renderer, the renderer failed, or `check` found something.
+        SiteError: no renderer, the renderer failed, or `check_sources` or `check` found something.
     """
     root = Path(root)
     prepare(root)
+    if faults := check_sources(root):
+        raise SiteError(faults[0] + _more(faults))
     quarto = shutil.which("quarto")
     command = [quarto, "render"] if quarto else [sys.executable, "-m", "smalldocs.cli", "render", ".", "--quiet"]
     name = "Quarto" if quarto else "smalldocs (Quarto is not on PATH)"
@@ -99,10 +102,50 @@ def render(root: str | Path = ".") -> str:
         raise SiteError(f"{name} ended with code {done.returncode}: {' '.join(last)}")
     problems = check(root / "_site")
     if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise SiteError(f"_site: {problems[0]}{more}")
+        raise SiteError(f"_site: {problems[0]}{_more(problems)}")
     pages = len(list((root / "_site").rglob("*.html")))
     return f"rendered {pages} pages to _site/index.html with {name}"
+
+
+def check_sources(root: str | Path) -> list[str]:
+    """What is wrong with the sources and what one renderer or the other would pass over: an unclosed or doubly closed
+    div, an unclosed code block, an include that is not there."""
+    root = Path(root)
+    faults = []
+    for path in sorted([*root.glob("*.qmd"), *(root / "report").rglob("*.qmd"), *(root / "report").glob("_*.md")]):
+        faults += [f"{path.relative_to(root)}: {fault}" for fault in _faults(path.read_text(encoding="utf-8"), path)]
+    for path in sorted((root / "report").rglob("*.ipynb")):
+        for n, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"], 1):
+            texts = ["".join(cell["source"])] if cell["cell_type"] == "markdown" else []
+            outputs = (output.get("data", {}).get("text/markdown", "") for output in cell.get("outputs", []))
+            texts += ["".join(text) for text in outputs]
+            for text in texts:
+                faults += [f"{path.relative_to(root)}, cell {n}: {fault}" for fault in _faults(text, path)]
+    return faults
+
+
+def _faults(text: str, path: Path) -> list[str]:
+    """What is wrong with the Markdown of a page or a cell that lies at `path`."""
+    faults, divs, fence = [], [], ""
+    for n, line in enumerate(text.splitlines(), 1):
+        code = re.match(r" {0,3}(`{3,}|~{3,})", line)
+        if fence:
+            fence = "" if code and code[1].startswith(fence) and not line.strip(" `~") else fence
+        elif code:
+            fence = code[1]
+        elif re.match(r" {0,3}:{3,}\s*$", line):
+            faults += [] if divs else [f"line {n}: closes a div where none is open"]
+            divs = divs[:-1]
+        elif re.match(r" {0,3}:{3,}\s*[^:\s]", line):
+            divs.append(n)
+        elif include := re.match(r"\{\{< include (\S+) >\}\}", line):
+            faults += [] if (path.parent / include[1]).is_file() else [f"line {n}: includes {include[1]}, not there"]
+    faults += [f"line {n}: a div that is never closed" for n in divs]
+    return faults + (["a code block that is never closed"] if fence else [])
+
+
+def _more(problems: list[str]) -> str:
+    return f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
 
 
 def check(site: str | Path) -> list[str]:
@@ -139,6 +182,8 @@ class _Page(HTMLParser):
         for name in _FETCHED.get(tag, ()):
             parts = given.get(name, "").split(",") if name == "srcset" else [given.get(name, "")]
             self.fetched += [part.split()[0] for part in parts if part.strip() and not part.startswith("#")]
+        self.fetched += [given["data-library"]] if "data-library" in given else []  # by the theme's charts.html
+        self.fetched += [f"{given['data-chunks']}chunk-00.js"] if "data-chunks" in given else []  # and latents.html
         if tag == "link" and _FETCHED_LINKS & set(given.get("rel", "").split()):
             self.fetched.append(given.get("href", ""))
         if tag in ("a", "area"):

@@ -16,7 +16,11 @@ from typing import Any
 
 import pandas as pd
 
+from saegrid.results import DENSE_SHARE_PCT, candidates
+
 MISSING = "–"
+FILTER_HINT = "e.g. TopK 8x delta_loss&lt;1"
+"""What a filter takes, by an example."""
 
 
 class Markdown(str):
@@ -79,6 +83,8 @@ COLUMNS = {
     "train_seconds": Column("Training", "s", ",.0f"),
     "eval_seconds": Column("Evaluation", "s", ",.0f"),
     "train_rows_per_second": Column("Training speed", "rows/s", ",.0f"),
+    "cosine": Column("Cosine", "1", ".2f"),
+    "max_act": Column("Largest activation", "act", "#.3g"),
 }
 """Every column that a page shows: title, unit, format, direction."""
 
@@ -90,7 +96,7 @@ def number(value: Any, name: str = "") -> str:
     column = COLUMNS.get(name, Column(name))
     if isinstance(value, str):
         return value
-    text = format(int(value) if column.digits.endswith("d") else value, column.digits)
+    text = format(int(value) if column.digits.endswith("d") else value, column.digits).removesuffix(".")
     return text.replace("-", "−") if "e" not in text else text
 
 
@@ -107,6 +113,7 @@ def html_table(
     caption: str,
     links: str = "",
     mark_best: bool = True,
+    tools: str = "",
 ) -> Markdown:
     """An accessible HTML table: one row a run, its first column the row's header.
 
@@ -115,24 +122,39 @@ def html_table(
         columns: which columns, in order; those that hold nothing at all are left out.
         caption: what the table shows.
         links: where run pages lie as seen from the page, such as `runs/`; empty: no links.
-        mark_best: star the best value of the columns that have a direction.
+        mark_best: star the best value of the columns that have a direction, among the sparse runs
+            (`results.candidates`).
+        tools: name of the CSV file, where the table is to be sorted, filtered and downloaded by readers with scripts.
     """
     columns = [name for name in columns if name in df and df[name].notna().any()]
-    best = {name: _best(df, name) for name in columns} if mark_best and len(df) > 1 else {}
+    fit = candidates(df) if "l0" in df else df
+    best = {name: _best(fit, name) for name in columns} if mark_best and len(df) > 1 else {}
     head = "".join(f'<th scope="col">{_head(name)}</th>' for name in columns)
+    given = f' data-tools="{escape(tools)}" data-filter-hint="{FILTER_HINT}"' if tools and len(df) > 1 else ""
     body = []
     for row in df.to_dict("records"):
         cells = [_row_header(row, columns[0], links)]
         cells += [_cell(row[name], name, row[name] == best.get(name)) for name in columns[1:]]
         body.append(f"<tr>{''.join(cells)}</tr>")
-    note = " ★ marks the best value of a column." if any(value is not None for value in best.values()) else ""
+    among = f", of runs that fire less than {DENSE_SHARE_PCT:g}% of their latents" if len(fit) < len(df) else ""
+    starred = any(value is not None for value in best.values())
+    note = f" ★ marks the best value of a column{among}." if starred else ""
     return html_block(
         f'<div class="table-scroll" role="region" tabindex="0" aria-label="{escape(caption)}">\n'
-        f'<table class="table table-sm results" data-quarto-disable-processing="true">\n'
+        f'<table class="table table-sm results" data-quarto-disable-processing="true"{given}>\n'
         f"<caption>{escape(caption)}{note}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n"
         + "\n".join(body)
         + "\n</tbody>\n</table>\n</div>"
     )
+
+
+def beside(rows: pd.DataFrame, columns: Sequence[str], *, links: str = "") -> Markdown:
+    """Own and published rows of the same settings (`results.same_settings`), one behind the other."""
+    if rows.empty:
+        return Markdown("This grid and the published table share no setting.\n")
+    n = rows["name"].nunique()
+    caption = f"{n} {'setting' if n == 1 else 'settings'} of both sweeps: this grid's row, then the published one."
+    return html_table(rows, columns, caption=caption, links=links, mark_best=False)
 
 
 def run_metrics(row: Mapping[str, Any]) -> Markdown:
@@ -182,7 +204,7 @@ def _head(name: str) -> str:
 
 def _row_header(row: dict[str, Any], name: str, links: str) -> str:
     text = escape(number(row[name], name))
-    if links and row.get("run_id"):
+    if links and isinstance(row.get("run_id"), str):
         text = f'<a href="{escape(links)}{escape(row["run_id"])}.html">{text}</a>'
     return f'<th scope="row">{text}</th>'
 

@@ -1,0 +1,73 @@
+"""A project folder as `make report` leaves it, of synthetic runs, for the tests of the website."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from saegrid import findings, latents_page, pages, results, site
+from saegrid.atomic import write_json
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ["_quarto.yml", "index.qmd", "method.qmd", "reproduce.qmd", "notebooks", "lib"]
+NOTEBOOKS = ["findings", "results", "frontier", "latents"]
+HOSTILE = ["</script><script>document.title='broken'</script>", '"><b>', "&lt;"]
+"""Texts of tokens that must come out as text."""
+
+
+def copy_sources(root):
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        else:
+            shutil.copy(source, root / name)
+
+
+def execute(root, grid, *names):
+    """Execute notebooks into `report/`, in one process: a kernel a notebook."""
+    (root / "report").mkdir(exist_ok=True)
+    places = {"results_dir": grid.results_dir, "runs_dir": "runs"}
+    code = "import json, sys, papermill\nfor one in json.loads(sys.argv[1]): papermill.execute_notebook(**one)"
+    calls = [
+        {"input_path": f"notebooks/{name}.ipynb", "output_path": f"report/{name}.ipynb", "progress_bar": False}
+        | {"parameters": {} if name == "latents" else places}
+        for name in names
+    ]
+    env = os.environ | {"PYTHONPATH": str(ROOT / "lib"), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", code, json.dumps(calls)]
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def build(root, grid):
+    """Tables, latents, executed notebooks, pages and `_site`, in a folder that holds runs."""
+    copy_sources(root)
+    results.make(grid, root)
+    write_latents(root, grid)
+    execute(root, grid, *NOTEBOOKS)
+    pages.make(grid, root)
+    return site.render(root)
+
+
+def write_latents(root, grid):
+    """Described latents with numbers from formulas, some of whose tokens are hostile."""
+    best = findings.recommend(results.read_tidy(root / grid.results_dir))
+    words = [" the", " of", "\n", "7", *HOSTILE]
+    latents = []
+    for n in range(45):
+        tokens = [words[(n + i) % len(words)] for i in range(12)] + [f" word{n}"]
+        contexts = [{"tokens": tokens, "acts": [0.0] * 11 + [1.0, 3.0 + n], "peak": 12, "whole": False}]
+        near = [[100 + (n + step) % 45, 0.5 - 0.1 * step, 4] for step in range(1, 5)] + [[7, -0.2, 0]]
+        pairs = [[f" up{n}", 2.0], *([word, 1.0] for word in words)]
+        latents.append(
+            {"latent": 100 + n, "fired": n + 1, "fired_on_sinks": n % 2, "mean_act": 2.0, "max_act": 3.0 + n}
+            | {"contexts": contexts, "promoted": pairs, "demoted": [[" down", -1.0]], "neighbours": near}
+        )
+    facts = {name: best[name] for name in ("run_id", "name", "model")}
+    facts |= {name: int(best[name]) for name in ("layer", "d_sae", "n_val_rows")}
+    data = facts | {"n_alive": 60, "n_sink_rows": 2, "tokens_known": True, "latents": latents}
+    latents_page.write_chunks(data, root / "report/latents")
+    write_json(root / "report/latents/latents.json", data)
