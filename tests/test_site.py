@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from conftest import reseal
 
 from saegrid import pages, results, site
 from saegrid.results import ResultsError
@@ -141,6 +142,7 @@ def test_a_changed_number_changes_the_pages(built, fake_grid, tmp_path):
     row = json.loads(path.read_text())
     old = number(row["delta_loss"], "delta_loss")
     path.write_text(json.dumps(row | {"delta_loss": 0.0123}))
+    reseal(path.parent)
     results.make(fake_grid, root)
     execute(root, fake_grid, "results")
     pages.make(fake_grid, root)

@@ -1,4 +1,4 @@
-"""Commands: `python -m saegrid list | collect | tables | pages | site | publish`.
+"""Commands: `python -m saegrid list | collect | tables | pages | site | mend | publish`.
 
 A user's mistake is one line on stderr and exit code 2.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
-from saegrid.errors import SaegridError
+from saegrid.errors import ConfigError, SaegridError
 from saegrid.grid import Grid, load_grid
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="saegrid", description=__doc__)
+    parser = _Parser(prog="saegrid", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("collect", help="make an activation store of a grid")
     command.add_argument("grid", type=Path)
@@ -25,27 +26,37 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("grid", type=Path)
     command = commands.add_parser("pages", help="write the report's pages of a grid that has its tables")
     command.add_argument("grid", type=Path)
-    commands.add_parser("site", help="render the website: Quarto where it is on PATH, else smalldocs")
+    command = commands.add_parser("mend", help="drop what is damaged, so that the next run makes it again")
+    command.add_argument("grid", type=Path)
+    command = commands.add_parser("site", help="render the website: Quarto where it is on PATH, else smalldocs")
+    command.add_argument("grid", type=Path, nargs="?", help="write this grid's pages first")
     command = commands.add_parser("publish", help="build a model repository of a finished grid, and upload it")
     command.add_argument("grid", type=Path)
     command.add_argument("--repo", default="", metavar="ORG/NAME", help="model repository on the Hub")
     command.add_argument("--space", default="", metavar="ORG/NAME", help="static Space on the Hub, for the site")
     command.add_argument("--folder", default="", metavar="DIR", help="where to build; default: published/<grid's name>")
     command.add_argument("--dry-run", action="store_true", help="build and show what would go where, and send nothing")
-    options = parser.parse_args(arguments)
     try:
-        _run(options)
+        _run(parser.parse_args(arguments))
     except SaegridError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that is read-only, a pipe that was closed
+        print(f"{type(error).__name__}: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Mistakes on the command line are told in one line, too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (`{self.prog} --help` shows how it is called)")
+
+
 def _run(options: argparse.Namespace) -> None:
     if options.command == "site":
-        from saegrid import site
-
-        print(site.render(Path()))
+        _site(options.grid)
         return
     grid = load_grid(options.grid)
     grid.runs()  # a bad point is told before anything else is
@@ -55,6 +66,11 @@ def _run(options: argparse.Namespace) -> None:
         from saegrid import results
 
         results.make(grid)
+    elif options.command == "mend":
+        from saegrid.mend import mend
+
+        for line in mend(grid):
+            print(line)
     elif options.command == "pages":
         from saegrid import pages
 
@@ -65,6 +81,18 @@ def _run(options: argparse.Namespace) -> None:
         hub.publish(grid, options.repo, options.space, options.folder, options.dry_run)
     elif options.command == "collect":
         _collect(grid, options.store_id)
+
+
+def _site(grid_file: Path | None) -> None:
+    from saegrid import site
+
+    if grid_file:
+        from saegrid import pages
+
+        grid = load_grid(grid_file)
+        grid.runs()
+        pages.make(grid)
+    print(site.render(Path()))
 
 
 def _list(grid: Grid) -> None:
