@@ -93,7 +93,7 @@ def disk_message(path: Path, code: int, needs: int = 0) -> str:
     facts = [f"needs {needs:,} bytes"] if needs else []
     with contextlib.suppress(OSError):
         existing = next(folder for folder in path.absolute().parents if folder.is_dir())
-        facts.append(f"{shutil.disk_usage(existing).free:,} are free")
+        facts.append(f"{shutil.disk_usage(existing).free:,} bytes are free")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0] if resource and code == errno.EFBIG else -1
     if limit >= 0:
         facts.append(f"the file-size limit is {limit:,}")

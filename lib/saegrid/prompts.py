@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from saegrid.config import EMBEDDED_DATASET, RunConfig
+from saegrid.config import EMBEDDED_DATASET, RunConfig, shown
 from saegrid.errors import ConfigError
 from saegrid.fetch import hub_errors, local_folder
 
@@ -218,6 +218,11 @@ def _question_answer(config: RunConfig) -> tuple[Any, Any]:
 
 
 def _shuffled(rows: Any, seed: int) -> Iterator[Problem]:
-    """Rows as problems in a seeded order; a row's template is its own index."""
+    """Rows as problems in a seeded order; a row's template is its own index. Raises `ConfigError` for missing text."""
     for index in random.Random(seed).sample(range(len(rows)), len(rows)):
-        yield Problem(index, rows[index]["question"], rows[index]["answer"])
+        question, answer = rows[index]["question"], rows[index]["answer"]
+        if not isinstance(question, str) or not isinstance(answer, str):
+            raise ConfigError(
+                f"dataset: question and answer of row {index} must be text, are {shown((question, answer))}"
+            )
+        yield Problem(index, question, answer)

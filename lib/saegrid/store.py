@@ -253,6 +253,16 @@ class _Shards(BaseModel):
     val: list[_Shard] = Field(min_length=1)
 
 
+class _Model(BaseModel):
+    sha256: str | None
+
+
+class _Statistics(BaseModel):
+    rows: int
+    sq_norm_centred: float
+    max_norm: float
+
+
 class _Manifest(BaseModel):
     """What is read of a manifest; it may hold more."""
 
@@ -262,7 +272,8 @@ class _Manifest(BaseModel):
     shards: _Shards
     mean: _Entry
     data_sha256: str
-    model: dict[str, Any]
+    model: _Model
+    statistics: dict[Literal["train", "val"], _Statistics]
     parameters: dict[str, Any]
     sources: dict[str, str]
 
