@@ -41,7 +41,7 @@ from saegrid.run import Run
 
 DEADLINE = 120
 """Seconds after which a run counts as hanging."""
-PHASES = ["collect", "baseline", "train", "evaluate", "save", "done"]
+PHASES = ["collect", "baseline", "train", "evaluate", "save", "done", "runs", "rendering"]
 NOT_COMPARED = {"timing.json", "train.ipynb", ".lock", ".baseline.lock"}
 """Times, and what processes hold each other off with."""
 SMALL = {"layer": 1, "max_tokens": 64, "train_tokens": 1200, "val_tokens": 300, "eval_prompts": 6, "epochs": 3}
@@ -56,15 +56,22 @@ class Outcome:
     line: str
 
 
-class Bench:
-    """Sources, the undisturbed result, and another run's files to swap in."""
+class Sources:
+    """A tiny model, a small dataset, and parameters of a run on them."""
 
     def __init__(self, root: Path):
         self.root = root
         sources = {"model": save_model(root / "model"), "dataset": save_dataset(root / "data", train=60, test=20)}
         self.parameters = {**SMALL, **sources, "arch": "BatchTopK", "k": 3}
-        self.other = {**self.parameters, "seed": 1, "data_seed": 1}
         torch.set_num_threads(1)
+
+
+class Bench(Sources):
+    """The undisturbed result besides, and another run's files to swap in."""
+
+    def __init__(self, root: Path):
+        super().__init__(root)
+        self.other = {**self.parameters, "seed": 1, "data_seed": 1}
         _work(self.config(root / "warm"))  # whatever is imported or compiled late, is so before the first fork
         for name, parameters in (("whole", self.parameters), ("other", self.other)):
             outcome = run(lambda parameters=parameters, name=name: _work(self.config(root / name, parameters)))
@@ -229,7 +236,7 @@ def kill_at_operation(bench: Bench, place: Path, dice: random.Random) -> tuple[s
 
 def kill_at_time(bench: Bench, place: Path, dice: random.Random) -> tuple[str, str]:
     process = start(lambda: _work(bench.config(place)))
-    time.sleep(dice.uniform(0, bench.seconds))
+    time.sleep(dice.uniform(0, 0.7 * bench.seconds))
     with contextlib.suppress(ProcessLookupError):
         os.kill(process[0], signal.SIGKILL)
     ended(process)
@@ -255,7 +262,9 @@ def twins(bench: Bench, place: Path, dice: random.Random) -> tuple[str, str]:
 
 def file_size_limit(bench: Bench, place: Path, dice: random.Random) -> tuple[str, str]:
     """No file may grow beyond a random size."""
-    limit = int(max(map(len, bench.files.values())) * dice.uniform(0, 1))
+    given = _given_store(bench, place, dice)
+    sizes = [len(content) for name, content in bench.files.items() if not given or name.startswith("runs/")]
+    limit = int(max(sizes) * dice.uniform(0, 1))
 
     def task() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -267,8 +276,11 @@ def file_size_limit(bench: Bench, place: Path, dice: random.Random) -> tuple[str
 
 def full_disk(bench: Bench, place: Path, dice: random.Random) -> tuple[str, str]:
     """A disk of random size, which later gets room."""
-    size = sum(map(len, bench.files.values()))
-    with mounted(place, int(size * dice.uniform(0.05, 1.1)) // 4096 + 1):
+    stored = sum(len(content) for name, content in bench.files.items() if name.startswith("activations/"))
+    with mounted(place, 4096):
+        given = _given_store(bench, place, dice)
+        size = stored + 150_000 * dice.random() if given else stored * dice.uniform(0.05, 1)
+        subprocess.run(["mount", "-o", f"remount,size={int(size) // 4096 * 4096 + 4096}", place], check=True)
         outcome = run(lambda: _work(bench.config(place)))
         phase, told = bench.phase(place), _told(outcome, place)
         subprocess.run(["mount", "-o", "remount,size=64m", place], check=True)
@@ -279,7 +291,7 @@ def read_only(bench: Bench, place: Path, dice: random.Random) -> tuple[str, str]
     """The disk turns read-only behind a random part of the run."""
     with mounted(place, 16384):
         process = start(lambda: _work(bench.config(place)))
-        time.sleep(dice.uniform(0, bench.seconds))
+        time.sleep(dice.uniform(0, 0.7 * bench.seconds))
         os.kill(process[0], signal.SIGKILL)
         ended(process)
         phase = bench.phase(place)
@@ -288,6 +300,13 @@ def read_only(bench: Bench, place: Path, dice: random.Random) -> tuple[str, str]
         told = "" if phase == "done" and outcome.code == 0 else _told(outcome, place)
         subprocess.run(["mount", "-o", "remount,rw", place], check=True)
         return phase, told or bench.finish(place)
+
+
+def _given_store(bench: Bench, place: Path, dice: random.Random) -> bool:
+    """Mostly the store is there already, so that the fault meets what comes after it."""
+    if given := dice.random() < 0.7:
+        shutil.copytree(bench.root / "whole" / "activations", place / "activations")
+    return given
 
 
 def _told(outcome: Outcome, place: Path) -> str:
@@ -417,6 +436,7 @@ def plan(faults: int, dice: random.Random) -> list[str]:
 def chaos(faults: int, seed: int, root: Path) -> collections.Counter:
     """Inject faults. Returns counts by (fault, phase, "survived" | "lost" | "wrong"); prints what is not survived."""
     dice = random.Random(seed)
+    root.mkdir(exist_ok=True)
     bench = Bench(root)
     counts: collections.Counter = collections.Counter()
     for number, name in enumerate(plan(faults, dice)):
@@ -443,11 +463,19 @@ def table(counts: collections.Counter) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--workflow", type=int, default=8, help="how many of the faults strike the whole workflow")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        counts = chaos(options.faults, options.seed, Path(folder))
+        root = Path(folder).resolve()
+        counts = collections.Counter()
+        if options.workflow:
+            import chaos_workflow
+
+            (root / "workflow").mkdir()
+            counts += chaos_workflow.run(options.workflow, options.seed, root / "workflow")
+        counts += chaos(max(0, options.faults - sum(counts.values())), options.seed, root / "runs")
     print(table(counts))
     print(f"seed {options.seed}, {sum(counts.values())} faults, {time.perf_counter() - started:.0f} s")
     return int(any(verdict != "survived" for _, _, verdict in counts))

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from saegrid.errors import ConfigError, SaegridError
+from saegrid.fetch import local_folder
 from saegrid.grid import Grid, load_grid
+from saegrid.lm import lm_shape
+from saegrid.prompts import check_dataset
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,8 +61,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.command == "site":
         _site(options.grid)
         return
-    grid = load_grid(options.grid)
-    grid.runs()  # a bad point is told before anything else is
+    grid = _checked(options.grid)
     if options.command == "list":
         _list(grid)
     elif options.command == "tables":
@@ -83,15 +85,23 @@ def _run(options: argparse.Namespace) -> None:
         _collect(grid, options.store_id)
 
 
+def _checked(grid_file: Path) -> Grid:
+    """The grid of a file, each of its runs held against its model and dataset where these are on this machine."""
+    grid = load_grid(grid_file)
+    for run in grid.runs():
+        check_dataset(run)
+        if run.model.startswith("embedded:") or local_folder("model", run.model):
+            run.check_shape(*lm_shape(run))
+    return grid
+
+
 def _site(grid_file: Path | None) -> None:
     from saegrid import site
 
     if grid_file:
         from saegrid import pages
 
-        grid = load_grid(grid_file)
-        grid.runs()
-        pages.make(grid)
+        pages.make(_checked(grid_file))
     print(site.render(Path()))
 
 
@@ -105,6 +115,7 @@ def _collect(grid: Grid, store_id: str) -> None:
     stores = {run.store_id: run for run in grid.runs()}
     if store_id not in stores:
         raise SaegridError(f"store_id = {store_id!r}: the grid {grid.name} has {', '.join(stores)}")
+    stores[store_id].check_shape(*lm_shape(stores[store_id]))  # on the Hub, too
     from saegrid.run import prepare_store  # imports torch
 
     prepare_store(stores[store_id])

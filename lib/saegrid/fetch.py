@@ -20,7 +20,7 @@ from saegrid.errors import ConfigError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 CHUNK = 1 << 20
-HUB_TIMEOUT = 5.0
+HUB_TIMEOUT = 3.0
 """Seconds to wait for an answer when asking whether the Hub is there at all."""
 
 

@@ -182,6 +182,18 @@ def _reasoning_gym() -> types.ModuleType:
     return importlib.import_module("reasoning_gym")
 
 
+def check_dataset(config: RunConfig) -> None:
+    """Whether a dataset on this machine is there; one on the Hub shows when it is read. Raises `ConfigError`."""
+    where = f"dataset = {config.dataset!r}"
+    if config.dataset.startswith("embedded:"):
+        if config.dataset != EMBEDDED_DATASET:
+            raise ConfigError(f"{where}: no such embedded dataset; there is {EMBEDDED_DATASET}")
+    elif folder := local_folder("dataset", config.dataset):
+        for split in ("train", "test"):
+            if not (folder / f"{split}.jsonl").is_file():
+                raise ConfigError(f"{where}: no {split}.jsonl in this folder")
+
+
 def _question_answer(config: RunConfig) -> tuple[Any, Any]:
     """The train and test splits of a local folder or a Hub dataset, with the columns `question` and `answer`."""
     import datasets
@@ -192,11 +204,9 @@ def _question_answer(config: RunConfig) -> tuple[Any, Any]:
     try:
         if folder:
             data = {}
+            check_dataset(config)
             for split in ("train", "test"):
-                path = folder / f"{split}.jsonl"
-                if not path.exists():
-                    raise ConfigError(f"{where}: no {path.name} in this folder")
-                data[split] = datasets.load_dataset("json", data_files=str(path), split="train")
+                data[split] = datasets.load_dataset("json", data_files=str(folder / f"{split}.jsonl"), split="train")
         else:
             name = "main" if config.dataset == "openai/gsm8k" else None
             with hub_errors("dataset", config.dataset, config.dataset_revision):

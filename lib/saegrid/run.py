@@ -29,7 +29,8 @@ from saegrid.files import load_folder, save_sae
 from saegrid.lm import lm_shape, load_lm
 from saegrid.memory import check_fits
 from saegrid.metrics import SINK_RATIO, Reconstruction, median_norm, splice_metrics
-from saegrid.prompts import make_prompts
+from saegrid.prompts import check_dataset, make_prompts
+from saegrid.published import published_files
 from saegrid.results import MEND, METRICS, check_run, load_run
 from saegrid.sae import SAE, JumpReLU
 from saegrid.sealed import read_sealed, write_sealed, write_sums
@@ -93,6 +94,9 @@ class Run:
         die_with_papermill()
         self.folder = Path(config.runs_dir) / config.run_id
         config.check_training()
+        check_dataset(config)
+        if config.activations:
+            published_files(config)
         check_fits(config, lm_shape(config)[0])
         self._lock = contextlib.ExitStack()  # held until the process ends, or `close`
         self._lock.enter_context(waiting_lock(self.folder / ".lock"))

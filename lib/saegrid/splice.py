@@ -104,7 +104,7 @@ def mean_losses(sums: pd.DataFrame) -> dict[str, float]:
     return {name: float(sums[f"ce_{name}_sum"].sum() / tokens) for name in ("clean", "spliced", "zero", "mean")}
 
 
-def save_baseline(baseline: Baseline, folder: Path, data_sha256: str) -> None:
+def save_baseline(baseline: Baseline, folder: Path, data_sha256: str = "") -> None:
     """Write `baseline.safetensors` and then `baseline.json` into the folder of the store with these rows."""
     content = save({"x": torch.cat(baseline.x)})
     write_bytes(folder / "baseline.safetensors", content)
@@ -113,8 +113,8 @@ def save_baseline(baseline: Baseline, folder: Path, data_sha256: str) -> None:
     write_sealed(folder / "baseline.json", {**hashes, "prompts": prompts, "sums": baseline.sums.to_dict("list")})
 
 
-def load_baseline(folder: Path, data_sha256: str) -> Baseline | None:
-    """The baseline of the store with these rows, or None where it has not been made.
+def load_baseline(folder: Path, data_sha256: str = "") -> Baseline | None:
+    """The baseline of a store (of the one with these rows, where they are given); None where it has not been made.
 
     Raises:
         StoreError: it is damaged, or another store's.
@@ -124,7 +124,7 @@ def load_baseline(folder: Path, data_sha256: str) -> Baseline | None:
         return None
     try:
         content = read_sealed(path)
-        if content["data_sha256"] != data_sha256:
+        if data_sha256 and content["data_sha256"] != data_sha256:
             raise DamagedError(f"{path}: damaged (another store's)")
         prompts = [Prompt(**prompt) for prompt in content["prompts"]]
         stored = read_bytes(weights)
