@@ -16,7 +16,8 @@ import pytest
 
 from saegrid.config import RunConfig
 from saegrid.grid import Grid
-from saegrid.results import TIDY
+from saegrid.results import RUN_FILES, TIDY
+from saegrid.sealed import write_sealed, write_sums
 
 D_IN = 256
 N_TEMPLATES = 12
@@ -117,9 +118,15 @@ def write_synthetic_run(folder: Path, run: RunConfig) -> None:
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in epochs))
     timing = {"train_seconds": 12.0, "eval_seconds": 3.0, "collect_seconds": 1.0, "train_rows_per_second": 900.0}
-    (folder / "timing.json").write_text(json.dumps(timing | {"cpu": "synthetic", "threads": 1}))
+    write_sealed(folder / "timing.json", {"run_id": run.run_id} | timing | {"cpu": "synthetic", "threads": 1})
     nbformat.write(synthetic_notebook(row), folder / "train.ipynb")
     (folder / "metrics.json").write_text(json.dumps(row))
+    reseal(folder)
+
+
+def reseal(folder: Path) -> None:
+    """Record the files of a run's folder as they are now, as a run does when it ends."""
+    write_sums(folder, ["metrics.json", *RUN_FILES])
 
 
 def synthetic_notebook(row: dict) -> nbformat.NotebookNode:

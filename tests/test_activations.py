@@ -188,11 +188,11 @@ def test_a_store_of_other_parameters_or_changed_sources_is_refused(sources, tmp_
     with pytest.raises(StoreError, match="made with layer = 1, where the run has 2"):
         collect(other)
     store_folder(other).rename(folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text("{")
-    with pytest.raises(StoreError, match=r"manifest\.json: damaged"):
+    with pytest.raises(StoreError, match=r"manifest\.json: not JSON"):
         open_store(config)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(manifest)
     assert open_store(config).n_train == 500
     save_model(tmp_path / "model", "qwen2")
     with pytest.raises(StoreError, match="the files of model have changed"):

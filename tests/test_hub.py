@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import D_IN, write_synthetic_run
+from conftest import D_IN, reseal, write_synthetic_run
 from hub_server import ORGANISATION, client_environment, python_blocks, serve
 from huggingface_hub import ModelCard, SpaceCard
 from safetensors.torch import save_file
@@ -60,6 +60,7 @@ def write_run(folder, run, best):
     row["l0"] = (sae.encode(x) > 0).sum(1).double().mean().item()
     row["delta_loss"] = 0.25 if best else 0.5
     (folder / "metrics.json").write_text(json.dumps(row))
+    reseal(folder)
 
 
 def write_site(folder, grid):
@@ -194,6 +195,7 @@ def _no_metrics(root, run):
 def _other_weights(root, run):
     path = root / "runs" / run.run_id / "metrics.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"weights_sha256": "ab" * 32}))
+    reseal(path.parent)
 
 
 def _cut_weights(root, run):

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import reseal
 
 from saegrid import results
 from saegrid.results import ResultsError
@@ -14,6 +15,7 @@ from saegrid.results import ResultsError
 def change(root, run, **changes):
     path = root / "runs" / run.run_id / "metrics.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    reseal(path.parent)
 
 
 def test_a_row_a_run_in_the_order_of_the_grid(fake_grid, fake_runs):

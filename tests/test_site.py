@@ -9,6 +9,7 @@ import shutil
 
 import pandas as pd
 import pytest
+from conftest import reseal
 from site_project import HOSTILE, NOTEBOOKS, build, execute
 
 from saegrid import captions, findings, pages, results, site
@@ -112,6 +113,7 @@ def test_a_changed_number_changes_the_pages(built, fake_grid, tmp_path):
     row = json.loads(path.read_text())
     old = number(row["delta_loss"], "delta_loss")
     path.write_text(json.dumps(row | {"delta_loss": 0.0123}))
+    reseal(path.parent)
     results.make(fake_grid, root)
     execute(root, fake_grid, "results")
     pages.make(fake_grid, root)

@@ -121,5 +121,5 @@ def test_a_baseline_comes_back_as_it_was_saved(lm, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(back.x, baseline.x, strict=True))
     content = (tmp_path / "baseline.safetensors").read_bytes()
     (tmp_path / "baseline.safetensors").write_bytes(content[:-8])
-    with pytest.raises(StoreError, match=r"baseline\.json: damaged"):
+    with pytest.raises(StoreError, match=r"baseline\.safetensors: damaged"):
         load_baseline(tmp_path)

@@ -5,11 +5,11 @@ import torch
 
 from saegrid.activations import collect, open_store
 from saegrid.config import make_config
-from saegrid.errors import SaegridError
+from saegrid.errors import DamagedError, SaegridError
 from saegrid.kernels import reference
 from saegrid.sae import initial_sae
 from saegrid.store import Store
-from saegrid.train import calibrated_threshold, learning_rate, load_checkpoint, train
+from saegrid.train import CHECKPOINT, calibrated_threshold, learning_rate, load_checkpoint, train
 
 
 def rows(n, heavy=1.0):
@@ -123,10 +123,10 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(make_store, tmp_path, s
 
 def test_a_damaged_checkpoint_is_named(make_store, tmp_path):
     train(config(epochs=1), make_store(), reference, tmp_path)
-    path = tmp_path / "checkpoint.pt"
+    path = tmp_path / CHECKPOINT
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(SaegridError, match=r"checkpoint\.pt: damaged checkpoint; delete it"):
-        load_checkpoint(path, initial_sae(config(), 8, torch.zeros(8)))
+    with pytest.raises(DamagedError, match=r"checkpoint\.safetensors: damaged checkpoint"):
+        load_checkpoint(path, initial_sae(config(), 8, torch.zeros(8)), config().run_id)
 
 
 def test_a_diverging_loss_stops_the_run(make_store, tmp_path):

@@ -1,4 +1,4 @@
-"""Commands: `python -m saegrid list | collect | tables | latents | pages | site | publish`.
+"""Commands: `python -m saegrid list | collect | tables | latents | pages | site | mend | publish`.
 
 A user's mistake is one line on stderr and exit code 2.
 """
@@ -8,13 +8,17 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
-from saegrid.errors import SaegridError
+from saegrid.errors import ConfigError, SaegridError
+from saegrid.fetch import local_folder
 from saegrid.grid import Grid, load_grid
+from saegrid.lm import lm_shape
+from saegrid.prompts import check_dataset
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="saegrid", description=__doc__)
+    parser = _Parser(prog="saegrid", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("collect", help="make an activation store of a grid")
     command.add_argument("grid", type=Path)
@@ -27,30 +31,39 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("grid", type=Path)
     command = commands.add_parser("pages", help="write the report's pages of a grid that has its tables")
     command.add_argument("grid", type=Path)
-    commands.add_parser("site", help="render the website: Quarto where it is on PATH, else smalldocs")
+    command = commands.add_parser("mend", help="drop what is damaged, so that the next run makes it again")
+    command.add_argument("grid", type=Path)
+    command = commands.add_parser("site", help="render the website: Quarto where it is on PATH, else smalldocs")
+    command.add_argument("grid", type=Path, nargs="?", help="write this grid's pages first")
     command = commands.add_parser("publish", help="build a model repository of a finished grid, and upload it")
     command.add_argument("grid", type=Path)
     command.add_argument("--repo", default="", metavar="ORG/NAME", help="model repository on the Hub")
     command.add_argument("--space", default="", metavar="ORG/NAME", help="static Space on the Hub, for the site")
     command.add_argument("--folder", default="", metavar="DIR", help="where to build; default: published/<grid's name>")
     command.add_argument("--dry-run", action="store_true", help="build and show what would go where, and send nothing")
-    options = parser.parse_args(arguments)
     try:
-        _run(options)
+        _run(parser.parse_args(arguments))
     except SaegridError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that is read-only, a pipe that was closed
+        print(f"{type(error).__name__}: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Mistakes on the command line are told in one line, too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (`{self.prog} --help` shows how it is called)")
+
+
 def _run(options: argparse.Namespace) -> None:
     if options.command == "site":
-        from saegrid import site
-
-        print(site.render(Path()))
+        _site(options.grid)
         return
-    grid = load_grid(options.grid)
-    grid.runs()  # a bad point is told before anything else is
+    grid = _checked(options.grid)
     if options.command == "list":
         _list(grid)
     elif options.command == "tables":
@@ -61,6 +74,11 @@ def _run(options: argparse.Namespace) -> None:
         from saegrid import latents  # imports torch
 
         latents.make(grid)
+    elif options.command == "mend":
+        from saegrid.mend import mend
+
+        for line in mend(grid):
+            print(line)
     elif options.command == "pages":
         from saegrid import pages
 
@@ -73,6 +91,26 @@ def _run(options: argparse.Namespace) -> None:
         _collect(grid, options.store_id)
 
 
+def _checked(grid_file: Path) -> Grid:
+    """The grid of a file, each of its runs held against its model and dataset where these are on this machine."""
+    grid = load_grid(grid_file)
+    for run in grid.runs():
+        check_dataset(run)
+        if run.model.startswith("embedded:") or local_folder("model", run.model):
+            run.check_shape(*lm_shape(run))
+    return grid
+
+
+def _site(grid_file: Path | None) -> None:
+    from saegrid import site
+
+    if grid_file:
+        from saegrid import pages
+
+        pages.make(_checked(grid_file))
+    print(site.render(Path()))
+
+
 def _list(grid: Grid) -> None:
     for run in grid.runs():
         state = "finished" if (Path(run.runs_dir) / run.run_id / "metrics.json").exists() else "to do"
@@ -83,6 +121,7 @@ def _collect(grid: Grid, store_id: str) -> None:
     stores = {run.store_id: run for run in grid.runs()}
     if store_id not in stores:
         raise SaegridError(f"store_id = {store_id!r}: the grid {grid.name} has {', '.join(stores)}")
+    stores[store_id].check_shape(*lm_shape(stores[store_id]))  # on the Hub, too
     from saegrid.run import prepare_store  # imports torch
 
     prepare_store(stores[store_id])

@@ -21,6 +21,7 @@ from saegrid.fetch import files_sha256, replacing_folder, waiting_lock
 from saegrid.lm import LM, hidden_at, lm_shape, load_lm, weight_files
 from saegrid.prompts import Prompt, make_prompts
 from saegrid.published import add_published, published_files
+from saegrid.sealed import write_sealed
 from saegrid.store import FORMAT, ShardWriter, Store
 
 __all__ = ["Store", "collect", "open_store"]
@@ -107,7 +108,7 @@ def _make(config: RunConfig, folder: Path, device: str | None, shard_rows: int) 
         "statistics": {split: writer.statistics() for split, writer in writers.items()},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    write_json(folder / "manifest.json", manifest)
+    write_sealed(folder / "manifest.json", manifest)
 
 
 def _add_collected(config: RunConfig, writers: dict[str, ShardWriter], device: str | None) -> dict[str, Any]:

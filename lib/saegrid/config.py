@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import types
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -145,6 +147,11 @@ class RunConfig(BaseModel):
                 raise ValueError(f"k = 0: {self.arch} needs a k of at least 1, such as 64, 128 or 220")
         return self
 
+    @field_validator("runs_dir", "store_dir")
+    @classmethod
+    def _a_place(cls, value: str) -> str:
+        return check_place(value)
+
     def check_shape(self, d_in: int, n_layers: int) -> None:
         """Hold the run against the language model's shape. Raises `ConfigError`."""
         if self.layer >= n_layers:
@@ -153,6 +160,11 @@ class RunConfig(BaseModel):
             raise ConfigError(
                 f"k = {self.k}: at most d_sae = expansion * d_in = {self.expansion} * {d_in} = {self.expansion * d_in}"
             )
+
+    def check_training(self) -> None:
+        """Hold a batch against the rows, where their number is known. Raises `ConfigError`."""
+        if not self.activations and self.batch_size > self.train_tokens:
+            raise ConfigError(f"batch_size = {self.batch_size}: at most train_tokens = {self.train_tokens}")
 
     @property
     def name(self) -> str:
@@ -193,7 +205,7 @@ def make_config(**parameters: Any) -> RunConfig:
     try:
         return RunConfig(**parameters)
     except ValidationError as error:
-        raise ConfigError(explain(error)) from None
+        raise ConfigError(explain(error, RunConfig.model_fields)) from None
 
 
 def config_from_namespace(namespace: dict[str, Any]) -> RunConfig:
@@ -213,15 +225,35 @@ def config_from_namespace(namespace: dict[str, Any]) -> RunConfig:
     return make_config(**parameters)
 
 
-def explain(error: ValidationError) -> str:
+def explain(error: ValidationError, known_fields: Iterable[str] = ()) -> str:
     """The first mistake of a pydantic error as one line: parameter, value, what is allowed."""
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"{name} = {first['input']!r}: no such parameter; known are {', '.join(RunConfig.model_fields)}"
+        known = f"; known are {', '.join(known_fields)}" if known_fields else ""
+        return f"{name} = {shown(first['input'])}: no such parameter{known}"
     if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
-    return f"{name} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        reason = str(first["ctx"]["error"])
+        return reason if not name or reason.startswith(f"{name} = ") else f"{name} = {shown(first['input'])}: {reason}"
+    if first["type"] == "missing":
+        return f"{name} is missing"
+    return f"{name} = {shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a list in itself
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def check_place(path: str) -> str:
+    """A folder's name that a shell line, a Snakemake pattern and a link can carry. Raises `ValueError`."""
+    if not path.isprintable() or re.search(r"[{}\\\"'`$*?<>|;&]", path) or path.startswith("-"):
+        raise ValueError("a folder's name without quotes, braces and the shell's own characters is needed")
+    return path
 
 
 def _digest(parameters: dict[str, Any]) -> str:

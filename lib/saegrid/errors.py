@@ -1,5 +1,13 @@
 """The project's own error type: a user's mistake or a damaged file, told in one line."""
 
+MAX_CHARACTERS = 1000
+"""A message is one line on a screen, whatever a file's content put into it."""
+
+
+def ascii_controls(text: str) -> str:
+    """Text without characters that would steer a terminal, or that can't be written as UTF-8."""
+    return "".join(char if char.isprintable() or char.isspace() else ascii(char)[1:-1] for char in text)
+
 
 class SaegridError(ValueError):
     """A mistake that the user can mend. Its message is one line; no traceback is shown for it.
@@ -9,7 +17,7 @@ class SaegridError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(" ".join(ascii_controls(str(message)).split())[:MAX_CHARACTERS])
 
     def _render_traceback_(self) -> list[str]:
         return [f"{type(self).__name__}: {self}"]
@@ -25,3 +33,11 @@ class StoreError(SaegridError):
 
 class SaeFileError(SaegridError):
     """An SAE file that can't be read, or does not hold what it says."""
+
+
+class DiskError(SaegridError):
+    """A file that can't be written: a full disk, a limit, a read-only folder."""
+
+
+class DamagedError(SaegridError):
+    """A file that is not what was written: by its recorded SHA-256, or because it can't be read at all."""

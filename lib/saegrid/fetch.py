@@ -15,12 +15,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from saegrid.atomic import write_text
+from saegrid.atomic import disk_errors, write_text
 from saegrid.errors import ConfigError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 CHUNK = 1 << 20
-HUB_TIMEOUT = 5.0
+HUB_TIMEOUT = 3.0
 """Seconds to wait for an answer when asking whether the Hub is there at all."""
 
 
@@ -69,8 +69,9 @@ def fresh_folder(folder: Path) -> Iterator[Path]:
 
     The caller holds a lock, as the folder's name is fixed.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    with disk_errors(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
     try:
         yield folder
     finally:
@@ -82,21 +83,26 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     """A fresh temporary folder beside `folder` that takes its place when the block ends well. Needs a lock, too."""
     with fresh_folder(folder.with_name(f".{folder.name}.part")) as temporary:
         yield temporary
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        with disk_errors(folder):
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.rename(folder)
 
 
 @contextlib.contextmanager
 def waiting_lock(path: Path) -> Iterator[None]:
-    """An exclusive lock that dies with its process; says so where it has to wait for another one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """An exclusive lock that dies with its process; says so where it has to wait for another one.
+
+    Raises `DiskError` where its file can't be made.
+    """
     lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"waiting for another process that holds {path}", flush=True)
-        lock.acquire()
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"waiting for another process that holds {path}", flush=True)
+            lock.acquire()
     try:
         yield
     finally:

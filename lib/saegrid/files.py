@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from saegrid.atomic import write_bytes, write_json
-from saegrid.errors import SaeFileError
+from saegrid.errors import DamagedError, SaeFileError
 from saegrid.kernels.reference import Params
 from saegrid.sae import ARCHITECTURES, SAE
+from saegrid.sealed import SUMS, file_sha256, read_sums
 
 PUBLISHED_SHAPES = {
     "b_pre": ("d_in",),
@@ -93,6 +94,7 @@ def load_folder(folder: str | Path) -> SAE:
     """
     folder = Path(folder)
     weights = folder / "sae.safetensors"
+    _check_sums(folder)
     try:
         cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -113,3 +115,14 @@ def load_folder(folder: str | Path) -> SAE:
             raise SaeFileError(f"{weights}: {name} is missing or not of shape {tuple(target.shape)}")
         target.data.copy_(tensors[name])
     return sae
+
+
+def _check_sums(folder: Path) -> None:
+    """Hold the SAE's files against `SHA256SUMS`, which a finished run leaves. Raises `SaeFileError`."""
+    try:
+        sums = read_sums(folder) if (folder / SUMS).exists() else {}
+        for name in ("cfg.json", "sae.safetensors"):
+            if name in sums and file_sha256(folder / name) != sums[name]:
+                raise SaeFileError(f"{folder / name}: damaged (not the SHA-256 in {SUMS})")
+    except DamagedError as error:
+        raise SaeFileError(str(error)) from None

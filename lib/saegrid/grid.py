@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shlex
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from saegrid.config import RunConfig, explain, make_config
-from saegrid.errors import ConfigError
+from saegrid.config import PLACES, RunConfig, check_place, explain, make_config, shown
+from saegrid.errors import ConfigError, DamagedError
+from saegrid.sealed import read_bytes
+
+MAX_RUNS = 10_000
+"""A grid file of more runs is taken for a mistake."""
+MAX_YAML_BYTES = 1 << 20
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, and each name once."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1 and name != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 class Grid(BaseModel):
@@ -30,14 +47,27 @@ class Grid(BaseModel):
     axes: list[dict[str, list[Any]]] = Field(min_length=1)
     """Blocks of axes: each block is a full product, the grid is their union."""
 
+    @field_validator("results_dir")
+    @classmethod
+    def _a_place(cls, value: str) -> str:
+        return check_place(value)
+
     def runs(self) -> list[RunConfig]:
         """All runs, in the order of the file. Raises `ConfigError` for a bad, doubled or contradictory point."""
         runs: dict[str, RunConfig] = {}
+        points = sum(math.prod(map(len, block.values())) for block in self.axes)
+        if not 1 <= points <= MAX_RUNS:
+            raise ConfigError(f"axes: the grid {self.name} has {points} runs, needs 1 to {MAX_RUNS}")
         for block in self.axes:
             for name in block.keys() & self.constants.keys():
                 raise ConfigError(f"{name}: both a constant and an axis of the grid {self.name}")
+            for name in block.keys() & PLACES:
+                raise ConfigError(
+                    f"{name} = {shown(block[name])}: a constant of the grid {self.name}, not an axis of it"
+                )
             for values in itertools.product(*block.values()):
-                run = make_config(**self.constants, **dict(zip(block, values, strict=True)))
+                run = make_config(**{**self.constants, **dict(zip(block, values, strict=True))})
+                run.check_training()
                 if run.run_id in runs:
                     raise ConfigError(f"axes: the grid {self.name} names {run.name} with seed {run.seed} twice")
                 runs[run.run_id] = run
@@ -48,17 +78,17 @@ def load_grid(path: str | Path) -> Grid:
     """Read a grid file. Raises `ConfigError` for a file that is missing, no YAML, or no grid."""
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"grid file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        content = yaml.load(read_bytes(path, MAX_YAML_BYTES).decode("utf-8"), Loader=_Loader)
+    except DamagedError as error:
+        raise ConfigError(f"grid file {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError, LookupError) as error:
         raise ConfigError(f"grid file {path}: not YAML: {error}") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(f"grid file {path}: needs name, title, constants and axes")
     try:
         return Grid(**content)
     except ValidationError as error:
-        raise ConfigError(f"grid file {path}: {explain(error)}") from None
+        raise ConfigError(f"grid file {path}: {explain(error, Grid.model_fields)}") from None
 
 
 def papermill_arguments(run: RunConfig) -> str:

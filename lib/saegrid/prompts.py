@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from saegrid.config import EMBEDDED_DATASET, RunConfig
+from saegrid.config import EMBEDDED_DATASET, RunConfig, shown
 from saegrid.errors import ConfigError
 from saegrid.fetch import hub_errors, local_folder
 
@@ -182,6 +182,18 @@ def _reasoning_gym() -> types.ModuleType:
     return importlib.import_module("reasoning_gym")
 
 
+def check_dataset(config: RunConfig) -> None:
+    """Whether a dataset on this machine is there; one on the Hub shows when it is read. Raises `ConfigError`."""
+    where = f"dataset = {config.dataset!r}"
+    if config.dataset.startswith("embedded:"):
+        if config.dataset != EMBEDDED_DATASET:
+            raise ConfigError(f"{where}: no such embedded dataset; there is {EMBEDDED_DATASET}")
+    elif folder := local_folder("dataset", config.dataset):
+        for split in ("train", "test"):
+            if not (folder / f"{split}.jsonl").is_file():
+                raise ConfigError(f"{where}: no {split}.jsonl in this folder")
+
+
 def _question_answer(config: RunConfig) -> tuple[Any, Any]:
     """The train and test splits of a local folder or a Hub dataset, with the columns `question` and `answer`."""
     import datasets
@@ -192,11 +204,9 @@ def _question_answer(config: RunConfig) -> tuple[Any, Any]:
     try:
         if folder:
             data = {}
+            check_dataset(config)
             for split in ("train", "test"):
-                path = folder / f"{split}.jsonl"
-                if not path.exists():
-                    raise ConfigError(f"{where}: no {path.name} in this folder")
-                data[split] = datasets.load_dataset("json", data_files=str(path), split="train")
+                data[split] = datasets.load_dataset("json", data_files=str(folder / f"{split}.jsonl"), split="train")
         else:
             name = "main" if config.dataset == "openai/gsm8k" else None
             with hub_errors("dataset", config.dataset, config.dataset_revision):
@@ -218,6 +228,11 @@ def _question_answer(config: RunConfig) -> tuple[Any, Any]:
 
 
 def _shuffled(rows: Any, seed: int) -> Iterator[Problem]:
-    """Rows as problems in a seeded order; a row's template is its own index."""
+    """Rows as problems in a seeded order; a row's template is its own index. Raises `ConfigError` for missing text."""
     for index in random.Random(seed).sample(range(len(rows)), len(rows)):
-        yield Problem(index, rows[index]["question"], rows[index]["answer"])
+        question, answer = rows[index]["question"], rows[index]["answer"]
+        if not isinstance(question, str) or not isinstance(answer, str):
+            raise ConfigError(
+                f"dataset: question and answer of row {index} must be text, are {shown((question, answer))}"
+            )
+        yield Problem(index, question, answer)

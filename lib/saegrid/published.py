@@ -6,16 +6,16 @@ last ones of `torch.randperm` with seed 0, is for validation.
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
 
 from saegrid.config import RunConfig
-from saegrid.errors import ConfigError, StoreError
+from saegrid.errors import ConfigError, SaeFileError, StoreError
 from saegrid.fetch import hub_errors, local_folder
 from saegrid.store import ShardWriter
+from saegrid.untrusted import read_pt
 
 CHUNK_ROWS = 16_384
 
@@ -83,11 +83,13 @@ def _match(config: RunConfig, names: list[str]) -> dict[str, str]:
 
 def _load(path: Path, d_in: int, model: str) -> Tensor:
     try:
-        acts = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise StoreError(f"{path}: not a saved tensor: {str(error).strip().splitlines()[0]}") from None
-    if not isinstance(acts, Tensor) or not acts.is_floating_point():
+        acts = read_pt(path, mmap=True)
+    except SaeFileError as error:
+        raise StoreError(str(error).replace("a state dict of tensors", "a saved tensor")) from None
+    if not isinstance(acts, Tensor) or acts.layout != torch.strided or not acts.is_floating_point():
         raise StoreError(f"{path}: holds {type(acts).__name__}, not a tensor of floating-point numbers")
     if acts.ndim != 2 or acts.shape[1] != d_in or len(acts) < 2:
         raise StoreError(f"{path}: shape {list(acts.shape)}, where {model} has rows of {d_in}: needs [n, {d_in}]")
+    if acts.untyped_storage().nbytes() < acts.nbytes:
+        raise StoreError(f"{path}: shows {acts.nbytes} bytes and holds fewer")
     return acts

@@ -5,11 +5,12 @@ A row is one run. Nothing is parsed back from a file name or a log: every value 
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import json
+import io
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,17 @@ import pandas as pd
 
 from saegrid.atomic import write_text
 from saegrid.config import PLACES, RunConfig
-from saegrid.errors import SaegridError
+from saegrid.errors import DamagedError, SaegridError
 from saegrid.grid import Grid
+from saegrid.sealed import (
+    SUMS,
+    check_sums,
+    checked_bytes,
+    read_json,
+    read_json_lines,
+    read_sealed,
+    write_sums,
+)
 
 PARAMETERS = [name for name in RunConfig.model_fields if name not in PLACES]
 COUNTS = ["d_in", "d_sae", "n_train_rows", "n_val_rows", "n_eval_prompts", "n_eval_tokens", "steps", "best_epoch"]
@@ -39,6 +49,10 @@ PUBLISHED = ["arch", "expansion", "k", "threshold", "l0", "val_mse", "nmse", "de
 DENSE_SHARE_PCT = 10.0
 """A run that fires at least this share of its latents is dense: it is no candidate for "best" ("firing 10-45% of its
 latents" is what the published card calls not sparse). Fixed before the results."""
+TABLES = ["results.csv", "results_full.csv", "results_tidy.csv"]
+RUN_FILES = ["metrics.jsonl", "latents.csv", "positions.csv", "prompts.csv"]
+"""Files of a run, besides `metrics.json`, that the report reads."""
+MEND = "`python -m saegrid mend GRID` drops it, and the next run makes it again"
 _HEX = re.compile(r"[0-9a-f]{8,64}")
 
 
@@ -46,12 +60,15 @@ class ResultsError(SaegridError):
     """A run's results or a table that is missing, incomplete or damaged."""
 
 
-def load_run(run_dir: str | Path) -> dict[str, Any]:
-    """The tidy row of one run: its `metrics.json`, checked.
+def load_run(run_dir: str | Path, run_id: str = "") -> dict[str, Any]:
+    """The tidy row of one run: its `metrics.json`, checked, and all of its files held against `SHA256SUMS`.
+
+    Args:
+        run_id: whose results they must be.
 
     Raises:
-        ResultsError: the file is missing or no JSON object, a column is missing, a metric is no finite number, or a
-            hash is none.
+        ResultsError: the file is missing or no JSON object, a column is missing, a metric is no finite number, a
+            hash is none, it is another run's, or a file is not what the run left.
     """
     path = Path(run_dir) / "metrics.json"
     row = _read_json(path)
@@ -59,12 +76,22 @@ def load_run(run_dir: str | Path) -> dict[str, Any]:
     if missing:
         raise ResultsError(f"{path}: lacks {', '.join(missing)}; delete the folder and run it again")
     for name in [*COUNTS, *METRICS]:
-        if not isinstance(row[name], (int, float)) or isinstance(row[name], bool) or not math.isfinite(row[name]):
+        if not _is_finite(row[name]):
             raise ResultsError(f"{path}: {name} = {row[name]!r}, needs a finite number")
     for name in HASHES:
         if not isinstance(row[name], str) or not _HEX.fullmatch(row[name]):
             raise ResultsError(f"{path}: {name} = {row[name]!r}, needs a SHA-256 in hexadecimal")
+    if run_id and row["run_id"] != run_id:
+        raise ResultsError(f"{path}: belongs to the run {row['run_id']!r}")
+    with _damage():
+        check_sums(path.parent, [path.name, *RUN_FILES])
     return {name: row[name] for name in TIDY}
+
+
+def check_run(run_dir: str | Path, run_id: str) -> None:
+    """Hold all of a finished run's files against what it recorded, its times too. Raises `ResultsError`."""
+    load_run(run_dir, run_id)
+    _timing(Path(run_dir) / "timing.json", run_id)
 
 
 def tidy(runs: Grid | Iterable[str], runs_dir: str | Path = "runs") -> pd.DataFrame:
@@ -77,10 +104,7 @@ def tidy(runs: Grid | Iterable[str], runs_dir: str | Path = "runs") -> pd.DataFr
         raise ResultsError("results: no run was named")
     rows = []
     for run_id in run_ids:
-        row = load_run(Path(runs_dir) / run_id)
-        if row["run_id"] != run_id:
-            raise ResultsError(f"{runs_dir}/{run_id}/metrics.json: belongs to the run {row['run_id']!r}")
-        rows.append(row)
+        rows.append(load_run(Path(runs_dir) / run_id, run_id))
     return _typed(pd.DataFrame(rows, columns=TIDY).assign(source="own"))
 
 
@@ -110,6 +134,7 @@ def write_tables(df: pd.DataFrame, results_dir: str | Path) -> None:
     }
     for name, table in tables.items():
         write_text(results_dir / name, table.to_csv(index=False, lineterminator="\n"))
+    write_sums(results_dir, tables)
 
 
 def read_tidy(path: str | Path) -> pd.DataFrame:
@@ -129,6 +154,9 @@ def read_tidy(path: str | Path) -> pd.DataFrame:
     for name in [*COUNTS, *METRICS]:
         if df[name].isna().any():
             raise ResultsError(f"{path}: {name} is missing for {df.loc[df[name].isna(), 'run_id'].iloc[0]}")
+    if (path.parent / SUMS).exists():  # a table that was copied alone has none
+        with _damage("make it again with `python -m saegrid tables`"):
+            check_sums(path.parent, [path.name])
     df[sorted(texts)] = df[sorted(texts)].fillna("")
     return _typed(df.assign(source="own"))
 
@@ -152,17 +180,15 @@ def load_curves(df: pd.DataFrame, runs_dir: str | Path) -> pd.DataFrame:
     """Learning curves of all runs of `df`, long-form: one row an epoch."""
     frames = []
     for run_id, path in _files(df, runs_dir, "metrics.jsonl"):
-        try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except ValueError as error:
-            raise ResultsError(f"{path}: not JSON: {error}") from None
+        with _damage():
+            lines = read_json_lines(path, checked_bytes(path))
         frames.append(pd.DataFrame(lines).assign(run_id=run_id))
     return _with_axes(pd.concat(frames, ignore_index=True), df)
 
 
 def load_timing(df: pd.DataFrame, runs_dir: str | Path) -> pd.DataFrame:
     """Seconds, rows/s and machine of all runs of `df`: one row a run."""
-    rows = [_read_json(path) | {"run_id": run_id} for run_id, path in _files(df, runs_dir, "timing.json")]
+    rows = [_timing(path, run_id) for run_id, path in _files(df, runs_dir, "timing.json")]
     return _with_axes(pd.DataFrame(rows), df)
 
 
@@ -272,27 +298,53 @@ def _typed(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ResultsError(f"{path}: No such file; the run is not finished, `make report` finishes it")
+    with _damage():
+        return read_json(path)
+
+
+def _timing(path: Path, run_id: str) -> dict[str, Any]:
+    with _damage():
+        times = read_sealed(path)
+        if times.get("run_id") != run_id:
+            raise DamagedError(f"{path}: belongs to the run {times.get('run_id')!r}")
+    return times
+
+
+@contextlib.contextmanager
+def _damage(advice: str = "") -> Iterator[None]:
+    """A damaged file inside this block is told with what to do about it."""
     try:
-        row = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ResultsError(f"{path}: {error.strerror}; the run is not finished, `make report` finishes it") from None
-    except ValueError as error:
-        raise ResultsError(f"{path}: not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise ResultsError(f"{path}: not a JSON object")
-    return row
+        yield
+    except DamagedError as error:
+        raise ResultsError(f"{error}; {advice or MEND}") from None
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _files(df: pd.DataFrame, runs_dir: str | Path, name: str) -> list[tuple[str, Path]]:
     files = [(run_id, Path(runs_dir) / run_id / name) for run_id in df["run_id"]]
     for _, path in files:
         if not path.is_file():
-            raise ResultsError(f"{path}: no such file; delete the folder and run it again")
+            raise ResultsError(f"{path}: no such file; {MEND}")
     return files
 
 
 def _load_csvs(df: pd.DataFrame, runs_dir: str | Path, name: str) -> pd.DataFrame:
-    frames = [pd.read_csv(path).assign(run_id=run_id) for run_id, path in _files(df, runs_dir, name)]
+    frames = []
+    for run_id, path in _files(df, runs_dir, name):
+        with _damage():
+            content = checked_bytes(path)
+        try:
+            frames.append(pd.read_csv(io.BytesIO(content)).assign(run_id=run_id))
+        except (ValueError, pd.errors.ParserError) as error:
+            raise ResultsError(f"{path}: not a table: {error}; {MEND}") from None
     return _with_axes(pd.concat(frames, ignore_index=True), df)
 
 

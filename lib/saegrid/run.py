@@ -21,18 +21,23 @@ from tqdm.auto import tqdm
 import saegrid
 from saegrid import kernels
 from saegrid.activations import collect, open_store
-from saegrid.atomic import replacing, write_json
+from saegrid.atomic import sweep, write_bytes, write_text
 from saegrid.config import RunConfig, make_config
-from saegrid.errors import SaegridError
+from saegrid.errors import DamagedError, SaegridError, StoreError
 from saegrid.fetch import waiting_lock
 from saegrid.files import load_folder, save_sae
 from saegrid.lm import lm_shape, load_lm
+from saegrid.memory import check_fits
 from saegrid.metrics import SINK_RATIO, Reconstruction, median_norm, splice_metrics
-from saegrid.prompts import make_prompts
+from saegrid.prompts import check_dataset, make_prompts
+from saegrid.published import published_files
+from saegrid.results import MEND, METRICS, check_run, load_run
 from saegrid.sae import SAE, JumpReLU
+from saegrid.sealed import read_sealed, write_sealed, write_sums
 from saegrid.splice import evaluate, load_baseline, make_baseline, mean_losses, save_baseline
 from saegrid.store import Store
-from saegrid.train import rms_pre_acts, train
+from saegrid.tied import die_with_papermill
+from saegrid.train import CHECKPOINT, rms_pre_acts, train
 
 CODE = (
     *("activations.py", "embedded.py", "fetch.py", "files.py", "lm.py", "metrics.py", "prompts.py", "published.py"),
@@ -46,12 +51,32 @@ def prepare_store(config: RunConfig) -> Store:
     config.check_shape(*lm_shape(config))
     folder = collect(config)
     with waiting_lock(folder / ".baseline.lock"):
-        if load_baseline(folder) is None:
-            store = open_store(config)
+        sweep(folder)
+        store = open_store(config)
+        _check_varied(config, store)
+        if not _has_baseline(store):
             lm = load_lm(config)
             prompts = make_prompts(config, lm.tokenizer)["eval"]
-            save_baseline(make_baseline(lm, prompts, config.layer, store.mean), folder)
-    return open_store(config)
+            save_baseline(make_baseline(lm, prompts, config.layer, store.mean), folder, store.data_sha256)
+    return store
+
+
+def _check_varied(config: RunConfig, store: Store) -> None:
+    """Rows that are all alike have no variance to explain: a metric would be 0 / 0. Raises `StoreError`."""
+    for split, facts in store.manifest["statistics"].items():
+        if not facts["sq_norm_centred"] > 1e-12 * facts["max_norm"] ** 2:
+            name = "activations" if config.activations else f"{split}_tokens"
+            rows = f"the {facts['rows']} {split} rows are all the same: there is nothing to train on or to measure"
+            raise StoreError(f"{name} = {getattr(config, name)!r}: {rows}")
+
+
+def _has_baseline(store: Store) -> bool:
+    """Whether a whole baseline of this store is there; a damaged one is named, and made again."""
+    try:
+        return load_baseline(store.folder, store.data_sha256) is not None
+    except StoreError as error:
+        print(f"{error}; it is made again", flush=True)
+        return False
 
 
 class Run:
@@ -61,14 +86,23 @@ class Run:
     thread count that it began with.
 
     Raises:
-        ConfigError: the kernel does not run here.
+        ConfigError: the kernel does not run here, or the run does not fit into memory.
+        DiskError: its folder can't be written to.
     """
 
     def __init__(self, config: RunConfig):
+        die_with_papermill()
         self.folder = Path(config.runs_dir) / config.run_id
+        config.check_training()
+        check_dataset(config)
+        if config.activations:
+            published_files(config)
+        check_fits(config, lm_shape(config)[0])
         self._lock = contextlib.ExitStack()  # held until the process ends, or `close`
         self._lock.enter_context(waiting_lock(self.folder / ".lock"))
+        sweep(self.folder)
         self.run_id = config.run_id
+        self.finished = self._is_whole()
         self.config = self._resolved(config)
         self.times: dict[str, float] = {}
         self.sae: SAE | None = None
@@ -76,12 +110,21 @@ class Run:
 
     def close(self) -> None:
         """The run is done: drop its checkpoint and let another process have it."""
-        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
         self._lock.close()
 
-    @property
-    def finished(self) -> bool:
-        return (self.folder / "metrics.json").exists()
+    def _is_whole(self) -> bool:
+        """Whether the run has finished and its files are as it left them; what is damaged is named and made again."""
+        path = self.folder / "metrics.json"
+        if not path.exists():
+            return False
+        try:
+            check_run(self.folder, self.run_id)
+        except SaegridError as error:
+            print(f"{str(error).removesuffix(f'; {MEND}')}; the run is made again", flush=True)
+            path.unlink()
+            return False
+        return True
 
     @cached_property
     def kernel(self):
@@ -109,7 +152,7 @@ class Run:
     @property
     def metrics(self) -> pd.Series:
         """The run's row of the tidy table."""
-        return pd.Series(json.loads((self.folder / "metrics.json").read_text(encoding="utf-8")))
+        return pd.Series(load_run(self.folder, self.run_id))
 
     @property
     def latents(self) -> pd.DataFrame:
@@ -127,14 +170,13 @@ class Run:
             self.sae = load_folder(self.folder).to(self.device)
             return self.sae
         rows = self.config.epochs * self.store.n_train  # a missing store is collected here, and timed apart
-        started = time.perf_counter()
         with tqdm(total=rows, unit="row", unit_scale=True, desc=self.config.name, mininterval=1.0) as bar:
             self.sae, progress = train(
                 self.config, self.store, self.kernel, self.folder, self.config.matmul, bar.update, self.device
             )
         self.best_epoch = progress.best_epoch
-        self.times["train_seconds"] = time.perf_counter() - started
-        self.times["train_rows_per_second"] = rows / self.times["train_seconds"]
+        self.times["train_seconds"] = progress.seconds
+        self.times["train_rows_per_second"] = rows / progress.seconds
         return self.sae
 
     def evaluate(self) -> pd.Series:
@@ -149,16 +191,27 @@ class Run:
         cfg = {name: value for name, value in cfg.items() if name not in ("arch", "k", "threshold")}
         weights = save_sae(self.sae, self.folder, self.config.name, cfg)
         for name, frame in (("latents", latents), ("positions", positions), ("prompts", sums)):
-            with replacing(self.folder / f"{name}.csv") as path:
-                frame.to_csv(path, index=False)
+            write_text(self.folder / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
         self.times["eval_seconds"] = time.perf_counter() - started
         self._write_times()
         row = self._row(rows | {"l0_eval": l0_eval} | splice_metrics(**mean_losses(sums)), sums, weights)
-        write_json(self.folder / "metrics.json", row)
+        self._commit(row)
         return self.metrics
 
+    def _commit(self, row: dict) -> None:
+        """Write `SHA256SUMS` of all that belongs to the result, and, last, `metrics.json`."""
+        for name in METRICS:
+            if row[name] is None:
+                raise SaegridError(f"{self.run_id}: {name} is not a finite number, so the run has no result to publish")
+        content = (json.dumps(row, indent=2, allow_nan=False) + "\n").encode()
+        names = ["cfg.json", "sae.safetensors", f"{self.config.name}.pt", "config.json", "metrics.jsonl"]
+        names += [f"{table}.csv" for table in ("latents", "positions", "prompts")]
+        write_sums(self.folder, names, {"metrics.json": content})
+        write_bytes(self.folder / "metrics.json", content)
+        self.finished = True
+
     def _splice(self) -> tuple[pd.DataFrame, float]:
-        baseline = load_baseline(self.store.folder)
+        baseline = load_baseline(self.store.folder, self.store.data_sha256)
         lm = load_lm(self.config)
         active = rows = 0
 
@@ -187,7 +240,10 @@ class Run:
         row |= {"store_id": config.store_id, "data_sha256": self.store.data_sha256}
         row |= {"model_sha256": self.store.model_sha256, "weights_sha256": weights}
         row |= {"code_version": code_version(), "torch_version": torch.__version__}
-        return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in row.items()
+        }
 
     def _write_times(self) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -195,20 +251,24 @@ class Run:
         facts = {"finished": now, "threads": self.config.threads, "cpu": processor()}
         if self.device == "cuda":
             facts["gpu"] = torch.cuda.get_device_name()
-        write_json(self.folder / "timing.json", times | facts)
+        write_sealed(self.folder / "timing.json", {"run_id": self.run_id} | times | facts)
 
     def _resolved(self, config: RunConfig) -> RunConfig:
         """The config with kernel, precision and threads chosen: those of the first start, where there was one."""
         path = self.folder / "config.json"
         places = {"runs_dir": config.runs_dir, "store_dir": config.store_dir}
-        if path.exists():
-            try:
-                return make_config(**json.loads(path.read_text(encoding="utf-8")) | places)
-            except (TypeError, json.JSONDecodeError) as error:
-                raise SaegridError(f"{path}: damaged; delete the folder to start the run again ({error})") from None
+        try:
+            made = read_sealed(path) if path.exists() else {}
+            if made.pop("run_id", self.run_id) != self.run_id:
+                raise DamagedError(f"{path}: damaged (another run's)")
+            if made:
+                return make_config(**made | places)
+        except SaegridError as error:
+            print(f"{error}; the run starts again", flush=True)
+            (self.folder / CHECKPOINT).unlink(missing_ok=True)  # with what it was computed is not known
         choice = kernels.choose(config.kernel, config.matmul, config.threads)
         resolved = make_config(**config.model_dump() | choice._asdict())
-        write_json(path, resolved.identity())
+        write_sealed(path, {"run_id": self.run_id} | resolved.identity())
         return resolved
 
 

@@ -6,7 +6,7 @@ per store (`Baseline`) and is shared by every SAE of a grid; an SAE costs one pa
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,14 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
-from saegrid.atomic import replacing, write_json
-from saegrid.errors import StoreError
+from saegrid.atomic import write_bytes
+from saegrid.errors import DamagedError, StoreError
 from saegrid.lm import LM, final_from, hidden_at
 from saegrid.prompts import Prompt
+from saegrid.sealed import read_bytes, read_sealed, write_sealed
 
 BATCH_TOKENS = 4096
 """Padded tokens in one pass of the model."""
@@ -103,27 +104,38 @@ def mean_losses(sums: pd.DataFrame) -> dict[str, float]:
     return {name: float(sums[f"ce_{name}_sum"].sum() / tokens) for name in ("clean", "spliced", "zero", "mean")}
 
 
-def save_baseline(baseline: Baseline, folder: Path) -> None:
-    """Write `baseline.safetensors` and then `baseline.json` into the store's folder."""
-    tensors = {"x": torch.cat(baseline.x)}
-    with replacing(folder / "baseline.safetensors") as temporary:
-        save_file(tensors, temporary)
+def save_baseline(baseline: Baseline, folder: Path, data_sha256: str = "") -> None:
+    """Write `baseline.safetensors` and then `baseline.json` into the folder of the store with these rows."""
+    content = save({"x": torch.cat(baseline.x)})
+    write_bytes(folder / "baseline.safetensors", content)
     prompts = [{"tokens": p.tokens, "template": p.template, "prefix": p.prefix} for p in baseline.prompts]
-    write_json(folder / "baseline.json", {"prompts": prompts, "sums": baseline.sums.to_dict("list")})
+    hashes = {"data_sha256": data_sha256, "x_sha256": hashlib.sha256(content).hexdigest()}
+    write_sealed(folder / "baseline.json", {**hashes, "prompts": prompts, "sums": baseline.sums.to_dict("list")})
 
 
-def load_baseline(folder: Path) -> Baseline | None:
-    """The baseline of a store, or None where it has not been made. Raises `StoreError` where it is damaged."""
-    path = folder / "baseline.json"
+def load_baseline(folder: Path, data_sha256: str = "") -> Baseline | None:
+    """The baseline of a store (of the one with these rows, where they are given); None where it has not been made.
+
+    Raises:
+        StoreError: it is damaged, or another store's.
+    """
+    path, weights = folder / "baseline.json", folder / "baseline.safetensors"
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_sealed(path)
+        if data_sha256 and content["data_sha256"] != data_sha256:
+            raise DamagedError(f"{path}: damaged (another store's)")
         prompts = [Prompt(**prompt) for prompt in content["prompts"]]
-        x = load_file(folder / "baseline.safetensors")["x"]
-        return Baseline(prompts, list(x.split([len(p.tokens) for p in prompts])), pd.DataFrame(content["sums"]))
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise StoreError(f"{path}: damaged; delete it to have it made again ({error})") from None
+        stored = read_bytes(weights)
+        if hashlib.sha256(stored).hexdigest() != content["x_sha256"]:
+            raise DamagedError(f"{weights}: damaged (not the SHA-256 in {path.name})")
+        x = load(stored)["x"].split([len(p.tokens) for p in prompts])
+        return Baseline(prompts, list(x), pd.DataFrame(content["sums"]))
+    except DamagedError as error:
+        raise StoreError(str(error)) from None
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise StoreError(f"{path}: damaged ({error!r})") from None
 
 
 def _batches(prompts: list[Prompt]) -> Iterator[tuple[list[int], Tensor, Tensor]]:

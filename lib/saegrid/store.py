@@ -12,22 +12,25 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from saegrid.atomic import write_bytes
-from saegrid.errors import StoreError
+from saegrid.config import explain
+from saegrid.errors import DamagedError, StoreError
+from saegrid.sealed import read_sealed
 from saegrid.transfer import received, sent
 
-FORMAT = 1
+FORMAT = 2
+MEND = "delete the folder, or `python -m saegrid mend GRID`, to have it collected again"
 META = ("token_ids", "positions", "prompts")
 BUFFER_SHARDS = 8
 """Shards whose rows are shuffled together (at 16,384 rows of 896 float16 values each: 235 MB)."""
@@ -205,36 +208,97 @@ class Store:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise StoreError(f"{path}: {error.strerror}; delete the folder to have it collected again") from None
+            raise StoreError(f"{path}: {error.strerror}; {MEND}") from None
         if entry["file"] not in self._checked:
             if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-                raise StoreError(
-                    f"{path}: damaged (not the SHA-256 of the manifest); delete the folder to have it collected again"
-                )
+                raise StoreError(f"{path}: damaged (not the SHA-256 of the manifest); {MEND}")
             self._checked.add(entry["file"])
-        return load(content)
+        return self._fitting(entry, content)
+
+    def _fitting(self, entry: dict[str, Any], content: bytes) -> dict[str, Tensor]:
+        """The tensors of a file, of the kind and shape that the manifest states."""
+        path = self.folder / entry["file"]
+        try:
+            tensors = load(content)
+        except Exception as error:  # SafetensorError, and what torch says of a kind of number that it lacks
+            raise StoreError(f"{path}: damaged ({error}); {MEND}") from None
+        stored = getattr(torch, self.manifest["act_dtype"])
+        wanted = {"mean": ((self.d_in,), torch.float32)}
+        if "rows" in entry:
+            wanted = {"acts": ((entry["rows"], self.d_in), stored)}
+            wanted |= dict.fromkeys(META, ((entry["rows"],), torch.int32))
+        if {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} != wanted:
+            raise StoreError(f"{path}: damaged (not the tensors that the manifest states); {MEND}")
+        return tensors
+
+    def check(self) -> None:
+        """Hold every file against its hash. Raises `StoreError`."""
+        shards = self.manifest["shards"]
+        for entry in [*shards["train"], *shards["val"], self.manifest["mean"]]:
+            self._read(entry)
+
+
+class _Entry(BaseModel):
+    """One file of a store."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    file: str = Field(pattern=r"^(train-\d{5,9}|val-\d{5,9}|mean)\.safetensors$")
+    bytes: int = Field(ge=1)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class _Shard(_Entry):
+    rows: int = Field(ge=1)
+
+
+class _Shards(BaseModel):
+    train: list[_Shard] = Field(min_length=1)
+    val: list[_Shard] = Field(min_length=1)
+
+
+class _Model(BaseModel):
+    sha256: str | None
+
+
+class _Statistics(BaseModel):
+    rows: int
+    sq_norm_centred: float
+    max_norm: float
+
+
+class _Manifest(BaseModel):
+    """What is read of a manifest; it may hold more."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    d_in: int = Field(ge=1)
+    act_dtype: Literal["float16", "float32"]
+    shards: _Shards
+    mean: _Entry
+    data_sha256: str
+    model: _Model
+    statistics: dict[Literal["train", "val"], _Statistics]
+    parameters: dict[str, Any]
+    sources: dict[str, str]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a store whose files are all there with their sizes. Raises `StoreError`."""
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise StoreError(f"{path}: store format {manifest['format']}, where this version reads {FORMAT}")
+        manifest = read_sealed(path)
+        if manifest.get("format") != FORMAT:
+            raise StoreError(f"{path}: store format {manifest.get('format')}, where this version reads {FORMAT}")
+        _Manifest.model_validate(manifest)
         for entry in [*manifest["shards"]["train"], *manifest["shards"]["val"], manifest["mean"]]:
             size = (folder / entry["file"]).stat().st_size
             if size != entry["bytes"]:
-                raise StoreError(
-                    f"{folder / entry['file']}: damaged ({size} bytes, not {entry['bytes']}); "
-                    "delete the folder to have it collected again"
-                )
+                raise StoreError(f"{folder / entry['file']}: damaged ({size} bytes, not {entry['bytes']}); {MEND}")
     except OSError as error:
-        raise StoreError(f"{error.filename}: {error.strerror}; delete the folder to have it collected again") from None
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(f"{path}: damaged ({error!r}); delete the folder to have it collected again") from None
+        raise StoreError(f"{error.filename}: {error.strerror}; {MEND}") from None
+    except DamagedError as error:
+        raise StoreError(f"{error}; {MEND}") from None
+    except ValidationError as error:
+        raise StoreError(f"{path}: damaged ({explain(error)}); {MEND}") from None
     return manifest
 
 

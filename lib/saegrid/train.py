@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import pickle
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +13,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from saegrid.atomic import replacing, write_text
+from saegrid import checkpoint
+from saegrid.atomic import write_text
 from saegrid.config import RunConfig
-from saegrid.errors import SaegridError
+from saegrid.errors import ConfigError, DamagedError, SaegridError
 from saegrid.kernels.reference import Params, Rule, StepSettings, TrainState
 from saegrid.metrics import SINK_RATIO
 from saegrid.sae import SAE, JumpReLU, initial_sae
 from saegrid.store import Store
 
+CHECKPOINT = "checkpoint.safetensors"
 CALIBRATION_ROWS = 65_536
 """At most so many validation rows set BatchTopK's threshold."""
 CHECK_STEPS = 100
@@ -41,6 +42,13 @@ class Progress:
     best_val_mse: float = math.inf
     best_epoch: int = -1
     curve: list[dict] = field(default_factory=list)
+    seconds: float = 0.0  # of training, over all resumes
+    _since: float = field(default_factory=time.perf_counter)
+
+    def lap(self) -> None:
+        """Add the time since the last lap to `seconds`."""
+        now = time.perf_counter()
+        self.seconds, self._since = self.seconds + now - self._since, now
 
 
 def train(
@@ -67,24 +75,38 @@ def train(
 
     Raises:
         SaegridError: the loss is no longer finite; the message names the step, or on a GPU the steps.
+        ConfigError: a batch is larger than the training rows.
     """
+    if config.batch_size > store.n_train:
+        raise ConfigError(f"batch_size = {config.batch_size}: at most the {store.n_train} training rows")
     sae = initial_sae(config, store.d_in, store.mean)
     if isinstance(sae, JumpReLU) and config.threshold_unit == "rms":
         sae.threshold = config.threshold * rms_pre_acts(sae.params, next(store.batches("train", config.batch_size)))
     sae.to(device)
-    checkpoint = run_dir / "checkpoint.pt"
-    progress = load_checkpoint(checkpoint, sae) or Progress(TrainState.start(sae.params), _copy(sae.params))
+    path = run_dir / CHECKPOINT
+    progress = _resumed(path, sae, config.run_id) or Progress(TrainState.start(sae.params), _copy(sae.params))
     report(progress.epoch * store.n_train + progress.rows)
     while progress.epoch < config.epochs:
-        _epoch(config, store, kernel, matmul, sae, progress, checkpoint, report)
+        _epoch(config, store, kernel, matmul, sae, progress, path, report)
         _validate(config, store, kernel, sae, progress)
         write_text(run_dir / "metrics.jsonl", "".join(json.dumps(point) + "\n" for point in progress.curve))
-        save_checkpoint(checkpoint, progress)
+        save_checkpoint(path, progress, config.run_id)
     for weights, best in zip(sae.params, progress.best, strict=True):
         weights.copy_(best)
     if sae.arch == "BatchTopK":
         sae.inference_threshold = calibrated_threshold(sae, store, config.batch_size, kernel)
+    progress.lap()
     return sae, progress
+
+
+def _resumed(path: Path, sae: SAE, run_id: str) -> Progress | None:
+    """The run's checkpoint; a damaged one is named and dropped, and the run starts again."""
+    try:
+        return load_checkpoint(path, sae, run_id)
+    except DamagedError as error:
+        print(f"{error}; the run starts again", flush=True)
+        path.unlink(missing_ok=True)
+        return None
 
 
 def learning_rate(config: RunConfig, step: int, steps: int) -> float:
@@ -93,7 +115,7 @@ def learning_rate(config: RunConfig, step: int, steps: int) -> float:
     return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def _epoch(config, store, kernel, matmul, sae, progress: Progress, checkpoint: Path, report) -> None:
+def _epoch(config, store, kernel, matmul, sae, progress: Progress, path: Path, report) -> None:
     steps = config.epochs * math.ceil(store.n_train / config.batch_size)
     state, seen = progress.state, progress.state.step
     batches = store.batches(
@@ -113,7 +135,7 @@ def _epoch(config, store, kernel, matmul, sae, progress: Progress, checkpoint: P
             _read_loss(config, progress, seen)
             seen = state.step
         if at_checkpoint:
-            save_checkpoint(checkpoint, progress)
+            save_checkpoint(path, progress, config.run_id)
     _read_loss(config, progress, seen)
 
 
@@ -138,6 +160,10 @@ def _validate(config, store, kernel, sae, progress: Progress) -> None:
         fired[codes.latents.long()] = True
     steps = config.epochs * math.ceil(store.n_train / config.batch_size)
     val_mse = sq_error / (store.n_val * store.d_in)
+    if not math.isfinite(val_mse):
+        raise SaegridError(
+            f"lr = {config.lr:g}: the validation loss is {val_mse} at step {progress.state.step}; try a smaller one"
+        )
     progress.curve.append(
         {
             "epoch": progress.epoch,
@@ -194,38 +220,42 @@ def rms_pre_acts(params: Params, x: Tensor) -> float:
     return torch.addmm(params.b_enc, x - params.b_pre, params.W_enc.T).double().square().mean().sqrt().item()
 
 
-def save_checkpoint(path: Path, progress: Progress) -> None:
-    """Write all of `progress`, on the CPU: any device can go on from it."""
-    plain = {name: value for name, value in vars(progress).items() if name not in ("state", "best")}
+def save_checkpoint(path: Path, progress: Progress, run_id: str) -> None:
+    """Write all of `progress`. Raises `DiskError`; the checkpoint before it is then unchanged."""
+    progress.lap()
     state = progress.state
-    content = {"plain": plain, "step": state.step, "best": _on(progress.best, "cpu")._asdict()}
-    content |= {name: _on(getattr(state, name), "cpu")._asdict() for name in ("params", "m", "v")}
-    with replacing(path) as temporary:
-        torch.save(content, os.fspath(temporary))
+    parts = {"weights": state.params, "m": state.m, "v": state.v, "best": progress.best}
+    tensors = {f"{part}.{name}": t for part, params in parts.items() for name, t in params._asdict().items()}
+    plain = {name: value for name, value in vars(progress).items() if name not in ("state", "best", "_since")}
+    checkpoint.write(path, tensors, {"run_id": run_id, "step": state.step, "plain": plain})
 
 
-def load_checkpoint(path: Path, sae: SAE) -> Progress | None:
+def load_checkpoint(path: Path, sae: SAE, run_id: str) -> Progress | None:
     """The progress that a checkpoint holds, with the SAE's own tensors as weights; None where there is none.
 
     Raises:
-        SaegridError: the file is damaged or of another shape.
+        DamagedError: the file is damaged, of another shape, or another run's.
     """
     if not path.exists():
         return None
+    tensors, facts = checkpoint.read(path)
     try:
-        content = torch.load(os.fspath(path), weights_only=True, map_location="cpu")
-        for name, weights in sae.params._asdict().items():
-            weights.copy_(content["params"][name])
-        m, v, best = (_on(Params(**content[name]), sae.device) for name in ("m", "v", "best"))
-        return Progress(TrainState(sae.params, m, v, content["step"]), best, **content["plain"])
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise SaegridError(f"{path}: damaged checkpoint; delete it to start the run again ({reason})") from None
+        if facts["run_id"] != run_id:
+            raise DamagedError(f"{path}: damaged checkpoint (of the run {facts['run_id']})")
+        targets = sae.params._asdict().items()
+        parts = {
+            part: Params(**{name: tensors[f"{part}.{name}"].reshape(t.shape).to(t.device) for name, t in targets})
+            for part in ("weights", "m", "v", "best")
+        }
+        progress = Progress(TrainState(sae.params, parts["m"], parts["v"], facts["step"]), parts["best"])
+        for name, value in facts["plain"].items():
+            setattr(progress, name, value)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise DamagedError(f"{path}: damaged checkpoint ({error!r})") from None
+    for target, saved in zip(sae.params, parts["weights"], strict=True):
+        target.copy_(saved)
+    return progress
 
 
 def _copy(params: Params) -> Params:
     return Params(*(tensor.clone() for tensor in params))
-
-
-def _on(params: Params, device: str) -> Params:
-    return Params(*(tensor.to(device) for tensor in params))

@@ -52,8 +52,11 @@ def as_model(model: type[Model], content: dict[str, Any], where: Path) -> Model:
         raise SaeFileError(f"{where}: {missing if first['type'] == 'missing' else explain(error)[:300]}") from None
 
 
-def read_pt(path: Path) -> Any:
+def read_pt(path: Path, mmap: bool = False) -> Any:
     """What a `.pt` file holds, tensors and plain containers alone (`weights_only=True`).
+
+    Args:
+        mmap: leave the tensors on disk until they are used: for files larger than memory.
 
     Raises:
         SaeFileError: no such file, not of this kind, or a pickle that would import or call anything else; it is
@@ -65,7 +68,7 @@ def read_pt(path: Path) -> Any:
         raise SaeFileError(f"{path}: {error.strerror}") from None
     with file, warnings.catch_warnings(action="ignore"):
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(str(path) if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
         except Exception as error:  # a damaged or hostile file can make the unpickler raise nearly anything
             raise SaeFileError(f"{path}: not a state dict of tensors: {_pickle_fault(error)}") from None
 

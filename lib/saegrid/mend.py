@@ -1,0 +1,105 @@
+"""Find what is damaged in a grid's stores, runs and tables, and drop its commit marker: the next run makes it again.
+
+A store counts once its `manifest.json` is there, its baseline by `baseline.json`, a run by `metrics.json`, the tables
+by `SHA256SUMS`; each states the SHA-256 of what belongs to it. Free of torch, as every workflow begins with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from saegrid import results
+from saegrid.atomic import disk_errors
+from saegrid.errors import DamagedError, SaegridError
+from saegrid.grid import Grid
+from saegrid.sealed import SUMS, check_sums, file_sha256, read_bytes, read_sealed
+
+
+def mend(grid: Grid, root: str | Path = ".") -> list[str]:
+    """Drop what is damaged and not in use. Returns a line for each, in the order in which it was found."""
+    root = Path(root)
+    stores = {root / run.store_dir / run.store_id for run in grid.runs()}
+    runs = {root / run.runs_dir / run.run_id: run.run_id for run in grid.runs()}
+    found: list[str] = []
+    for folder in sorted(stores):
+        found += _dropped(folder, folder.with_name(f".{folder.name}.lock"), _store_faults(folder))
+    for folder, run_id in runs.items():
+        found += _dropped(folder, folder / ".lock", _run_faults(folder, run_id))
+    found += _dropped(root / grid.results_dir, None, _table_faults(root / grid.results_dir))
+    return found
+
+
+def _dropped(folder: Path, lock: Path | None, faults: Iterator[tuple[str, list[str]]]) -> list[str]:
+    """Remove the markers of what is at fault, unless another process holds the folder's lock."""
+    if not folder.is_dir():
+        return []
+    lines = []
+    try:
+        with FileLock(lock, timeout=0) if lock else disk_errors(folder):
+            for line, markers in faults:
+                for marker in markers:
+                    with disk_errors(folder / marker):
+                        (folder / marker).unlink(missing_ok=True)
+                lines.append(f"{line}; it is made again")
+    except Timeout:  # at work: what it reads, it checks itself
+        pass
+    return lines
+
+
+def _store_faults(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    manifest = folder / "manifest.json"
+    if not manifest.exists():
+        return
+    try:
+        data = _check_manifest(folder)
+    except DamagedError as error:
+        yield str(error), ["manifest.json", "baseline.json"]
+        return
+    if (folder / "baseline.json").exists():
+        try:
+            _check_baseline(folder, data)
+        except DamagedError as error:
+            yield str(error), ["baseline.json"]
+
+
+def _check_manifest(folder: Path) -> str:
+    """Hold a store's files against its manifest. Returns the hash of its rows."""
+    path = folder / "manifest.json"
+    content = read_sealed(path)
+    try:
+        for entry in [*content["shards"]["train"], *content["shards"]["val"], content["mean"]]:
+            name = Path(entry["file"]).name
+            if file_sha256(folder / name) != entry["sha256"]:
+                raise DamagedError(f"{folder / name}: damaged (not the SHA-256 in {path.name})")
+        return content["data_sha256"]
+    except (KeyError, TypeError) as error:
+        raise DamagedError(f"{path}: damaged ({error!r})") from None
+
+
+def _check_baseline(folder: Path, data_sha256: str) -> None:
+    path = folder / "baseline.json"
+    content = read_sealed(path)
+    if content.get("data_sha256") != data_sha256:
+        raise DamagedError(f"{path}: damaged (another store's)")
+    if hashlib.sha256(read_bytes(folder / "baseline.safetensors")).hexdigest() != content.get("x_sha256"):
+        raise DamagedError(f"{folder / 'baseline.safetensors'}: damaged (not the SHA-256 in {path.name})")
+
+
+def _run_faults(folder: Path, run_id: str) -> Iterator[tuple[str, list[str]]]:
+    if (folder / "metrics.json").exists():
+        try:
+            results.check_run(folder, run_id)
+        except SaegridError as error:
+            yield str(error).removesuffix(f"; {results.MEND}"), ["metrics.json"]
+
+
+def _table_faults(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    if (folder / SUMS).exists():
+        try:
+            check_sums(folder)
+        except DamagedError as error:
+            yield str(error), [*results.TABLES, SUMS]
