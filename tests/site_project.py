@@ -13,7 +13,7 @@ from saegrid.atomic import write_json
 ROOT = Path(__file__).parents[1]
 SOURCES = ["_quarto.yml", "index.qmd", "method.qmd", "reproduce.qmd", "notebooks", "lib"]
 NOTEBOOKS = ["findings", "results", "frontier", "latents"]
-HOSTILE = ["</script><script>document.title='broken'</script>", '"><b>', "&lt;"]
+HOSTILE = ["$x$", "{{< include gone.md >}}", "</script><script>document.title='broken'</script>", '"><b>', "&lt;"]
 """Texts of tokens that must come out as text."""
 
 

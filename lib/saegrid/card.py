@@ -138,11 +138,14 @@ def findings_table(own: list[Finding], published: list[Finding], page: str | Non
             f'<tr><th scope="row" class="wrap">{title}<span class="claim">{escape(ours.claim)}</span></th>'
             f'<td class="text">{verdict(ours)}</td>'
             f'<td class="text">{escape(ours.effect_text)}<span class="claim">{escape(ours.effect_name)}</span></td>'
-            f'<td class="text">{verdict(theirs)}</td></tr>'
+            f'<td class="text">{verdict(theirs)}{_their_effect(theirs)}</td></tr>'
         )
     heads = ["Published claim", "Verdict here", 'Effect, 95% interval <span class="unit">nats/token</span>']
-    heads += ["Published rows"]
-    caption = "Verdicts on this grid's rows and on the published ones; intervals by paired bootstrap over templates."
+    heads += ['On the published rows <span class="unit">nats/token</span>']
+    caption = (
+        "Verdicts on this grid's rows and on the published ones. Intervals by paired bootstrap over templates; the "
+        "published rows allow none."
+    )
     return html_block(
         f'<div class="table-scroll" role="region" tabindex="0" aria-label="The five findings">\n'
         f'<table class="table results" data-quarto-disable-processing="true">\n<caption>{caption}</caption>\n'
@@ -152,6 +155,11 @@ def findings_table(own: list[Finding], published: list[Finding], page: str | Non
         + "\n".join(rows)
         + "\n</tbody>\n</table>\n</div>"
     )
+
+
+def _their_effect(finding: Finding) -> str:
+    """The effect on the published rows, which have no per-prompt losses and so no interval."""
+    return "" if finding.effect is None else f'<span class="claim">{escape(finding.effect_text)}</span>'
 
 
 def verdict(finding: Finding) -> str:

@@ -107,7 +107,7 @@ def browser(data: Mapping[str, Any], chunks: str) -> Markdown:
         '<table class="table table-sm results" data-quarto-disable-processing="true" data-tools="latents" '
         f'data-filter-label="Search tokens">\n<caption>{escape(caption)}</caption>\n'
         f"<thead><tr>{''.join(heads)}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody></table></div></div>\n"
-        '<div class="latent-shown" aria-live="polite"></div>\n</div>'
+        '<div class="latent-shown"></div>\n</div>'
     )
 
 

@@ -1,14 +1,9 @@
-"""Plots of the report: `plot(df, *, ax=None) -> Axes`. Long-form data in; no files read, nothing saved or shown.
-
-Colours are told apart by readers with any colour vision and on light and dark pages alike, and never alone: shape,
-size or a label says the same. Ink is a stand-in that `figure` turns into the page's own text colour.
-"""
+"""Plots of the report: `plot(df, *, ax=None) -> Axes`. Long-form data in; no files read, nothing saved or shown."""
 
 from __future__ import annotations
 
-import functools
 import io
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from html import escape
 
 import matplotlib.pyplot as plt
@@ -20,54 +15,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from saegrid.results import DENSE_SHARE_PCT, candidates
+from saegrid.style import ABOVE, INK, MARKERS, PALETTE, STYLE, WIDE, styled
 from saegrid.svg import page_svg
 from saegrid.tables import Markdown, header, html_block, number
-
-INK = "#0a0b0c"
-PALETTE = {"BatchTopK": "#d55e00", "TopK": "#3a86c8", "JumpReLU": "#009e73"}
-"""Vermillion, blue and green after Okabe and Ito; the blue lighter, for 3:1 contrast on white and on near-black."""
-MARKERS = {"BatchTopK": "o", "TopK": "s", "JumpReLU": "^"}
-ABOVE = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "columnspacing": 1.4, "handletextpad": 0.3}
-"""A legend above the plot, where it hides nothing and leaves a phone the whole width."""
-WIDE = 50.0
-"""Values that span more than this factor get a logarithmic axis."""
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "saegrid",
-    "font.size": 10.0,
-    "font.family": "sans-serif",
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 11.0,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": INK,
-    "grid.alpha": 0.12,
-    "grid.linewidth": 0.8,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-}
-
-
-def _styled(plot: Callable[..., Axes]) -> Callable[..., Axes]:
-    """Run a plot in the report's style; with no `ax` it draws on a figure of its own."""
-
-    @functools.wraps(plot)
-    def styled(df: pd.DataFrame, *, ax: Axes | None = None, **options) -> Axes:
-        with plt.rc_context(STYLE):
-            if ax is None:
-                _, ax = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-            return plot(df, ax=ax, **options)
-
-    return styled
 
 
 def pareto(df: pd.DataFrame, y: str, x: str = "l0", lower_is_better: bool = True) -> pd.DataFrame:
@@ -77,7 +27,7 @@ def pareto(df: pd.DataFrame, y: str, x: str = "l0", lower_is_better: bool = True
     return rows[(rows[y] == best) & ~best.duplicated()]
 
 
-@_styled
+@styled
 def frontier(
     df: pd.DataFrame, *, y: str = "delta_loss", ax: Axes | None = None, lower_is_better: bool = True, links: str = ""
 ) -> Axes:
@@ -115,7 +65,7 @@ def frontier(
     return ax
 
 
-@_styled
+@styled
 def heatmap(df: pd.DataFrame, *, metric: str = "delta_loss", ax: Axes | None = None) -> Axes:
     """Architecture and K or threshold down, expansion across, the value written in each field (mean over seeds)."""
     rows = df.assign(setting=[setting(row) for row in df.to_dict("records")])
@@ -132,7 +82,7 @@ def heatmap(df: pd.DataFrame, *, metric: str = "delta_loss", ax: Axes | None = N
     return ax
 
 
-@_styled
+@styled
 def dead_latents(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Share of dead latents over K, one line an architecture and expansion (mean over seeds)."""
     rows = df[df["k"].notna()].astype({"k": int})
@@ -156,7 +106,7 @@ def dead_latents(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-@_styled
+@styled
 def learning_curves(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """MSE over the epochs: validation, one line a run; of a single run the training rows' too (dashed)."""
     df = _as_runs(df)
@@ -180,7 +130,7 @@ def learning_curves(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-@_styled
+@styled
 def firing_histogram(df: pd.DataFrame, *, n_rows: int = 0, ax: Axes | None = None) -> Axes:
     """Histogram of how often latents fire. Latents that never fire are left out: they are dead.
 
@@ -207,7 +157,7 @@ def firing_histogram(df: pd.DataFrame, *, n_rows: int = 0, ax: Axes | None = Non
     return ax
 
 
-@_styled
+@styled
 def error_by_position(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Squared reconstruction error by token position, beside the variance there: the sink shows at the first one.
 
@@ -230,7 +180,7 @@ def error_by_position(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-@_styled
+@styled
 def against_published(df: pd.DataFrame, *, metric: str = "delta_loss", ax: Axes | None = None) -> Axes:
     """One measure at every setting, ours (filled) and published (open) on one line each; `source` tells them apart."""
     rows = df.assign(setting=[f"{setting(row)}, {row['expansion']}x" for row in df.to_dict("records")])
