@@ -1,8 +1,10 @@
 """Hostile input: what the fuzzer found, arbitrary bytes and near misses, names that would reach elsewhere."""
 
+import functools
 import itertools
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,13 @@ from saegrid.sealed import read_sealed, write_sealed
 from saegrid.store import read_manifest
 
 FOUND = sorted(Path("tests/fuzz/found").glob("*/*"))
-quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@functools.cache
+def seeds_of(target):
+    with tempfile.TemporaryDirectory() as folder:
+        return targets.seeds(target, Path(folder) / "seeds")
 
 
 @pytest.mark.parametrize("path", FOUND, ids=lambda path: f"{path.parent.name}-{path.name[:12]}")
@@ -29,7 +37,7 @@ def test_what_the_fuzzer_found(path, tmp_path):
 
 @pytest.mark.parametrize("target", targets.TARGETS)
 def test_seeds_are_taken(target, tmp_path):
-    taken = [targets.check(target, seed, tmp_path / "in") for seed in targets.seeds(target, tmp_path / "seeds")]
+    taken = [targets.check(target, seed, tmp_path / "in") for seed in seeds_of(target)]
     assert any(taken)
 
 
@@ -38,7 +46,7 @@ def test_seeds_are_taken(target, tmp_path):
 @given(data=st.data())
 def test_changed_inputs_are_taken_or_refused(target, tmp_path, data):
     """A valid input with a stretch cut out, repeated, or replaced."""
-    content = data.draw(st.sampled_from(targets.seeds(target, tmp_path / "seeds")))
+    content = data.draw(st.sampled_from(seeds_of(target)))
     start = data.draw(st.integers(0, len(content)))
     end = data.draw(st.integers(start, min(len(content), start + 40)))
     middle = data.draw(st.one_of(st.binary(max_size=12), st.just(content[start:end] * 2), st.just(b"\xff" * 8)))

@@ -34,7 +34,7 @@ def model_card(df: pd.DataFrame, prompts: pd.DataFrame | None = None, *, title: 
     ax = plots.frontier(df, y="delta_loss", links=runs)
     own, published = claims.all_findings(df, prompts), claims.all_findings(results.published())
     return markdown(
-        f"{title}: {len(df)} runs." if title else f"{len(df)} runs.",
+        f"{escape(title)}: {len(df)} runs." if title else f"{len(df)} runs.",
         recommendation(df, prompts, runs),
         plots.figure(ax, alt=frontier_alt(df, "delta_loss"), caption=frontier_caption("delta_loss")),
         "## The five published findings, tested again",
