@@ -1,6 +1,7 @@
-# make report · test · lint · bench · peers · full · clean — each sets up what it needs.
+# make report · test · lint · bench · peers · full · chaos · fuzz · clean — each sets up what it needs.
 PYTHON ?= python3
 CORES ?= all
+FUZZ ?= activation_file dictionary_folder grid published_sae run_files sae_folder store
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # torch's idle OpenMP threads would spin, and take the cores from the run beside them
@@ -8,7 +9,7 @@ export OMP_WAIT_POLICY := PASSIVE
 SNAKEMAKE = snakemake -s workflow/Snakefile --cores $(CORES) --rerun-incomplete --quiet rules
 
 .DEFAULT_GOAL := report
-.PHONY: report full test lint bench peers clean setup
+.PHONY: report full test lint bench peers chaos fuzz clean setup
 
 setup: $(VENV)/.ready
 
@@ -42,6 +43,13 @@ $(VENV)-peers/.ready: benchmarks/requirements-peers.lock benchmarks/requirements
 bench: setup peers  ## a training step beside the peers': hours for all of it, see BENCH="--quick"
 	python benchmarks/bench.py $(BENCH)
 	python benchmarks/page.py
+
+chaos: setup  ## runs that are killed, starved and damaged, and have to end with the same bytes: CHAOS="--faults 50"
+	python tests/chaos.py $(CHAOS)
+
+fuzz: setup  ## every parser by coverage, ten minutes each: FUZZ="grid store"
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	for target in $(FUZZ); do python tests/fuzz/fuzz.py $$target .fuzz/$$target -max_total_time=600 || exit 1; done
 
 lint: setup
 	ruff check . && ruff format --check . && nbstripout --verify notebooks/*.ipynb && panache lint *.qmd

@@ -279,7 +279,8 @@ def full_disk(bench: Bench, place: Path, dice: random.Random) -> tuple[str, str]
     stored = sum(len(content) for name, content in bench.files.items() if name.startswith("activations/"))
     with mounted(place, 4096):
         given = _given_store(bench, place, dice)
-        size = stored + 150_000 * dice.random() if given else stored * dice.uniform(0.05, 1)
+        used = shutil.disk_usage(place).used
+        size = used + 150_000 * dice.random() if given else stored * dice.uniform(0.05, 1)
         subprocess.run(["mount", "-o", f"remount,size={int(size) // 4096 * 4096 + 4096}", place], check=True)
         outcome = run(lambda: _work(bench.config(place)))
         phase, told = bench.phase(place), _told(outcome, place)

@@ -40,7 +40,7 @@ def test_one_papermill_line_leaves_everything(trained):
     names = {path.name for path in run_dir.iterdir() if not path.name.startswith(".")}
     assert names == {
         *("config.json", "cfg.json", "sae.safetensors", "BatchTopK_exp1x_k16.pt", "metrics.json", "metrics.jsonl"),
-        *("timing.json", "prompts.csv", "latents.csv", "positions.csv"),
+        *("timing.json", "prompts.csv", "latents.csv", "positions.csv", "SHA256SUMS"),
     }
     metrics = json.loads((run_dir / "metrics.json").read_text())
     assert (metrics["arch"], metrics["k"], metrics["threshold"]) == ("BatchTopK", 16, None)

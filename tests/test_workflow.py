@@ -48,7 +48,7 @@ def test_every_run_leaves_its_files(smoke):
         folder = smoke / "runs" / run.run_id
         for name in (f"{run.name}.pt", "sae.safetensors", "cfg.json", "metrics.json", "metrics.jsonl", "train.ipynb"):
             assert (folder / name).stat().st_size > 0, name
-        assert not (folder / "checkpoint.pt").exists()
+        assert not (folder / "checkpoint.safetensors").exists()
 
 
 def test_the_tables_have_every_run_and_no_hole(smoke):

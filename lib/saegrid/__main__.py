@@ -14,6 +14,7 @@ from saegrid.errors import ConfigError, SaegridError
 from saegrid.fetch import local_folder
 from saegrid.grid import Grid, load_grid
 from saegrid.lm import lm_shape
+from saegrid.preflight import check
 from saegrid.prompts import check_dataset
 
 
@@ -121,7 +122,7 @@ def _collect(grid: Grid, store_id: str) -> None:
     stores = {run.store_id: run for run in grid.runs()}
     if store_id not in stores:
         raise SaegridError(f"store_id = {store_id!r}: the grid {grid.name} has {', '.join(stores)}")
-    stores[store_id].check_shape(*lm_shape(stores[store_id]))  # on the Hub, too
+    check(stores[store_id])  # with a model on the Hub, too
     from saegrid.run import prepare_store  # imports torch
 
     prepare_store(stores[store_id])

@@ -38,7 +38,7 @@ def model_card(df: pd.DataFrame, prompts: pd.DataFrame | None = None, *, title: 
     return markdown(
         recommendation(df, prompts, runs),
         key_numbers(best),
-        f"{title}: {swept_text(df)}" if title else swept_text(df),
+        f"{escape(title)}: {swept_text(df)}" if title else swept_text(df),
         plots.figure(ax, alt=alt, caption=caption),
         f"The recommended run costs least; fewer latents cost more, and the line joins the runs that none beats.{more}",
         "## Load the recommended SAE",

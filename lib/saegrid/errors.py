@@ -17,7 +17,9 @@ class SaegridError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(ascii_controls(str(message)).split())[:MAX_CHARACTERS])
+        line = " ".join(ascii_controls(str(message)).split())
+        half = MAX_CHARACTERS // 2 - 1
+        super().__init__(line if len(line) <= MAX_CHARACTERS else f"{line[:half]}…{line[-half:]}")
 
     def _render_traceback_(self) -> list[str]:
         return [f"{type(self).__name__}: {self}"]

@@ -38,8 +38,8 @@ class Grid(BaseModel):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     """Short name, used for folders."""
-    title: str
-    """One line for the report."""
+    title: str = Field(pattern=r"^[^<>\x00-\x1f]+$", max_length=300)
+    """One line of plain text for the report."""
     results_dir: str = "."
     """Where the CSV tables are written."""
     constants: dict[str, Any] = {}

@@ -27,9 +27,9 @@ from saegrid.errors import DamagedError, SaegridError, StoreError
 from saegrid.fetch import waiting_lock
 from saegrid.files import load_folder, save_sae
 from saegrid.lm import lm_shape, load_lm
-from saegrid.memory import check_fits
 from saegrid.metrics import SINK_RATIO, Reconstruction, median_norm, splice_metrics
-from saegrid.prompts import check_dataset, make_prompts
+from saegrid.preflight import check
+from saegrid.prompts import make_prompts
 from saegrid.published import published_files
 from saegrid.results import MEND, METRICS, check_run, load_run
 from saegrid.sae import SAE, JumpReLU
@@ -93,11 +93,9 @@ class Run:
     def __init__(self, config: RunConfig):
         die_with_papermill()
         self.folder = Path(config.runs_dir) / config.run_id
-        config.check_training()
-        check_dataset(config)
+        check(config)
         if config.activations:
             published_files(config)
-        check_fits(config, lm_shape(config)[0])
         self._lock = contextlib.ExitStack()  # held until the process ends, or `close`
         self._lock.enter_context(waiting_lock(self.folder / ".lock"))
         sweep(self.folder)

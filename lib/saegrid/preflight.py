@@ -1,4 +1,4 @@
-"""Does a run fit into memory? Told before it starts, with the numbers; free of torch."""
+"""What can be wrong with a run is told before anything is loaded: its shape, its data, its memory. Free of torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 from saegrid.config import RunConfig
 from saegrid.errors import ConfigError
+from saegrid.lm import lm_shape
+from saegrid.prompts import check_dataset
 
 BASE = 700e6
 """Bytes of Python with torch, transformers, numba and pandas, and what a language model's pass takes on the way."""
@@ -19,6 +21,15 @@ SHARD_ROWS = 16_384
 """Rows of a shard."""
 BUFFER_SHARDS = 8
 """Shards whose rows are shuffled together (at 896 float16 values a row: 235 MB)."""
+
+
+def check(config: RunConfig) -> None:
+    """Hold a run against its model's shape, its rows, its dataset and the memory that is free. Raises `ConfigError`."""
+    d_in, n_layers = lm_shape(config)
+    config.check_shape(d_in, n_layers)
+    config.check_training()
+    check_dataset(config)
+    check_fits(config, d_in)
 
 
 def check_fits(config: RunConfig, d_in: int) -> None:

@@ -1,0 +1,134 @@
+"""Numbers that can't be used, and runs of the same bytes: by real runs on a tiny model."""
+
+import json
+import re
+
+import pytest
+import torch
+from tiny import D_IN, save_dataset, save_model
+
+from saegrid import results
+from saegrid.config import make_config
+from saegrid.errors import ConfigError, SaegridError, StoreError
+from saegrid.preflight import available, check_fits, needed
+from saegrid.run import Run
+
+SMALL = {"layer": 1, "max_tokens": 64, "train_tokens": 600, "val_tokens": 200, "eval_prompts": 4, "epochs": 2}
+SMALL |= {"batch_size": 64, "threads": 1, "kernel": "reference", "expansion": 4, "arch": "TopK", "k": 3}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    return {"model": save_model(folder / "model"), "dataset": save_dataset(folder / "data", train=60, test=20)}
+
+
+@pytest.fixture
+def config(sources, tmp_path):
+    places = {"runs_dir": str(tmp_path / "runs"), "store_dir": str(tmp_path / "activations")}
+
+    def make(**changes):
+        return make_config(**{**SMALL, **sources, **places, **changes})
+
+    return make
+
+
+def finish(config):
+    run = Run(config)
+    run.train()
+    run.evaluate()
+    run.close()
+    return run
+
+
+def acts(folder, train, val):
+    folder.mkdir()
+    torch.save(train, folder / "instruct_base_layer1_train.pt")
+    torch.save(val, folder / "instruct_base_layer1_val.pt")
+    return str(folder)
+
+
+GOOD = torch.randn(300, D_IN, generator=torch.Generator().manual_seed(0))
+BAD = {
+    "a NaN": (GOOD.clone().index_fill_(0, torch.tensor([7]), float("nan")), GOOD, "train activations hold NaN"),
+    "an infinity": (GOOD, GOOD.clone().fill_(float("inf")), "val activations hold NaN or infinity"),
+    "constant rows": (torch.ones(300, D_IN), GOOD, "the 300 train rows are all the same"),
+    "constant validation": (GOOD, torch.ones(300, D_IN), "the 300 val rows are all the same"),
+    "zero vectors": (torch.zeros(300, D_IN), GOOD, "the 300 train rows are all the same"),
+    "one row": (GOOD[:1], GOOD, r"shape \[1, 16\]"),
+    "no rows": (GOOD[:0], GOOD, r"shape \[0, 16\]"),
+    "too few for a batch": (GOOD[:50], GOOD, "batch_size = 64: at most the 50 training rows"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_rows_that_can_not_be_used_stop_the_run_in_one_line(config, tmp_path, case):
+    train, val, words = BAD[case]
+    bad = config(activations=acts(tmp_path / "files", train, val))
+    with pytest.raises(SaegridError, match=words) as error:
+        finish(bad)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "runs" / bad.run_id / "metrics.json").exists()
+
+
+def test_one_validation_row_is_refused(config):
+    with pytest.raises(StoreError, match="val_tokens = 1: the 1 val rows are all the same"):
+        finish(config(val_tokens=1))
+
+
+def test_a_loss_that_diverges_stops_the_run(config, tmp_path):
+    with pytest.raises(SaegridError, match=r"lr = 1e\+20: the (validation )?loss is (nan|inf) at step \d+"):
+        finish(config(lr=1e20, arch="JumpReLU", k=0, threshold=1e-6))
+    assert not list((tmp_path / "runs").glob("*/metrics.json"))
+
+
+@pytest.mark.parametrize("kernel", ["reference", "cpu"])
+def test_an_sae_of_dead_latents_has_finite_metrics(config, kernel):
+    run = finish(config(arch="JumpReLU", k=0, threshold=1e9, kernel=kernel))
+    row = results.load_run(run.folder, run.run_id)
+    assert row["l0"] == row["l0_eval"] == 0.0 and row["dead_pct"] == 100.0
+    assert row["nmse"] > 0 and row["delta_loss"] == row["delta_loss"]
+    assert (results.load_latents(results.tidy([run.run_id], run.folder.parent), run.folder.parent)["fired"] == 0).all()
+
+
+@pytest.mark.parametrize("kernel", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    "arch", [{"arch": "BatchTopK"}, {"arch": "TopK"}, {"arch": "JumpReLU", "k": 0, "threshold": 0.5}]
+)
+def test_the_same_run_twice_has_the_same_bytes(config, tmp_path, kernel, arch):
+    made = []
+    for name in ("first", "second"):
+        run = finish(config(**arch, kernel=kernel, runs_dir=str(tmp_path / name)))
+        made.append({p.name: p.read_bytes() for p in run.folder.iterdir() if p.name not in ("timing.json", ".lock")})
+    assert made[0] == made[1] and len(made[0]) == 10
+
+
+@pytest.mark.parametrize("kernel", ["reference", "cpu"])
+def test_thread_counts_agree(config, kernel):
+    """To 1e-4 of each metric after 20 steps: sums in another order; the cpu kernel's own loops have none."""
+    rows = [results.load_run(finish(config(kernel=kernel, threads=threads)).folder) for threads in (1, 2)]
+    for name in results.METRICS:
+        assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-4, abs=1e-6), name
+
+
+def test_a_run_that_does_not_fit_says_so_with_the_numbers():
+    config = make_config(k=4, expansion=1024, batch_size=100_000)
+    with pytest.raises(
+        ConfigError, match=r"expansion = 1024.* about \d+\.\d GB of memory .* and \d+\.\d GB are free"
+    ) as error:
+        check_fits(config, 896)
+    stated = float(re.search(r"about ([\d.]+) GB", str(error.value))[1])
+    assert stated == pytest.approx(needed(config, 896) / 1e9, abs=0.06)
+    assert needed(make_config(k=4, train_tokens=10**7), 896) == needed(make_config(k=4, train_tokens=10**9), 896)
+    assert 0 < available() < 2**50
+
+
+def test_a_finished_run_with_a_number_changed_by_hand_is_made_again(config):
+    run = finish(config())
+    path = run.folder / "metrics.json"
+    before = path.read_bytes()
+    path.write_text(json.dumps(json.loads(before) | {"delta_loss": -1.0}))
+    with pytest.raises(results.ResultsError, match=r"metrics\.json: damaged .*mend GRID"):
+        results.tidy([run.run_id], run.folder.parent)
+    assert not Run(config()).finished
+    assert finish(config()).finished and path.read_bytes() == before

@@ -1,0 +1,193 @@
+"""Bad parameters: every mistake is one line that names parameter and value, with an exit code, within seconds."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from saegrid.config import RunConfig
+from saegrid.grid import load_grid
+
+SECONDS, PAPERMILL_SECONDS = 5, 15
+TOPK = {"arch": "TopK", "k": 4}
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_TOKEN": ""}
+
+# (constants over a TopK with k = 4, words that the line must have)
+POINTS = [
+    ({"k": -1}, ["k = -1", "greater than or equal to 0"]),
+    ({"k": 0}, ["k = 0", "at least 1"]),
+    ({"k": "many"}, ["k = 'many'", "integer"]),
+    ({"k": 3.5}, ["k = 3.5", "integer"]),
+    ({"k": True}, ["k = True", "integer"]),
+    ({"k": None}, ["k = None", "integer"]),
+    ({"k": [4]}, ["k = [4]", "integer"]),
+    ({"k": 4609, "expansion": 8}, ["k = 4609", "at most d_sae", "4608"]),
+    ({"arch": "ReLU"}, ["arch = 'ReLU'", "'TopK', 'BatchTopK' or 'JumpReLU'"]),
+    ({"threshold": 0.5}, ["threshold = 0.5", "not a parameter of TopK"]),
+    ({"arch": "BatchTopK", "threshold": 0.5}, ["threshold = 0.5", "not a parameter of BatchTopK"]),
+    ({"arch": "JumpReLU"}, ["k = 4", "not a parameter of JumpReLU"]),
+    ({"arch": "JumpReLU", "k": 0}, ["threshold = 0.0", "above 0"]),
+    ({"arch": "JumpReLU", "k": 0, "threshold": -0.5}, ["threshold = -0.5", "greater than or equal to 0"]),
+    ({"arch": "JumpReLU", "k": 0, "threshold": float("inf")}, ["threshold = inf", "finite"]),
+    ({"threshold_unit": "furlong"}, ["threshold_unit = 'furlong'", "'absolute' or 'rms'"]),
+    ({"expansion": 0}, ["expansion = 0", "greater than or equal to 1"]),
+    ({"expansion": 0.5}, ["expansion = 0.5", "integer"]),
+    ({"expansion": 1025}, ["expansion = 1025", "less than or equal to 1024"]),
+    ({"layer": -1}, ["layer = -1", "greater than or equal to 0"]),
+    ({"layer": 30}, ["layer = 30", "layers 0 to 29"]),
+    ({"layer": "last"}, ["layer = 'last'", "integer"]),
+    ({"site": "mlp_out"}, ["site = 'mlp_out'", "'resid_post'"]),
+    ({"lm_dtype": "float8"}, ["lm_dtype = 'float8'", "'float32' or 'bfloat16'"]),
+    ({"act_dtype": "int8"}, ["act_dtype = 'int8'", "'float16' or 'float32'"]),
+    ({"text": "verse"}, ["text = 'verse'", "'plain' or 'chat'"]),
+    ({"max_tokens": 1}, ["max_tokens = 1", "greater than or equal to 2"]),
+    ({"train_tokens": 0}, ["train_tokens = 0", "greater than or equal to 1"]),
+    ({"train_tokens": 1e5}, ["train_tokens = 100000.0", "integer"]),
+    ({"val_tokens": 0}, ["val_tokens = 0", "greater than or equal to 1"]),
+    ({"eval_prompts": 0}, ["eval_prompts = 0", "greater than or equal to 1"]),
+    ({"data_seed": -1}, ["data_seed = -1", "greater than or equal to 0"]),
+    ({"epochs": 0}, ["epochs = 0", "greater than or equal to 1"]),
+    ({"epochs": "ten"}, ["epochs = 'ten'", "integer"]),
+    ({"batch_size": 0}, ["batch_size = 0", "greater than or equal to 1"]),
+    ({"batch_size": 2000, "train_tokens": 1000}, ["batch_size = 2000", "at most train_tokens = 1000"]),
+    ({"lr": 0}, ["lr = 0", "greater than 0"]),
+    ({"lr": float("nan")}, ["lr = nan"]),
+    ({"lr": "fast"}, ["lr = 'fast'", "number"]),
+    ({"lr_final": 2}, ["lr_final = 2", "less than or equal to 1"]),
+    ({"grad_clip": -1}, ["grad_clip = -1", "greater than or equal to 0"]),
+    ({"seed": 2**31}, ["seed = 2147483648", "less than 2147483648"]),
+    ({"seed": -1}, ["seed = -1", "greater than or equal to 0"]),
+    ({"b_pre_init": "median"}, ["b_pre_init = 'median'", "'zero' or 'mean'"]),
+    ({"encoder_init": "ones"}, ["encoder_init = 'ones'", "'kaiming' or 'decoder'"]),
+    ({"project_grad": "yes"}, ["project_grad = 'yes'", "boolean"]),
+    ({"checkpoint_steps": 0}, ["checkpoint_steps = 0", "greater than or equal to 1"]),
+    ({"kernel": "tpu"}, ["kernel = 'tpu'", "'cpu'"]),
+    ({"matmul": "int4"}, ["matmul = 'int4'", "'bf16'"]),
+    ({"threads": -1}, ["threads = -1", "greater than or equal to 0"]),
+    ({"runs_dir": ""}, ["runs_dir = ''", "at least 1 character"]),
+    ({"runs_dir": "a; rm -rf b"}, ["runs_dir = 'a; rm -rf b'", "folder"]),
+    ({"store_dir": "{wildcard}"}, ["store_dir = '{wildcard}'", "folder"]),
+    ({"model": ""}, ["model = ''", "at least 1 character"]),
+    ({"model": "/no/such/folder"}, ["model = '/no/such/folder'", "no such folder"]),
+    ({"model": "embedded:gpt5"}, ["model = 'embedded:gpt5'", "embedded:smollm2-135m-instruct"]),
+    ({"model": "../../etc/passwd"}, ["model = '../../etc/passwd'"]),
+    ({"dataset": "embedded:none"}, ["dataset = 'embedded:none'", "embedded:gsm_symbolic"]),
+    ({"dataset": "/no/such/folder"}, ["dataset = '/no/such/folder'", "no such folder"]),
+    ({"dataset": "lib"}, ["dataset = 'lib'", "train.jsonl"]),
+    ({"learning_rate": 1e-4}, ["learning_rate = 0.0001", "no such parameter", "lr"]),
+    ({"K": 4}, ["K = 4", "no such parameter"]),
+]
+GRIDS = [
+    ("", ["needs name, title"]),
+    ("[1, 2]", ["needs name, title"]),
+    ("name: [", ["not YAML"]),
+    ("name: g\nname: h\ntitle: t\naxes: [{k: [4]}]", ["name is there twice"]),
+    ("title: t\naxes: [{k: [4]}]", ["name is missing"]),
+    ("name: ../g\ntitle: t\naxes: [{k: [4]}]", ["name = '../g'", "pattern"]),
+    ("name: g\ntitle: t\naxes: {k: [4]}", ["axes = ", "list"]),
+    ("name: g\ntitle: t\naxes: [{k: 4}]", ["axes.0.k = 4", "list"]),
+    ("name: g\ntitle: t\naxes: [{k: []}]", ["axes", "0 runs"]),
+    ("name: g\ntitle: t\naxes: [{k: [4], runs_dir: [a, b]}]", ["runs_dir = ['a', 'b']", "not an axis"]),
+    ("name: g\ntitle: t\nresults_dir: $(id)\naxes: [{k: [4]}]", ["results_dir = '$(id)'", "folder"]),
+    (f"name: g\ntitle: t\naxes: [{{{', '.join(f'a{n}: [1, 2, 3, 4, 5, 6, 7, 8, 9]' for n in range(9))}}}]", ["runs"]),
+]
+OUR = [sys.executable, "-m", "saegrid"]
+COMMANDS = [
+    ([], ["command"]),
+    (["frobnicate"], ["frobnicate", "collect", "tables"]),
+    (["list"], ["grid"]),
+    (["list", "no.yaml"], ["no.yaml", "No such file"]),
+    (["list", "params"], ["params", "not a plain file"]),
+    (["list", "params/smoke.yaml", "--frob"], ["--frob"]),
+    (["collect", "params/smoke.yaml"], ["store_id"]),
+    (["collect", "params/smoke.yaml", "layer9_0"], ["store_id = 'layer9_0'", "layer12_"]),
+    (["tables", "params/qwen05b.yaml"], ["metrics.json", "not finished"]),
+    (["pages", "params/qwen05b.yaml"], ["results_tidy.csv"]),
+    (["publish", "params/qwen05b.yaml", "--repo", "no/id/x"], ["repo = 'no/id/x'", "namespace/repo_name"]),
+]
+
+
+def called(arguments):
+    """(process, seconds): of processor time, as the clock also tells what else the machine does."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=300)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def check(arguments, words, tmp_path):
+    done, seconds = called([*OUR, *arguments])
+    assert done.returncode == 2 and not done.stdout
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+    assert "Traceback" not in done.stderr
+    assert seconds < SECONDS
+    assert not list(tmp_path.glob("runs*"))
+
+
+@pytest.mark.parametrize(("changes", "words"), POINTS, ids=[" ".join(map(str, c.items())) for c, _ in POINTS])
+def test_a_bad_point(tmp_path, changes, words):
+    grid = {"name": "g", "title": "t", "constants": {**TOPK, **changes}, "axes": [{"seed": [3]}]}
+    if "seed" in changes:
+        grid = {"name": "g", "title": "t", "constants": {**TOPK, **changes}, "axes": [{"layer": [3]}]}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    check(["list", str(tmp_path / "grid.yaml")], words, tmp_path)
+
+
+def test_every_parameter_that_can_be_wrong_is_in_the_table():
+    free = {"model_revision", "dataset_revision", "activations_revision", "activations_stage", "activations"}
+    tried = {name for changes, _ in POINTS for name in changes}
+    assert set(RunConfig.model_fields) - tried == free  # any text will do for these
+
+
+@pytest.mark.parametrize(("text", "words"), GRIDS)
+def test_a_bad_grid_file(tmp_path, text, words):
+    (tmp_path / "grid.yaml").write_text(text)
+    check(["list", str(tmp_path / "grid.yaml")], words, tmp_path)
+
+
+@pytest.mark.parametrize(("arguments", "words"), COMMANDS, ids=[" ".join(a) for a, _ in COMMANDS])
+def test_a_bad_command(tmp_path, arguments, words):
+    check(arguments, words, tmp_path)
+
+
+def test_the_workflow_tells_a_bad_grid_in_one_line(tmp_path):
+    (tmp_path / "bad.yaml").write_text("name: g\ntitle: t\naxes: [{k: [-4]}]")
+    command = [sys.executable, "-m", "snakemake", "-s", "workflow/Snakefile", "--cores", "1", "--dry-run"]
+    done, _ = called([*command, "--config", f"grid={tmp_path}/bad.yaml"])
+    last = [line for line in done.stderr.splitlines() if line.strip()][-1]
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert last == "ConfigError: k = -4: input should be greater than or equal to 0"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        (["k=4", "batch_size=600", "train_tokens=500"], ["batch_size = 600", "at most train_tokens = 500"]),
+        (["k=4", "expansion=1024", "batch_size=100000"], ["expansion = 1024", "GB of memory", "are free"]),
+        (["k=4", "activations=notebooks"], ["activations = 'notebooks'", "needs instruct_base_layer12_train.pt"]),
+    ],
+)
+def test_papermill(tmp_path, parameters, words):
+    """Besides the cases of `test_notebooks.py`: what only the run's second cell can know."""
+    options = [word for pair in parameters for word in ("-p", *pair.split("=", 1))]
+    options += ["-p", "runs_dir", f"{tmp_path}/runs", "-p", "store_dir", f"{tmp_path}/activations"]
+    command = [sys.executable, "-m", "papermill", "notebooks/train.ipynb", str(tmp_path / "out.ipynb"), *options]
+    done, seconds = called([*command, "--no-progress-bar"])
+    last = [line for line in done.stderr.splitlines() if line.strip()][-1]
+    assert done.returncode != 0 and all(word in last for word in words), done.stderr[-2000:]
+    outputs = [o for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in cell.get("outputs", [])]
+    assert [output["traceback"] for output in outputs if output.output_type == "error"] == [[last]]
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "activations").exists()
+    assert seconds < PAPERMILL_SECONDS
+
+
+def test_every_preset_passes():
+    for path in Path("params").glob("*.yaml"):
+        for run in load_grid(path).runs():
+            run.check_training()
