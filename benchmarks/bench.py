@@ -131,6 +131,8 @@ class Bench:
         options, old = self.options, {}
         if options.keep and options.out.exists():
             old = json.loads(options.out.read_text(encoding="utf-8"))
+        for kept in old.get("races", []):
+            self.contending.setdefault((kept["peer"], kept["arch"]), contending(kept["contenders"][1:]))
         statistics = self.store.manifest["statistics"]["train"]
         missing = [peer for peer in options.peers if peer not in self.peers]
         notes = [f"{peer}: its environment is missing ({options.peers_python}); see `make peers`" for peer in missing]
