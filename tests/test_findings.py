@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saegrid import findings, intervals, results
+from saegrid import findings, intervals, published_table, results
 from saegrid.findings import FAILS, HOLDS, NOT_TESTABLE
 
 
@@ -74,9 +74,9 @@ def test_5_little_gain():
 
 
 def test_the_published_rows():
-    verdicts = [finding.verdict for finding in findings.all_findings(results.published())]
+    verdicts = [finding.verdict for finding in findings.all_findings(published_table.rows())]
     assert verdicts == [NOT_TESTABLE, NOT_TESTABLE, HOLDS, HOLDS, HOLDS]
-    sweet, dense, large = findings.all_findings(results.published())[2:]
+    sweet, dense, large = findings.all_findings(published_table.rows())[2:]
     assert sweet.effect == pytest.approx(0.247 - 0.406)
     assert "27.4 to 44.5% of its latents" in dense.sentence
     assert large.effect == pytest.approx(0.406 - 0.354)

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from saegrid import captions, charts, plots, results
+from saegrid import captions, charts, plots, published_table, results
 from saegrid.tables import number
 
 
@@ -24,7 +24,7 @@ def long(df, fake_runs):
         "firing_histogram": results.load_latents(df, fake_runs / "runs"),
         "error_by_position": results.load_positions(df, fake_runs / "runs"),
         **dict.fromkeys(["frontier", "heatmap", "dead_latents"], df),
-        "against_published": pd.concat([df, results.published()], ignore_index=True),
+        "against_published": pd.concat([df, published_table.rows()], ignore_index=True),
     }
 
 

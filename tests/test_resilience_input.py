@@ -17,8 +17,8 @@ import targets
 from saegrid import card, grid, results
 from saegrid.config import make_config
 from saegrid.errors import SaegridError, StoreError
+from saegrid.manifest import read_manifest
 from saegrid.sealed import read_sealed, write_sealed
-from saegrid.store import read_manifest
 
 FOUND = sorted(Path("tests/fuzz/found").glob("*/*"))
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

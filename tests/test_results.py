@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from conftest import reseal
 
-from saegrid import results
+from saegrid import published_table, results
 from saegrid.results import ResultsError
 
 
@@ -38,7 +38,9 @@ def test_published_files_hold_the_published_columns(fake_grid, fake_runs):
     folder = results.make(fake_grid, fake_runs)
     short, full = pd.read_csv(folder / "results.csv"), pd.read_csv(folder / "results_full.csv")
     assert list(full.columns[: len(results.PUBLISHED)]) == results.PUBLISHED
-    assert list(full.columns[: len(results.PUBLISHED)]) == list(results.published().columns[: len(results.PUBLISHED)])
+    assert list(full.columns[: len(results.PUBLISHED)]) == list(
+        published_table.rows().columns[: len(results.PUBLISHED)]
+    )
     assert set(short["arch"]) == {"BatchTopK", "TopK"}
     assert {"val_mse", "nmse", "dead_pct"} < set(short.columns)
     assert "delta_loss" not in short
@@ -118,7 +120,7 @@ def test_long_form_files_carry_the_axes(fake_grid, fake_runs):
 
 
 def test_published_rows_by_hand():
-    df = results.published()
+    df = published_table.rows()
     first = df.iloc[0]
     assert (first["name"], first["d_sae"], first["val_mse"]) == ("BatchTopK_exp4x_k220", 4 * 896, 0.0228)
     assert df["name"].iloc[-1] == "JumpReLU_exp8x_t0.1"
@@ -128,25 +130,25 @@ def test_published_rows_by_hand():
 
 def test_nmse_is_mse_over_one_pooled_variance():
     """Row 6 by hand: 0.0435 ± 0.00005 over 0.000915 ± 0.0000005. All nine bounds meet."""
-    df = results.published_intervals()
+    df = published_table.bounds()
     assert df.loc[5, "var_low"] == pytest.approx(0.04345 / 0.0009155)
     assert df.loc[5, "var_high"] == pytest.approx(0.04355 / 0.0009145)
-    low, high = results.meet(df, "var")
+    low, high = published_table.meet(df, "var")
     assert (round(low, 3), round(high, 3)) == (47.460, 47.584)
 
 
 def test_frac_rec_is_clean_over_spliced():
     """Row 1 by hand: f = 92.9 ± 0.05 %, delta = 0.247 ± 0.0005. All nine bounds meet."""
-    df = results.published_intervals()
+    df = published_table.bounds()
     assert df.loc[0, "ce_low"] == pytest.approx(0.9285 * 0.2465 / (1 - 0.9285))
     assert df.loc[0, "ce_high"] == pytest.approx(0.9295 * 0.2475 / (1 - 0.9295))
-    low, high = results.meet(df, "ce")
+    low, high = published_table.meet(df, "ce")
     assert (round(low, 3), round(high, 3)) == (3.201, 3.215)
 
 
 def test_frac_rec_is_not_the_fraction_of_loss_recovered():
-    df = results.published_intervals()
-    low, high = results.meet(df, "usual")
+    df = published_table.bounds()
+    low, high = published_table.meet(df, "usual")
     assert low > high
     assert df.loc[0, "usual_high"] <= 3.52
     assert df.loc[6, "usual_low"] >= 4.19
@@ -156,12 +158,12 @@ def test_dense_runs_are_no_candidates_unless_all_are():
     df = pd.DataFrame({"l0": [99.0, 100.0, 500.0], "d_sae": 1000})
     assert list(results.candidates(df)["l0"]) == [99.0]
     assert list(results.candidates(df.iloc[1:])["l0"]) == [100.0, 500.0]
-    published = results.candidates(results.published())
+    published = results.candidates(published_table.rows())
     assert set(published["arch"]) == {"BatchTopK", "JumpReLU"} and (published["l0"].fillna(0) < 717).all()
 
 
 def test_same_settings_stand_together_and_the_others_apart():
-    published = results.published()
+    published = published_table.rows()
     own = published.iloc[[1, 6]].assign(source="own", delta_loss=9.0)
     same, apart = results.same_settings(own, published)
     assert list(same["source"]) == ["own", "published"] * 2

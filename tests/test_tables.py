@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pandas as pd
 import pytest
 
-from saegrid import card, findings, results, tables
+from saegrid import card, findings, published_table, results, tables
 
 
 def parse(text):
@@ -35,7 +35,7 @@ def test_numbers(value, name, shown):
 
 
 def test_a_missing_value_is_a_dash_and_never_zero():
-    df = results.published()
+    df = published_table.rows()
     table = parse(tables.html_table(df, ["name", "k", "l0"], caption="Published"))
     rows = table.findall(".//tbody/tr")
     assert "".join(rows[0].findall("td")[1].itertext()) == "–"
@@ -45,7 +45,7 @@ def test_a_missing_value_is_a_dash_and_never_zero():
 
 
 def test_units_headers_caption_and_best():
-    df = results.published()
+    df = published_table.rows()
     table = parse(tables.html_table(df, ["name", "delta_loss", "frac_rec_pct"], caption="A & B"))
     heads = ["".join(head.itertext()) for head in table.findall(".//thead/tr/th")]
     assert heads == ["Run", "Delta loss nats/token", "frac_rec %"]
@@ -57,7 +57,7 @@ def test_units_headers_caption_and_best():
 
 
 def test_columns_that_hold_nothing_are_left_out():
-    df = results.published().assign(theta_over_rms=math.nan)
+    df = published_table.rows().assign(theta_over_rms=math.nan)
     table = parse(tables.html_table(df, ["name", "theta_over_rms", "nothing", "nmse"], caption="c"))
     assert len(table.findall(".//thead/tr/th")) == 2
 
@@ -70,14 +70,14 @@ def test_names_lead_to_their_runs_and_cells_carry_full_precision(fake_grid, fake
 
 
 def test_what_a_notebook_shows_is_markdown_and_no_html_output():
-    text = tables.html_table(results.published(), ["name", "nmse"], caption="c")
+    text = tables.html_table(published_table.rows(), ["name", "nmse"], caption="c")
     assert text._repr_markdown_() == text
     assert not hasattr(text, "_repr_html_")
     assert len(repr(text)) < 40
 
 
 def test_text_is_escaped():
-    df = results.published().head(1).assign(name="<b>&")
+    df = published_table.rows().head(1).assign(name="<b>&")
     table = parse(tables.html_table(df, ["name", "nmse"], caption="<i>"))
     assert table.find(".//tbody/tr/th").text == "<b>&"
 
@@ -120,7 +120,7 @@ def test_dense_runs_get_no_star_and_the_table_says_so():
 
 
 def test_settings_of_both_sweeps_are_shown_in_pairs():
-    published = results.published()
+    published = published_table.rows()
     own = published.head(2).assign(source="own", run_id=["a", "b"])
     table = parse(tables.beside(results.same_settings(own, published)[0], ["name", "source", "nmse"], links="runs/"))
     assert [row.find("td").text for row in table.findall(".//tbody/tr")] == ["own", "published"] * 2

@@ -19,10 +19,11 @@ from saegrid.config import STORE_FIELDS, RunConfig
 from saegrid.errors import ConfigError, StoreError
 from saegrid.fetch import files_sha256, replacing_folder, waiting_lock
 from saegrid.lm import LM, hidden_at, lm_shape, load_lm, weight_files
+from saegrid.manifest import FORMAT
 from saegrid.prompts import Prompt, make_prompts
 from saegrid.published import add_published, published_files
 from saegrid.sealed import write_sealed
-from saegrid.store import FORMAT, ShardWriter, Store
+from saegrid.store import ShardWriter, Store
 
 __all__ = ["Store", "collect", "open_store"]
 

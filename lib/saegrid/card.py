@@ -10,7 +10,7 @@ from html import escape
 
 import pandas as pd
 
-from saegrid import captions, intervals, plots, results
+from saegrid import captions, intervals, plots, published_table
 from saegrid import findings as claims
 from saegrid.findings import Finding
 from saegrid.tables import COLUMNS, MISSING, Markdown, html_block, html_table, markdown, number, pipe_table
@@ -33,7 +33,7 @@ def model_card(df: pd.DataFrame, prompts: pd.DataFrame | None = None, *, title: 
     runs = f"{links}runs/" if links else ""
     ax = plots.frontier(df, y="delta_loss", links=runs)
     alt, caption = captions.frontier_alt(df, "delta_loss"), captions.frontier_caption(df, "delta_loss")
-    own, published = claims.all_findings(df, prompts), claims.all_findings(results.published())
+    own, published = claims.all_findings(df, prompts), claims.all_findings(published_table.rows())
     more = f" [Interactive, and against other measures]({links}frontier.ipynb)." if links else ""
     return markdown(
         recommendation(df, prompts, runs),
@@ -255,12 +255,12 @@ def limits_text(df: pd.DataFrame) -> Markdown:
 
 def published_note() -> Markdown:
     """What the published table tells about its own definitions, with the arithmetic."""
-    df = results.published_intervals()
-    (var_low, var_high), (ce_low, ce_high) = results.meet(df, "var"), results.meet(df, "ce")
+    df = published_table.bounds()
+    (var_low, var_high), (ce_low, ce_high) = published_table.meet(df, "var"), published_table.meet(df, "ce")
     usual = df[["usual_low", "usual_high"]]
     least, most = usual["usual_high"].idxmin(), usual["usual_low"].idxmax()
     rows = []
-    for row, name in zip(df.to_dict("records"), results.published()["name"], strict=True):
+    for row, name in zip(df.to_dict("records"), published_table.rows()["name"], strict=True):
         bounds = [
             f"{row[f'{n}_low']:.{d}f} to {row[f'{n}_high']:.{d}f}" for n, d in (("var", 2), ("ce", 3), ("usual", 2))
         ]

@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from saegrid import captions, card, plots, results
+from saegrid import captions, card, plots, published_table, results
 from saegrid import findings as claims
 from saegrid.config import EMBEDDED_DATASET, EMBEDDED_MODEL
 from saegrid.fetch import HUB_ID
@@ -81,7 +81,7 @@ def readme(
     """
     named = df.assign(name=df["run_id"].map(files))  # a name alone may be that of several runs
     best = claims.recommend(df)
-    own, published = claims.all_findings(df, prompts), claims.all_findings(results.published())
+    own, published = claims.all_findings(df, prompts), claims.all_findings(published_table.rows())
     where = f"https://huggingface.co/spaces/{space}" if space else ""
     body = markdown(
         f"# {title}",

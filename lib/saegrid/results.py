@@ -1,4 +1,4 @@
-"""The runs' metrics as one tidy table, the CSV files made of it, and the published table: free of torch.
+"""The runs' metrics as one tidy table, and the CSV files made of it: free of torch.
 
 A row is one run. Nothing is parsed back from a file name or a log: every value comes from `metrics.json`.
 """
@@ -6,12 +6,10 @@ A row is one run. Nothing is parsed back from a file name or a log: every value 
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from importlib import resources
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +103,7 @@ def tidy(runs: Grid | Iterable[str], runs_dir: str | Path = "runs") -> pd.DataFr
     rows = []
     for run_id in run_ids:
         rows.append(load_run(Path(runs_dir) / run_id, run_id))
-    return _typed(pd.DataFrame(rows, columns=TIDY).assign(source="own"))
+    return typed(pd.DataFrame(rows, columns=TIDY).assign(source="own"))
 
 
 def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None) -> Path:
@@ -158,7 +156,7 @@ def read_tidy(path: str | Path) -> pd.DataFrame:
         with _damage("make it again with `python -m saegrid tables`"):
             check_sums(path.parent, [path.name])
     df[sorted(texts)] = df[sorted(texts)].fillna("")
-    return _typed(df.assign(source="own"))
+    return typed(df.assign(source="own"))
 
 
 def load_prompts(df: pd.DataFrame, runs_dir: str | Path) -> pd.DataFrame:
@@ -205,18 +203,6 @@ def candidates(df: pd.DataFrame) -> pd.DataFrame:
     return sparse if len(sparse) else df
 
 
-def published() -> pd.DataFrame:
-    """The nine rows that the published model card prints, with `source="published"` and the derived `d_sae`.
-
-    The published residual stream has `d_in` = 896.
-    """
-    df = pd.DataFrame(_published_text())
-    numbers = df.columns.drop("arch")
-    df[numbers] = df[numbers].apply(pd.to_numeric)
-    names = [run_name(row) for row in df.to_dict("records")]
-    return _typed(df.assign(source="published", name=names, d_in=896, d_sae=df["expansion"].astype(int) * 896))
-
-
 def same_settings(own: pd.DataFrame, other: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(own and other rows of every setting that both hold, one behind the other; the other rows that stand alone).
 
@@ -236,54 +222,7 @@ def same_settings(own: pd.DataFrame, other: pd.DataFrame) -> tuple[pd.DataFrame,
     return both, other[[key not in shared for key in other_keys]]
 
 
-def run_name(row: Mapping[str, Any]) -> str:
-    """The published file name of a row, without its ending: `BatchTopK_exp8x_k220`, `JumpReLU_exp8x_t0.5`."""
-    sparsity = f"t{row['threshold']:g}" if row["arch"] == "JumpReLU" else f"k{row['k']:g}"
-    return f"{row['arch']}_exp{row['expansion']:g}x_{sparsity}"
-
-
-def published_intervals() -> pd.DataFrame:
-    """What each published row tells about its setting, by the rounding of its printed numbers.
-
-    Columns, as `_low` and `_high`: `var` is MSE / NMSE, the pooled variance; `ce` is f * delta / (1 - f), the clean
-    cross-entropy in nats if f = frac_rec is CE_clean / CE_spliced; `usual` is delta / (1 - f), the loss between clean
-    and ablated in nats if f were the field's fraction of loss recovered.
-    """
-    rows = []
-    for row in _published_text():
-        mse, nmse, delta = (_rounding(row[name]) for name in ("val_mse", "nmse", "delta_loss"))
-        frac = tuple(bound / 100 for bound in _rounding(row["frac_rec_pct"]))
-        corners = [(f, d) for f in frac for d in delta]
-        usual = [d / (1 - f) for f, d in corners]
-        clean = [f * d / (1 - f) for f, d in corners]
-        rows.append(
-            {"arch": row["arch"], "expansion": row["expansion"], "k": row["k"], "threshold": row["threshold"]}
-            | {"var_low": mse[0] / nmse[1], "var_high": mse[1] / nmse[0]}
-            | {"ce_low": min(clean), "ce_high": max(clean), "usual_low": min(usual), "usual_high": max(usual)}
-        )
-    df = pd.DataFrame(rows)
-    numbers = df.columns.drop("arch")
-    df[numbers] = df[numbers].apply(pd.to_numeric)
-    return _typed(df)
-
-
-def meet(intervals: pd.DataFrame, name: str) -> tuple[float, float]:
-    """The intersection of the rows' bounds `{name}_low` and `{name}_high`; they don't meet if low is above high."""
-    return float(intervals[f"{name}_low"].max()), float(intervals[f"{name}_high"].min())
-
-
-def _published_text() -> list[dict[str, str]]:
-    text = resources.files("saegrid").joinpath("published_results.csv").read_text(encoding="utf-8")
-    return list(csv.DictReader(text.splitlines()))
-
-
-def _rounding(printed: str) -> tuple[float, float]:
-    """The smallest and largest number that rounds to `printed`."""
-    half = 0.5 * 10.0 ** -len(printed.partition(".")[2])
-    return float(printed) - half, float(printed) + half
-
-
-def _typed(df: pd.DataFrame) -> pd.DataFrame:
+def typed(df: pd.DataFrame) -> pd.DataFrame:
     """Whole numbers as such even where they may be missing; 0 means "not given" in `k` and `threshold`."""
     df = df.copy()
     for name in ["expansion", "seed", *COUNTS]:

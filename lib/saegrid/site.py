@@ -21,6 +21,7 @@ PLACEHOLDERS = {
     "report/_home.md": "",
     "report/_published.md": "",
     "report/_setting.md": "",
+    "report/_benchmarks.md": "",
     "report/findings.ipynb": "Findings",
     "report/frontier.ipynb": "Frontier",
     "report/results.ipynb": "Results",

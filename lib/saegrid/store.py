@@ -16,21 +16,17 @@ import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from saegrid.atomic import write_bytes
-from saegrid.config import explain
-from saegrid.errors import DamagedError, StoreError
-from saegrid.sealed import read_sealed
+from saegrid.errors import StoreError
+from saegrid.manifest import MEND, read_manifest
 from saegrid.transfer import received, sent
 
-FORMAT = 2
-MEND = "delete the folder, or `python -m saegrid mend GRID`, to have it collected again"
 META = ("token_ids", "positions", "prompts")
 BUFFER_SHARDS = 8
 """Shards whose rows are shuffled together (at 16,384 rows of 896 float16 values each: 235 MB)."""
@@ -236,70 +232,6 @@ class Store:
         shards = self.manifest["shards"]
         for entry in [*shards["train"], *shards["val"], self.manifest["mean"]]:
             self._read(entry)
-
-
-class _Entry(BaseModel):
-    """One file of a store."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-    file: str = Field(pattern=r"^(train-\d{5,9}|val-\d{5,9}|mean)\.safetensors$")
-    bytes: int = Field(ge=1)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-
-class _Shard(_Entry):
-    rows: int = Field(ge=1)
-
-
-class _Shards(BaseModel):
-    train: list[_Shard] = Field(min_length=1)
-    val: list[_Shard] = Field(min_length=1)
-
-
-class _Model(BaseModel):
-    sha256: str | None
-
-
-class _Statistics(BaseModel):
-    rows: int
-    sq_norm_centred: float
-    max_norm: float
-
-
-class _Manifest(BaseModel):
-    """What is read of a manifest; it may hold more."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-    d_in: int = Field(ge=1)
-    act_dtype: Literal["float16", "float32"]
-    shards: _Shards
-    mean: _Entry
-    data_sha256: str
-    model: _Model
-    statistics: dict[Literal["train", "val"], _Statistics]
-    parameters: dict[str, Any]
-    sources: dict[str, str]
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a store whose files are all there with their sizes. Raises `StoreError`."""
-    path = folder / "manifest.json"
-    try:
-        manifest = read_sealed(path)
-        if manifest.get("format") != FORMAT:
-            raise StoreError(f"{path}: store format {manifest.get('format')}, where this version reads {FORMAT}")
-        _Manifest.model_validate(manifest)
-        for entry in [*manifest["shards"]["train"], *manifest["shards"]["val"], manifest["mean"]]:
-            size = (folder / entry["file"]).stat().st_size
-            if size != entry["bytes"]:
-                raise StoreError(f"{folder / entry['file']}: damaged ({size} bytes, not {entry['bytes']}); {MEND}")
-    except OSError as error:
-        raise StoreError(f"{error.filename}: {error.strerror}; {MEND}") from None
-    except DamagedError as error:
-        raise StoreError(f"{error}; {MEND}") from None
-    except ValidationError as error:
-        raise StoreError(f"{path}: damaged ({explain(error)}); {MEND}") from None
-    return manifest
 
 
 def _generator(*key: Any) -> torch.Generator:

@@ -21,12 +21,13 @@ from saegrid.exchange import read_dictionary, read_saelens, read_sparsify
 from saegrid.files import save_sae
 from saegrid.formats import export, load_sae
 from saegrid.grid import load_grid, papermill_arguments
+from saegrid.manifest import FORMAT
 from saegrid.published import _load
 from saegrid.results import RUN_FILES
 from saegrid.sae import BatchTopK, JumpReLU, TopK
 from saegrid.sealed import SUMS, write_sealed, write_sums
 from saegrid.splice import load_baseline
-from saegrid.store import FORMAT, META, Store
+from saegrid.store import META, Store
 from saegrid.train import load_checkpoint
 
 SPLIT = b"\n--\n"

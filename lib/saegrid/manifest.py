@@ -1,0 +1,79 @@
+"""The manifest of an activation store: what is in it, held to its form before anything of it is used. Free of torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from saegrid.config import explain
+from saegrid.errors import DamagedError, StoreError
+from saegrid.sealed import read_sealed
+
+FORMAT = 2
+MEND = "delete the folder, or `python -m saegrid mend GRID`, to have it collected again"
+
+
+class _Entry(BaseModel):
+    """One file of a store."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    file: str = Field(pattern=r"^(train-\d{5,9}|val-\d{5,9}|mean)\.safetensors$")
+    bytes: int = Field(ge=1)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class _Shard(_Entry):
+    rows: int = Field(ge=1)
+
+
+class _Shards(BaseModel):
+    train: list[_Shard] = Field(min_length=1)
+    val: list[_Shard] = Field(min_length=1)
+
+
+class _Model(BaseModel):
+    sha256: str | None
+
+
+class _Statistics(BaseModel):
+    rows: int
+    sq_norm_centred: float
+    max_norm: float
+
+
+class _Manifest(BaseModel):
+    """What is read of a manifest; it may hold more."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    d_in: int = Field(ge=1)
+    act_dtype: Literal["float16", "float32"]
+    shards: _Shards
+    mean: _Entry
+    data_sha256: str
+    model: _Model
+    statistics: dict[Literal["train", "val"], _Statistics]
+    parameters: dict[str, Any]
+    sources: dict[str, str]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a store whose files are all there with their sizes. Raises `StoreError`."""
+    path = folder / "manifest.json"
+    try:
+        manifest = read_sealed(path)
+        if manifest.get("format") != FORMAT:
+            raise StoreError(f"{path}: store format {manifest.get('format')}, where this version reads {FORMAT}")
+        _Manifest.model_validate(manifest)
+        for entry in [*manifest["shards"]["train"], *manifest["shards"]["val"], manifest["mean"]]:
+            size = (folder / entry["file"]).stat().st_size
+            if size != entry["bytes"]:
+                raise StoreError(f"{folder / entry['file']}: damaged ({size} bytes, not {entry['bytes']}); {MEND}")
+    except OSError as error:
+        raise StoreError(f"{error.filename}: {error.strerror}; {MEND}") from None
+    except DamagedError as error:
+        raise StoreError(f"{error}; {MEND}") from None
+    except ValidationError as error:
+        raise StoreError(f"{path}: damaged ({explain(error)}); {MEND}") from None
+    return manifest
