@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from saegrid.grid import load_grid
 
 ROOT = Path.cwd()
-SOURCES = ["lib", "notebooks", "params", "workflow", "_quarto.yml", "index.qmd", "method.qmd", "reproduce.qmd"]
+SOURCES = ["lib", "benchmarks", "notebooks", "params", "workflow", "_quarto.yml", "index.qmd", "method.qmd", "reproduce.qmd", "speed.qmd"]
 GRID = load_grid("params/smoke.yaml")
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
