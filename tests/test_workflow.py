@@ -17,7 +17,8 @@ from huggingface_hub import ModelCard
 from saegrid.grid import load_grid
 
 ROOT = Path.cwd()
-SOURCES = ["lib", "benchmarks", "notebooks", "params", "workflow", "_quarto.yml", "index.qmd", "method.qmd", "reproduce.qmd", "speed.qmd"]
+SOURCES = ["lib", "benchmarks", "notebooks", "params", "workflow"]
+SOURCES += ["_quarto.yml", "index.qmd", "method.qmd", "reproduce.qmd", "speed.qmd"]
 GRID = load_grid("params/smoke.yaml")
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
