@@ -31,7 +31,8 @@ import yaml
 from peers import ARCHITECTURES, settings_of
 from prepare import ROWS, Shape, real_rows, rows_of_width, theta_for, trained, write_inputs
 from quality import compare
-from race import race
+from race import contending, race, ratios
+from splice_race import measure as measure_splice
 from torch import Tensor
 
 from saegrid import kernels
@@ -45,7 +46,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHAPES = "896x8x220,896x16x64,576x8x128,2048x16x64"
 ARCHS = ("TopK", "BatchTopK", "JumpReLU")
 WARM_STEPS = 2  # of each contender, before it is timed
-PARTS = ("steps", "floor", "scaling", "quality")
+PARTS = ("steps", "floor", "splice", "scaling", "quality")
 STORE = {"train_tokens": 40_000, "val_tokens": 10_000}
 SCALING_BASE = Shape(d_in=0, expansion=8, k=128, batch=512)
 SCALING = {"expansion": (4, 8, 16, 32), "k": (32, 64, 128, 256), "batch": (256, 512, 1024, 2048, 4096)}
@@ -57,10 +58,7 @@ UNITS = {
     "bandwidth_gb_s": "10⁹ bytes a second, read and written",
     "exponents": "slope of log(step) over log(size), least squares",
 }
-NOT_MEASURED = (
-    "GPU: no GPU has been measured, and there is no GPU kernel yet; every number here is a processor's.",
-    "Splice evaluation against SAELens' run_evals: not measured yet.",
-)
+NOT_MEASURED = ("GPU: no GPU has been measured; every number here is a processor's.",)
 
 
 def main() -> None:
@@ -71,10 +69,12 @@ def main() -> None:
     if "floor" in options.parts or "steps" in options.parts:
         for d_in, expansion, k in options.shapes:
             bench.shape(d_in, expansion, k)
+    if "splice" in options.parts:
+        bench.splice()
     if "scaling" in options.parts:
         bench.scaling()
     if "quality" in options.parts:
-        bench.results["quality"] = compare(bench.config, options.threads, epochs=1 if options.quick else 3)
+        bench.results["quality"] = compare(bench.config, options.threads, epochs=1 if options.quick else 5)
         bench.write()
     print(f"{options.out}: written")
 
@@ -116,6 +116,7 @@ class Bench:
         self.config: RunConfig = make_config(k=64, **values)
         self.store: Store = prepare_store(self.config)
         self.rows = real_rows(self.store)
+        self.contending: dict[tuple[str, str], list[str]] = {}  # settings of (peer, architecture) that may be fastest
         python = options.peers_python
         self.peers = options.peers if python.exists() else [peer for peer in options.peers if peer == "torch"]
         self.pythons = {peer: str(python) for peer in self.peers if python.exists()}
@@ -138,6 +139,7 @@ class Bench:
             "rows": rows | {"median_norm": statistics["median_norm"], "max_norm": statistics["max_norm"]},
             "races": old.get("races", []),
             "floors": old.get("floors", []),
+            "splice": old.get("splice", {}),
             "scaling": old.get("scaling", {}),
             "quality": old.get("quality", []),
             "not_measured": [*notes, *NOT_MEASURED],
@@ -146,7 +148,6 @@ class Bench:
     def shape(self, d_in: int, expansion: int, k: int) -> None:
         """All races of one shape: the floor and each peer, at each batch size, for each architecture."""
         rows, weights = rows_of_width(self.rows, d_in), {}
-        fastest: dict[tuple[str, str], str] = {}
         for batch, arch in itertools.product(self.options.batches, self.options.archs):
             shape = Shape(d_in, expansion, k, batch)
             trained_as = "TopK" if arch == "TopK" else "BatchTopK"
@@ -159,20 +160,16 @@ class Bench:
                     self.floor(shape, arch, common)
                 for peer in self.peers if "steps" in self.options.parts else ():
                     if arch in ARCHITECTURES[peer]:
-                        self.against(peer, shape, arch, common, fastest)
+                        self.against(peer, shape, arch, common)
 
-    def against(self, peer: str, shape: Shape, arch: str, common: dict, fastest: dict) -> None:
-        """One race with one peer. The fastest setting at a shape's first batch size is the only one tried at others."""
-        settings = settings_of(peer, arch)
-        if self.options.quick:
-            settings = settings[:2]
-        if (peer, arch) in fastest:
-            settings = dict.fromkeys(("default", fastest[peer, arch]))
+    def against(self, peer: str, shape: Shape, arch: str, common: dict) -> None:
+        """One race with one peer. The first tries all settings; later ones those that were close to the fastest."""
+        settings = self.contending.get((peer, arch), settings_of(peer, arch)[: 2 if self.options.quick else None])
         specs = [common | {"contender": "saegrid", "setting": "auto"}]
         specs += [common | {"contender": peer, "setting": setting} for setting in settings]
         records = self.race(specs)
         summary = ratios(records)
-        fastest.setdefault((peer, arch), summary.get("fastest_setting", "default"))
+        self.contending.setdefault((peer, arch), contending(records[1:]))
         self.put("races", shape, arch, {"peer": peer, **summary, "theta": common["theta"], "contenders": records})
         if "ratio" in summary:
             theirs = f"{peer} {summary['fastest_ms']:8.1f} ms ({summary['fastest_setting']})"
@@ -193,6 +190,18 @@ class Bench:
             floor, over = summary["floor_ms"], summary["over_floor"]
             say(shape, arch, f"{step:8.1f} ms, floor {floor:8.1f} ms, over {over:.2f}")
         self.put("floors", shape, arch, summary | {"contenders": records})
+
+    def splice(self) -> None:
+        """Ten SAEs spliced in, beside SAELens' evaluator."""
+        options, python = self.options, self.pythons.get("sae-lens", "")
+        found = measure_splice(self.config, self.store, self.rows, options.threads, python, options.quick)
+        for record in found["contenders"]:
+            self.results["versions"] |= record.pop("versions", {})
+        self.results["splice"] = found | {"date": now()}
+        self.write()
+        print(
+            f"splice: { ({name: found.get(name) for name in ('saegrid_s', 'peer_s', 'ratio', 'apart')}) }", flush=True
+        )
 
     def scaling(self) -> None:
         """Cost of a BatchTopK step over d_sae, K and rows, this project's and the plain torch loop's."""
@@ -249,19 +258,6 @@ class Bench:
 
     def write(self) -> None:
         write_json(self.options.out, self.results | {"finished": now()})
-
-
-def ratios(records: list[dict]) -> dict[str, Any]:
-    """The peer's default and its fastest setting over this project's step; records[0] is this project's."""
-    measured = [record for record in records[1:] if "step_ms" in record]
-    if "step_ms" not in records[0] or not measured:
-        return {}
-    ours, fastest = records[0]["step_ms"], min(measured, key=lambda record: record["step_ms"])
-    summary = {"saegrid_ms": ours, "fastest_setting": fastest["setting"], "fastest_ms": fastest["step_ms"]}
-    summary["ratio"] = fastest["step_ms"] / ours
-    if "step_ms" in records[1]:
-        summary |= {"default_ms": records[1]["step_ms"], "ratio_default": records[1]["step_ms"] / ours}
-    return summary
 
 
 def exponent(points: list[dict], name: str) -> float | None:

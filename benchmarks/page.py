@@ -32,6 +32,7 @@ MARKS = {  # contender: colour, shape, name; told apart by shape as well as by c
     "floor": (INK, "|", "floor"),
 }
 NAMES = {name: title for name, (_, _, title) in MARKS.items()}
+QUALITY = {"val_mse": ".4g", "l0": ".1f", "dead_pct": ".1f"}
 ALIKE = 0.01  # first-batch MSE within this share: the contenders solve one problem
 
 
@@ -48,6 +49,7 @@ def render(results: dict[str, Any]) -> Markdown:
     if results["races"]:
         parts += [step_plot(results), details(results)]
     parts += [section("Over the floor", floor_table(results), results["floors"])]
+    parts += [section("Splice evaluation", splice_table(results), results["splice"])]
     parts += [section("Cost against size", scaling_table(results), results["scaling"])]
     parts += [section("Equal quality", quality_table(results), results["quality"])]
     if results["quality"]:
@@ -146,6 +148,31 @@ def floor_table(results: dict[str, Any]) -> str:
     )
 
 
+def splice_table(results: dict[str, Any]) -> str:
+    splice = results["splice"]
+    if not splice:
+        return ""
+    rows = [("this project", text(splice["saegrid_s"], ".1f"), text(splice["baseline_s"], ".1f"), MISSING)]
+    lines = []
+    if "peer_s" in splice:
+        rows.append(("sae-lens, run_evals", text(splice["peer_s"], ".1f"), MISSING, bold(splice["ratio"], ".1f")))
+        apart = max(splice["apart"].values())
+        lines.append(f"The two give the same clean, spliced and zero-ablated losses within {apart:.1g} nats/token.")
+    if "bf16_delta_apart" in splice:
+        apart = splice["bf16_delta_apart"]
+        lines.append(
+            f"With the language model in bfloat16 (`lm_dtype`), no SAE's delta loss moves by more than {apart:.2g} "
+            "nats/token; the default stays float32."
+        )
+    heads = ["Evaluator", f"{splice['saes']} SAEs (s)", "of which shared passes (s)", "Ratio"]
+    return (
+        f"{splice['saes']} SAEs (d_sae {splice['d_sae']:,}) spliced into the model over the same {splice['tokens']:,} "
+        f"tokens, in {splice['contexts']} contexts; loading is not timed. This project runs the blocks before the "
+        "splice, and the clean and ablated passes, once for all SAEs, and restarts the model behind the hooked block "
+        f"for each; `run_evals` runs three whole passes an SAE.\n\n{pipe_table(heads, rows)}\n\n" + " ".join(lines)
+    )
+
+
 def scaling_table(results: dict[str, Any]) -> str:
     scaling = results["scaling"]
     if not scaling:
@@ -167,16 +194,15 @@ def scaling_table(results: dict[str, Any]) -> str:
 def quality_table(results: dict[str, Any]) -> str:
     rows = []
     for record in results["quality"]:
-        own, reference, ratios = record["own"], record["reference"], record["ratios"]
-        pairs = (
-            f"{reference[n]:{f}} → {own[n]:{f}}" for n, f in (("val_mse", ".4g"), ("l0", ".1f"), ("dead_pct", ".1f"))
-        )
-        kernel = f"{own['kernel']}, {own['matmul']}"
-        rows.append((record["arch"], kernel, *pairs, *(text(ratios[n], ".4f") for n in ("val_mse", "l0", "dead_pct"))))
+        reference = record["reference"]
+        for own in record["own"]:
+            pairs = (f"{reference[n]:{f}} → {own[n]:{f}}" for n, f in QUALITY.items())
+            ratios = (text(own["ratios"][n], ".4f") for n in QUALITY)
+            rows.append((record["arch"], f"{own['kernel']}, {own['matmul']}", *pairs, *ratios))
     heads = "Validation MSE (act²)", "L0 (latents/token)", "Dead (%)", "MSE ratio", "L0 ratio", "Dead ratio"
     return (
-        "The reference kernel in fp32 → this machine's own kernel: same seed, rows, order and steps.\n\n"
-        + pipe_table(["Architecture", "Kernel", *heads], rows)
+        "The reference kernel in fp32 → this machine's own kernel, by the precision of its product: same seed, rows, "
+        "order and steps.\n\n" + pipe_table(["Architecture", "Kernel", *heads], rows)
     )
 
 
@@ -234,17 +260,16 @@ def curve_plot(results: dict[str, Any]) -> Markdown:
         ax.set_xlabel("Step")
         ax.set_ylabel("Validation MSE (act², log scale)")
         ax.legend(**BESIDE)
-    caption = (
-        "Learning curves: the reference kernel in fp32 (wide, pale) and this machine's own (dashed) lie on each other."
-    )
+    caption = "Learning curves: the reference kernel in fp32 (wide, pale) and this machine's own (dashed: fp32 product, dotted: bf16)."
     return figure(ax, alt="Validation MSE over the steps, by architecture and kernel", caption=caption)
 
 
 def draw_curves(ax: Axes, record: dict[str, Any]) -> None:
     color = PALETTE[record["arch"]]
-    for name, style in (("reference", {"linewidth": 5, "alpha": 0.35}), ("own", {"linestyle": "--", "marker": "o"})):
-        curve = record[name]["curve"]
-        label = f"{record['arch']}, {record[name]['kernel']} {record[name]['matmul']}"
+    styles = ({"linewidth": 6, "alpha": 0.3}, {"linestyle": "--", "marker": "o"}, {"linestyle": ":", "marker": "x"})
+    for training, style in zip((record["reference"], *record["own"]), styles, strict=True):
+        curve = training["curve"]
+        label = f"{record['arch']}, {training['kernel']} {training['matmul']}"
         ax.plot([p["step"] for p in curve], [p["val_mse"] for p in curve], color=color, label=label, **style)
 
 

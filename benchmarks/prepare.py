@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from ours import LR, RULES
@@ -57,12 +57,12 @@ def rows_of_width(rows: Tensor, d_in: int) -> Tensor:
     return rows @ (basis.T if d_in > width else basis)
 
 
-def trained(rows: Tensor, shape: Shape, arch: str, steps: int) -> TrainState:
-    """The state after `steps` steps of this project's training, batches of 512 rows."""
-    config = make_config(arch=arch, expansion=shape.expansion, k=shape.k)
+def trained(rows: Tensor, shape: Shape, arch: str, steps: int, **recipe: Any) -> TrainState:
+    """The state after `steps` steps of this project's training, batches of 512 rows; `recipe` as in `RunConfig`."""
+    config = make_config(arch=arch, expansion=shape.expansion, k=shape.k, **{"lr": LR} | recipe)
     state = TrainState.start(initial_sae(config, shape.d_in, rows.mean(0)).params)
     choice = kernels.choose("auto", "auto", torch.get_num_threads())
-    kernel, settings = kernels.load(choice.kernel), StepSettings(LR, matmul=choice.matmul)
+    kernel, settings = kernels.load(choice.kernel), StepSettings(config.lr, matmul=choice.matmul)
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         batch = rows[torch.randint(len(rows), (TRAIN_BATCH,), generator=generator)]

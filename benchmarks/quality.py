@@ -1,4 +1,4 @@
-"""Equal quality: each architecture trained by the reference kernel in fp32 and by the machine's own, all else the same.
+"""Equal quality: each architecture trained by the reference kernel and by this machine's own, all else the same.
 
     python benchmarks/quality.py
 
@@ -20,11 +20,12 @@ CASES = (
     {"arch": "BatchTopK", "k": 64},
     {"arch": "JumpReLU", "threshold": 1.5, "threshold_unit": "rms"},
 )
-KERNELS = {"reference": {"kernel": "reference", "matmul": "fp32"}, "own": {"kernel": "auto", "matmul": "auto"}}
+REFERENCE = {"kernel": "reference", "matmul": "fp32"}
+OWN = tuple({"kernel": "auto", "matmul": matmul} for matmul in ("fp32", "bf16"))
 
 
 def compare(base: RunConfig, threads: int, epochs: int = 3, expansion: int = 4) -> list[dict[str, Any]]:
-    """One record an architecture: both trainings' metrics and curves, and the ratios own / reference.
+    """One record an architecture: metrics and curves by the reference and by its own kernel in both precisions.
 
     Args:
         base: where the rows come from; its SAE and training parameters are replaced.
@@ -33,17 +34,20 @@ def compare(base: RunConfig, threads: int, epochs: int = 3, expansion: int = 4) 
     shared = base.model_dump(exclude=sparsity) | {"epochs": epochs, "expansion": expansion, "threads": threads}
     records = []
     for case in CASES:
-        record: dict[str, Any] = {**case, "expansion": expansion, "epochs": epochs}
-        for name, kernel in KERNELS.items():
-            with tempfile.TemporaryDirectory() as folder:
-                record[name] = train_and_measure(make_config(**shared | case | kernel | {"runs_dir": folder}))
-        own, reference = record["own"], record["reference"]
-        record["ratios"] = {
-            name: own[name] / reference[name] if reference[name] else None for name in ("val_mse", "l0", "dead_pct")
-        }
-        records.append(record)
-        print(f"{case['arch']:9}: own / reference {record['ratios']}", flush=True)
+        reference, *own = (_trained(shared | case | kernel) for kernel in (REFERENCE, *OWN))
+        for training in own:
+            training["ratios"] = {
+                name: training[name] / reference[name] if reference[name] else None
+                for name in ("val_mse", "l0", "dead_pct")
+            }
+            print(f"{case['arch']:9}: {training['matmul']} / reference {training['ratios']}", flush=True)
+        records.append({**case, "expansion": expansion, "epochs": epochs, "reference": reference, "own": own})
     return records
+
+
+def _trained(parameters: dict[str, Any]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        return train_and_measure(make_config(**parameters | {"runs_dir": folder}))
 
 
 def train_and_measure(config: RunConfig) -> dict[str, Any]:

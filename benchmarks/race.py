@@ -119,3 +119,23 @@ def race(specs: list[dict], pythons: dict[str, str], turns: int, seconds: float,
             contender.turn(seconds)
     records |= {contender: contender.end() for contender in going}
     return [records[contender] for contender in running]
+
+
+def ratios(records: list[dict]) -> dict[str, Any]:
+    """The peer's default and its fastest setting over this project's step; records[0] is this project's."""
+    measured = [record for record in records[1:] if "step_ms" in record]
+    if "step_ms" not in records[0] or not measured:
+        return {}
+    ours, fastest = records[0]["step_ms"], min(measured, key=lambda record: record["step_ms"])
+    summary = {"saegrid_ms": ours, "fastest_setting": fastest["setting"], "fastest_ms": fastest["step_ms"]}
+    summary["ratio"] = fastest["step_ms"] / ours
+    if "step_ms" in records[1]:
+        summary |= {"default_ms": records[1]["step_ms"], "ratio_default": records[1]["step_ms"] / ours}
+    return summary
+
+
+def contending(records: list[dict]) -> list[str]:
+    """A peer's settings worth a second race: its default, and those close to its fastest."""
+    times = {record["setting"]: record["step_ms"] for record in records if "step_ms" in record}
+    fastest = min(times.values(), default=0.0)
+    return list(dict.fromkeys(["default", *(name for name, ms in times.items() if ms <= CLOSE * fastest)]))

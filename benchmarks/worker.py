@@ -32,7 +32,7 @@ def main() -> None:
         spec = json.loads(sys.argv[1])
         contender, batches, facts = prepare(spec)
         answer(facts)
-        serve(contender.step, batches, answer)
+        serve(contender, batches, answer)
     except Exception as error:
         traceback.print_exc()
         answer({"failure": f"{type(error).__name__}: {error}".split("\n")[0][:160]})
@@ -44,7 +44,9 @@ def prepare(spec: dict) -> tuple:
     from safetensors.torch import load_file
 
     torch.set_num_threads(spec["threads"])
-    if spec["contender"] in ("saegrid", "floor"):
+    if spec.get("part") == "splice":
+        import splicing as module
+    elif spec["contender"] in ("saegrid", "floor"):
         import ours as module
     else:
         import peers as module
@@ -67,17 +69,17 @@ def prepare(spec: dict) -> tuple:
     return contender, batches, facts
 
 
-def serve(step: Callable, batches, answer: Callable[[dict], None]) -> None:
+def serve(contender, batches, answer: Callable[[dict], None]) -> None:
     count = 0
     for line in sys.stdin:
         command, *arguments = line.split()
         if command == "end":
-            answer({"peak_rss_mib": memory("VmHWM")})
+            answer({"peak_rss_mib": memory("VmHWM"), **getattr(contender, "found", {})})
             return
         times, until = [], time.perf_counter() + float(arguments[0])
         while not times or time.perf_counter() < until:
             started = time.perf_counter()
-            step(batches[count % len(batches)])
+            contender.step(batches[count % len(batches)])
             times.append(1e3 * (time.perf_counter() - started))
             count += 1
         answer({"times_ms": times[1:] or times})  # the first finds its data out of the caches

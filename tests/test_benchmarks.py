@@ -74,9 +74,21 @@ def test_exponents_are_slopes_of_the_measured_points(results):
 def test_both_kernels_reach_the_same_loss(results):
     assert [record["arch"] for record in results["quality"]] == ["TopK", "BatchTopK", "JumpReLU"]
     for record in results["quality"]:
-        assert record["reference"]["kernel"] == "reference" and record["own"]["kernel"] == "cpu"
-        assert record["ratios"]["val_mse"] == pytest.approx(1, abs=0.01)
-        assert len(record["own"]["curve"]) == record["epochs"]
+        assert record["reference"]["kernel"] == "reference"
+        assert [own["matmul"] for own in record["own"]] == ["fp32", "bf16"]
+        for own in record["own"]:
+            assert own["kernel"] == "cpu" and len(own["curve"]) == record["epochs"]
+            assert own["ratios"]["val_mse"] == pytest.approx(1, abs=0.01)
+
+
+def test_the_splice_race_counts_shared_passes_once(results):
+    splice = results["splice"]
+    fp32, bf16 = splice["contenders"]
+    assert splice["saes"] == 2 and len(fp32["losses"]) == len(bf16["losses"]) == 2
+    assert splice["saegrid_s"] == pytest.approx((fp32["baseline_ms"] + 2 * fp32["step_ms"]) / 1000)
+    assert fp32["losses"][0]["clean"] == fp32["losses"][1]["clean"]
+    assert fp32["losses"][0]["spliced"] != fp32["losses"][1]["spliced"]
+    assert 0 <= splice["bf16_delta_apart"] < 0.5 and "ratio" not in splice
 
 
 def test_the_record_says_where_and_with_what(results):

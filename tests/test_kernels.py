@@ -317,6 +317,18 @@ def test_sample_that_misleads_is_repaired():
             assert_same_codes(cpu.encode(params, x, Rule(kind, k)), expected, params, x)
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("sinks_first", [True, False])
+@pytest.mark.parametrize("matmul", ["fp32", "bf16"])
+def test_rows_in_blocks_give_the_codes_of_the_whole(monkeypatch, rule, sinks_first, matmul):
+    """A large batch goes through in blocks; a first block unlike the others misleads the bound, not the codes."""
+    params, x = make_params(), make_rows(300, sinks=8)
+    x = x if sinks_first else x.flip(0)
+    whole = cpu.encode(params, x, rule, matmul)
+    monkeypatch.setattr(cpu, "BLOCK_VALUES", 37 * D_SAE)
+    assert_same_codes(cpu.encode(params, x, rule, matmul), whole, params, x)
+
+
 @pytest.mark.parametrize("kernel", [reference, cpu])
 @pytest.mark.parametrize("rule", RULES)
 def test_divergence_shows_in_the_loss(kernel, rule):

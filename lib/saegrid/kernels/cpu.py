@@ -32,6 +32,8 @@ CHUNKS = 16  # pieces of a parallel loop; fixed, so that sums across pieces don'
 DENSE_ABOVE = 0.5  # share of active pairs above which plain products beat loops over pairs (measured)
 BF16_BELOW = 0.12  # share of active pairs up to which a bf16 product + float32 values beat one fp32 product (measured)
 LATENT_COST = 8  # work per latent in the backward pass, in active pairs (Adam against a pair's gradient)
+BLOCK_VALUES = 2**22  # pre-activations made at a time: 16 MB in float32, which the last cache about holds
+SPARE = 1.5  # how many times the wanted pairs a bound from the first of several blocks aims at
 PROBE = 64, 32  # rows, and one latent in so many, that tell how many pairs a threshold keeps
 
 
@@ -96,8 +98,7 @@ def _encode(params: Params, centred: Tensor, rule: Rule, matmul: str, workspace:
     """Codes of centred rows (N, d_in)."""
     bound = np.float32(max(rule.threshold, 0.0) if rule.kind == "threshold" else 0.0)
     narrow = matmul == "bf16" and _share_kept(params, centred, rule) <= BF16_BELOW
-    pre = _pre_acts(params, centred, narrow, workspace)
-    offsets, latents, values = _select(pre, params.b_enc.detach().numpy(), rule, bound, workspace)
+    offsets, latents, values = _select(params, centred, rule, bound, narrow, workspace)
     if narrow:
         rows = _arrays((centred, params.W_enc, params.b_enc))
         _run(pairs.recompute, _by_weight(offsets), *rows, offsets, latents, values)
@@ -116,39 +117,60 @@ def _share_kept(params: Params, centred: Tensor, rule: Rule) -> float:
     return (pre > max(rule.threshold, 0.0)).float().mean().item()
 
 
-def _pre_acts(params: Params, centred: Tensor, narrow: bool, workspace: dict) -> np.ndarray:
-    """Pre-activations (N, d_sae) without b_enc, float32 or (narrow) the bits of bfloat16."""
-    shape = len(centred), len(params.b_enc)
-    if not narrow:
-        return torch.mm(centred, params.W_enc.T, out=_buffer(workspace, "pre", shape)).numpy()
-    w_enc = _buffer(workspace, "W_enc bf16", params.W_enc.shape, torch.bfloat16).copy_(params.W_enc)
-    out = _buffer(workspace, "pre bf16", shape, torch.bfloat16)
-    return torch.mm(centred.bfloat16(), w_enc.T, out=out).view(torch.uint16).numpy()
-
-
 def _select(
-    pre: np.ndarray, bias: np.ndarray, rule: Rule, bound: np.float32, workspace: dict
+    params: Params, centred: Tensor, rule: Rule, bound: np.float32, narrow: bool, workspace: dict
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """CSR lists (offsets, latents, values) of what the rule keeps of pre + bias."""
-    n_rows, d_sae = pre.shape
-    k = min(rule.k, d_sae) if rule.kind == "topk" else 0
+    """CSR lists (offsets, latents, values) of what the rule keeps, from blocks of rows that stay in cache."""
+    n_rows, d_sae = len(centred), len(params.b_enc)
     count = min(rule.k, d_sae) * n_rows if rule.kind == "batchtopk" else 0
-    wide = _arrays((_buffer(workspace, "latents", pre.shape, torch.int32), _buffer(workspace, "values", pre.shape)))
-    counts, edges = np.empty(n_rows, np.int64), _even(n_rows)
-    if count:
-        bound = select.batch_bound(pre, bias, count)
-    _run(select.list_above, edges, pre, bias, bound, k, *wide, counts)
-    if bound > 0 and counts.sum() < count:  # the sample misled
-        _run(select.list_above, edges, pre, bias, np.float32(0), k, *wide, counts)
-    offsets = np.zeros(n_rows + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
-    latents, values = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
-    _run(select.pack, edges, *wide, offsets, latents, values)
+    k = min(rule.k, d_sae) if rule.kind == "topk" else 0
+    size = max(1, BLOCK_VALUES // d_sae)
+    bias = params.b_enc.detach().numpy()
+    w_enc = params.W_enc
+    if narrow:
+        w_enc = _buffer(workspace, "W_enc bf16", w_enc.shape, torch.bfloat16).copy_(w_enc)
+
+    def listed(bound: np.float32 | None) -> tuple[np.float32, list[tuple[np.ndarray, ...]]]:
+        """The bound (None: found by a sample of the first block), and each block's lists above it."""
+        parts = []
+        for rows in centred.split(size):
+            pre = _pre_acts(rows, w_enc, workspace)
+            if bound is None:
+                wanted = count if len(rows) == n_rows else int(SPARE * count * len(rows) / n_rows)
+                bound = select.batch_bound(pre, bias, min(wanted, pre.size))
+            parts.append(_list_block(pre, bias, bound, k, workspace))
+        return bound, parts
+
+    bound, parts = listed(None if count else bound)
+    if bound > 0 and sum(len(values) for _, _, values in parts) < count:  # the sample misled
+        _, parts = listed(np.float32(0))
+    counts, latents, values = (np.concatenate(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True))
+    offsets = np.concatenate([[0], counts.cumsum()])
     if 0 < count < len(values):
         cut = select.kth_largest(values, len(values), count)
         ties = count - select.count_above(values, len(values), cut)
         select.cut_batch(offsets, latents, values, cut, ties)
     return offsets, latents[: offsets[-1]], values[: offsets[-1]]
+
+
+def _pre_acts(rows: Tensor, w_enc: Tensor, workspace: dict) -> np.ndarray:
+    """Pre-activations (n, d_sae) of centred rows without b_enc: float32, or the bits of bfloat16 where `w_enc` is."""
+    out = _buffer(workspace, f"pre {w_enc.dtype}", (len(rows), len(w_enc)), w_enc.dtype)
+    torch.mm(rows.to(w_enc.dtype), w_enc.T, out=out)
+    return out.numpy() if out.dtype == torch.float32 else out.view(torch.uint16).numpy()
+
+
+def _list_block(
+    pre: np.ndarray, bias: np.ndarray, bound: np.float32, k: int, workspace: dict
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(counts (n,), latents, values) of what of pre + bias is above `bound`, or with k > 0 largest in its row."""
+    wide = _arrays((_buffer(workspace, "latents", pre.shape, torch.int32), _buffer(workspace, "values", pre.shape)))
+    counts, edges = np.empty(len(pre), np.int64), _even(len(pre))
+    _run(select.list_above, edges, pre, bias, bound, k, *wide, counts)
+    offsets = np.concatenate([[0], counts.cumsum()])
+    latents, values = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
+    _run(select.pack, edges, *wide, offsets, latents, values)
+    return counts, latents, values
 
 
 # --- decoder and backward ---
@@ -197,7 +219,7 @@ def _gradients(params: Params, x: Tensor, centred: Tensor, codes: Codes, grads: 
     if _is_dense(codes, params):
         z = _buffer(workspace, "z", (len(x), len(params.b_enc)))  # filled by _decode
         torch.mm(z.T, d_hat, out=grads.W_dec)
-        d_z = torch.mm(d_hat, params.W_dec.T, out=_buffer(workspace, "pre", z.shape)).masked_fill_(z == 0, 0)
+        d_z = torch.mm(d_hat, params.W_dec.T, out=_buffer(workspace, "d_z", z.shape)).masked_fill_(z == 0, 0)
         torch.mm(d_z.T, centred, out=grads.W_enc)
         torch.sum(d_z, 0, out=grads.b_enc)
         pull = grads.b_enc @ params.W_enc
