@@ -183,6 +183,28 @@ def test_reference_step_is_torch_adam(grad_clip, project_grad):
         assert apart(mine, theirs.detach()) < 1e-5
 
 
+def test_reference_auxk_is_autograd():
+    """The dead latents' reconstruction of the detached residual, by autograd in float64."""
+    params = Params(*(p.double().requires_grad_() for p in make_params()))
+    x, k = make_rows(40).double(), 7
+    dead = torch.arange(D_SAE) % 5 == 0
+    single = Params(*(p.detach().float() for p in params))
+    codes = reference.encode(single, x.float(), Rule("topk", 9))
+    residual = (x.float() - reference.decode(single, codes)).double()
+    pre = ((x - params.b_pre) @ params.W_enc.T + params.b_enc)[:, dead]
+    top = pre.topk(k, dim=1)
+    z = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
+    loss = (z @ params.W_dec[dead] - residual).square().mean() / residual.var(0, correction=0).mean()
+    loss.backward()
+
+    actual_loss, grads = reference.auxk_gradients(single, x.float(), codes, dead, k)
+    assert actual_loss == pytest.approx(loss.item(), rel=1e-5)
+    assert params.b_dec.grad is None and not grads.b_dec.any()
+    for name in ("W_enc", "b_enc", "W_dec", "b_pre"):
+        assert apart(getattr(grads, name), getattr(params, name).grad) < 1e-5, name
+    assert not grads.W_enc[~dead].any() and grads.W_enc[dead].any()
+
+
 # --- the cpu kernel against the definition ---
 
 
@@ -248,6 +270,52 @@ def test_cpu_train_step_stays_close():
         for name, mine, theirs in zip(Params._fields, getattr(actual, part), getattr(expected, part), strict=True):
             assert apart(mine, theirs) < 1e-4, (part, name)
     torch.testing.assert_close(actual.params.W_dec.norm(dim=1), torch.ones(D_SAE))
+
+
+@pytest.mark.parametrize("rule", [Rule("topk", 9), Rule("batchtopk", 9), Rule("threshold", 0, 0.0)])
+@pytest.mark.parametrize(("grad_clip", "project_grad"), [(0.0, False), (1.0, True)])
+def test_cpu_train_step_with_auxk(rule, grad_clip, project_grad):
+    """A third of the latents is dead at the start, more die on the way; a low threshold makes the code dense."""
+    settings_ = StepSettings(1e-2, grad_clip, project_grad, aux_coef=1 / 32, aux_k=20, dead_after=150)
+    expected, actual = start(make_params()), start(make_params())
+    for state in (expected, actual):
+        state.quiet[::3] = 150
+        state.params.b_enc[::3] = -100.0  # they fire on no row, or hardly any
+    for step, n in enumerate([100, 100, 37]):
+        x = make_rows(n, step)
+        loss, active = reference.train_step(expected, x, rule, settings_)
+        actual_loss, actual_active = cpu.train_step(actual, x, rule, settings_)
+        assert actual_loss == pytest.approx(loss, rel=1e-4)
+        assert abs(actual_active - active) <= 1 + 2e-3 * active
+        assert (actual.quiet != expected.quiet).sum() <= 1
+        actual.quiet.copy_(expected.quiet)
+        actual.params = Params(*(p.clone() for p in expected.params))
+        for moments in ("m", "v"):
+            for name, mine, theirs in zip(
+                Params._fields, getattr(actual, moments), getattr(expected, moments), strict=True
+            ):
+                assert apart(mine, theirs) < 1e-3, (moments, name)
+    assert (expected.quiet >= 150).any() and (expected.quiet == 0).any()
+
+
+def test_auxk_moves_the_dead_alone():
+    """Against the step without it: other encoder rows get the same, dead ones, which fire on nothing, only AuxK's."""
+    x, rule = make_rows(64), Rule("threshold", 0, 30.0)
+    params = make_params()
+    params.b_enc[::3] = -1e3
+    params.W_enc[::3] *= 40.0  # so that some reach above 0 all the same
+    plain, aux = start(params), start(params)
+    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    dead[::3] = True
+    dead[reference.encode(params, x, rule).latents.long()] = False
+    for state in (plain, aux):
+        state.quiet[dead] = 10
+    cpu.train_step(plain, x, rule, StepSettings(1e-3))
+    cpu.train_step(aux, x, rule, StepSettings(1e-3, aux_coef=1.0, aux_k=5, dead_after=10))
+    assert torch.equal(plain.m.W_enc[~dead], aux.m.W_enc[~dead])
+    assert torch.equal(plain.m.b_dec, aux.m.b_dec)
+    assert not plain.m.W_enc[dead].any() and not plain.quiet[~dead].any()
+    assert (aux.quiet[dead] == 10 + 64).all()
 
 
 def test_cpu_latents_that_do_not_fire_still_move():
@@ -403,6 +471,9 @@ def test_choose_resolves_auto(caplog):
     assert choice.threads == len(os.sched_getaffinity(0))
     assert "kernel cpu" in caplog.text and "numba" in caplog.text
     assert kernels.choose("reference", "fp32", 3) == ("reference", "fp32", 3)
+    with caplog.at_level(logging.INFO, "saegrid.kernels"):
+        assert kernels.choose("auto", "fp32", 1, "aux_coef = 0.03") == ("cpu", "fp32", 1)
+    assert "no cuda (it has no aux_coef = 0.03)" in caplog.text
 
 
 def test_load():

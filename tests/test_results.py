@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from saegrid import results
+from saegrid.recipes import YOUNGER
 from saegrid.results import ResultsError
 
 
@@ -30,6 +31,17 @@ def test_the_tidy_file_reads_back_as_it_was(fake_grid, fake_runs):
     folder = results.make(fake_grid, fake_runs)
     assert folder == fake_runs / "results/synthetic"
     pd.testing.assert_frame_equal(results.read_tidy(folder), df, check_exact=True)
+
+
+def test_tables_from_before_there_were_recipes_are_read(fake_grid, fake_runs):
+    folder = results.make(fake_grid, fake_runs)
+    df = results.read_tidy(folder)
+    pd.read_csv(folder / "results_tidy.csv").drop(columns=YOUNGER).to_csv(folder / "results_tidy.csv", index=False)
+    pd.testing.assert_frame_equal(results.read_tidy(folder)[df.columns], df, check_exact=True)
+    path = fake_runs / "runs" / df["run_id"][0] / "metrics.json"
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in row.items() if name not in YOUNGER}))
+    assert results.load_run(path.parent) == row
 
 
 def test_published_files_hold_the_published_columns(fake_grid, fake_runs):

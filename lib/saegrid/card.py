@@ -168,7 +168,11 @@ def setting_table(df: pd.DataFrame) -> Markdown:
     rows += [(COLUMNS[n].title.lower(), _values(df, n)) for n in ("n_train_rows", "n_val_rows")]
     rows += [("splice", f"{_values(df, 'n_eval_prompts')} prompts, {_values(df, 'n_eval_tokens')} scored tokens")]
     rows += [
-        ("training", f"{_values(df, 'epochs')} epochs, Adam, lr {_values(df, 'lr')}, batch {_values(df, 'batch_size')}")
+        ("recipe", _values(df, "recipe")),
+        (
+            "training",
+            f"{_values(df, 'epochs')} epochs, Adam, lr {_values(df, 'lr')}, batch {_values(df, 'batch_size')}",
+        ),
     ]
     rows += [
         (

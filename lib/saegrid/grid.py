@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from saegrid.config import RunConfig, explain, make_config
 from saegrid.errors import ConfigError
+from saegrid.recipes import is_as_recipe_says
 
 
 class Grid(BaseModel):
@@ -64,9 +65,12 @@ def load_grid(path: str | Path) -> Grid:
 def papermill_arguments(run: RunConfig) -> str:
     """The `-p` and `-r` options that make papermill run this config, quoted for a shell.
 
-    Strings go by `-r` (taken as they are), numbers by `-p`; parameters at their default are left out.
+    Strings go by `-r` (taken as they are), numbers by `-p`; parameters at their default, or as the recipe says, are
+    left out.
     """
     options: list[str] = []
     for name, value in run.model_dump(exclude_defaults=True).items():
+        if is_as_recipe_says(run.recipe, name, value):
+            continue
         options += ["-r" if isinstance(value, str) else "-p", name, str(value)]
     return shlex.join(options)

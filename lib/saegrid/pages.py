@@ -17,8 +17,9 @@ from saegrid.plots import setting
 from saegrid.results import ResultsError
 from saegrid.tables import Markdown, html_block, html_table, markdown
 
-INDEX_COLUMNS = ["name", "seed", "l0", "fvu_no_sink", "dead_pct", "delta_loss", "frac_rec_pct"]
-AXES = {"arch": "architecture", "expansion": "expansion", "k": "K", "threshold": "threshold", "seed": "seed"}
+INDEX_COLUMNS = ["name", "recipe", "seed", "l0", "fvu_no_sink", "dead_pct", "delta_loss", "frac_rec_pct"]
+AXES = {"arch": "architecture", "expansion": "expansion", "k": "K", "threshold": "threshold"}
+AXES |= {"recipe": "recipe", "seed": "seed"}
 
 
 def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None) -> None:
@@ -95,8 +96,9 @@ def run_page(notebook: dict[str, Any], page_title: str, nav: str) -> dict[str, A
 
 
 def title(row: dict[str, Any]) -> str:
-    """A run in words: `TopK, K = 64, 8x, seed 0`."""
-    return f"{setting(row)}, {row['expansion']}x, seed {row['seed']}"
+    """A run in words: `TopK, K = 64, 8x, seed 0`; its recipe too, where it is not the published one."""
+    recipe = "" if row["recipe"] == "published" else f", {row['recipe']}"
+    return f"{setting(row)}, {row['expansion']}x{recipe}, seed {row['seed']}"
 
 
 def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:

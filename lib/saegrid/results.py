@@ -20,6 +20,7 @@ from saegrid.atomic import write_text
 from saegrid.config import PLACES, RunConfig
 from saegrid.errors import SaegridError
 from saegrid.grid import Grid
+from saegrid.recipes import YOUNGER
 
 PARAMETERS = [name for name in RunConfig.model_fields if name not in PLACES]
 COUNTS = ["d_in", "d_sae", "n_train_rows", "n_val_rows", "n_eval_prompts", "n_eval_tokens", "steps", "best_epoch"]
@@ -51,7 +52,7 @@ def load_run(run_dir: str | Path) -> dict[str, Any]:
             hash is none.
     """
     path = Path(run_dir) / "metrics.json"
-    row = _read_json(path)
+    row = YOUNGER | _read_json(path)
     missing = [name for name in TIDY if name not in row]
     if missing:
         raise ResultsError(f"{path}: lacks {', '.join(missing)}; delete the folder and run it again")
@@ -101,8 +102,8 @@ def write_tables(df: pd.DataFrame, results_dir: str | Path) -> None:
     by_k = df[df["arch"].isin(["BatchTopK", "TopK"])]
     own = [name for name in METRICS if name not in PUBLISHED]
     tables = {
-        "results.csv": by_k[["arch", "expansion", "k", "val_mse", "nmse", "dead_pct", "seed", "run_id"]],
-        "results_full.csv": df[[*PUBLISHED, "seed", *own, "run_id"]],
+        "results.csv": by_k[["arch", "expansion", "k", "val_mse", "nmse", "dead_pct", "recipe", "seed", "run_id"]],
+        "results_full.csv": df[[*PUBLISHED, "recipe", "seed", *own, "run_id"]],
         "results_tidy.csv": df[TIDY],
     }
     for name, table in tables.items():
@@ -120,6 +121,7 @@ def read_tidy(path: str | Path) -> pd.DataFrame:
         raise ResultsError(f"{path}: {error.strerror}; `make report` makes it") from None
     except (ValueError, pd.errors.ParserError) as error:
         raise ResultsError(f"{path}: not a table: {error}") from None
+    df = df.assign(**{name: value for name, value in YOUNGER.items() if name not in df})
     missing = [name for name in TIDY if name not in df]
     if missing:
         raise ResultsError(f"{path}: lacks the columns {', '.join(missing)}; `make report` makes it anew")

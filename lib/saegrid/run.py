@@ -35,8 +35,18 @@ from saegrid.store import Store
 from saegrid.train import rms_pre_acts, train
 
 CODE = (
-    *("activations.py", "embedded.py", "fetch.py", "files.py", "lm.py", "metrics.py", "prompts.py", "published.py"),
-    *("run.py", "sae.py", "splice.py", "store.py", "train.py", "transfer.py", "kernels"),
+    *(
+        "activations.py",
+        "embedded.py",
+        "estimates.py",
+        "fetch.py",
+        "files.py",
+        "lm.py",
+        "metrics.py",
+        "prompts.py",
+        "published.py",
+    ),
+    *("recipes.py", "run.py", "sae.py", "splice.py", "store.py", "train.py", "transfer.py", "kernels"),
 )
 """Sources whose change can change a run's result: their hash is the run's code version."""
 
@@ -206,7 +216,7 @@ class Run:
                 return make_config(**json.loads(path.read_text(encoding="utf-8")) | places)
             except (TypeError, json.JSONDecodeError) as error:
                 raise SaegridError(f"{path}: damaged; delete the folder to start the run again ({error})") from None
-        choice = kernels.choose(config.kernel, config.matmul, config.threads)
+        choice = kernels.choose(config.kernel, config.matmul, config.threads, config.not_on_cuda)
         resolved = make_config(**config.model_dump() | choice._asdict())
         write_json(path, resolved.identity())
         return resolved

@@ -48,6 +48,7 @@ COLUMNS = {
     "expansion": Column("Expansion", "d_sae / d_in", "d"),
     "k": Column("K", "latents/token", "d"),
     "threshold": Column("Threshold θ", "act", "g"),
+    "recipe": Column("Recipe"),
     "seed": Column("Seed", "", "d"),
     "d_sae": Column("d_sae", "latents", ",d"),
     "l0": Column("L0", "latents/token", ",.1f"),
@@ -137,7 +138,7 @@ def html_table(
 
 def run_metrics(row: Mapping[str, Any]) -> Markdown:
     """The numbers of one run, one a line, with their units."""
-    names = [name for name in COLUMNS if name in row and name not in ("name", "arch", "source", "seed")]
+    names = [name for name in COLUMNS if name in row and name not in ("name", "arch", "source", "recipe", "seed")]
     return pipe_table(
         ["Measure", "Value", "Unit"],
         [(COLUMNS[name].title, number(row[name], name), COLUMNS[name].unit or "1") for name in names],

@@ -17,13 +17,16 @@ from torch import Tensor
 from saegrid.atomic import replacing, write_text
 from saegrid.config import RunConfig
 from saegrid.errors import SaegridError
+from saegrid.estimates import Estimates, estimate
 from saegrid.kernels.reference import Params, Rule, StepSettings, TrainState
 from saegrid.metrics import SINK_RATIO
-from saegrid.sae import SAE, JumpReLU, initial_sae
+from saegrid.sae import SAE, JumpReLU, fold_scale, initial_sae, keep_apart
 from saegrid.store import Store
 
 CALIBRATION_ROWS = 65_536
 """At most so many validation rows set BatchTopK's threshold."""
+DECAY = 0.2
+"""Share of the steps, at the end, in which a "linear" learning rate falls."""
 CHECK_STEPS = 100
 """On a GPU the loss is read back, and held to be finite, after so many steps: each look waits for the device."""
 
@@ -54,9 +57,10 @@ def train(
 ) -> tuple[SAE, Progress]:
     """Train one SAE, from the run's last checkpoint where there is one.
 
-    Adam with cosine annealing per step from `lr` to `lr * lr_final`; mean squared error; unit-norm decoder rows after
-    each step; the weights of the epoch with the lowest validation MSE are kept (with the training rule: BatchTopK cuts
-    each validation batch). BatchTopK's scalar threshold is then calibrated on validation rows.
+    Adam, the learning rate set per step; mean squared error; unit-norm decoder rows after each step; the weights of
+    the epoch with the lowest validation MSE are kept (with the training rule: BatchTopK cuts each validation batch).
+    BatchTopK's scalar threshold is then calibrated on validation rows. With `act_scale` all of this, checkpoints too,
+    is in the units of the scaled rows, and the scale is folded into the weights at the end.
 
     Args:
         report: called with the number of rows of each step, and once with those done before a resume.
@@ -68,43 +72,58 @@ def train(
     Raises:
         SaegridError: the loss is no longer finite; the message names the step, or on a GPU the steps.
     """
-    sae = initial_sae(config, store.d_in, store.mean)
+    found = estimate(config, store)
+    sae = initial_sae(config, store.d_in, found.mean, found.sink)
+    sae.threshold /= found.scale
     if isinstance(sae, JumpReLU) and config.threshold_unit == "rms":
-        sae.threshold = config.threshold * rms_pre_acts(sae.params, next(store.batches("train", config.batch_size)))
+        rows = next(store.batches("train", config.batch_size))
+        sae.threshold = config.threshold * rms_pre_acts(sae.params, rows / found.scale)
     sae.to(device)
+    if found.sink is not None:
+        found = found._replace(sink=found.sink.to(device))
     checkpoint = run_dir / "checkpoint.pt"
     progress = load_checkpoint(checkpoint, sae) or Progress(TrainState.start(sae.params), _copy(sae.params))
     report(progress.epoch * store.n_train + progress.rows)
     while progress.epoch < config.epochs:
-        _epoch(config, store, kernel, matmul, sae, progress, checkpoint, report)
-        _validate(config, store, kernel, sae, progress)
+        _epoch(config, store, kernel, matmul, sae, progress, checkpoint, report, found)
+        _validate(config, store, kernel, sae, progress, found.scale)
         write_text(run_dir / "metrics.jsonl", "".join(json.dumps(point) + "\n" for point in progress.curve))
         save_checkpoint(checkpoint, progress)
     for weights, best in zip(sae.params, progress.best, strict=True):
         weights.copy_(best)
+    fold_scale(sae, found.scale)
     if sae.arch == "BatchTopK":
         sae.inference_threshold = calibrated_threshold(sae, store, config.batch_size, kernel)
     return sae, progress
 
 
 def learning_rate(config: RunConfig, step: int, steps: int) -> float:
-    """Cosine annealing: `lr` at step 0, `lr * lr_final` at `steps`."""
+    """Rises over the first `warmup` of the steps, ends at `lr * lr_final`; between, `lr_schedule` says."""
     floor = config.lr * config.lr_final
-    return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    if config.lr_schedule == "cosine":
+        share = 0.5 * (1 + math.cos(math.pi * step / steps))
+    else:
+        share = min(1.0, (steps - step) / (DECAY * steps))
+    rise = min(1.0, (step + 1) / (config.warmup * steps)) if config.warmup else 1.0
+    return rise * (floor + (config.lr - floor) * share)
 
 
-def _epoch(config, store, kernel, matmul, sae, progress: Progress, checkpoint: Path, report) -> None:
+def _epoch(config, store, kernel, matmul, sae, progress: Progress, checkpoint: Path, report, found: Estimates) -> None:
     steps = config.epochs * math.ceil(store.n_train / config.batch_size)
     state, seen = progress.state, progress.state.step
+    settings = step_settings(config, store, matmul)
     batches = store.batches(
         "train", config.batch_size, config.seed, progress.epoch, start=progress.batch, device=sae.device
     )
     for x in batches:
-        settings = StepSettings(
-            learning_rate(config, state.step, steps), config.grad_clip, config.project_grad, matmul=matmul
+        if found.scale != 1:
+            x = x / found.scale
+        loss, _ = kernel.train_step(
+            state, x, sae.training_rule, settings._replace(lr=learning_rate(config, state.step, steps))
         )
-        loss, _ = kernel.train_step(state, x, sae.training_rule, settings)
-        progress.sq_error = progress.sq_error + loss * x.numel()
+        if found.sink is not None:
+            keep_apart(state.params.W_enc, found.sink)
+        progress.sq_error = progress.sq_error + loss * x.numel() * found.scale**2
         progress.rows += len(x)
         progress.batch += 1
         report(len(x))
@@ -117,6 +136,19 @@ def _epoch(config, store, kernel, matmul, sae, progress: Progress, checkpoint: P
     _read_loss(config, progress, seen)
 
 
+def step_settings(config: RunConfig, store: Store, matmul: str) -> StepSettings:
+    """What all steps of a run share."""
+    return StepSettings(
+        config.lr,
+        config.grad_clip,
+        config.project_grad,
+        matmul,
+        aux_coef=config.aux_coef,
+        aux_k=max(1, store.d_in // 2),
+        dead_after=math.ceil(config.dead_window * config.epochs * store.n_train),
+    )
+
+
 def _read_loss(config, progress: Progress, seen: int) -> None:
     """Wait for the device, and hold the loss of all steps behind step `seen` to be finite."""
     progress.sq_error = float(progress.sq_error)
@@ -126,14 +158,15 @@ def _read_loss(config, progress: Progress, seen: int) -> None:
         raise SaegridError(f"lr = {config.lr:g}: the loss is {progress.sq_error} {where}; try a smaller one")
 
 
-def _validate(config, store, kernel, sae, progress: Progress) -> None:
+def _validate(config, store, kernel, sae, progress: Progress, scale: float) -> None:
     """Close the epoch: validation MSE with the training rule, the learning curve, the best weights."""
     params = progress.state.params
     sq_error, active = 0.0, 0
     fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.device)
     for x in store.batches("val", config.batch_size, device=sae.device):
+        x = x / scale if scale != 1 else x
         codes = kernel.encode(params, x, sae.training_rule)
-        sq_error += (kernel.decode(params, codes) - x).double().square().sum().item()
+        sq_error += (kernel.decode(params, codes) - x).double().square().sum().item() * scale**2
         active += len(codes.values)
         fired[codes.latents.long()] = True
     steps = config.epochs * math.ceil(store.n_train / config.batch_size)
@@ -198,7 +231,8 @@ def save_checkpoint(path: Path, progress: Progress) -> None:
     """Write all of `progress`, on the CPU: any device can go on from it."""
     plain = {name: value for name, value in vars(progress).items() if name not in ("state", "best")}
     state = progress.state
-    content = {"plain": plain, "step": state.step, "best": _on(progress.best, "cpu")._asdict()}
+    content = {"plain": plain, "step": state.step, "quiet": state.quiet.cpu()}
+    content["best"] = _on(progress.best, "cpu")._asdict()
     content |= {name: _on(getattr(state, name), "cpu")._asdict() for name in ("params", "m", "v")}
     with replacing(path) as temporary:
         torch.save(content, os.fspath(temporary))
@@ -217,7 +251,8 @@ def load_checkpoint(path: Path, sae: SAE) -> Progress | None:
         for name, weights in sae.params._asdict().items():
             weights.copy_(content["params"][name])
         m, v, best = (_on(Params(**content[name]), sae.device) for name in ("m", "v", "best"))
-        return Progress(TrainState(sae.params, m, v, content["step"]), best, **content["plain"])
+        state = TrainState(sae.params, m, v, content["step"], content["quiet"].to(sae.device))
+        return Progress(state, best, **content["plain"])
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise SaegridError(f"{path}: damaged checkpoint; delete it to start the run again ({reason})") from None

@@ -53,7 +53,10 @@ def decode(params: Params, codes: Codes) -> Tensor:
 def gradients(params: Params, x: Tensor, codes: Codes) -> tuple[float, Params]:
     """Loss and its gradient through the active pairs, dense. See `reference.gradients`."""
     grads = Params(*map(torch.empty_like, params))
-    loss = _gradients(params, x.contiguous(), x.contiguous() - params.b_pre, codes, grads, {})
+    x, workspace = x.contiguous(), {}
+    loss, d_hat = _error(params, x, codes, workspace)
+    torch.sum(d_hat, 0, out=grads.b_dec)
+    _gradients(params, x - params.b_pre, codes, d_hat, grads, workspace)
     return loss, grads
 
 
@@ -67,9 +70,14 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     rate, correction = settings.lr / (1 - beta1**state.step), 1 / (1 - beta2**state.step)
     adam = tuple(map(np.float32, (1 - beta1, beta2, 1 - beta2, rate, correction, EPS)))
     weights, m, v = (tuple(_arrays(p[:3])) for p in (params, state.m, state.v))
+    loss, d_hat = _error(params, x, codes, workspace)
+    g_dec_bias, active = d_hat.sum(0), len(codes.values)
+    if settings.aux_coef:
+        codes, d_hat = _with_auxk(state, centred, codes, d_hat, settings)
     if settings.grad_clip or _is_dense(codes, params):
         grads = Params(*(_buffer(workspace, f"grad {name}", p.shape) for name, p in params._asdict().items()))
-        loss = _gradients(params, x, centred, codes, grads, workspace)
+        grads.b_dec.copy_(g_dec_bias)
+        _gradients(params, centred, codes, d_hat, grads, workspace)
         edges = _even(len(params.b_enc))
         if settings.project_grad:
             _run(pairs.project_latents, edges, *_arrays((grads.W_dec, params.W_dec)))
@@ -77,9 +85,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         _run(pairs.apply_latents, edges, *_arrays(grads[:3]), weights, m, v, adam)
         g_dec_bias, g_pre_bias = grads.b_dec, grads.b_pre
     else:
-        loss, d_hat = _error(params, x, codes, workspace)
-        g_dec_bias = d_hat.sum(0)
-        lists, edges = _by_latent(codes, len(params.b_enc), workspace)
+        lists, edges = _by_latent(codes, len(params.b_enc), len(x))
         pull = _buffer(workspace, "pull", (CHUNKS, x.shape[1]))
         _run(
             pairs.step_latents, edges, *lists, *_arrays((d_hat, centred)), weights, m, v, pull.numpy(),
@@ -88,7 +94,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         g_pre_bias = g_dec_bias - pull.sum(0)
     pairs.apply_vector(*_arrays((g_dec_bias, params.b_dec, state.m.b_dec, state.v.b_dec)), adam)
     pairs.apply_vector(*_arrays((g_pre_bias, params.b_pre, state.m.b_pre, state.v.b_pre)), adam)
-    return loss, len(codes.values)
+    return loss, active
 
 
 # --- encoder ---
@@ -204,33 +210,34 @@ def _error(params: Params, x: Tensor, codes: Codes, workspace: dict) -> tuple[fl
     return square_sums.sum().item() / x.numel(), d_hat
 
 
-def _by_latent(codes: Codes, d_sae: int, workspace: dict) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """Latent-major lists (starts, rows, values) of the pairs, and edges of chunks of latents of like work."""
+def _by_latent(codes: Codes, d_sae: int, n_rows: int) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """Latent-major lists (starts, rows, rows of x, values) of the pairs, and edges of chunks of latents of like work.
+
+    Codes may be stacked, one loss behind the other, each `n_rows` rows.
+    """
     nnz = len(codes.values)
-    lists = np.empty(d_sae + 1, np.int64), np.empty(nnz, np.int32), np.empty(nnz, np.float32)
-    pairs.by_latent(*_arrays(codes), *lists)
-    return lists, _by_weight(lists[0] + LATENT_COST * np.arange(d_sae + 1))
+    starts, rows, values = np.empty(d_sae + 1, np.int64), np.empty(nnz, np.int32), np.empty(nnz, np.float32)
+    pairs.by_latent(*_arrays(codes), starts, rows, values)
+    x_rows = rows if len(codes.offsets) == n_rows + 1 else rows % np.int32(n_rows)
+    return (starts, rows, x_rows, values), _by_weight(starts + LATENT_COST * np.arange(d_sae + 1))
 
 
-def _gradients(params: Params, x: Tensor, centred: Tensor, codes: Codes, grads: Params, workspace: dict) -> float:
-    """Loss; its gradients are written to `grads`."""
-    loss, d_hat = _error(params, x, codes, workspace)
-    torch.sum(d_hat, 0, out=grads.b_dec)
-    if _is_dense(codes, params):
-        z = _buffer(workspace, "z", (len(x), len(params.b_enc)))  # filled by _decode
+def _gradients(params: Params, centred: Tensor, codes: Codes, d_hat: Tensor, grads: Params, workspace: dict) -> None:
+    """Write the gradients, that of b_dec being there already, to `grads`. Codes and d_hat may be stacked."""
+    if len(d_hat) == len(centred) and _is_dense(codes, params):
+        z = _buffer(workspace, "z", (len(centred), len(params.b_enc)))  # filled by _decode
         torch.mm(z.T, d_hat, out=grads.W_dec)
         d_z = torch.mm(d_hat, params.W_dec.T, out=_buffer(workspace, "d_z", z.shape)).masked_fill_(z == 0, 0)
         torch.mm(d_z.T, centred, out=grads.W_enc)
         torch.sum(d_z, 0, out=grads.b_enc)
         pull = grads.b_enc @ params.W_enc
     else:
-        lists, edges = _by_latent(codes, len(params.b_enc), workspace)
-        chunk_pulls = _buffer(workspace, "pull", (CHUNKS, x.shape[1]))
+        lists, edges = _by_latent(codes, len(params.b_enc), len(centred))
+        chunk_pulls = _buffer(workspace, "pull", (CHUNKS, centred.shape[1]))
         arrays = _arrays((d_hat, centred, params.W_enc, params.W_dec, *grads[:3], chunk_pulls))
         _run(pairs.gradient_latents, edges, *lists, *arrays)
         pull = chunk_pulls.sum(0)
     torch.sub(grads.b_dec, pull, out=grads.b_pre)
-    return loss
 
 
 def _clip(grads: Params, limit: float) -> None:
@@ -240,6 +247,34 @@ def _clip(grads: Params, limit: float) -> None:
         scale = min(1.0, limit / (norm + 1e-6))
         for g in grads if scale < 1 else ():
             g.mul_(scale)
+
+
+# --- AuxK ---
+
+
+def _with_auxk(
+    state: TrainState, centred: Tensor, codes: Codes, d_hat: Tensor, settings: StepSettings
+) -> tuple[Codes, Tensor]:
+    """Codes and d_hat with those of the dead latents stacked behind, and the dead counted. See `auxk_gradients`."""
+    dead = (state.quiet >= settings.dead_after).nonzero()[:, 0]
+    state.quiet += len(centred)
+    state.quiet[codes.latents.long()] = 0
+    if not len(dead):
+        return codes, d_hat
+    params, workspace = state.params, state.workspace.setdefault("dead", {})
+    zero = torch.zeros_like(params.b_dec)
+    small = Params(params.W_enc[dead], params.b_enc[dead], params.W_dec[dead], zero, zero)
+    aux = _encode(small, centred, Rule("topk", k=min(settings.aux_k, len(dead))), "fp32", workspace)
+    residual = d_hat * (-d_hat.numel() / 2)
+    stacked = _buffer(state.workspace, "stacked d_hat", (2 * len(centred), centred.shape[1]))
+    stacked[: len(centred)] = d_hat
+    error = stacked[len(centred) :]
+    _decode(small, aux, error, workspace)
+    variance = residual.var(0, correction=0).mean().item()
+    error.sub_(residual).mul_(2 * settings.aux_coef / (d_hat.numel() * variance) if variance else 0.0)
+    offsets = torch.cat([codes.offsets, codes.offsets[-1] + aux.offsets[1:]])
+    latents = torch.cat([codes.latents, dead.int()[aux.latents.long()]])
+    return Codes(offsets, latents, torch.cat([codes.values, aux.values])), stacked
 
 
 # --- chunks, threads and buffers ---

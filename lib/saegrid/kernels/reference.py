@@ -59,6 +59,9 @@ class StepSettings(NamedTuple):
     grad_clip: float = 0.0  # largest global gradient norm; 0: none
     project_grad: bool = False  # drop the part of W_dec's gradient along each decoder row
     matmul: Literal["fp32", "bf16"] = "fp32"  # precision of the encoder's product
+    aux_coef: float = 0.0  # weight of AuxK's loss; 0: none
+    aux_k: int = 0  # dead latents a row that AuxK uses, at most
+    dead_after: int = 0  # a latent that has not fired for so many rows is dead
 
 
 @dataclass
@@ -69,7 +72,12 @@ class TrainState:
     m: Params
     v: Params
     step: int = 0
+    quiet: Tensor | None = None  # (d_sae,) int64: rows since a latent fired; counted only for AuxK
     workspace: dict = field(default_factory=dict, repr=False)  # a kernel's own buffers; never saved
+
+    def __post_init__(self):
+        if self.quiet is None:
+            self.quiet = torch.zeros_like(self.params.b_enc, dtype=torch.int64)
 
     @classmethod
     def start(cls, params: Params) -> TrainState:
@@ -96,22 +104,31 @@ def dense(codes: Codes, d_sae: int) -> Tensor:
 
 def gradients(params: Params, x: Tensor, codes: Codes) -> tuple[float, Params]:
     """Loss (mean squared error) and its gradient through the active pairs, dense."""
-    rows, latents = _rows(codes), codes.latents.long()
     error = decode(params, codes) - x  # (N, d_in)
     loss = error.double().square().mean().item()
     d_hat = error * (2.0 / error.numel())  # (N, d_in)
-    z = dense(codes, len(params.b_enc))
-    d_z = torch.zeros_like(z)
-    d_z[rows, latents] = (d_hat @ params.W_dec.T)[rows, latents]
-    d_hat_sum = d_hat.sum(0)  # (d_in,)
-    d_pre_sum = d_z.sum(0)  # (d_sae,)
-    return loss, Params(
-        W_enc=d_z.T @ (x - params.b_pre),
-        b_enc=d_pre_sum,
-        W_dec=z.T @ d_hat,
-        b_dec=d_hat_sum,
-        b_pre=d_hat_sum - d_pre_sum @ params.W_enc,
-    )
+    grads = _through_pairs(params, x, codes, d_hat)
+    bias = d_hat.sum(0)  # (d_in,)
+    return loss, grads._replace(b_dec=bias, b_pre=grads.b_pre + bias)
+
+
+def auxk_gradients(params: Params, x: Tensor, codes: Codes, dead: Tensor, k: int) -> tuple[float, Params]:
+    """AuxK's loss and its gradient, dense (arXiv:2406.04093, A.2): dead latents reconstruct what the code leaves over.
+
+    loss = mean (e_hat - e)² / variance of e, with e = x - x_hat taken as given, and e_hat = z W_dec without biases,
+    z = ReLU of the k largest pre-activations of the dead latents in each row.
+
+    Args:
+        dead: which latents are dead, (d_sae,) bool.
+    """
+    residual = x - decode(params, codes)  # (N, d_in)
+    variance = (residual - residual.mean(0)).double().square().mean().item()
+    pre = _pre_acts(params, x, "fp32").masked_fill(~dead, -torch.inf)
+    aux = _sparse(pre, _kept(pre, Rule("topk", k=min(k, int(dead.sum())))))
+    error = dense(aux, len(dead)) @ params.W_dec - residual
+    scale = 1 / variance if variance else 0.0
+    d_hat = error * (2 * scale / error.numel())
+    return error.double().square().mean().item() * scale, _through_pairs(params, x, aux, d_hat)
 
 
 def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings) -> tuple[float, int]:
@@ -125,6 +142,13 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     params = state.params
     codes = encode(params, x, rule, settings.matmul)
     loss, grads = gradients(params, x, codes)
+    if settings.aux_coef:
+        dead = state.quiet >= settings.dead_after
+        if dead.any():
+            _, extra = auxk_gradients(params, x, codes, dead, settings.aux_k)
+            grads = Params(*(g + settings.aux_coef * more for g, more in zip(grads, extra, strict=True)))
+        state.quiet += len(x)
+        state.quiet[codes.latents.long()] = 0
     if settings.project_grad:
         along = (grads.W_dec * params.W_dec).sum(1, keepdim=True)  # (d_sae, 1), rows have unit norm
         grads = grads._replace(W_dec=grads.W_dec - along * params.W_dec)
@@ -141,6 +165,22 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         p.addcdiv_(m, (v / correction2).sqrt_().add_(EPS), value=-settings.lr / correction1)
     params.W_dec.div_(params.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
     return loss, len(codes.values)
+
+
+def _through_pairs(params: Params, x: Tensor, codes: Codes, d_hat: Tensor) -> Params:
+    """Gradients through the active pairs, from that of the sum of decoder rows, d_hat (N, d_in); b_dec has none."""
+    rows, latents = _rows(codes), codes.latents.long()
+    z = dense(codes, len(params.b_enc))
+    d_z = torch.zeros_like(z)
+    d_z[rows, latents] = (d_hat @ params.W_dec.T)[rows, latents]
+    d_pre_sum = d_z.sum(0)  # (d_sae,)
+    return Params(
+        W_enc=d_z.T @ (x - params.b_pre),
+        b_enc=d_pre_sum,
+        W_dec=z.T @ d_hat,
+        b_dec=torch.zeros_like(params.b_dec),
+        b_pre=-(d_pre_sum @ params.W_enc),
+    )
 
 
 def _pre_acts(params: Params, x: Tensor, matmul: str) -> Tensor:
