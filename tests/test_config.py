@@ -21,7 +21,7 @@ NOTEBOOK = "notebooks/train.ipynb"
         ({"k": "many"}, ["k = 'many'", "integer"]),
         ({"k": 3.5}, ["k = 3.5", "integer"]),
         ({"k": True}, ["k = True", "integer"]),
-        ({"arch": "ReLU", "k": 3}, ["arch = 'ReLU'", "'TopK', 'BatchTopK' or 'JumpReLU'"]),
+        ({"arch": "ReLU", "k": 3}, ["arch = 'ReLU'", "'TopK', 'BatchTopK', 'JumpReLU' or 'Matryoshka'"]),
         ({"arch": "TopK"}, ["k = 0", "TopK needs a k"]),
         ({"arch": "TopK", "k": 4, "threshold": 0.1}, ["threshold = 0.1", "not a parameter of TopK"]),
         ({"arch": "JumpReLU", "k": 4}, ["k = 4", "not a parameter of JumpReLU"]),
@@ -30,6 +30,8 @@ NOTEBOOK = "notebooks/train.ipynb"
         ({"k": 4, "lr": math.nan}, ["lr = nan"]),
         ({"k": 4, "lr": "fast"}, ["lr = 'fast'", "number"]),
         ({"k": 4, "layer": -1}, ["layer = -1"]),
+        ({"k": 4, "prefixes": 3}, ["prefixes = 3", "not a parameter of BatchTopK"]),
+        ({"k": 4, "arch": "Matryoshka", "kernel": "cuda"}, ["kernel = 'cuda'", "arch = 'Matryoshka'"]),
         ({"k": 4, "recipe": "best"}, ["recipe = 'best'", "'published' or 'improved'"]),
         ({"k": 4, "sinks": "drop"}, ["sinks = 'drop'", "'keep' or 'apart'"]),
         ({"k": 4, "warmup": 1.0}, ["warmup = 1.0", "less than 1"]),
@@ -57,6 +59,11 @@ def test_the_shape_of_the_model_is_checked():
         config.check_shape(d_in=576, n_layers=3)
     with pytest.raises(ConfigError, match=r"k = 1153: at most d_sae .* 1152"):
         config.check_shape(d_in=576, n_layers=4)
+
+
+def test_the_smallest_prefix_must_hold_k():
+    with pytest.raises(ConfigError, match=r"prefixes = 5: the smallest has 8 latents, fewer than k = 9"):
+        make_config(arch="Matryoshka", k=9, expansion=2, layer=0).check_shape(d_in=64, n_layers=1)
 
 
 def test_names_are_the_published_ones():

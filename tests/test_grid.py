@@ -9,6 +9,7 @@ from papermill.cli import _resolve_type
 from saegrid.config import RunConfig, make_config
 from saegrid.errors import ConfigError
 from saegrid.grid import Grid, load_grid, papermill_arguments
+from saegrid.recipes import RECIPES, described
 
 PRESETS = sorted(Path("params").glob("*.yaml"))
 
@@ -95,3 +96,12 @@ def test_what_the_recipe_says_is_not_said_again():
     assert papermill_arguments(make_config(k=4)) == "-p k 4"
     run = make_config(k=4, recipe="improved", grad_clip=0.0, sinks="apart")
     assert papermill_arguments(run) == "-p k 4 -r recipe improved -p grad_clip 0.0"
+
+
+def test_the_ablation_takes_each_choice_away_alone():
+    runs = load_grid("params/recipes.yaml").runs()
+    improved, published = RECIPES["improved"], RECIPES["published"]
+    switched = {name for name in improved if improved[name] != published[name]}
+    words = {described(run.model_dump()) for run in runs}
+    assert words == {"published", "improved"} | {f"improved but {name} = {published[name]}" for name in switched}
+    assert len(runs) == len(words) * 2 * 3

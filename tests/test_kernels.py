@@ -183,6 +183,27 @@ def test_reference_step_is_torch_adam(grad_clip, project_grad):
         assert apart(mine, theirs.detach()) < 1e-5
 
 
+def test_reference_matryoshka_is_autograd():
+    """The mean over prefixes of the loss of a code that is cut once, by autograd in float64."""
+    params = Params(*(p.double().requires_grad_() for p in make_params()))
+    x, prefixes = make_rows(40).double(), (D_SAE // 8, D_SAE // 3, D_SAE)
+    pre = (x - params.b_pre) @ params.W_enc.T + params.b_enc
+    cut = pre.flatten().sort(descending=True).values[len(x) * 9 - 1]
+    z = torch.where(pre >= cut, pre, 0).relu()
+    losses = []
+    for end in prefixes:
+        x_hat = z[:, :end] @ params.W_dec[:end] + params.b_dec + params.b_pre
+        losses.append((x_hat - x).square().mean())
+    (sum(losses) / 3).backward()
+
+    single = Params(*(p.detach().float() for p in params))
+    codes = reference.encode(single, x.float(), Rule("batchtopk", 9))
+    loss, grads = reference.matryoshka_gradients(single, x.float(), codes, prefixes)
+    assert loss == pytest.approx(losses[-1].item(), rel=1e-5)
+    for name, grad in grads._asdict().items():
+        assert apart(grad, getattr(params, name).grad) < 1e-5, name
+
+
 def test_reference_auxk_is_autograd():
     """The dead latents' reconstruction of the detached residual, by autograd in float64."""
     params = Params(*(p.double().requires_grad_() for p in make_params()))
@@ -274,9 +295,10 @@ def test_cpu_train_step_stays_close():
 
 @pytest.mark.parametrize("rule", [Rule("topk", 9), Rule("batchtopk", 9), Rule("threshold", 0, 0.0)])
 @pytest.mark.parametrize(("grad_clip", "project_grad"), [(0.0, False), (1.0, True)])
-def test_cpu_train_step_with_auxk(rule, grad_clip, project_grad):
+@pytest.mark.parametrize(("aux_coef", "prefixes"), [(1 / 32, ()), (0.0, (5, 40, D_SAE)), (1 / 32, (5, 40, D_SAE))])
+def test_cpu_train_step_with_auxk_and_prefixes(rule, grad_clip, project_grad, aux_coef, prefixes):
     """A third of the latents is dead at the start, more die on the way; a low threshold makes the code dense."""
-    settings_ = StepSettings(1e-2, grad_clip, project_grad, aux_coef=1 / 32, aux_k=20, dead_after=150)
+    settings_ = StepSettings(1e-2, grad_clip, project_grad, "fp32", aux_coef, 20, 150, prefixes)
     expected, actual = start(make_params()), start(make_params())
     for state in (expected, actual):
         state.quiet[::3] = 150
@@ -295,7 +317,7 @@ def test_cpu_train_step_with_auxk(rule, grad_clip, project_grad):
                 Params._fields, getattr(actual, moments), getattr(expected, moments), strict=True
             ):
                 assert apart(mine, theirs) < 1e-3, (moments, name)
-    assert (expected.quiet >= 150).any() and (expected.quiet == 0).any()
+    assert not aux_coef or ((expected.quiet >= 150).any() and (expected.quiet == 0).any())
 
 
 def test_auxk_moves_the_dead_alone():

@@ -6,7 +6,8 @@ from saegrid.config import make_config
 from saegrid.files import from_published, published_state_dict
 from saegrid.sae import ARCHITECTURES, BatchTopK, fold_scale, initial_sae
 
-SPARSITY = {"TopK": {"k": 5}, "BatchTopK": {"k": 5}, "JumpReLU": {"threshold": 0.4}}
+SPARSITY = {arch: {"threshold": 0.4} if arch == "JumpReLU" else {"k": 5} for arch in ARCHITECTURES}
+IN_USE = CLASSES | {"Matryoshka": CLASSES["BatchTopK"]}  # the published class that each one's file loads into
 
 
 def rows(n, d_in=16, seed=0):
@@ -15,7 +16,7 @@ def rows(n, d_in=16, seed=0):
 
 def published(arch):
     torch.manual_seed(1)
-    return CLASSES[arch](16, 48, **SPARSITY[arch])
+    return IN_USE[arch](16, 48, **SPARSITY[arch])
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -107,9 +107,11 @@ def test_the_weights_kept_are_those_of_the_best_epoch(make_store, tmp_path):
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 7, 13])
-@pytest.mark.parametrize("recipe", ["published", "improved"])
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(make_store, tmp_path, stop_after, recipe):
-    run = config(checkpoint_steps=3, recipe=recipe, dead_window=0.1)
+@pytest.mark.parametrize(
+    "changes", [{}, {"recipe": "improved", "dead_window": 0.1}, {"recipe": "improved", "arch": "Matryoshka"}]
+)
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(make_store, tmp_path, stop_after, changes):
+    run = config(checkpoint_steps=3, **changes)
     store = make_store(sinks=5)
     whole, progress = train(run, store, reference, tmp_path / "whole")
     broken = Interrupted(store.folder)
@@ -183,6 +185,19 @@ def test_improved_reconstructs_better_and_keeps_the_sinks_apart(make_store, tmp_
     assert (sae.W_enc[1:] @ sink).abs().max() < 1e-5
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(24))
     assert ((sae(x) - x)[:5].norm(dim=1) < 0.05 * x[:5].norm(dim=1)).all()
+
+
+def test_matryoshka_has_its_best_latents_first(make_store, tmp_path):
+    """What the first half of the latents reconstructs alone, against BatchTopK's first half."""
+    store = make_store()
+    x, error = store.rows("val"), {}
+    for arch in ("BatchTopK", "Matryoshka"):
+        sae, _ = train(config(arch=arch, recipe="improved", lr=1e-2, epochs=30), store, reference, tmp_path / arch)
+        z = sae.encode(x)
+        assert (z > 0).sum(1).double().mean().item() == pytest.approx(3)
+        z[:, 12:] = 0
+        error[arch] = (sae.decode(z) - x).square().mean().item()
+    assert error["Matryoshka"] < 0.7 * error["BatchTopK"]
 
 
 def test_auxk_leaves_fewer_latents_dead(make_store, tmp_path):

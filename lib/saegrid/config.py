@@ -20,7 +20,9 @@ from saegrid.recipes import YOUNGER, resolve
 EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
 EMBEDDED_DATASET = "embedded:gsm_symbolic"
 
-Arch = Literal["TopK", "BatchTopK", "JumpReLU"]
+Arch = Literal["TopK", "BatchTopK", "JumpReLU", "Matryoshka"]
+BATCH_CUT = ("BatchTopK", "Matryoshka")
+"""Architectures whose codes are cut by the batch in training, and by a calibrated threshold in use."""
 
 
 class RunConfig(BaseModel):
@@ -77,11 +79,14 @@ class RunConfig(BaseModel):
     expansion: int = Field(8, ge=1, le=1024)
     """d_sae / d_in."""
     k: int = Field(0, ge=0)
-    """Latents per row kept by TopK and BatchTopK (the mean over the batch); 0: not given."""
+    """Latents per row kept by TopK, or by BatchTopK and Matryoshka on average over the batch; 0: not given."""
     threshold: float = Field(0.0, ge=0.0, allow_inf_nan=False)
     """JumpReLU's fixed theta; 0.0: not given."""
     threshold_unit: Literal["absolute", "rms"] = "absolute"
     """Unit of `threshold`: the activations' own, or the RMS of the pre-activations at the start of training."""
+
+    prefixes: int = Field(0, ge=0, le=16)
+    """Matryoshka's nested dictionaries: d_sae latents, half of them, a quarter, …; 0: 5 of them for Matryoshka."""
 
     # --- training ---
     recipe: Literal["published", "improved"] = "published"
@@ -138,7 +143,10 @@ class RunConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _as_the_recipe_says(cls, parameters: Any) -> Any:
-        return resolve(parameters) if isinstance(parameters, dict) else parameters
+        if not isinstance(parameters, dict):
+            return parameters
+        default = 5 if parameters.get("arch") == "Matryoshka" else 0
+        return resolve(parameters) | {"prefixes": parameters.get("prefixes", 0) or default}
 
     @field_validator("*", mode="before")
     @classmethod
@@ -166,6 +174,8 @@ class RunConfig(BaseModel):
                 raise ValueError(f"threshold = {self.threshold}: not a parameter of {self.arch}, which takes k")
             if not self.k:
                 raise ValueError(f"k = 0: {self.arch} needs a k of at least 1, such as 64, 128 or 220")
+        if self.prefixes and self.arch != "Matryoshka":
+            raise ValueError(f"prefixes = {self.prefixes}: not a parameter of {self.arch}, but of Matryoshka")
         return self
 
     @model_validator(mode="after")
@@ -182,10 +192,16 @@ class RunConfig(BaseModel):
             raise ConfigError(
                 f"k = {self.k}: at most d_sae = expansion * d_in = {self.expansion} * {d_in} = {self.expansion * d_in}"
             )
+        if self.prefixes and self.k > (smallest := self.expansion * d_in >> (self.prefixes - 1)):
+            raise ConfigError(
+                f"prefixes = {self.prefixes}: the smallest has {smallest} latents, fewer than k = {self.k}"
+            )
 
     @property
     def not_on_cuda(self) -> str:
         """The first choice that the `cuda` kernel lacks; empty where it has all."""
+        if self.prefixes:
+            return f"arch = '{self.arch}'"
         return f"aux_coef = {self.aux_coef:g}" if self.aux_coef else ""
 
     @property

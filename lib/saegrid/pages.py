@@ -14,12 +14,13 @@ from saegrid import card, results
 from saegrid.atomic import write_text
 from saegrid.grid import Grid
 from saegrid.plots import setting
+from saegrid.recipes import RECIPES, described
 from saegrid.results import ResultsError
 from saegrid.tables import Markdown, html_block, html_table, markdown
 
 INDEX_COLUMNS = ["name", "recipe", "seed", "l0", "fvu_no_sink", "dead_pct", "delta_loss", "frac_rec_pct"]
 AXES = {"arch": "architecture", "expansion": "expansion", "k": "K", "threshold": "threshold"}
-AXES |= {"recipe": "recipe", "seed": "seed"}
+AXES |= {name: name for name in ("recipe", *RECIPES["published"], "seed")}
 
 
 def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None) -> None:
@@ -97,7 +98,8 @@ def run_page(notebook: dict[str, Any], page_title: str, nav: str) -> dict[str, A
 
 def title(row: dict[str, Any]) -> str:
     """A run in words: `TopK, K = 64, 8x, seed 0`; its recipe too, where it is not the published one."""
-    recipe = "" if row["recipe"] == "published" else f", {row['recipe']}"
+    recipe = described(row)
+    recipe = "" if recipe == "published" else f", {recipe}"
     return f"{setting(row)}, {row['expansion']}x{recipe}, seed {row['seed']}"
 
 
@@ -119,6 +121,7 @@ def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:
 
 def index_page(df: pd.DataFrame) -> Markdown:
     """The list of all runs."""
+    df = df.assign(recipe=[described(row) for row in df.to_dict("records")])
     table = html_table(df, INDEX_COLUMNS, caption=f"{len(df)} runs; each leads to its executed notebook.", links="./")
     return markdown("---\ntitle: Runs\n---", "One page a run: parameters, curves, numbers, files and hashes.", table)
 

@@ -5,6 +5,7 @@ A parameter left at "recipe" or -1 takes its recipe's value; any other value swi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -21,7 +22,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 """What the model card says, and what the field has learnt since (`saegrid/config.py` says what each choice does)."""
 
-YOUNGER = {"recipe": "published"} | {
+YOUNGER = {"recipe": "published", "prefixes": 0} | {
     name: RECIPES["published"][name]
     for name in ("act_scale", "sinks", "aux_coef", "dead_window", "lr_schedule", "warmup")
 }
@@ -32,6 +33,12 @@ def resolve(parameters: dict[str, Any]) -> dict[str, Any]:
     """The parameters with each choice that is left to the recipe (absent, "recipe" or -1) at the recipe's value."""
     recipe = RECIPES.get(parameters.get("recipe", "published"), RECIPES["published"])
     return parameters | {name: value for name, value in recipe.items() if _is_left(parameters.get(name, -1))}
+
+
+def described(row: Mapping[str, Any]) -> str:
+    """A run's recipe in words: `improved`, or `improved but grad_clip = 0.0` where choices were switched."""
+    switched = [f"{name} = {row[name]}" for name, value in RECIPES[row["recipe"]].items() if row[name] != value]
+    return f"{row['recipe']} but {', '.join(switched)}" if switched else row["recipe"]
 
 
 def is_as_recipe_says(recipe: str, name: str, value: Any) -> bool:

@@ -106,6 +106,13 @@ class BatchTopK(SAE):
         return Rule("threshold", threshold=self.inference_threshold)
 
 
+class Matryoshka(BatchTopK):
+    """BatchTopK whose first m latents are a dictionary too, for each prefix m in training (arXiv:2503.17547).
+
+    In use it is a BatchTopK; its latents stand in the order of what they are worth.
+    """
+
+
 class JumpReLU(SAE):
     """z = pre where pre > theta, 0 elsewhere, theta fixed (the form of arXiv:2407.14435, theta not trained)."""
 
@@ -114,7 +121,7 @@ class JumpReLU(SAE):
         return Rule("threshold", threshold=self.threshold)
 
 
-ARCHITECTURES: dict[str, type[SAE]] = {cls.__name__: cls for cls in (TopK, BatchTopK, JumpReLU)}
+ARCHITECTURES: dict[str, type[SAE]] = {cls.__name__: cls for cls in (TopK, BatchTopK, JumpReLU, Matryoshka)}
 
 
 def initial_sae(config: RunConfig, d_in: int, mean: Tensor, sink: Tensor | None = None) -> SAE:

@@ -20,7 +20,7 @@ from saegrid.errors import SaegridError
 from saegrid.estimates import Estimates, estimate
 from saegrid.kernels.reference import Params, Rule, StepSettings, TrainState
 from saegrid.metrics import SINK_RATIO
-from saegrid.sae import SAE, JumpReLU, fold_scale, initial_sae, keep_apart
+from saegrid.sae import SAE, BatchTopK, JumpReLU, fold_scale, initial_sae, keep_apart
 from saegrid.store import Store
 
 CALIBRATION_ROWS = 65_536
@@ -92,7 +92,7 @@ def train(
     for weights, best in zip(sae.params, progress.best, strict=True):
         weights.copy_(best)
     fold_scale(sae, found.scale)
-    if sae.arch == "BatchTopK":
+    if isinstance(sae, BatchTopK):
         sae.inference_threshold = calibrated_threshold(sae, store, config.batch_size, kernel)
     return sae, progress
 
@@ -138,6 +138,7 @@ def _epoch(config, store, kernel, matmul, sae, progress: Progress, checkpoint: P
 
 def step_settings(config: RunConfig, store: Store, matmul: str) -> StepSettings:
     """What all steps of a run share."""
+    d_sae = config.expansion * store.d_in
     return StepSettings(
         config.lr,
         config.grad_clip,
@@ -146,6 +147,7 @@ def step_settings(config: RunConfig, store: Store, matmul: str) -> StepSettings:
         aux_coef=config.aux_coef,
         aux_k=max(1, store.d_in // 2),
         dead_after=math.ceil(config.dead_window * config.epochs * store.n_train),
+        prefixes=tuple(d_sae >> halvings for halvings in reversed(range(config.prefixes))),
     )
 
 

@@ -62,6 +62,7 @@ class StepSettings(NamedTuple):
     aux_coef: float = 0.0  # weight of AuxK's loss; 0: none
     aux_k: int = 0  # dead latents a row that AuxK uses, at most
     dead_after: int = 0  # a latent that has not fired for so many rows is dead
+    prefixes: tuple[int, ...] = ()  # Matryoshka's dictionaries, each the first so many latents; the last is d_sae
 
 
 @dataclass
@@ -112,6 +113,15 @@ def gradients(params: Params, x: Tensor, codes: Codes) -> tuple[float, Params]:
     return loss, grads._replace(b_dec=bias, b_pre=grads.b_pre + bias)
 
 
+def matryoshka_gradients(params: Params, x: Tensor, codes: Codes, prefixes: tuple[int, ...]) -> tuple[float, Params]:
+    """Loss of the whole dictionary, and the gradient of the mean loss of all prefixes (arXiv:2503.17547, §3).
+
+    A prefix m reconstructs with the first m latents alone; a code is one for all of them.
+    """
+    parts = [gradients(params, x, _below(codes, end)) for end in prefixes]
+    return parts[-1][0], Params(*(sum(grads) / len(parts) for grads in zip(*(part[1] for part in parts), strict=True)))
+
+
 def auxk_gradients(params: Params, x: Tensor, codes: Codes, dead: Tensor, k: int) -> tuple[float, Params]:
     """AuxK's loss and its gradient, dense (arXiv:2406.04093, A.2): dead latents reconstruct what the code leaves over.
 
@@ -141,7 +151,10 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     """
     params = state.params
     codes = encode(params, x, rule, settings.matmul)
-    loss, grads = gradients(params, x, codes)
+    if settings.prefixes:
+        loss, grads = matryoshka_gradients(params, x, codes, settings.prefixes)
+    else:
+        loss, grads = gradients(params, x, codes)
     if settings.aux_coef:
         dead = state.quiet >= settings.dead_after
         if dead.any():
@@ -207,6 +220,13 @@ def _sparse(pre: Tensor, kept: Tensor) -> Codes:
     offsets = torch.zeros(len(pre) + 1, dtype=torch.int64, device=pre.device)
     offsets[1:] = kept.sum(1).cumsum(0)
     return Codes(offsets, kept.nonzero()[:, 1].int(), pre[kept])
+
+
+def _below(codes: Codes, end: int) -> Codes:
+    """The entries of latents below `end`."""
+    kept = codes.latents < end
+    before = torch.cat([codes.offsets[:1], kept.cumsum(0)])  # kept entries ahead of each entry
+    return Codes(before[codes.offsets], codes.latents[kept], codes.values[kept])
 
 
 def _rows(codes: Codes) -> Tensor:
