@@ -21,7 +21,7 @@ from saegrid.errors import SaeFileError
 from saegrid.exchange import JumpReLUPerLatent
 from saegrid.files import save_sae
 from saegrid.formats import export, load_sae
-from saegrid.sae import ARCHITECTURES, SAE, BatchTopK, JumpReLU, TopK
+from saegrid.sae import ARCHITECTURES, SAE, JumpReLU
 
 D_IN, D_SAE, K = 24, 96, 7
 FACTS = {"model": "some/model", "layer": 12, "max_tokens": 512, "dataset": "some/data"}

@@ -44,7 +44,7 @@ def load_sae(source: str | Path, arch: str = "", k: int = 0, threshold: float = 
     Args:
         source: a published `.pt` file; a run's folder; a SAELens, dictionary_learning or sparsify folder (or its
             weights file); a folder with a single `.pt`. What is here goes before the Hub.
-        arch: TopK, BatchTopK, Matryoshka or JumpReLU; needed only where neither a sidecar nor a published name tells it.
+        arch: one of `ARCHITECTURES`; needed only where neither a sidecar nor a published name tells it.
         k: latents per row; likewise.
         threshold: JumpReLU's theta, or BatchTopK's calibrated cut, in the activations' unit; likewise.
 
@@ -73,8 +73,8 @@ def export(sae: SAE, folder: str | Path, format: str, facts: dict[str, Any] | No
 
     Args:
         folder: made where missing; one folder per SAE, but for "published", which may hold many.
-        format: "published" (all), "saelens" (TopK as `topk`; BatchTopK and Matryoshka, by their calibrated threshold, and
-            JumpReLU as `jumprelu`), "dictionary_learning" (all) or "sparsify" (TopK).
+        format: "published" (all), "saelens" (TopK as `topk`; BatchTopK and Matryoshka, by their calibrated threshold,
+            and JumpReLU as `jumprelu`), "dictionary_learning" (all) or "sparsify" (TopK).
         facts: what a reader should know, in JSON's types: `name` (of the published file), `model`, `layer`, `dataset`,
             `max_tokens` and any more. A run's `cfg.json` will do.
 
