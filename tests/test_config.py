@@ -36,7 +36,8 @@ NOTEBOOK = "notebooks/train.ipynb"
         ({"k": 4, "sinks": "drop"}, ["sinks = 'drop'", "'keep' or 'apart'"]),
         ({"k": 4, "warmup": 1.0}, ["warmup = 1.0", "less than 1"]),
         ({"k": 4, "project_grad": 2}, ["project_grad"]),
-        ({"k": 4, "recipe": "improved", "kernel": "cuda"}, ["kernel = 'cuda'", "aux_coef = 0.03125", "'cpu'"]),
+        ({"k": 4, "recipe": "improved", "kernel": "cuda"}, ["kernel = 'cuda'", "sinks = 'apart'", "'cpu'"]),
+        ({"k": 4, "aux_coef": 0.5, "kernel": "cuda"}, ["kernel = 'cuda'", "aux_coef = 0.5", "'cpu'"]),
         ({"k": 4, "learning_rate": 1e-4}, ["learning_rate = 0.0001", "no such parameter", "lr"]),
     ],
 )

@@ -298,7 +298,9 @@ def test_cpu_train_step_stays_close():
 @pytest.mark.parametrize(("aux_coef", "prefixes"), [(1 / 32, ()), (0.0, (5, 40, D_SAE)), (1 / 32, (5, 40, D_SAE))])
 def test_cpu_train_step_with_auxk_and_prefixes(rule, grad_clip, project_grad, aux_coef, prefixes):
     """A third of the latents is dead at the start, more die on the way; a low threshold makes the code dense."""
-    settings_ = StepSettings(1e-2, grad_clip, project_grad, "fp32", aux_coef, 20, 150, prefixes)
+    sink = torch.nn.functional.normalize(torch.randn(D_IN, generator=torch.Generator().manual_seed(0)), dim=0)
+    sink = sink if aux_coef else None
+    settings_ = StepSettings(1e-2, grad_clip, project_grad, "fp32", aux_coef, 20, 150, sink, prefixes)
     expected, actual = start(make_params()), start(make_params())
     for state in (expected, actual):
         state.quiet[::3] = 150
@@ -317,6 +319,9 @@ def test_cpu_train_step_with_auxk_and_prefixes(rule, grad_clip, project_grad, au
                 Params._fields, getattr(actual, moments), getattr(expected, moments), strict=True
             ):
                 assert apart(mine, theirs) < 1e-3, (moments, name)
+    if sink is not None:
+        for part in (expected.m.W_enc, expected.params.W_enc[1:], actual.m.W_enc):
+            assert (part @ sink).abs().max() < 1e-4 * part.norm(dim=1).max()
     assert not aux_coef or ((expected.quiet >= 150).any() and (expected.quiet == 0).any())
 
 

@@ -202,6 +202,8 @@ class RunConfig(BaseModel):
         """The first choice that the `cuda` kernel lacks; empty where it has all."""
         if self.prefixes:
             return f"arch = '{self.arch}'"
+        if self.sinks == "apart":
+            return "sinks = 'apart'"
         return f"aux_coef = {self.aux_coef:g}" if self.aux_coef else ""
 
     @property

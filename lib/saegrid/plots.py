@@ -24,7 +24,7 @@ from saegrid.tables import Markdown, header, html_block, number
 
 INK = "#0a0b0c"
 PALETTE = {"BatchTopK": "#d55e00", "TopK": "#3a86c8", "JumpReLU": "#009e73", "Matryoshka": "#b5609a"}
-"""Vermillion, blue, green and purple after Okabe and Ito, changed where 3:1 contrast on white and near-black asks it."""
+"""Vermillion, blue, green and purple after Okabe and Ito, changed for 3:1 contrast on white and on near-black."""
 MARKERS = {"BatchTopK": "o", "TopK": "s", "JumpReLU": "^", "Matryoshka": "D"}
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
 """A legend beside the plot, where it hides nothing."""

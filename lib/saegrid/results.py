@@ -30,8 +30,9 @@ METRICS = [
     *("loss_recovered_zero", "loss_recovered_mean"),
 ]
 """Numbers that every run must have; a row without one stops the tables."""
-OPTIONAL = ["inference_threshold", "theta_over_rms"]
-"""Numbers that only some architectures have."""
+NO_SINK = ["l0_no_sink", "dead_pct_no_sink"]
+OPTIONAL = ["inference_threshold", "theta_over_rms", *NO_SINK]
+"""Numbers that only some architectures, or only younger tables, have."""
 HASHES = ["data_sha256", "model_sha256", "weights_sha256"]
 TEXT = ["run_id", "name", "store_id", *HASHES, "code_version", "torch_version"]
 TIDY = ["run_id", "name", *PARAMETERS, *COUNTS, *OPTIONAL, *METRICS, *TEXT[2:]]
@@ -52,7 +53,7 @@ def load_run(run_dir: str | Path) -> dict[str, Any]:
             hash is none.
     """
     path = Path(run_dir) / "metrics.json"
-    row = YOUNGER | _read_json(path)
+    row = YOUNGER | dict.fromkeys(NO_SINK) | _read_json(path)
     missing = [name for name in TIDY if name not in row]
     if missing:
         raise ResultsError(f"{path}: lacks {', '.join(missing)}; delete the folder and run it again")
@@ -121,7 +122,8 @@ def read_tidy(path: str | Path) -> pd.DataFrame:
         raise ResultsError(f"{path}: {error.strerror}; `make report` makes it") from None
     except (ValueError, pd.errors.ParserError) as error:
         raise ResultsError(f"{path}: not a table: {error}") from None
-    df = df.assign(**{name: value for name, value in YOUNGER.items() if name not in df})
+    younger = YOUNGER | dict.fromkeys(NO_SINK, math.nan)
+    df = df.assign(**{name: value for name, value in younger.items() if name not in df})
     missing = [name for name in TIDY if name not in df]
     if missing:
         raise ResultsError(f"{path}: lacks the columns {', '.join(missing)}; `make report` makes it anew")

@@ -229,7 +229,7 @@ def evaluate_rows(sae: SAE, store: Store, batch_size: int, kernel) -> tuple[dict
     errors = []
     for x in store.batches("val", batch_size, device=sae.device):
         codes = sae.codes(x, kernel)
-        errors.append(sums.add(x, kernel.decode(sae.params, codes), codes.latents, codes.values))
+        errors.append(sums.add(x, kernel.decode(sae.params, codes), codes))
     mean_act = (sums.act_sum / sums.fired.clamp_min(1)).numpy()
     latents = pd.DataFrame({"latent": range(sae.d_sae), "fired": sums.fired, "mean_act": mean_act})
     latents["max_act"] = sums.act_max

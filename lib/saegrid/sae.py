@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from saegrid.config import RunConfig
 from saegrid.kernels import reference
-from saegrid.kernels.reference import Codes, Params, Rule
+from saegrid.kernels.reference import Codes, Params, Rule, keep_apart
 
 
 class SAE(nn.Module):
@@ -156,12 +156,6 @@ def initial_sae(config: RunConfig, d_in: int, mean: Tensor, sink: Tensor | None 
     if config.b_pre_init != "zero":
         sae.b_pre.data.copy_(mean)
     return sae
-
-
-def keep_apart(W_enc: Tensor, sink: Tensor) -> None:
-    """Make all latents but the first blind to a direction: drop their encoder rows' part along it, in place."""
-    others = W_enc[1:]
-    others.addr_(others @ sink, sink, alpha=-1)
 
 
 def fold_scale(sae: SAE, scale: float) -> None:

@@ -20,7 +20,7 @@ from saegrid.errors import SaegridError
 from saegrid.estimates import Estimates, estimate
 from saegrid.kernels.reference import Params, Rule, StepSettings, TrainState
 from saegrid.metrics import SINK_RATIO
-from saegrid.sae import SAE, BatchTopK, JumpReLU, fold_scale, initial_sae, keep_apart
+from saegrid.sae import SAE, BatchTopK, JumpReLU, fold_scale, initial_sae
 from saegrid.store import Store
 
 CALIBRATION_ROWS = 65_536
@@ -111,7 +111,7 @@ def learning_rate(config: RunConfig, step: int, steps: int) -> float:
 def _epoch(config, store, kernel, matmul, sae, progress: Progress, checkpoint: Path, report, found: Estimates) -> None:
     steps = config.epochs * math.ceil(store.n_train / config.batch_size)
     state, seen = progress.state, progress.state.step
-    settings = step_settings(config, store, matmul)
+    settings = step_settings(config, store, matmul)._replace(sink=found.sink)
     batches = store.batches(
         "train", config.batch_size, config.seed, progress.epoch, start=progress.batch, device=sae.device
     )
@@ -121,8 +121,6 @@ def _epoch(config, store, kernel, matmul, sae, progress: Progress, checkpoint: P
         loss, _ = kernel.train_step(
             state, x, sae.training_rule, settings._replace(lr=learning_rate(config, state.step, steps))
         )
-        if found.sink is not None:
-            keep_apart(state.params.W_enc, found.sink)
         progress.sq_error = progress.sq_error + loss * x.numel() * found.scale**2
         progress.rows += len(x)
         progress.batch += 1

@@ -21,7 +21,7 @@ from torch import Tensor
 from saegrid.kernels import _cpu_pairs as pairs
 from saegrid.kernels import _cpu_select as select
 from saegrid.kernels._cpu_chunks import CHUNKS, arrays, buffer, by_weight, even, run
-from saegrid.kernels.reference import BETAS, EPS, Codes, Params, Rule, StepSettings, TrainState
+from saegrid.kernels.reference import BETAS, EPS, Codes, Params, Rule, StepSettings, TrainState, keep_apart
 
 DENSE_ABOVE = 0.5  # share of active pairs above which plain products beat loops over pairs (measured)
 BF16_BELOW = 0.12  # share of active pairs up to which a bf16 product + float32 values beat one fp32 product (measured)
@@ -71,6 +71,8 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     g_dec_bias, active = d_hat[: len(x)].sum(0), len(codes.values)
     if settings.aux_coef:
         codes, d_hat = _with_auxk(state, centred, codes, d_hat, settings)
+    if settings.sink is not None:  # W_enc's gradient is a sum of these rows
+        centred.addr_(centred @ settings.sink, settings.sink, alpha=-1)
     if settings.grad_clip or _is_dense(codes, params):
         grads = Params(*(buffer(workspace, f"grad {name}", p.shape) for name, p in params._asdict().items()))
         grads.b_dec.copy_(g_dec_bias)
@@ -91,6 +93,8 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         g_pre_bias = g_dec_bias - pull.sum(0)
     pairs.apply_vector(*arrays((g_dec_bias, params.b_dec, state.m.b_dec, state.v.b_dec)), adam)
     pairs.apply_vector(*arrays((g_pre_bias, params.b_pre, state.m.b_pre, state.v.b_pre)), adam)
+    if settings.sink is not None:
+        keep_apart(params.W_enc, settings.sink)
     return loss, active
 
 

@@ -62,6 +62,7 @@ class StepSettings(NamedTuple):
     aux_coef: float = 0.0  # weight of AuxK's loss; 0: none
     aux_k: int = 0  # dead latents a row that AuxK uses, at most
     dead_after: int = 0  # a latent that has not fired for so many rows is dead
+    sink: Tensor | None = None  # (d_in,) of norm 1: a direction that only the first latent's encoder row has
     prefixes: tuple[int, ...] = ()  # Matryoshka's dictionaries, each the first so many latents; the last is d_sae
 
 
@@ -162,6 +163,8 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
             grads = Params(*(g + settings.aux_coef * more for g, more in zip(grads, extra, strict=True)))
         state.quiet += len(x)
         state.quiet[codes.latents.long()] = 0
+    if settings.sink is not None:
+        grads = grads._replace(W_enc=grads.W_enc - torch.outer(grads.W_enc @ settings.sink, settings.sink))
     if settings.project_grad:
         along = (grads.W_dec * params.W_dec).sum(1, keepdim=True)  # (d_sae, 1), rows have unit norm
         grads = grads._replace(W_dec=grads.W_dec - along * params.W_dec)
@@ -177,7 +180,18 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         p.addcdiv_(m, (v / correction2).sqrt_().add_(EPS), value=-settings.lr / correction1)
     params.W_dec.div_(params.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
+    if settings.sink is not None:
+        keep_apart(params.W_enc, settings.sink)
     return loss, len(codes.values)
+
+
+def keep_apart(W_enc: Tensor, sink: Tensor) -> None:
+    """Make all latents but the first blind to a direction: drop their encoder rows' part along it, in place.
+
+    Adam scales each element by itself, so what it makes of a gradient without that part has some again.
+    """
+    others = W_enc[1:]
+    others.addr_(others @ sink, sink, alpha=-1)
 
 
 def _through_pairs(params: Params, x: Tensor, codes: Codes, d_hat: Tensor) -> Params:
