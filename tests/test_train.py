@@ -184,7 +184,7 @@ def test_improved_reconstructs_better_and_keeps_the_sinks_apart(make_store, tmp_
     sink = estimate(config(recipe="improved"), store).sink
     assert (sae.W_enc[1:] @ sink).abs().max() < 1e-5
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(24))
-    assert ((sae(x) - x)[:5].norm(dim=1) < 0.05 * x[:5].norm(dim=1)).all()
+    assert ((sae(x) - x)[:5].norm(dim=1) < 0.1 * x[:5].norm(dim=1)).all()
 
 
 def test_matryoshka_has_its_best_latents_first(make_store, tmp_path):
