@@ -12,6 +12,7 @@ import pandas as pd
 
 from saegrid import findings as claims
 from saegrid import intervals, plots, results
+from saegrid.ablation import recipe_section
 from saegrid.findings import Finding
 from saegrid.tables import COLUMNS, MISSING, Markdown, header, html_block, html_table, markdown, number, pipe_table
 
@@ -43,6 +44,7 @@ def model_card(df: pd.DataFrame, prompts: pd.DataFrame | None = None, *, title: 
         findings_table(own, published, f"{links}findings.html" if links else None),
         "## Results",
         html_table(df, MAIN, caption=f"All {len(df)} runs.", links=runs),
+        *filter(None, [recipe_section(df)]),
         "## What was swept",
         setting_table(df),
         "## Files",

@@ -14,13 +14,13 @@ from saegrid import card, results
 from saegrid.atomic import write_text
 from saegrid.grid import Grid
 from saegrid.plots import setting
-from saegrid.recipes import RECIPES, described
+from saegrid.recipes import described
 from saegrid.results import ResultsError
 from saegrid.tables import Markdown, html_block, html_table, markdown
 
 INDEX_COLUMNS = ["name", "recipe", "seed", "l0", "fvu_no_sink", "dead_pct", "delta_loss", "frac_rec_pct"]
 AXES = {"arch": "architecture", "expansion": "expansion", "k": "K", "threshold": "threshold"}
-AXES |= {name: name for name in ("recipe", *RECIPES["published"], "seed")}
+AXES |= {"recipe": "recipe", "seed": "seed"}
 
 
 def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None) -> None:
@@ -112,7 +112,7 @@ def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:
         around.append(f"[{title(rows[n + 1])}]({rows[n + 1]['run_id']}.ipynb) →")
     near = {}
     for other in rows:
-        differing = [name for name in AXES if not _same(rows[n][name], other[name])]
+        differing = [name for name in AXES if not _same(*(_on_axis(row, name) for row in (rows[n], other)))]
         if len(differing) == 1:
             near.setdefault(AXES[differing[0]], []).append(f"[{title(other)}]({other['run_id']}.ipynb)")
     lines = [f"- another {axis}: {'; '.join(links)}" for axis, links in near.items()]
@@ -124,6 +124,10 @@ def index_page(df: pd.DataFrame) -> Markdown:
     df = df.assign(recipe=[described(row) for row in df.to_dict("records")])
     table = html_table(df, INDEX_COLUMNS, caption=f"{len(df)} runs; each leads to its executed notebook.", links="./")
     return markdown("---\ntitle: Runs\n---", "One page a run: parameters, curves, numbers, files and hashes.", table)
+
+
+def _on_axis(row: dict[str, Any], name: str) -> Any:
+    return described(row) if name == "recipe" else row[name]
 
 
 def _same(a: Any, b: Any) -> bool:
