@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from saegrid.config import STORE_FIELDS, RunConfig, config_from_namespace, make_config
 from saegrid.errors import ConfigError
+from saegrid.recipes import RECIPES
 
 NOTEBOOK = "notebooks/train.ipynb"
 
@@ -20,7 +21,7 @@ NOTEBOOK = "notebooks/train.ipynb"
         ({"k": "many"}, ["k = 'many'", "integer"]),
         ({"k": 3.5}, ["k = 3.5", "integer"]),
         ({"k": True}, ["k = True", "integer"]),
-        ({"arch": "ReLU", "k": 3}, ["arch = 'ReLU'", "'TopK', 'BatchTopK' or 'JumpReLU'"]),
+        ({"arch": "ReLU", "k": 3}, ["arch = 'ReLU'", "'TopK', 'BatchTopK', 'JumpReLU' or 'Matryoshka'"]),
         ({"arch": "TopK"}, ["k = 0", "TopK needs a k"]),
         ({"arch": "TopK", "k": 4, "threshold": 0.1}, ["threshold = 0.1", "not a parameter of TopK"]),
         ({"arch": "JumpReLU", "k": 4}, ["k = 4", "not a parameter of JumpReLU"]),
@@ -29,6 +30,14 @@ NOTEBOOK = "notebooks/train.ipynb"
         ({"k": 4, "lr": math.nan}, ["lr = nan"]),
         ({"k": 4, "lr": "fast"}, ["lr = 'fast'", "number"]),
         ({"k": 4, "layer": -1}, ["layer = -1"]),
+        ({"k": 4, "prefixes": 3}, ["prefixes = 3", "not a parameter of BatchTopK"]),
+        ({"k": 4, "arch": "Matryoshka", "kernel": "cuda"}, ["kernel = 'cuda'", "arch = 'Matryoshka'"]),
+        ({"k": 4, "recipe": "best"}, ["recipe = 'best'", "'published' or 'improved'"]),
+        ({"k": 4, "sinks": "drop"}, ["sinks = 'drop'", "'keep' or 'apart'"]),
+        ({"k": 4, "warmup": 1.0}, ["warmup = 1.0", "less than 1"]),
+        ({"k": 4, "project_grad": 2}, ["project_grad"]),
+        ({"k": 4, "recipe": "improved", "kernel": "cuda"}, ["kernel = 'cuda'", "sinks = 'apart'", "'cpu'"]),
+        ({"k": 4, "aux_coef": 0.5, "kernel": "cuda"}, ["kernel = 'cuda'", "aux_coef = 0.5", "'cpu'"]),
         ({"k": 4, "learning_rate": 1e-4}, ["learning_rate = 0.0001", "no such parameter", "lr"]),
     ],
 )
@@ -53,9 +62,33 @@ def test_the_shape_of_the_model_is_checked():
         config.check_shape(d_in=576, n_layers=4)
 
 
+def test_the_smallest_prefix_must_hold_k():
+    with pytest.raises(ConfigError, match=r"prefixes = 5: the smallest has 8 latents, fewer than k = 9"):
+        make_config(arch="Matryoshka", k=9, expansion=2, layer=0).check_shape(d_in=64, n_layers=1)
+
+
 def test_names_are_the_published_ones():
     assert make_config(arch="BatchTopK", expansion=8, k=220).name == "BatchTopK_exp8x_k220"
     assert make_config(arch="JumpReLU", expansion=4, threshold=0.5).name == "JumpReLU_exp4x_t0.5"
+
+
+def test_a_recipe_is_resolved_once_and_each_choice_can_be_switched():
+    choices = set(RECIPES["improved"])
+    assert choices == set(RECIPES["published"])
+    assert choices == {name for name, field in RunConfig.model_fields.items() if field.default in ("recipe", -1.0)}
+    for recipe, says in RECIPES.items():
+        whole = make_config(k=4, recipe=recipe)
+        assert {name: getattr(whole, name) for name in choices} == says
+        assert make_config(**whole.model_dump()) == whole  # what is recorded rebuilds it
+        for name in choices - {"dead_window"}:
+            other = RECIPES["published" if recipe == "improved" else "improved"][name]
+            switched = make_config(k=4, recipe=recipe, **{name: other})
+            assert {n: getattr(switched, n) for n in choices} == says | {name: other}
+            assert switched.run_id != whole.run_id
+
+
+def test_published_runs_keep_the_ids_from_before_there_were_recipes():
+    assert make_config(arch="TopK", k=64).run_id == "TopK_exp8x_k64_s0_bcb6000e"
 
 
 def test_a_namespace_may_hold_only_parameters():
@@ -68,6 +101,8 @@ def test_a_namespace_may_hold_only_parameters():
 changes = {
     "seed": st.integers(1, 2**31 - 1),
     "lr": st.floats(1e-6, 9e-5),
+    "sinks": st.just("apart"),
+    "aux_coef": st.floats(1e-3, 1.0),
     "train_tokens": st.integers(1, 99_999),
     "layer": st.integers(13, 99),
     "kernel": st.just("reference"),

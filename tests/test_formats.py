@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from test_fetch import in_another_process, serve
 
 import saegrid
+from saegrid.config import BATCH_CUT
 from saegrid.errors import SaeFileError
 from saegrid.exchange import JumpReLUPerLatent
 from saegrid.files import save_sae
 from saegrid.formats import export, load_sae
-from saegrid.sae import SAE, BatchTopK, JumpReLU, TopK
+from saegrid.sae import ARCHITECTURES, SAE, JumpReLU
 
 D_IN, D_SAE, K = 24, 96, 7
 FACTS = {"model": "some/model", "layer": 12, "max_tokens": 512, "dataset": "some/data"}
@@ -38,8 +39,8 @@ def filled(sae: SAE) -> SAE:
 def make(arch: str) -> SAE:
     if arch == "JumpReLU":
         return filled(JumpReLU(D_IN, D_SAE, threshold=3.7))
-    sae = filled({"TopK": TopK, "BatchTopK": BatchTopK}[arch](D_IN, D_SAE, k=K))
-    sae.inference_threshold = 4.3 if arch == "BatchTopK" else None
+    sae = filled(ARCHITECTURES[arch](D_IN, D_SAE, k=K))
+    sae.inference_threshold = None if arch == "TopK" else 4.3
     return sae
 
 
@@ -56,7 +57,8 @@ def assert_same(ours: SAE, theirs: SAE):
 
 
 CELLS = [
-    *((arch, "published", arch) for arch in ("TopK", "BatchTopK", "JumpReLU")),
+    *((arch, "published", arch) for arch in ARCHITECTURES),
+    *(("Matryoshka", "saelens", "JumpReLU"), ("Matryoshka", "dictionary_learning", "BatchTopK")),
     *(("TopK", "saelens", "TopK"), ("BatchTopK", "saelens", "JumpReLU"), ("JumpReLU", "saelens", "JumpReLU")),
     *((arch, "dictionary_learning", arch) for arch in ("TopK", "BatchTopK", "JumpReLU")),
     ("TopK", "sparsify", "TopK"),
@@ -79,12 +81,13 @@ def test_out_and_back(arch, format, back_as, tmp_path):
         assert path.read_bytes() == (tmp_path / "c" / path.name).read_bytes()
 
 
-def test_a_run_folder_and_each_of_its_files(tmp_path):
-    sae = make("BatchTopK")
-    save_sae(sae, tmp_path, "BatchTopK_exp4x_k7", {"expansion": 4})
-    for source in (tmp_path, tmp_path / "sae.safetensors", tmp_path / "BatchTopK_exp4x_k7.pt"):
+@pytest.mark.parametrize("arch", BATCH_CUT)
+def test_a_run_folder_and_each_of_its_files(arch, tmp_path):
+    sae = make(arch)
+    save_sae(sae, tmp_path, f"{arch}_exp4x_k7", {"expansion": 4})
+    for source in (tmp_path, tmp_path / "sae.safetensors", tmp_path / f"{arch}_exp4x_k7.pt"):
         back = load_sae(str(source))
-        assert (back.arch, back.k, back.inference_threshold) == ("BatchTopK", K, 4.3)
+        assert (back.arch, back.k, back.inference_threshold) == (arch, K, 4.3)
         assert all(torch.equal(a, b) for a, b in zip(back.params, sae.params, strict=True))
 
 

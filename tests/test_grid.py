@@ -9,6 +9,7 @@ from papermill.cli import _resolve_type
 from saegrid.config import RunConfig, make_config
 from saegrid.errors import ConfigError
 from saegrid.grid import Grid, load_grid, papermill_arguments
+from saegrid.recipes import RECIPES, described
 
 PRESETS = sorted(Path("params").glob("*.yaml"))
 
@@ -80,8 +81,27 @@ names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=
 
 @given(names, st.integers(1, 10**6), st.floats(1e-12, 1e3))
 def test_papermill_reads_the_arguments_back_as_the_same_config(model, k, lr):
-    run = make_config(model=model, k=k, lr=lr, expansion=4)
+    for recipe, switched in (("published", {}), ("improved", {}), ("improved", {"project_grad": False, "warmup": 0})):
+        check_arguments(make_config(model=model, k=k, lr=lr, expansion=4, recipe=recipe, **switched))
+
+
+def check_arguments(run):
     words = shlex.split(papermill_arguments(run))
     options = list(zip(words[::3], words[1::3], words[2::3], strict=True))
     parameters = {name: value if flag == "-r" else _resolve_type(value) for flag, name, value in options}
     assert RunConfig(**parameters) == run
+
+
+def test_what_the_recipe_says_is_not_said_again():
+    assert papermill_arguments(make_config(k=4)) == "-p k 4"
+    run = make_config(k=4, recipe="improved", grad_clip=0.0, sinks="apart")
+    assert papermill_arguments(run) == "-p k 4 -r recipe improved -p grad_clip 0.0"
+
+
+def test_the_ablation_takes_each_choice_away_alone():
+    runs = load_grid("params/recipes.yaml").runs()
+    improved, published = RECIPES["improved"], RECIPES["published"]
+    switched = {name for name in improved if improved[name] != published[name]}
+    words = {described(run.model_dump()) for run in runs}
+    assert words == {"published", "improved"} | {f"improved but {name} = {published[name]}" for name in switched}
+    assert len(runs) == len(words) * 2 * 3

@@ -183,6 +183,49 @@ def test_reference_step_is_torch_adam(grad_clip, project_grad):
         assert apart(mine, theirs.detach()) < 1e-5
 
 
+def test_reference_matryoshka_is_autograd():
+    """The mean over prefixes of the loss of a code that is cut once, by autograd in float64."""
+    params = Params(*(p.double().requires_grad_() for p in make_params()))
+    x, prefixes = make_rows(40).double(), (D_SAE // 8, D_SAE // 3, D_SAE)
+    pre = (x - params.b_pre) @ params.W_enc.T + params.b_enc
+    cut = pre.flatten().sort(descending=True).values[len(x) * 9 - 1]
+    z = torch.where(pre >= cut, pre, 0).relu()
+    losses = []
+    for end in prefixes:
+        x_hat = z[:, :end] @ params.W_dec[:end] + params.b_dec + params.b_pre
+        losses.append((x_hat - x).square().mean())
+    (sum(losses) / 3).backward()
+
+    single = Params(*(p.detach().float() for p in params))
+    codes = reference.encode(single, x.float(), Rule("batchtopk", 9))
+    loss, grads = reference.matryoshka_gradients(single, x.float(), codes, prefixes)
+    assert loss == pytest.approx(losses[-1].item(), rel=1e-5)
+    for name, grad in grads._asdict().items():
+        assert apart(grad, getattr(params, name).grad) < 1e-5, name
+
+
+def test_reference_auxk_is_autograd():
+    """The dead latents' reconstruction of the detached residual, by autograd in float64."""
+    params = Params(*(p.double().requires_grad_() for p in make_params()))
+    x, k = make_rows(40).double(), 7
+    dead = torch.arange(D_SAE) % 5 == 0
+    single = Params(*(p.detach().float() for p in params))
+    codes = reference.encode(single, x.float(), Rule("topk", 9))
+    residual = (x.float() - reference.decode(single, codes)).double()
+    pre = ((x - params.b_pre) @ params.W_enc.T + params.b_enc)[:, dead]
+    top = pre.topk(k, dim=1)
+    z = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
+    loss = (z @ params.W_dec[dead] - residual).square().mean() / residual.var(0, correction=0).mean()
+    loss.backward()
+
+    actual_loss, grads = reference.auxk_gradients(single, x.float(), codes, dead, k)
+    assert actual_loss == pytest.approx(loss.item(), rel=1e-5)
+    assert params.b_dec.grad is None and not grads.b_dec.any()
+    for name in ("W_enc", "b_enc", "W_dec", "b_pre"):
+        assert apart(getattr(grads, name), getattr(params, name).grad) < 1e-5, name
+    assert not grads.W_enc[~dead].any() and grads.W_enc[dead].any()
+
+
 # --- the cpu kernel against the definition ---
 
 
@@ -248,6 +291,58 @@ def test_cpu_train_step_stays_close():
         for name, mine, theirs in zip(Params._fields, getattr(actual, part), getattr(expected, part), strict=True):
             assert apart(mine, theirs) < 1e-4, (part, name)
     torch.testing.assert_close(actual.params.W_dec.norm(dim=1), torch.ones(D_SAE))
+
+
+@pytest.mark.parametrize("rule", [Rule("topk", 9), Rule("batchtopk", 9), Rule("threshold", 0, 0.0)])
+@pytest.mark.parametrize(("grad_clip", "project_grad"), [(0.0, False), (1.0, True)])
+@pytest.mark.parametrize(("aux_coef", "prefixes"), [(1 / 32, ()), (0.0, (5, 40, D_SAE)), (1 / 32, (5, 40, D_SAE))])
+def test_cpu_train_step_with_auxk_and_prefixes(rule, grad_clip, project_grad, aux_coef, prefixes):
+    """A third of the latents is dead at the start, more die on the way; a low threshold makes the code dense."""
+    sink = torch.nn.functional.normalize(torch.randn(D_IN, generator=torch.Generator().manual_seed(0)), dim=0)
+    sink = sink if aux_coef else None
+    settings_ = StepSettings(1e-2, grad_clip, project_grad, "fp32", aux_coef, 20, 150, sink, prefixes)
+    expected, actual = start(make_params()), start(make_params())
+    for state in (expected, actual):
+        state.quiet[::3] = 150
+        state.params.b_enc[::3] = -100.0  # they fire on no row, or hardly any
+    for step, n in enumerate([100, 100, 37]):
+        x = make_rows(n, step)
+        loss, active = reference.train_step(expected, x, rule, settings_)
+        actual_loss, actual_active = cpu.train_step(actual, x, rule, settings_)
+        assert actual_loss == pytest.approx(loss, rel=1e-4)
+        assert abs(actual_active - active) <= 1 + 2e-3 * active
+        assert (actual.quiet != expected.quiet).sum() <= 1
+        actual.quiet.copy_(expected.quiet)
+        actual.params = Params(*(p.clone() for p in expected.params))
+        for moments in ("m", "v"):
+            for name, mine, theirs in zip(
+                Params._fields, getattr(actual, moments), getattr(expected, moments), strict=True
+            ):
+                assert apart(mine, theirs) < 1e-3, (moments, name)
+    if sink is not None:
+        for part in (expected.m.W_enc, expected.params.W_enc[1:], actual.m.W_enc):
+            assert (part @ sink).abs().max() < 1e-4 * part.norm(dim=1).max()
+    assert not aux_coef or ((expected.quiet >= 150).any() and (expected.quiet == 0).any())
+
+
+def test_auxk_moves_the_dead_alone():
+    """Against the step without it: other encoder rows get the same, dead ones, which fire on nothing, only AuxK's."""
+    x, rule = make_rows(64), Rule("threshold", 0, 30.0)
+    params = make_params()
+    params.b_enc[::3] = -1e3
+    params.W_enc[::3] *= 40.0  # so that some reach above 0 all the same
+    plain, aux = start(params), start(params)
+    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    dead[::3] = True
+    dead[reference.encode(params, x, rule).latents.long()] = False
+    for state in (plain, aux):
+        state.quiet[dead] = 10
+    cpu.train_step(plain, x, rule, StepSettings(1e-3))
+    cpu.train_step(aux, x, rule, StepSettings(1e-3, aux_coef=1.0, aux_k=5, dead_after=10))
+    assert torch.equal(plain.m.W_enc[~dead], aux.m.W_enc[~dead])
+    assert torch.equal(plain.m.b_dec, aux.m.b_dec)
+    assert not plain.m.W_enc[dead].any() and not plain.quiet[~dead].any()
+    assert (aux.quiet[dead] == 10 + 64).all()
 
 
 def test_cpu_latents_that_do_not_fire_still_move():
@@ -407,6 +502,9 @@ def test_choose_resolves_auto(caplog):
     assert choice.threads == len(os.sched_getaffinity(0))
     assert "kernel cpu" in caplog.text and "numba" in caplog.text
     assert kernels.choose("reference", "fp32", 3) == ("reference", "fp32", 3)
+    with caplog.at_level(logging.INFO, "saegrid.kernels"):
+        assert kernels.choose("auto", "fp32", 1, "aux_coef = 0.03") == ("cpu", "fp32", 1)
+    assert "no cuda (it has no aux_coef = 0.03)" in caplog.text
 
 
 @without_gpu

@@ -3,23 +3,24 @@ import math
 import pytest
 import torch
 
+from saegrid.kernels.reference import Codes
 from saegrid.metrics import Moments, Reconstruction, median_norm, splice_metrics
 
 X = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 3.0]])
 X_HAT = torch.tensor([[1.0, 1.0], [3.0, 0.0], [2.0, 1.0]])
 LATENTS, VALUES = torch.tensor([0, 2, 0], dtype=torch.int32), torch.tensor([1.0, 4.0, 2.0])
+OFFSETS = torch.tensor([0, 1, 2, 3])  # a latent a row
 
 
 def reconstruction(parts, **options):
     sums = Reconstruction(d_sae=4, **options)
-    for rows, pairs in parts:
-        sums.add(X[rows], X_HAT[rows], LATENTS[pairs], VALUES[pairs])
+    for rows in parts:
+        offsets = OFFSETS[rows.start : rows.stop + 1] - rows.start
+        sums.add(X[rows], X_HAT[rows], Codes(offsets, LATENTS[rows], VALUES[rows]))
     return sums
 
 
-@pytest.mark.parametrize(
-    "parts", [[(slice(0, 3), slice(0, 3))], [(slice(0, 1), slice(0, 2)), (slice(1, 3), slice(2, 3))]]
-)
+@pytest.mark.parametrize("parts", [[slice(0, 3)], [slice(0, 1), slice(1, 3)]])
 def test_by_hand_and_however_the_rows_are_batched(parts):
     result = reconstruction(parts).result()
     # errors: row 0 1, row 1 0, row 2 4; elements 6; elements' mean 9/6, mean square 23/6
@@ -33,14 +34,20 @@ def test_by_hand_and_however_the_rows_are_batched(parts):
 
 
 def test_sinks_are_left_out_of_one_measure_and_counted():
-    result = reconstruction([(slice(0, 3), slice(0, 3))], sink_norm=3.0).result()  # drops row 2, norm √13
+    result = reconstruction([slice(0, 3)], sink_norm=3.0).result()  # drops row 2, norm √13
     assert result["fvu_no_sink"] == pytest.approx(1 / 2)  # error 1; rows (1,0), (3,0) about (2,0)
     assert result["sink_pct"] == pytest.approx(100 / 3)
     assert result["fvu"] == pytest.approx(5 / 8)
+    assert (result["l0_no_sink"], result["dead_pct_no_sink"]) == (1.0, 50.0)
+
+
+def test_a_latent_that_fires_on_sinks_alone_is_dead_to_the_rest():
+    result = reconstruction([slice(0, 3)], sink_norm=2.5).result()  # drops rows 1 and 2, norms 3 and √13
+    assert (result["dead_pct"], result["dead_pct_no_sink"]) == (50.0, 75.0)
 
 
 def test_firing_of_each_latent():
-    sums = reconstruction([(slice(0, 3), slice(0, 3))])
+    sums = reconstruction([slice(0, 3)])
     assert sums.fired.tolist() == [2, 0, 1, 0]
     assert sums.act_sum.tolist() == [3.0, 0.0, 4.0, 0.0]
     assert sums.act_max.tolist() == [2.0, 0.0, 4.0, 0.0]
@@ -49,7 +56,7 @@ def test_firing_of_each_latent():
 def test_rows_that_are_all_alike_have_no_variance_to_explain():
     sums = Reconstruction(d_sae=1)
     x = torch.ones(3, 2)
-    sums.add(x, x, torch.zeros(0, dtype=torch.int32), torch.zeros(0))
+    sums.add(x, x, Codes(torch.zeros(4, dtype=torch.int64), torch.zeros(0, dtype=torch.int32), torch.zeros(0)))
     assert sums.result()["val_mse"] == 0
     assert math.isnan(sums.result()["fvu"]) and math.isnan(sums.result()["nmse"])
 

@@ -9,6 +9,7 @@ import pytest
 from conftest import reseal
 
 from saegrid import published_table, results
+from saegrid.recipes import YOUNGER
 from saegrid.results import ResultsError
 
 
@@ -32,6 +33,20 @@ def test_the_tidy_file_reads_back_as_it_was(fake_grid, fake_runs):
     folder = results.make(fake_grid, fake_runs)
     assert folder == fake_runs / "results/synthetic"
     pd.testing.assert_frame_equal(results.read_tidy(folder), df, check_exact=True)
+
+
+def test_tables_from_before_there_were_recipes_are_read(fake_grid, fake_runs):
+    folder = results.make(fake_grid, fake_runs)
+    df = results.read_tidy(folder)
+    pd.read_csv(folder / "results_tidy.csv").drop(columns=[*YOUNGER, *results.NO_SINK]).to_csv(
+        folder / "results_tidy.csv", index=False
+    )
+    none = dict.fromkeys(results.NO_SINK, math.nan)
+    pd.testing.assert_frame_equal(results.read_tidy(folder)[df.columns], df.assign(**none), check_exact=True)
+    path = fake_runs / "runs" / df["run_id"][0] / "metrics.json"
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in row.items() if name not in YOUNGER}))
+    assert results.load_run(path.parent) == row
 
 
 def test_published_files_hold_the_published_columns(fake_grid, fake_runs):

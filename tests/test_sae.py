@@ -4,9 +4,10 @@ from published import CLASSES
 
 from saegrid.config import make_config
 from saegrid.files import from_published, published_state_dict
-from saegrid.sae import ARCHITECTURES, BatchTopK, initial_sae
+from saegrid.sae import ARCHITECTURES, BatchTopK, fold_scale, initial_sae
 
-SPARSITY = {"TopK": {"k": 5}, "BatchTopK": {"k": 5}, "JumpReLU": {"threshold": 0.4}}
+SPARSITY = {arch: {"threshold": 0.4} if arch == "JumpReLU" else {"k": 5} for arch in ARCHITECTURES}
+IN_USE = CLASSES | {"Matryoshka": CLASSES["BatchTopK"]}  # the published class that each one's file loads into
 
 
 def rows(n, d_in=16, seed=0):
@@ -15,7 +16,7 @@ def rows(n, d_in=16, seed=0):
 
 def published(arch):
     torch.manual_seed(1)
-    return CLASSES[arch](16, 48, **SPARSITY[arch])
+    return IN_USE[arch](16, 48, **SPARSITY[arch])
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -66,3 +67,30 @@ def test_the_start_is_set_by_the_seed_and_the_inits():
     assert (start().b_pre == 0).all() and (start(b_pre_init="mean").b_pre == 7).all()
     assert torch.equal(start(encoder_init="decoder").W_enc, start().W_dec)
     assert start().W_enc.abs().max() <= 1 / 4  # U(±1/√d_in)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_folded_scale_is_the_sae_of_scaled_rows(arch):
+    torch.manual_seed(1)
+    sae = initial_sae(make_config(arch=arch, expansion=3, **SPARSITY[arch]), 16, torch.zeros(16))
+    for bias in (sae.b_pre, sae.b_enc, sae.b_dec):
+        bias.data.normal_()
+    x = rows(32)
+    latent_acts, x_hat = sae.encode(x), sae(x)
+    fold_scale(sae, 4.0)
+    torch.testing.assert_close(sae.encode(4 * x), 4 * latent_acts)
+    torch.testing.assert_close(sae(4 * x), 4 * x_hat)
+
+
+def test_sinks_apart_have_one_latent():
+    """A sink of 100 times the rows' norm fires as many latents as any row, and is reconstructed from the start."""
+    direction = torch.nn.functional.normalize(rows(1, seed=3)[0], dim=0)
+    config = make_config(arch="BatchTopK", expansion=3, k=5, encoder_init="decoder")
+    x, sinks = rows(400), rows(4, seed=5) + 400 * direction
+    for direction_known, most in ((None, 48), (direction, 5)):
+        sae = initial_sae(config, 16, torch.zeros(16), direction_known)
+        counts = (sae.encode(torch.cat([x, sinks])) > 0).sum(1)
+        assert counts.sum() == 404 * 5
+        assert (counts[-4:] <= most + 5).all() and (counts[-4:].float().mean() > 15) == (direction_known is None)
+    assert torch.equal(sae.W_enc[0], direction) and (sae.W_enc[1:] @ direction).abs().max() < 1e-6
+    assert ((sae(sinks) - sinks).norm(dim=1) < 0.02 * sinks.norm(dim=1)).all()

@@ -6,6 +6,7 @@ import torch
 from saegrid.activations import collect, open_store
 from saegrid.config import make_config
 from saegrid.errors import DamagedError, SaegridError
+from saegrid.estimates import estimate
 from saegrid.kernels import reference
 from saegrid.sae import initial_sae
 from saegrid.store import Store
@@ -26,12 +27,15 @@ def rows(n, heavy=1.0):
 def make_store(tmp_path):
     """A real store, from published activation files that are made here."""
 
-    def make(n_val=100, scale=1.0, heavy=1.0):
+    def make(n_val=100, scale=1.0, heavy=1.0, sinks=0):
         files, folder = tmp_path / "files", tmp_path / "stores"
         files.mkdir()
         (files / "config.json").write_text('{"hidden_size": 8, "num_hidden_layers": 13}')
-        torch.save(scale * rows(300 + n_val)[:300], files / "instruct_base_layer12_train.pt")
-        torch.save(rows(n_val, heavy), files / "instruct_base_layer12_val.pt")
+        train, val = scale * rows(300 + n_val)[:300], rows(n_val, heavy)
+        train[:sinks, 3] += 100.0
+        val[:sinks, 3] += 100.0
+        torch.save(train, files / "instruct_base_layer12_train.pt")
+        torch.save(val, files / "instruct_base_layer12_val.pt")
         run = config(model=str(files), activations=str(files), store_dir=str(folder), act_dtype="float32")
         collect(run)
         return open_store(run)
@@ -103,9 +107,12 @@ def test_the_weights_kept_are_those_of_the_best_epoch(make_store, tmp_path):
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 7, 13])
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(make_store, tmp_path, stop_after):
-    run = config(checkpoint_steps=3)
-    store = make_store()
+@pytest.mark.parametrize(
+    "changes", [{}, {"recipe": "improved", "dead_window": 0.1}, {"recipe": "improved", "arch": "Matryoshka"}]
+)
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(make_store, tmp_path, stop_after, changes):
+    run = config(checkpoint_steps=3, **changes)
+    store = make_store(sinks=5)
     whole, progress = train(run, store, reference, tmp_path / "whole")
     broken = Interrupted(store.folder)
     broken.stop_after = stop_after
@@ -141,6 +148,66 @@ def test_cosine_annealing(final):
     assert learning_rate(run, 0, 100) == pytest.approx(1e-3)
     assert learning_rate(run, 50, 100) == pytest.approx((1e-3 + final * 1e-3) / 2)
     assert learning_rate(run, 100, 100) == pytest.approx(final * 1e-3)
+
+
+def test_linear_decay_and_warm_up():
+    run = config(lr=1e-3, lr_schedule="linear", warmup=0.1, lr_final=0.1)
+    rates = [learning_rate(run, step, 100) for step in range(101)]
+    assert rates[:10] == pytest.approx([1e-4 * (step + 1) for step in range(10)])
+    assert rates[10:81] == pytest.approx([1e-3] * 71)
+    assert rates[90] == pytest.approx(0.55e-3) and rates[100] == pytest.approx(1e-4)
+
+
+def test_estimates_leave_the_sinks_out(make_store):
+    store = make_store(sinks=5)
+    x = store.rows("train")
+    plain = estimate(config(b_pre_init="mean"), store)
+    assert torch.equal(plain.mean, store.mean) and plain.scale == 1.0 and plain.sink is None
+    found = estimate(config(recipe="improved"), store)
+    ordinary = x[x[:, 3] < 50].double()
+    assert len(ordinary) == 295
+    assert found.scale == pytest.approx(ordinary.square().mean().sqrt().item())
+    torch.testing.assert_close(found.mean, (ordinary.mean(0) / found.scale).float())
+    assert found.sink.norm().item() == pytest.approx(1.0) and found.sink[3] > 0.999
+    assert estimate(config(recipe="improved"), store).sink.equal(found.sink)
+
+
+def test_improved_reconstructs_better_and_keeps_the_sinks_apart(make_store, tmp_path):
+    """What training leaves in the weights, in the units of the rows as they are."""
+    store = make_store(sinks=5)
+    x = store.rows("val")
+    error = {}
+    for recipe in ("published", "improved"):
+        sae, _ = train(config(recipe=recipe, epochs=30), store, reference, tmp_path / recipe)
+        error[recipe] = (sae(x) - x)[5:].square().mean().item()
+    assert error["improved"] < 0.5 * error["published"]
+    sink = estimate(config(recipe="improved"), store).sink
+    assert (sae.W_enc[1:] @ sink).abs().max() < 1e-5
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(24))
+    assert ((sae(x) - x)[:5].norm(dim=1) < 0.1 * x[:5].norm(dim=1)).all()
+
+
+def test_matryoshka_has_its_best_latents_first(make_store, tmp_path):
+    """What the first half of the latents reconstructs alone, against BatchTopK's first half."""
+    store = make_store()
+    x, error = store.rows("val"), {}
+    for arch in ("BatchTopK", "Matryoshka"):
+        sae, _ = train(config(arch=arch, recipe="improved", lr=1e-2, epochs=30), store, reference, tmp_path / arch)
+        z = sae.encode(x)
+        assert (z > 0).sum(1).double().mean().item() == pytest.approx(3)
+        z[:, 12:] = 0
+        error[arch] = (sae.decode(z) - x).square().mean().item()
+    assert error["Matryoshka"] < 0.7 * error["BatchTopK"]
+
+
+def test_auxk_leaves_fewer_latents_dead(make_store, tmp_path):
+    store = make_store()
+    for aux_coef in (0.0, 1 / 32):
+        run = config(expansion=8, k=1, lr=3e-3, epochs=40, aux_coef=aux_coef)
+        _, progress = train(run, store, reference, tmp_path / str(aux_coef))
+        if not aux_coef:
+            without = progress.curve[-1]["val_dead_pct"]
+    assert progress.curve[-1]["val_dead_pct"] < without - 5
 
 
 @pytest.mark.parametrize("heavy", [1.0, 100.0])

@@ -12,6 +12,7 @@ import pandas as pd
 
 from saegrid import captions, intervals, plots, published_table
 from saegrid import findings as claims
+from saegrid.ablation import recipe_section
 from saegrid.findings import Finding
 from saegrid.tables import COLUMNS, MISSING, Markdown, html_block, html_table, markdown, number, pipe_table
 
@@ -50,6 +51,7 @@ def model_card(df: pd.DataFrame, prompts: pd.DataFrame | None = None, *, title: 
         findings_table(own, published, f"{links}findings.html" if links else None),
         "## Results",
         html_table(df, MAIN, caption=f"All {len(df)} runs.", links=runs, tools="results" if links else ""),
+        *filter(None, [recipe_section(df)]),
         "## What was swept",
         setting_table(df),
         "## Files",
@@ -196,7 +198,11 @@ def setting_table(df: pd.DataFrame) -> Markdown:
     rows += [(COLUMNS[n].title.lower(), _values(df, n)) for n in ("n_train_rows", "n_val_rows")]
     rows += [("splice", f"{_values(df, 'n_eval_prompts')} prompts, {_values(df, 'n_eval_tokens')} scored tokens")]
     rows += [
-        ("training", f"{_values(df, 'epochs')} epochs, Adam, lr {_values(df, 'lr')}, batch {_values(df, 'batch_size')}")
+        ("recipe", _values(df, "recipe")),
+        (
+            "training",
+            f"{_values(df, 'epochs')} epochs, Adam, lr {_values(df, 'lr')}, batch {_values(df, 'batch_size')}",
+        ),
     ]
     rows += [
         (

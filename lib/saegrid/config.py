@@ -17,15 +17,21 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from saegrid.errors import ConfigError
+from saegrid.recipes import YOUNGER, resolve
 
 EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
 EMBEDDED_DATASET = "embedded:gsm_symbolic"
 
-Arch = Literal["TopK", "BatchTopK", "JumpReLU"]
+Arch = Literal["TopK", "BatchTopK", "JumpReLU", "Matryoshka"]
+BATCH_CUT = ("BatchTopK", "Matryoshka")
+"""Architectures whose codes are cut by the batch in training, and by a calibrated threshold in use."""
 
 
 class RunConfig(BaseModel):
-    """One grid point. `k=0` and `threshold=0.0` mean "not given"; papermill has no other way to say so."""
+    """One grid point. `k=0` and `threshold=0.0` mean "not given"; papermill has no other way to say so.
+
+    "recipe" and -1 mean "as the recipe says" (`saegrid/recipes.py`); a validated config holds what it says.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -75,35 +81,52 @@ class RunConfig(BaseModel):
     expansion: int = Field(8, ge=1, le=1024)
     """d_sae / d_in."""
     k: int = Field(0, ge=0)
-    """Latents per row kept by TopK and BatchTopK (the mean over the batch); 0: not given."""
+    """Latents per row kept by TopK, or by BatchTopK and Matryoshka on average over the batch; 0: not given."""
     threshold: float = Field(0.0, ge=0.0, allow_inf_nan=False)
     """JumpReLU's fixed theta; 0.0: not given."""
     threshold_unit: Literal["absolute", "rms"] = "absolute"
     """Unit of `threshold`: the activations' own, or the RMS of the pre-activations at the start of training."""
 
-    # --- training: the published recipe ---
+    prefixes: int = Field(0, ge=0, le=16)
+    """Matryoshka's nested dictionaries: d_sae latents, half of them, a quarter, …; 0: 5 of them for Matryoshka."""
+
+    # --- training ---
+    recipe: Literal["published", "improved"] = "published"
+    """Training choices as the model card has them, or as the field has learnt since; each can be switched alone."""
     epochs: int = Field(10, ge=1)
     """Passes over the training rows."""
     batch_size: int = Field(512, ge=1)
     """Rows a step."""
-    lr: float = Field(1e-4, gt=0.0, allow_inf_nan=False)
-    """Adam's learning rate at the start."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the weights and of the order of the rows."""
-
-    # --- training: what the model card leaves open ---
     lr_final: float = Field(0.0, ge=0.0, le=1.0)
-    """Cosine annealing ends at `lr * lr_final` (torch's default is 0; the code behind the data used 0.1)."""
-    grad_clip: float = Field(0.0, ge=0.0, allow_inf_nan=False)
-    """Largest global gradient norm; 0: no clipping (the code behind the data used 1.0)."""
-    b_pre_init: Literal["zero", "mean"] = "zero"
-    """Start of `b_pre`: zeros, or the training rows' mean (as the code behind the data did)."""
-    encoder_init: Literal["kaiming", "decoder"] = "kaiming"
-    """Start of the encoder: torch's `Linear` default, or the transposed decoder."""
-    project_grad: bool = False
-    """Remove the part of the decoder's gradient along each decoder direction before Adam."""
+    """The learning rate ends at `lr * lr_final` (torch's default is 0; the code behind the data used 0.1)."""
     checkpoint_steps: int = Field(1000, ge=1)
     """A checkpoint at least every so many steps, besides the one behind each epoch."""
+
+    # --- training: choices that the recipe makes ---
+    lr: float = Field(-1.0, gt=0.0, allow_inf_nan=False)
+    """Adam's largest learning rate, in scaled units where `act_scale` scales."""
+    lr_schedule: Literal["recipe", "cosine", "linear"] = "recipe"
+    """Cosine annealing over all steps, or constant and then falling in a line over the last fifth."""
+    warmup: float = Field(-1.0, ge=0.0, lt=1.0)
+    """Share of the steps in which the learning rate rises from 0."""
+    grad_clip: float = Field(-1.0, ge=0.0, allow_inf_nan=False)
+    """Largest global gradient norm; 0: no clipping (the code behind the data used 1.0)."""
+    project_grad: bool | Literal["recipe"] = "recipe"
+    """Remove the part of the decoder's gradient along each decoder direction before Adam."""
+    b_pre_init: Literal["recipe", "zero", "mean", "centre"] = "recipe"
+    """Start of `b_pre`: zeros, the training rows' mean (as the code behind the data did), or that without sinks."""
+    encoder_init: Literal["recipe", "kaiming", "decoder"] = "recipe"
+    """Start of the encoder: torch's `Linear` default, or the transposed decoder."""
+    act_scale: Literal["recipe", "none", "unit"] = "recipe"
+    """Train on rows as they are, or at a mean square of 1 (sinks left out); saved weights take rows as they are."""
+    sinks: Literal["recipe", "keep", "apart"] = "recipe"
+    """Attention sinks: rows like all others, or their direction has one latent that no other latent's encoder sees."""
+    aux_coef: float = Field(-1.0, ge=0.0, allow_inf_nan=False)
+    """Weight of AuxK's loss, by which dead latents learn what the others leave over; 0: none."""
+    dead_window: float = Field(-1.0, gt=0.0, le=1.0)
+    """Share of the run's rows after which a latent that has not fired is dead to AuxK."""
 
     # --- machine ---
     kernel: Literal["auto", "reference", "cpu", "cuda"] = "auto"
@@ -118,6 +141,14 @@ class RunConfig(BaseModel):
     """Folder for the runs."""
     store_dir: str = Field("activations", min_length=1)
     """Folder for the activation stores."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_recipe_says(cls, parameters: Any) -> Any:
+        if not isinstance(parameters, dict):
+            return parameters
+        default = 5 if parameters.get("arch") == "Matryoshka" else 0
+        return resolve(parameters) | {"prefixes": parameters.get("prefixes", 0) or default}
 
     @field_validator("*", mode="before")
     @classmethod
@@ -145,6 +176,14 @@ class RunConfig(BaseModel):
                 raise ValueError(f"threshold = {self.threshold}: not a parameter of {self.arch}, which takes k")
             if not self.k:
                 raise ValueError(f"k = 0: {self.arch} needs a k of at least 1, such as 64, 128 or 220")
+        if self.prefixes and self.arch != "Matryoshka":
+            raise ValueError(f"prefixes = {self.prefixes}: not a parameter of {self.arch}, but of Matryoshka")
+        return self
+
+    @model_validator(mode="after")
+    def _kernel_and_what_it_can(self) -> RunConfig:
+        if self.kernel == "cuda" and self.not_on_cuda:
+            raise ValueError(f"kernel = 'cuda': has no {self.not_on_cuda} yet; take 'auto' or 'cpu', or leave it out")
         return self
 
     @field_validator("runs_dir", "store_dir")
@@ -160,6 +199,19 @@ class RunConfig(BaseModel):
             raise ConfigError(
                 f"k = {self.k}: at most d_sae = expansion * d_in = {self.expansion} * {d_in} = {self.expansion * d_in}"
             )
+        if self.prefixes and self.k > (smallest := self.expansion * d_in >> (self.prefixes - 1)):
+            raise ConfigError(
+                f"prefixes = {self.prefixes}: the smallest has {smallest} latents, fewer than k = {self.k}"
+            )
+
+    @property
+    def not_on_cuda(self) -> str:
+        """The first choice that the `cuda` kernel lacks; empty where it has all."""
+        if self.prefixes:
+            return f"arch = '{self.arch}'"
+        if self.sinks == "apart":
+            return "sinks = 'apart'"
+        return f"aux_coef = {self.aux_coef:g}" if self.aux_coef else ""
 
     def check_training(self) -> None:
         """Hold a batch against the rows, where their number is known. Raises `ConfigError`."""
@@ -175,7 +227,9 @@ class RunConfig(BaseModel):
     @property
     def run_id(self) -> str:
         """Unique name of the run: readable part, seed, and a hash of every parameter that can change its result."""
-        return f"{self.name}_s{self.seed}_{_digest(self.identity())}"
+        identity = self.identity()
+        younger = {name for name, value in YOUNGER.items() if identity[name] == value}
+        return f"{self.name}_s{self.seed}_{_digest({n: v for n, v in identity.items() if n not in younger})}"
 
     @property
     def store_id(self) -> str:

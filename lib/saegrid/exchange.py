@@ -87,7 +87,7 @@ def _thresholds(sae: SAE, format: str) -> Tensor:
     theta = sae.threshold if isinstance(sae, JumpReLU) else sae.inference_threshold
     if theta is None:
         raise SaeFileError(
-            f"{format}: this BatchTopK has no calibrated threshold and cuts per batch, which {format} can't hold; "
+            f"{format}: this {sae.arch} has no calibrated threshold and cuts per batch, which {format} can't hold; "
             "load it with threshold=, or from the folder of its run"
         )
     return torch.full((sae.d_sae,), float(theta))
@@ -229,8 +229,9 @@ def read_dictionary(folder: Path) -> SAE:
 
 
 def write_dictionary(sae: SAE, folder: Path, facts: dict[str, Any]) -> None:
-    """TopK as AutoEncoderTopK, BatchTopK as BatchTopKSAE with its threshold, JumpReLU as JumpReluAutoEncoder."""
-    name = {TopK: "TopK", BatchTopK: "BatchTopK"}.get(type(sae), "JumpRelu")
+    """TopK as AutoEncoderTopK, BatchTopK and Matryoshka as BatchTopKSAE with the threshold, JumpReLU as
+    JumpReluAutoEncoder."""
+    name = "TopK" if isinstance(sae, TopK) else "BatchTopK" if isinstance(sae, BatchTopK) else "JumpRelu"
     classes = {"TopK": "AutoEncoderTopK", "BatchTopK": "BatchTopKSAE", "JumpRelu": "JumpReluAutoEncoder"}
     weights = _folded(sae, centred=name != "JumpRelu")
     if name == "JumpRelu":

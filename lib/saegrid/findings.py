@@ -66,7 +66,12 @@ def signed(value: float) -> str:
 
 
 def all_findings(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> list[Finding]:
-    """The five findings on the rows of `df`; with intervals if `prompts` has the runs' per-prompt sums."""
+    """The five findings on the rows of `df`; with intervals if `prompts` has the runs' per-prompt sums.
+
+    They are about the published recipe: runs of another one are passed over.
+    """
+    if "recipe" in df:
+        df = df[df["recipe"] == "published"]
     drawn = None if prompts is None else intervals.draws(prompts)
     tests: list[Callable] = [batchtopk_beats_topk, small_k_dies, sweet_spot, jumprelu_is_dense, large_adds_little]
     return [test(df, drawn) for test in tests]

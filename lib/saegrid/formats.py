@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from saegrid import exchange, files
-from saegrid.config import Arch
+from saegrid.config import BATCH_CUT, Arch
 from saegrid.errors import SaeFileError
 from saegrid.fetch import hub_errors
 from saegrid.published_sae import Told, agree, check_sparsity, given_by, read_published, write_published
@@ -44,7 +44,7 @@ def load_sae(source: str | Path, arch: str = "", k: int = 0, threshold: float = 
     Args:
         source: a published `.pt` file; a run's folder; a SAELens, dictionary_learning or sparsify folder (or its
             weights file); a folder with a single `.pt`. What is here goes before the Hub.
-        arch: TopK, BatchTopK or JumpReLU; needed only where neither a sidecar nor a published name tells it.
+        arch: one of `ARCHITECTURES`; needed only where neither a sidecar nor a published name tells it.
         k: latents per row; likewise.
         threshold: JumpReLU's theta, or BatchTopK's calibrated cut, in the activations' unit; likewise.
 
@@ -73,8 +73,8 @@ def export(sae: SAE, folder: str | Path, format: str, facts: dict[str, Any] | No
 
     Args:
         folder: made where missing; one folder per SAE, but for "published", which may hold many.
-        format: "published" (all), "saelens" (TopK as `topk`; BatchTopK, by its calibrated threshold, and JumpReLU as
-            `jumprelu`), "dictionary_learning" (all) or "sparsify" (TopK).
+        format: "published" (all), "saelens" (TopK as `topk`; BatchTopK and Matryoshka, by their calibrated threshold,
+            and JumpReLU as `jumprelu`), "dictionary_learning" (all) or "sparsify" (TopK).
         facts: what a reader should know, in JSON's types: `name` (of the published file), `model`, `layer`, `dataset`,
             `max_tokens` and any more. A run's `cfg.json` will do.
 
@@ -150,11 +150,11 @@ def _load_folder(folder: Path, given: Told) -> SAE:
     if len(present) > 1:
         raise SaeFileError(f"{folder}: holds more than one SAE: {', '.join(present)}")
     sae = READERS[_kind(folder, present)](folder)
-    arch = next(name for name, kind in ARCHITECTURES.items() if isinstance(sae, kind))
-    theta = sae.inference_threshold if arch == "BatchTopK" else sae.threshold if type(sae) is JumpReLU else None
+    arch = sae.arch if sae.arch in ARCHITECTURES else "JumpReLU"
+    theta = sae.inference_threshold if arch in BATCH_CUT else sae.threshold if type(sae) is JumpReLU else None
     own = Told("its configuration", arch, sae.k or None, theta)
     told = agree(folder, [own, given])
-    if arch == "BatchTopK":
+    if arch in BATCH_CUT:
         sae.inference_threshold = told.threshold
     elif (told.k, told.threshold) != (own.k, own.threshold):
         name = "k" if told.k != own.k else "threshold"

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from saegrid.config import PLACES, RunConfig, check_place, explain, make_config, shown
 from saegrid.errors import ConfigError, DamagedError
+from saegrid.recipes import is_as_recipe_says
 from saegrid.sealed import read_bytes
 
 MAX_RUNS = 10_000
@@ -94,9 +95,12 @@ def load_grid(path: str | Path) -> Grid:
 def papermill_arguments(run: RunConfig) -> str:
     """The `-p` and `-r` options that make papermill run this config, quoted for a shell.
 
-    Strings go by `-r` (taken as they are), numbers by `-p`; parameters at their default are left out.
+    Strings go by `-r` (taken as they are), numbers by `-p`; parameters at their default, or as the recipe says, are
+    left out.
     """
     options: list[str] = []
     for name, value in run.model_dump(exclude_defaults=True).items():
+        if is_as_recipe_says(run.recipe, name, value):
+            continue
         options += ["-r" if isinstance(value, str) else "-p", name, str(value)]
     return shlex.join(options)

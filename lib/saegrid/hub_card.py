@@ -15,7 +15,7 @@ import pandas as pd
 
 from saegrid import captions, card, plots, published_table, results
 from saegrid import findings as claims
-from saegrid.config import EMBEDDED_DATASET, EMBEDDED_MODEL
+from saegrid.config import BATCH_CUT, EMBEDDED_DATASET, EMBEDDED_MODEL
 from saegrid.fetch import HUB_ID
 from saegrid.tables import Markdown, header, html_table, markdown, pipe_table
 
@@ -33,6 +33,7 @@ KEPT = {
     "use, z = pre where pre is above a threshold calibrated on held-out rows: each row has one code in any batch.",
     "TopK": "z = ReLU of the k largest pre-activations of each row, 0 elsewhere.",
     "JumpReLU": "z = pre where pre > θ, 0 elsewhere; θ is fixed.",
+    "Matryoshka": "as BatchTopK, trained so that its first half, quarter, … of latents reconstruct on their own.",
 }
 PUBLISHED_CLASS = '''\
 import json
@@ -192,8 +193,8 @@ def load_text(best: pd.Series, file: str, repo: str = "") -> Markdown:
     own += f"latent_acts, x_hat = sae.encode(x), sae(x)  # (4, {best['d_sae']}), (4, {best['d_in']})"
     fetched = [f'hf_hub_download("{repo}", "{file}.{kind}")' if repo else f'"{file}.{kind}"' for kind in ("json", "pt")]
     used = PUBLISHED_CLASS if repo else PUBLISHED_CLASS.replace("from huggingface_hub import hf_hub_download\n", "")
-    theta = {"BatchTopK": 'cfg["inference_threshold"]', "JumpReLU": 'cfg["threshold"]'}.get(best["arch"], "None")
-    batch = ", batch=True" if best["arch"] == "BatchTopK" else ""
+    theta = {"TopK": "None", "JumpReLU": 'cfg["threshold"]'}.get(best["arch"], 'cfg["inference_threshold"]')
+    batch = ", batch=True" if best["arch"] in BATCH_CUT else ""
     class_code = (
         f"{used}\n\nwith open({fetched[0]}) as sidecar:\n    cfg = json.load(sidecar)\n"
         f"state = torch.load({fetched[1]}, weights_only=True)\n"

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from saegrid.kernels.reference import Codes
+
 SINK_RATIO = 10.0
-"""Rows whose norm is above this many times the median norm are attention sinks (left out of `fvu_no_sink`)."""
+"""Rows whose norm is above this many times the median norm are attention sinks (left out of `*_no_sink`)."""
 
 
 @dataclass
@@ -61,17 +63,19 @@ class Reconstruction:
     sq_error: float = 0.0
     sq_error_no_sink: float = 0.0
     active: int = 0
+    active_no_sink: int = 0
     fired: Tensor = None  # (d_sae,) int64: rows on which a latent fired
+    fired_no_sink: Tensor = None  # (d_sae,) int64
     act_sum: Tensor = None  # (d_sae,) float64
     act_max: Tensor = None  # (d_sae,) float32
 
     def __post_init__(self):
-        self.fired = torch.zeros(self.d_sae, dtype=torch.int64)
+        self.fired, self.fired_no_sink = torch.zeros(2, self.d_sae, dtype=torch.int64)
         self.act_sum = torch.zeros(self.d_sae, dtype=torch.float64)
         self.act_max = torch.zeros(self.d_sae)
 
-    def add(self, x: Tensor, x_hat: Tensor, latents: Tensor, values: Tensor) -> Tensor:
-        """Add rows x and x_hat (N, d_in) with the active pairs' latents and values (nnz,), all on one device.
+    def add(self, x: Tensor, x_hat: Tensor, codes: Codes) -> Tensor:
+        """Add rows x, their codes and reconstructions x_hat, (N, d_in) both, all on one device.
 
         Returns:
             The squared error of each row, (N,) float64.
@@ -83,15 +87,18 @@ class Reconstruction:
             self.no_sink.add(x[keep])
         self.sq_error += errors.sum().item()
         self.sq_error_no_sink += errors[keep].sum().item()
+        offsets, latents, values = (part.cpu() for part in codes)  # sums on a GPU would have no fixed order
+        latents, ordinary = latents.long(), keep.cpu().repeat_interleave(offsets.diff())
         self.active += len(values)
-        latents, values = latents.long().cpu(), values.cpu()  # sums on a GPU would have no fixed order
+        self.active_no_sink += int(ordinary.sum())
         self.fired += torch.bincount(latents, minlength=self.d_sae)
+        self.fired_no_sink += torch.bincount(latents[ordinary], minlength=self.d_sae)
         self.act_sum.index_add_(0, latents, values.double())
         self.act_max.scatter_reduce_(0, latents, values, "amax")
         return errors
 
     def result(self) -> dict[str, float]:
-        """mse, nmse, fvu, fvu_no_sink, sink_pct, l0, dead_pct; NaN where a denominator is 0."""
+        """mse, nmse, fvu, sink_pct, l0, dead_pct, the last ones without sinks too; NaN where a denominator is 0."""
         rows, elements = self.every.rows, self.every.rows * len(self.every.total)
         mse = self.sq_error / elements
         return {
@@ -101,7 +108,9 @@ class Reconstruction:
             "fvu_no_sink": _ratio(self.sq_error_no_sink, self.no_sink.centred if self.no_sink.rows else 0.0),
             "sink_pct": 100 * (rows - self.no_sink.rows) / rows,
             "l0": self.active / rows,
+            "l0_no_sink": _ratio(self.active_no_sink, self.no_sink.rows),
             "dead_pct": 100 * (self.fired == 0).double().mean().item(),
+            "dead_pct_no_sink": 100 * (self.fired_no_sink == 0).double().mean().item(),
         }
 
 

@@ -14,11 +14,13 @@ from saegrid import card, charts, plots, results
 from saegrid.atomic import write_text
 from saegrid.grid import Grid
 from saegrid.plots import setting
+from saegrid.recipes import described
 from saegrid.results import ResultsError
 from saegrid.tables import Markdown, html_block, html_table, markdown, number
 
-INDEX_COLUMNS = ["name", "seed", "l0", "fvu_no_sink", "dead_pct", "delta_loss", "frac_rec_pct"]
-AXES = {"arch": "architecture", "expansion": "expansion", "k": "K", "threshold": "threshold", "seed": "seed"}
+INDEX_COLUMNS = ["name", "recipe", "seed", "l0", "fvu_no_sink", "dead_pct", "delta_loss", "frac_rec_pct"]
+AXES = {"arch": "architecture", "expansion": "expansion", "k": "K", "threshold": "threshold"}
+AXES |= {"recipe": "recipe", "seed": "seed"}
 
 
 def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None) -> None:
@@ -96,8 +98,10 @@ def run_page(notebook: dict[str, Any], page_title: str, nav: str) -> dict[str, A
 
 
 def title(row: dict[str, Any]) -> str:
-    """A run in words: `TopK, K = 64, 8x, seed 0`."""
-    return f"{setting(row)}, {row['expansion']}x, seed {row['seed']}"
+    """A run in words: `TopK, K = 64, 8x, seed 0`; its recipe too, where it is not the published one."""
+    recipe = described(row)
+    recipe = "" if recipe == "published" else f", {recipe}"
+    return f"{setting(row)}, {row['expansion']}x{recipe}, seed {row['seed']}"
 
 
 def summary(row: dict[str, Any], df: pd.DataFrame) -> str:
@@ -126,7 +130,7 @@ def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:
         around.append(f"[{title(rows[n + 1])}]({rows[n + 1]['run_id']}.ipynb) →")
     near = {}
     for other in rows:
-        differing = [name for name in AXES if not _same(rows[n][name], other[name])]
+        differing = [name for name in AXES if not _same(*(_on_axis(row, name) for row in (rows[n], other)))]
         if len(differing) == 1:
             near.setdefault(AXES[differing[0]], []).append(f"[{title(other)}]({other['run_id']}.ipynb)")
     lines = [f"- another {axis}: {'; '.join(links)}" for axis, links in near.items()]
@@ -135,10 +139,15 @@ def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:
 
 def index_page(df: pd.DataFrame) -> Markdown:
     """The list of all runs."""
+    df = df.assign(recipe=[described(row) for row in df.to_dict("records")])
     table = html_table(
         df, INDEX_COLUMNS, caption=f"{len(df)} runs; each leads to its executed notebook.", links="./", tools="runs"
     )
     return markdown("---\ntitle: Runs\n---", "One page a run: parameters, curves, numbers, files and hashes.", table)
+
+
+def _on_axis(row: dict[str, Any], name: str) -> Any:
+    return described(row) if name == "recipe" else row[name]
 
 
 def _same(a: Any, b: Any) -> bool:

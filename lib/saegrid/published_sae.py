@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from saegrid.atomic import write_json
-from saegrid.config import Arch
+from saegrid.config import BATCH_CUT, Arch
 from saegrid.errors import SaeFileError
 from saegrid.exchange import JumpReLUPerLatent
 from saegrid.files import PUBLISHED_SHAPES, from_published, shape_and_rule, write_state_dict
@@ -18,7 +18,7 @@ from saegrid.sae import ARCHITECTURES, SAE, BatchTopK, JumpReLU
 from saegrid.untrusted import as_model, check_sizes, check_tensors, read_json, read_pt
 
 PUBLISHED_NAME = re.compile(
-    r"(?P<arch>TopK|BatchTopK|JumpReLU)_exp(?P<expansion>\d{1,6})x_(k(?P<k>\d{1,9})|t(?P<threshold>\d[\d.e+-]*))"
+    r"(?P<arch>TopK|BatchTopK|JumpReLU|Matryoshka)_exp(?P<expansion>\d{1,6})x_(k(?P<k>\d{1,9})|t(?P<threshold>\d[\d.e+-]*))"
 )
 SAME_THRESHOLD = 1e-5
 """Relative; a published name has six digits."""
@@ -64,7 +64,7 @@ def read_published(path: Path, given: Told) -> SAE:
     if told.expansion not in (None, sizes["d_sae"] / sizes["d_in"]):
         d_sae = f"{told.expansion} * {sizes['d_in']}"
         raise SaeFileError(f"{path}: its name says d_sae = {d_sae}, and the weights have {sizes['d_sae']}")
-    theta = told.threshold if told.arch != "BatchTopK" else None
+    theta = told.threshold if told.arch not in BATCH_CUT else None
     check_sparsity(path, told.arch, told.k, theta, sizes["d_sae"])
     sae = from_published(state, told.arch, told.k or 0, theta or 0.0)
     if isinstance(sae, BatchTopK):
@@ -89,7 +89,8 @@ def _sidecar(path: Path, sizes: dict[str, int]) -> tuple[Told, str]:
         if sidecar.exists() and "arch" in (content := read_json(sidecar)):
             cfg = as_model(_Sidecar, content, sidecar)
             check_sizes(cfg, sizes, sidecar)
-            theta = {"BatchTopK": cfg.inference_threshold, "JumpReLU": cfg.threshold}.get(cfg.arch)
+            own = {"JumpReLU": cfg.threshold} | dict.fromkeys(BATCH_CUT, cfg.inference_threshold)
+            theta = own.get(cfg.arch)
             return Told(sidecar.name, cfg.arch, cfg.k or None, theta), cfg.threshold_unit
     return Told("no sidecar"), "absolute"
 

@@ -19,6 +19,7 @@ from saegrid.atomic import write_text
 from saegrid.config import PLACES, RunConfig
 from saegrid.errors import DamagedError, SaegridError
 from saegrid.grid import Grid
+from saegrid.recipes import YOUNGER
 from saegrid.sealed import (
     SUMS,
     check_sums,
@@ -37,8 +38,9 @@ METRICS = [
     *("loss_recovered_zero", "loss_recovered_mean"),
 ]
 """Numbers that every run must have; a row without one stops the tables."""
-OPTIONAL = ["inference_threshold", "theta_over_rms"]
-"""Numbers that only some architectures have."""
+NO_SINK = ["l0_no_sink", "dead_pct_no_sink"]
+OPTIONAL = ["inference_threshold", "theta_over_rms", *NO_SINK]
+"""Numbers that only some architectures, or only younger tables, have."""
 HASHES = ["data_sha256", "model_sha256", "weights_sha256"]
 TEXT = ["run_id", "name", "store_id", *HASHES, "code_version", "torch_version"]
 TIDY = ["run_id", "name", *PARAMETERS, *COUNTS, *OPTIONAL, *METRICS, *TEXT[2:]]
@@ -69,7 +71,7 @@ def load_run(run_dir: str | Path, run_id: str = "") -> dict[str, Any]:
             hash is none, it is another run's, or a file is not what the run left.
     """
     path = Path(run_dir) / "metrics.json"
-    row = _read_json(path)
+    row = YOUNGER | dict.fromkeys(NO_SINK) | _read_json(path)
     missing = [name for name in TIDY if name not in row]
     if missing:
         raise ResultsError(f"{path}: lacks {', '.join(missing)}; delete the folder and run it again")
@@ -126,8 +128,8 @@ def write_tables(df: pd.DataFrame, results_dir: str | Path) -> None:
     by_k = df[df["arch"].isin(["BatchTopK", "TopK"])]
     own = [name for name in METRICS if name not in PUBLISHED]
     tables = {
-        "results.csv": by_k[["arch", "expansion", "k", "val_mse", "nmse", "dead_pct", "seed", "run_id"]],
-        "results_full.csv": df[[*PUBLISHED, "seed", *own, "run_id"]],
+        "results.csv": by_k[["arch", "expansion", "k", "val_mse", "nmse", "dead_pct", "recipe", "seed", "run_id"]],
+        "results_full.csv": df[[*PUBLISHED, "recipe", "seed", *own, "run_id"]],
         "results_tidy.csv": df[TIDY],
     }
     for name, table in tables.items():
@@ -146,6 +148,8 @@ def read_tidy(path: str | Path) -> pd.DataFrame:
         raise ResultsError(f"{path}: {error.strerror}; `make report` makes it") from None
     except (ValueError, pd.errors.ParserError) as error:
         raise ResultsError(f"{path}: not a table: {error}") from None
+    younger = YOUNGER | dict.fromkeys(NO_SINK, math.nan)
+    df = df.assign(**{name: value for name, value in younger.items() if name not in df})
     missing = [name for name in TIDY if name not in df]
     if missing:
         raise ResultsError(f"{path}: lacks the columns {', '.join(missing)}; `make report` makes it anew")

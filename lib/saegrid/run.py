@@ -40,8 +40,18 @@ from saegrid.tied import die_with_papermill
 from saegrid.train import CHECKPOINT, rms_pre_acts, train
 
 CODE = (
-    *("activations.py", "embedded.py", "fetch.py", "files.py", "lm.py", "metrics.py", "prompts.py", "published.py"),
-    *("run.py", "sae.py", "splice.py", "store.py", "train.py", "transfer.py", "kernels"),
+    *(
+        "activations.py",
+        "embedded.py",
+        "estimates.py",
+        "fetch.py",
+        "files.py",
+        "lm.py",
+        "metrics.py",
+        "prompts.py",
+        "published.py",
+    ),
+    *("recipes.py", "run.py", "sae.py", "splice.py", "store.py", "train.py", "transfer.py", "kernels"),
 )
 """Sources whose change can change a run's result: their hash is the run's code version."""
 
@@ -264,7 +274,7 @@ class Run:
         except SaegridError as error:
             print(f"{error}; the run starts again", flush=True)
             (self.folder / CHECKPOINT).unlink(missing_ok=True)  # with what it was computed is not known
-        choice = kernels.choose(config.kernel, config.matmul, config.threads)
+        choice = kernels.choose(config.kernel, config.matmul, config.threads, config.not_on_cuda)
         resolved = make_config(**config.model_dump() | choice._asdict())
         write_sealed(path, {"run_id": self.run_id} | resolved.identity())
         return resolved
@@ -277,7 +287,7 @@ def evaluate_rows(sae: SAE, store: Store, batch_size: int, kernel) -> tuple[dict
     errors = []
     for x in store.batches("val", batch_size, device=sae.device):
         codes = sae.codes(x, kernel)
-        errors.append(sums.add(x, kernel.decode(sae.params, codes), codes.latents, codes.values))
+        errors.append(sums.add(x, kernel.decode(sae.params, codes), codes))
     mean_act = (sums.act_sum / sums.fired.clamp_min(1)).numpy()
     latents = pd.DataFrame({"latent": range(sae.d_sae), "fired": sums.fired, "mean_act": mean_act})
     latents["max_act"] = sums.act_max

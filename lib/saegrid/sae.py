@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from saegrid.config import RunConfig
 from saegrid.kernels import reference
-from saegrid.kernels.reference import Codes, Params, Rule
+from saegrid.kernels.reference import Codes, Params, Rule, keep_apart
 
 
 class SAE(nn.Module):
@@ -106,6 +106,13 @@ class BatchTopK(SAE):
         return Rule("threshold", threshold=self.inference_threshold)
 
 
+class Matryoshka(BatchTopK):
+    """BatchTopK whose first m latents are a dictionary too, for each prefix m in training (arXiv:2503.17547).
+
+    In use it is a BatchTopK; its latents stand in the order of what they are worth.
+    """
+
+
 class JumpReLU(SAE):
     """z = pre where pre > theta, 0 elsewhere, theta fixed (the form of arXiv:2407.14435, theta not trained)."""
 
@@ -114,17 +121,18 @@ class JumpReLU(SAE):
         return Rule("threshold", threshold=self.threshold)
 
 
-ARCHITECTURES: dict[str, type[SAE]] = {cls.__name__: cls for cls in (TopK, BatchTopK, JumpReLU)}
+ARCHITECTURES: dict[str, type[SAE]] = {cls.__name__: cls for cls in (TopK, BatchTopK, JumpReLU, Matryoshka)}
 
 
-def initial_sae(config: RunConfig, d_in: int, mean: Tensor) -> SAE:
+def initial_sae(config: RunConfig, d_in: int, mean: Tensor, sink: Tensor | None = None) -> SAE:
     """The SAE at the start of training, from the run's seed.
 
     Encoder and decoder start as torch's `nn.Linear` does (Kaiming uniform, a = √5: U(±1/√fan_in), biases too), the
     decoder's rows then set to unit norm. `encoder_init="decoder"` starts the encoder at the decoder, biases at 0.
 
     Args:
-        mean: mean of the training rows (d_in,), used by `b_pre_init="mean"`.
+        mean: where `b_pre` starts (d_in,), unless `b_pre_init` is "zero".
+        sink: direction of the attention sinks (d_in,), of norm 1, where one latent is to have it for itself.
     """
     d_sae = config.expansion * d_in
     sae = ARCHITECTURES[config.arch](d_in, d_sae, k=config.k, threshold=config.threshold)
@@ -142,6 +150,16 @@ def initial_sae(config: RunConfig, d_in: int, mean: Tensor) -> SAE:
         sae.W_enc.data.copy_(sae.W_dec)
         sae.b_enc.data.zero_()
         sae.b_dec.data.zero_()
-    if config.b_pre_init == "mean":
+    if sink is not None:
+        sae.W_enc.data[0], sae.b_enc.data[0], sae.W_dec.data[0] = sink, 0.0, sink
+        keep_apart(sae.W_enc.data, sink)
+    if config.b_pre_init != "zero":
         sae.b_pre.data.copy_(mean)
     return sae
+
+
+def fold_scale(sae: SAE, scale: float) -> None:
+    """Turn an SAE of rows x / scale into the same of rows x, in place: what carries the rows' unit is multiplied."""
+    for tensor in (sae.b_enc, sae.b_dec, sae.b_pre):
+        tensor.data.mul_(scale)
+    sae.threshold *= scale

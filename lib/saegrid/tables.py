@@ -52,9 +52,12 @@ COLUMNS = {
     "expansion": Column("Expansion", "d_sae / d_in", "d"),
     "k": Column("K", "latents/token", "d"),
     "threshold": Column("Threshold θ", "act", "g"),
+    "recipe": Column("Recipe"),
     "seed": Column("Seed", "", "d"),
+    "seeds": Column("Seeds", "", "d"),
     "d_sae": Column("d_sae", "latents", ",d"),
     "l0": Column("L0", "latents/token", ",.1f"),
+    "l0_no_sink": Column("L0 without sinks", "latents/token", ",.1f"),
     "l0_eval": Column("L0 on the prompts", "latents/token", ",.1f"),
     "l0_share_pct": Column("L0 / d_sae", "%", ".1f"),
     "val_mse": Column("MSE", "act²", "#.4g", "min"),
@@ -64,11 +67,13 @@ COLUMNS = {
     "fvu_no_sink": Column("FVU without sinks", "1", ".3f", "min"),
     "sink_pct": Column("Sink rows", "%", ".2f"),
     "dead_pct": Column("Dead latents", "%", ".1f", "min"),
+    "dead_pct_no_sink": Column("Dead latents without sinks", "%", ".1f", "min"),
     "ce_clean": Column("CE clean", "nats/token", ".3f"),
     "ce_spliced": Column("CE spliced", "nats/token", ".3f", "min"),
     "ce_zero": Column("CE zero", "nats/token", ".3f"),
     "ce_mean": Column("CE mean", "nats/token", ".3f"),
     "delta_loss": Column("Delta loss", "nats/token", ".3f", "min"),
+    "delta_range": Column("Delta loss, range over seeds"),
     "frac_rec_pct": Column("frac_rec", "%", ".1f", "max"),
     "loss_recovered_zero": Column("Loss recovered (zero)", "1", ".3f", "max"),
     "loss_recovered_mean": Column("Loss recovered (mean)", "1", ".3f", "max"),
@@ -159,7 +164,7 @@ def beside(rows: pd.DataFrame, columns: Sequence[str], *, links: str = "") -> Ma
 
 def run_metrics(row: Mapping[str, Any]) -> Markdown:
     """The numbers of one run, one a line, with their units."""
-    names = [name for name in COLUMNS if name in row and name not in ("name", "arch", "source", "seed")]
+    names = [name for name in COLUMNS if name in row and name not in ("name", "arch", "source", "recipe", "seed")]
     return pipe_table(
         ["Measure", "Value", "Unit"],
         [(COLUMNS[name].title, number(row[name], name), COLUMNS[name].unit or "1") for name in names],

@@ -17,14 +17,17 @@ from saegrid import checkpoint
 from saegrid.atomic import write_text
 from saegrid.config import RunConfig
 from saegrid.errors import ConfigError, DamagedError, SaegridError
+from saegrid.estimates import Estimates, estimate
 from saegrid.kernels.reference import Params, Rule, StepSettings, TrainState
 from saegrid.metrics import SINK_RATIO
-from saegrid.sae import SAE, JumpReLU, initial_sae
+from saegrid.sae import SAE, BatchTopK, JumpReLU, fold_scale, initial_sae
 from saegrid.store import Store
 
 CHECKPOINT = "checkpoint.safetensors"
 CALIBRATION_ROWS = 65_536
 """At most so many validation rows set BatchTopK's threshold."""
+DECAY = 0.2
+"""Share of the steps, at the end, in which a "linear" learning rate falls."""
 CHECK_STEPS = 100
 """On a GPU the loss is read back, and held to be finite, after so many steps: each look waits for the device."""
 
@@ -62,9 +65,10 @@ def train(
 ) -> tuple[SAE, Progress]:
     """Train one SAE, from the run's last checkpoint where there is one.
 
-    Adam with cosine annealing per step from `lr` to `lr * lr_final`; mean squared error; unit-norm decoder rows after
-    each step; the weights of the epoch with the lowest validation MSE are kept (with the training rule: BatchTopK cuts
-    each validation batch). BatchTopK's scalar threshold is then calibrated on validation rows.
+    Adam, the learning rate set per step; mean squared error; unit-norm decoder rows after each step; the weights of
+    the epoch with the lowest validation MSE are kept (with the training rule: BatchTopK cuts each validation batch).
+    BatchTopK's scalar threshold is then calibrated on validation rows. With `act_scale` all of this, checkpoints too,
+    is in the units of the scaled rows, and the scale is folded into the weights at the end.
 
     Args:
         report: called with the number of rows of each step, and once with those done before a resume.
@@ -79,21 +83,27 @@ def train(
     """
     if config.batch_size > store.n_train:
         raise ConfigError(f"batch_size = {config.batch_size}: at most the {store.n_train} training rows")
-    sae = initial_sae(config, store.d_in, store.mean)
+    found = estimate(config, store)
+    sae = initial_sae(config, store.d_in, found.mean, found.sink)
+    sae.threshold /= found.scale
     if isinstance(sae, JumpReLU) and config.threshold_unit == "rms":
-        sae.threshold = config.threshold * rms_pre_acts(sae.params, next(store.batches("train", config.batch_size)))
+        rows = next(store.batches("train", config.batch_size))
+        sae.threshold = config.threshold * rms_pre_acts(sae.params, rows / found.scale)
     sae.to(device)
+    if found.sink is not None:
+        found = found._replace(sink=found.sink.to(device))
     path = run_dir / CHECKPOINT
     progress = _resumed(path, sae, config.run_id) or Progress(TrainState.start(sae.params), _copy(sae.params))
     report(progress.epoch * store.n_train + progress.rows)
     while progress.epoch < config.epochs:
-        _epoch(config, store, kernel, matmul, sae, progress, path, report)
-        _validate(config, store, kernel, sae, progress)
+        _epoch(config, store, kernel, matmul, sae, progress, path, report, found)
+        _validate(config, store, kernel, sae, progress, found.scale)
         write_text(run_dir / "metrics.jsonl", "".join(json.dumps(point) + "\n" for point in progress.curve))
         save_checkpoint(path, progress, config.run_id)
     for weights, best in zip(sae.params, progress.best, strict=True):
         weights.copy_(best)
-    if sae.arch == "BatchTopK":
+    fold_scale(sae, found.scale)
+    if isinstance(sae, BatchTopK):
         sae.inference_threshold = calibrated_threshold(sae, store, config.batch_size, kernel)
     progress.lap()
     return sae, progress
@@ -110,23 +120,30 @@ def _resumed(path: Path, sae: SAE, run_id: str) -> Progress | None:
 
 
 def learning_rate(config: RunConfig, step: int, steps: int) -> float:
-    """Cosine annealing: `lr` at step 0, `lr * lr_final` at `steps`."""
+    """Rises over the first `warmup` of the steps, ends at `lr * lr_final`; between, `lr_schedule` says."""
     floor = config.lr * config.lr_final
-    return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    if config.lr_schedule == "cosine":
+        share = 0.5 * (1 + math.cos(math.pi * step / steps))
+    else:
+        share = min(1.0, (steps - step) / (DECAY * steps))
+    rise = min(1.0, (step + 1) / (config.warmup * steps)) if config.warmup else 1.0
+    return rise * (floor + (config.lr - floor) * share)
 
 
-def _epoch(config, store, kernel, matmul, sae, progress: Progress, path: Path, report) -> None:
+def _epoch(config, store, kernel, matmul, sae, progress: Progress, path: Path, report, found: Estimates) -> None:
     steps = config.epochs * math.ceil(store.n_train / config.batch_size)
     state, seen = progress.state, progress.state.step
+    settings = step_settings(config, store, matmul)._replace(sink=found.sink)
     batches = store.batches(
         "train", config.batch_size, config.seed, progress.epoch, start=progress.batch, device=sae.device
     )
     for x in batches:
-        settings = StepSettings(
-            learning_rate(config, state.step, steps), config.grad_clip, config.project_grad, matmul=matmul
+        if found.scale != 1:
+            x = x / found.scale
+        loss, _ = kernel.train_step(
+            state, x, sae.training_rule, settings._replace(lr=learning_rate(config, state.step, steps))
         )
-        loss, _ = kernel.train_step(state, x, sae.training_rule, settings)
-        progress.sq_error = progress.sq_error + loss * x.numel()
+        progress.sq_error = progress.sq_error + loss * x.numel() * found.scale**2
         progress.rows += len(x)
         progress.batch += 1
         report(len(x))
@@ -139,6 +156,21 @@ def _epoch(config, store, kernel, matmul, sae, progress: Progress, path: Path, r
     _read_loss(config, progress, seen)
 
 
+def step_settings(config: RunConfig, store: Store, matmul: str) -> StepSettings:
+    """What all steps of a run share."""
+    d_sae = config.expansion * store.d_in
+    return StepSettings(
+        config.lr,
+        config.grad_clip,
+        config.project_grad,
+        matmul,
+        aux_coef=config.aux_coef,
+        aux_k=max(1, store.d_in // 2),
+        dead_after=math.ceil(config.dead_window * config.epochs * store.n_train),
+        prefixes=tuple(d_sae >> halvings for halvings in reversed(range(config.prefixes))),
+    )
+
+
 def _read_loss(config, progress: Progress, seen: int) -> None:
     """Wait for the device, and hold the loss of all steps behind step `seen` to be finite."""
     progress.sq_error = float(progress.sq_error)
@@ -148,14 +180,15 @@ def _read_loss(config, progress: Progress, seen: int) -> None:
         raise SaegridError(f"lr = {config.lr:g}: the loss is {progress.sq_error} {where}; try a smaller one")
 
 
-def _validate(config, store, kernel, sae, progress: Progress) -> None:
+def _validate(config, store, kernel, sae, progress: Progress, scale: float) -> None:
     """Close the epoch: validation MSE with the training rule, the learning curve, the best weights."""
     params = progress.state.params
     sq_error, active = 0.0, 0
     fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.device)
     for x in store.batches("val", config.batch_size, device=sae.device):
+        x = x / scale if scale != 1 else x
         codes = kernel.encode(params, x, sae.training_rule)
-        sq_error += (kernel.decode(params, codes) - x).double().square().sum().item()
+        sq_error += (kernel.decode(params, codes) - x).double().square().sum().item() * scale**2
         active += len(codes.values)
         fired[codes.latents.long()] = True
     steps = config.epochs * math.ceil(store.n_train / config.batch_size)
@@ -226,6 +259,7 @@ def save_checkpoint(path: Path, progress: Progress, run_id: str) -> None:
     state = progress.state
     parts = {"weights": state.params, "m": state.m, "v": state.v, "best": progress.best}
     tensors = {f"{part}.{name}": t for part, params in parts.items() for name, t in params._asdict().items()}
+    tensors["quiet"] = state.quiet
     plain = {name: value for name, value in vars(progress).items() if name not in ("state", "best", "_since")}
     checkpoint.write(path, tensors, {"run_id": run_id, "step": state.step, "plain": plain})
 
@@ -247,7 +281,9 @@ def load_checkpoint(path: Path, sae: SAE, run_id: str) -> Progress | None:
             part: Params(**{name: tensors[f"{part}.{name}"].reshape(t.shape).to(t.device) for name, t in targets})
             for part in ("weights", "m", "v", "best")
         }
-        progress = Progress(TrainState(sae.params, parts["m"], parts["v"], facts["step"]), parts["best"])
+        quiet = tensors["quiet"].reshape(sae.b_enc.shape).to(sae.device)
+        state = TrainState(sae.params, parts["m"], parts["v"], facts["step"], quiet)
+        progress = Progress(state, parts["best"])
         for name, value in facts["plain"].items():
             setattr(progress, name, value)
     except (KeyError, TypeError, RuntimeError) as error:

@@ -43,15 +43,18 @@ def device(name: str) -> str:
     return "cuda" if name == "cuda" and torch.cuda.is_available() else "cpu"
 
 
-def choose(kernel: str, matmul: str, threads: int) -> Choice:
+def choose(kernel: str, matmul: str, threads: int, not_on_cuda: str = "") -> Choice:
     """Resolve "auto" (kernel, matmul) and 0 (threads) for this machine, and log what was taken and why.
+
+    Args:
+        not_on_cuda: what the run needs and the `cuda` kernel lacks, so that "auto" passes it over.
 
     Raises:
         ConfigError: `kernel` can't run here.
     """
     reasons = []
     if kernel == "auto":
-        kernel, reason = _fastest_kernel()
+        kernel, reason = _fastest_kernel(not_on_cuda and f"it has no {not_on_cuda}")
         reasons.append(reason)
     load(kernel)
     if matmul == "auto":
@@ -89,9 +92,10 @@ def _missing_for_cuda() -> str:
     return "" if capability >= CAPABILITY else f"needs a GPU of compute capability 8.0, this one has {capability}"
 
 
-def _fastest_kernel() -> tuple[str, str]:
-    """The fastest kernel that runs here, and the reason."""
-    missing = "Triton only interprets" if os.environ.get("TRITON_INTERPRET") == "1" else _missing_for_cuda()
+def _fastest_kernel(missing: str = "") -> tuple[str, str]:
+    """The fastest kernel that runs here, and the reason. `missing`: why it can't be `cuda`."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    missing = missing or ("Triton only interprets" if interpreted else _missing_for_cuda())
     if not missing:
         import torch
 

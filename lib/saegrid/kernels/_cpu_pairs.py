@@ -2,7 +2,7 @@
 
 N rows, d_sae latents, d_in dimensions. Pairs are listed row by row (CSR: offsets, latents, values) or latent by latent
 (CSC: starts, rows, values). A loop with `first, last, edges` does the chunks `first` to `last - 1`, chunk c being
-edges[c] to edges[c + 1], and releases the interpreter's lock, so that `cpu._run` has plain threads run it.
+edges[c] to edges[c + 1], and releases the interpreter's lock, so that `_cpu_chunks.run` has plain threads run it.
 Four pairs are taken at a time: the sum's row is then loaded and stored once for four.
 """
 
@@ -218,9 +218,10 @@ def project_row(gradient, w_dec):
 
 
 @compiled
-def step_latents(first, last, edges, starts, rows, values, d_hat, centred, params, m, v, pull, project, adam):
+def step_latents(first, last, edges, starts, rows, x_rows, values, d_hat, centred, params, m, v, pull, project, adam):
     """Gradient and Adam of each latent while its rows are in cache; chunk c's part of b_pre's gradient in pull[c].
 
+    A pair has a row of d_hat (`rows`) and one of centred (`x_rows`): d_hat may stack the errors of several losses.
     The decoder's rows first, then the encoder's: each pass gathers rows of one array only, which L2 about holds.
     """
     w_enc, _, w_dec = params
@@ -229,7 +230,7 @@ def step_latents(first, last, edges, starts, rows, values, d_hat, centred, param
     for chunk in range(first, last):
         begin = starts[edges[chunk]]
         d_z = np.empty(starts[edges[chunk + 1]] - begin, np.float32)
-        its_rows, its_values = rows[begin:], values[begin:]
+        its_rows, its_x_rows, its_values = rows[begin:], x_rows[begin:], values[begin:]
         for j in range(edges[chunk], edges[chunk + 1]):
             start, stop = starts[j] - begin, starts[j + 1] - begin
             gradient[:] = ZERO
@@ -241,7 +242,7 @@ def step_latents(first, last, edges, starts, rows, values, d_hat, centred, param
         for j in range(edges[chunk], edges[chunk + 1]):
             start, stop = starts[j] - begin, starts[j + 1] - begin
             gradient[:] = ZERO
-            bias = add_rows(start, stop, its_rows, d_z, centred, gradient)
+            bias = add_rows(start, stop, its_x_rows, d_z, centred, gradient)
             if bias != ZERO:
                 for c in range(width):
                     pull[chunk, c] += bias * w_enc[j, c]
@@ -251,7 +252,7 @@ def step_latents(first, last, edges, starts, rows, values, d_hat, centred, param
 
 @compiled
 def gradient_latents(
-    first, last, edges, starts, rows, values, d_hat, centred, w_enc, w_dec, g_enc, g_bias, g_dec, pull
+    first, last, edges, starts, rows, x_rows, values, d_hat, centred, w_enc, w_dec, g_enc, g_bias, g_dec, pull
 ):
     """As `step_latents`, but writes the gradients out instead of applying them."""
     width = w_enc.shape[1]
@@ -263,7 +264,7 @@ def gradient_latents(
             g_enc[j] = ZERO
             g_dec[j] = ZERO
             decoder_gradient(j, start, stop, rows, values, d_hat, w_dec, g_dec[j], d_z)
-            g_bias[j] = add_rows(start, stop, rows, d_z, centred, g_enc[j])
+            g_bias[j] = add_rows(start, stop, x_rows, d_z, centred, g_enc[j])
             for c in range(width):
                 pull[chunk, c] += g_bias[j] * w_enc[j, c]
 

@@ -1,7 +1,7 @@
 """Compiled loops of the `cpu` kernel: which pre-activations a code keeps.
 
 N rows, d_sae latents. A loop with `first, last, edges` does the chunks `first` to `last - 1`, chunk c being edges[c] to
-edges[c + 1], and releases the interpreter's lock, so that `cpu._run` has plain threads run it.
+edges[c + 1], and releases the interpreter's lock, so that `_cpu_chunks.run` has plain threads run it.
 
 The cut is exact and nothing is sorted: a sample gives a bound a little below it, the few values above the bound are
 listed, and bisection on their bits finds the cut among them.
@@ -149,6 +149,23 @@ def pack(first, last, edges, wide_latents, wide_values, offsets, latents, values
         for i in range(offsets[n + 1] - start):
             latents[start + i] = wide_latents[n, i]
             values[start + i] = wide_values[n, i]
+
+
+@compiled
+def split_by_prefix(offsets, latents, values, ends, new_offsets, new_latents, new_values):
+    """One list per dictionary, one behind the other: rows g N to (g + 1) N hold the latents ends[g - 1] to ends[g]."""
+    n_rows, place = len(offsets) - 1, 0
+    new_offsets[0] = 0
+    next_one = offsets[:-1].copy()
+    for g in range(len(ends)):
+        for n in range(n_rows):
+            i = next_one[n]
+            while i < offsets[n + 1] and latents[i] < ends[g]:
+                new_latents[place], new_values[place] = latents[i], values[i]
+                place += 1
+                i += 1
+            next_one[n] = i
+            new_offsets[g * n_rows + n + 1] = place
 
 
 @compiled

@@ -14,21 +14,15 @@ of work, never by the number of threads, and sums that cross chunks are kept per
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from saegrid.kernels import _cpu_pairs as pairs
 from saegrid.kernels import _cpu_select as select
-from saegrid.kernels.reference import BETAS, EPS, Codes, Params, Rule, StepSettings, TrainState
+from saegrid.kernels._cpu_chunks import CHUNKS, arrays, buffer, by_weight, even, run
+from saegrid.kernels.reference import BETAS, EPS, Codes, Params, Rule, StepSettings, TrainState, keep_apart
 
-CHUNKS = 16  # pieces of a parallel loop; fixed, so that sums across pieces don't depend on the number of threads
 DENSE_ABOVE = 0.5  # share of active pairs above which plain products beat loops over pairs (measured)
 BF16_BELOW = 0.12  # share of active pairs up to which a bf16 product + float32 values beat one fp32 product (measured)
 LATENT_COST = 8  # work per latent in the backward pass, in active pairs (Adam against a pair's gradient)
@@ -53,42 +47,55 @@ def decode(params: Params, codes: Codes) -> Tensor:
 def gradients(params: Params, x: Tensor, codes: Codes) -> tuple[float, Params]:
     """Loss and its gradient through the active pairs, dense. See `reference.gradients`."""
     grads = Params(*map(torch.empty_like, params))
-    loss = _gradients(params, x.contiguous(), x.contiguous() - params.b_pre, codes, grads, {})
+    x, workspace = x.contiguous(), {}
+    loss, d_hat = _error(params, x, codes, workspace)
+    torch.sum(d_hat, 0, out=grads.b_dec)
+    _gradients(params, x - params.b_pre, codes, d_hat, grads, workspace)
     return loss, grads
 
 
 def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings) -> tuple[float, int]:
     """One training step, in place. See `reference.train_step`. Buffers are kept in `state.workspace`."""
     params, workspace, x = state.params, state.workspace, x.contiguous()
-    centred = torch.sub(x, params.b_pre, out=_buffer(workspace, "centred", x.shape))
+    centred = torch.sub(x, params.b_pre, out=buffer(workspace, "centred", x.shape))
     codes = _encode(params, centred, rule, settings.matmul, workspace)
     beta1, beta2 = BETAS
     state.step += 1
     rate, correction = settings.lr / (1 - beta1**state.step), 1 / (1 - beta2**state.step)
     adam = tuple(map(np.float32, (1 - beta1, beta2, 1 - beta2, rate, correction, EPS)))
-    weights, m, v = (tuple(_arrays(p[:3])) for p in (params, state.m, state.v))
-    if settings.grad_clip or _is_dense(codes, params):
-        grads = Params(*(_buffer(workspace, f"grad {name}", p.shape) for name, p in params._asdict().items()))
-        loss = _gradients(params, x, centred, codes, grads, workspace)
-        edges = _even(len(params.b_enc))
-        if settings.project_grad:
-            _run(pairs.project_latents, edges, *_arrays((grads.W_dec, params.W_dec)))
-        _clip(grads, settings.grad_clip)
-        _run(pairs.apply_latents, edges, *_arrays(grads[:3]), weights, m, v, adam)
-        g_dec_bias, g_pre_bias = grads.b_dec, grads.b_pre
+    weights, m, v = (tuple(arrays(p[:3])) for p in (params, state.m, state.v))
+    if settings.prefixes:
+        loss, codes, d_hat = _prefix_errors(params, x, codes, settings.prefixes, workspace)
     else:
         loss, d_hat = _error(params, x, codes, workspace)
-        g_dec_bias = d_hat.sum(0)
-        lists, edges = _by_latent(codes, len(params.b_enc), workspace)
-        pull = _buffer(workspace, "pull", (CHUNKS, x.shape[1]))
-        _run(
-            pairs.step_latents, edges, *lists, *_arrays((d_hat, centred)), weights, m, v, pull.numpy(),
+    g_dec_bias, active = d_hat[: len(x)].sum(0), len(codes.values)
+    if settings.aux_coef:
+        codes, d_hat = _with_auxk(state, centred, codes, d_hat, settings)
+    if settings.sink is not None:  # W_enc's gradient is a sum of these rows
+        centred.addr_(centred @ settings.sink, settings.sink, alpha=-1)
+    if settings.grad_clip or _is_dense(codes, params):
+        grads = Params(*(buffer(workspace, f"grad {name}", p.shape) for name, p in params._asdict().items()))
+        grads.b_dec.copy_(g_dec_bias)
+        _gradients(params, centred, codes, d_hat, grads, workspace)
+        edges = even(len(params.b_enc))
+        if settings.project_grad:
+            run(pairs.project_latents, edges, *arrays((grads.W_dec, params.W_dec)))
+        _clip(grads, settings.grad_clip)
+        run(pairs.apply_latents, edges, *arrays(grads[:3]), weights, m, v, adam)
+        g_dec_bias, g_pre_bias = grads.b_dec, grads.b_pre
+    else:
+        lists, edges = _by_latent(codes, len(params.b_enc), len(x))
+        pull = buffer(workspace, "pull", (CHUNKS, x.shape[1]))
+        run(
+            pairs.step_latents, edges, *lists, *arrays((d_hat, centred)), weights, m, v, pull.numpy(),
             settings.project_grad, adam,
         )  # fmt: skip
         g_pre_bias = g_dec_bias - pull.sum(0)
-    pairs.apply_vector(*_arrays((g_dec_bias, params.b_dec, state.m.b_dec, state.v.b_dec)), adam)
-    pairs.apply_vector(*_arrays((g_pre_bias, params.b_pre, state.m.b_pre, state.v.b_pre)), adam)
-    return loss, len(codes.values)
+    pairs.apply_vector(*arrays((g_dec_bias, params.b_dec, state.m.b_dec, state.v.b_dec)), adam)
+    pairs.apply_vector(*arrays((g_pre_bias, params.b_pre, state.m.b_pre, state.v.b_pre)), adam)
+    if settings.sink is not None:
+        keep_apart(params.W_enc, settings.sink)
+    return loss, active
 
 
 # --- encoder ---
@@ -100,8 +107,8 @@ def _encode(params: Params, centred: Tensor, rule: Rule, matmul: str, workspace:
     narrow = matmul == "bf16" and _share_kept(params, centred, rule) <= BF16_BELOW
     offsets, latents, values = _select(params, centred, rule, bound, narrow, workspace)
     if narrow:
-        rows = _arrays((centred, params.W_enc, params.b_enc))
-        _run(pairs.recompute, _by_weight(offsets), *rows, offsets, latents, values)
+        rows = arrays((centred, params.W_enc, params.b_enc))
+        run(pairs.recompute, by_weight(offsets), *rows, offsets, latents, values)
         if (values <= bound).any():
             select.cut_batch(offsets, latents, values, bound, 0)
     kept = offsets[-1]
@@ -128,7 +135,7 @@ def _select(
     bias = params.b_enc.detach().numpy()
     w_enc = params.W_enc
     if narrow:
-        w_enc = _buffer(workspace, "W_enc bf16", w_enc.shape, torch.bfloat16).copy_(w_enc)
+        w_enc = buffer(workspace, "W_enc bf16", w_enc.shape, torch.bfloat16).copy_(w_enc)
 
     def listed(bound: np.float32 | None) -> tuple[np.float32, list[tuple[np.ndarray, ...]]]:
         """The bound (None: found by a sample of the first block), and each block's lists above it."""
@@ -155,7 +162,7 @@ def _select(
 
 def _pre_acts(rows: Tensor, w_enc: Tensor, workspace: dict) -> np.ndarray:
     """Pre-activations (n, d_sae) of centred rows without b_enc: float32, or the bits of bfloat16 where `w_enc` is."""
-    out = _buffer(workspace, f"pre {w_enc.dtype}", (len(rows), len(w_enc)), w_enc.dtype)
+    out = buffer(workspace, f"pre {w_enc.dtype}", (len(rows), len(w_enc)), w_enc.dtype)
     torch.mm(rows.to(w_enc.dtype), w_enc.T, out=out)
     return out.numpy() if out.dtype == torch.float32 else out.view(torch.uint16).numpy()
 
@@ -164,12 +171,12 @@ def _list_block(
     pre: np.ndarray, bias: np.ndarray, bound: np.float32, k: int, workspace: dict
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(counts (n,), latents, values) of what of pre + bias is above `bound`, or with k > 0 largest in its row."""
-    wide = _arrays((_buffer(workspace, "latents", pre.shape, torch.int32), _buffer(workspace, "values", pre.shape)))
-    counts, edges = np.empty(len(pre), np.int64), _even(len(pre))
-    _run(select.list_above, edges, pre, bias, bound, k, *wide, counts)
+    wide = arrays((buffer(workspace, "latents", pre.shape, torch.int32), buffer(workspace, "values", pre.shape)))
+    counts, edges = np.empty(len(pre), np.int64), even(len(pre))
+    run(select.list_above, edges, pre, bias, bound, k, *wide, counts)
     offsets = np.concatenate([[0], counts.cumsum()])
     latents, values = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
-    _run(select.pack, edges, *wide, offsets, latents, values)
+    run(select.pack, edges, *wide, offsets, latents, values)
     return counts, latents, values
 
 
@@ -182,8 +189,8 @@ def _is_dense(codes: Codes, params: Params) -> bool:
 
 def _dense(codes: Codes, d_sae: int, workspace: dict) -> Tensor:
     """Codes as (N, d_sae)."""
-    z = _buffer(workspace, "z", (len(codes.offsets) - 1, d_sae)).zero_()
-    _run(pairs.scatter, _by_weight(codes.offsets.numpy()), *_arrays(codes), z.numpy())
+    z = buffer(workspace, "z", (len(codes.offsets) - 1, d_sae)).zero_()
+    run(pairs.scatter, by_weight(codes.offsets.numpy()), *arrays(codes), z.numpy())
     return z
 
 
@@ -192,45 +199,46 @@ def _decode(params: Params, codes: Codes, out: Tensor, workspace: dict) -> None:
     if _is_dense(codes, params):
         torch.addmm(bias, _dense(codes, len(params.b_enc), workspace), params.W_dec, out=out)
     else:
-        _run(pairs.decode_rows, _by_weight(codes.offsets.numpy()), *_arrays((*codes, params.W_dec, bias, out)))
+        run(pairs.decode_rows, by_weight(codes.offsets.numpy()), *arrays((*codes, params.W_dec, bias, out)))
 
 
 def _error(params: Params, x: Tensor, codes: Codes, workspace: dict) -> tuple[float, Tensor]:
     """Loss, and its gradient d_hat (N, d_in) with respect to x_hat."""
-    d_hat = _buffer(workspace, "d_hat", x.shape)
+    d_hat = buffer(workspace, "d_hat", x.shape)
     _decode(params, codes, d_hat, workspace)
     square_sums = np.empty(len(x))
-    _run(pairs.error_rows, _even(len(x)), *_arrays((x, d_hat)), np.float32(2 / x.numel()), square_sums)
+    run(pairs.error_rows, even(len(x)), *arrays((x, d_hat)), np.float32(2 / x.numel()), square_sums)
     return square_sums.sum().item() / x.numel(), d_hat
 
 
-def _by_latent(codes: Codes, d_sae: int, workspace: dict) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """Latent-major lists (starts, rows, values) of the pairs, and edges of chunks of latents of like work."""
+def _by_latent(codes: Codes, d_sae: int, n_rows: int) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """Latent-major lists (starts, rows, rows of x, values) of the pairs, and edges of chunks of latents of like work.
+
+    Codes may be stacked, one loss behind the other, each `n_rows` rows.
+    """
     nnz = len(codes.values)
-    lists = np.empty(d_sae + 1, np.int64), np.empty(nnz, np.int32), np.empty(nnz, np.float32)
-    pairs.by_latent(*_arrays(codes), *lists)
-    return lists, _by_weight(lists[0] + LATENT_COST * np.arange(d_sae + 1))
+    starts, rows, values = np.empty(d_sae + 1, np.int64), np.empty(nnz, np.int32), np.empty(nnz, np.float32)
+    pairs.by_latent(*arrays(codes), starts, rows, values)
+    x_rows = rows if len(codes.offsets) == n_rows + 1 else rows % np.int32(n_rows)
+    return (starts, rows, x_rows, values), by_weight(starts + LATENT_COST * np.arange(d_sae + 1))
 
 
-def _gradients(params: Params, x: Tensor, centred: Tensor, codes: Codes, grads: Params, workspace: dict) -> float:
-    """Loss; its gradients are written to `grads`."""
-    loss, d_hat = _error(params, x, codes, workspace)
-    torch.sum(d_hat, 0, out=grads.b_dec)
-    if _is_dense(codes, params):
-        z = _buffer(workspace, "z", (len(x), len(params.b_enc)))  # filled by _decode
+def _gradients(params: Params, centred: Tensor, codes: Codes, d_hat: Tensor, grads: Params, workspace: dict) -> None:
+    """Write the gradients, that of b_dec being there already, to `grads`. Codes and d_hat may be stacked."""
+    if len(d_hat) == len(centred) and _is_dense(codes, params):
+        z = buffer(workspace, "z", (len(centred), len(params.b_enc)))  # filled by _decode
         torch.mm(z.T, d_hat, out=grads.W_dec)
-        d_z = torch.mm(d_hat, params.W_dec.T, out=_buffer(workspace, "d_z", z.shape)).masked_fill_(z == 0, 0)
+        d_z = torch.mm(d_hat, params.W_dec.T, out=buffer(workspace, "d_z", z.shape)).masked_fill_(z == 0, 0)
         torch.mm(d_z.T, centred, out=grads.W_enc)
         torch.sum(d_z, 0, out=grads.b_enc)
         pull = grads.b_enc @ params.W_enc
     else:
-        lists, edges = _by_latent(codes, len(params.b_enc), workspace)
-        chunk_pulls = _buffer(workspace, "pull", (CHUNKS, x.shape[1]))
-        arrays = _arrays((d_hat, centred, params.W_enc, params.W_dec, *grads[:3], chunk_pulls))
-        _run(pairs.gradient_latents, edges, *lists, *arrays)
+        lists, edges = _by_latent(codes, len(params.b_enc), len(centred))
+        chunk_pulls = buffer(workspace, "pull", (CHUNKS, centred.shape[1]))
+        tensors = (d_hat, centred, params.W_enc, params.W_dec, *grads[:3], chunk_pulls)
+        run(pairs.gradient_latents, edges, *lists, *arrays(tensors))
         pull = chunk_pulls.sum(0)
     torch.sub(grads.b_dec, pull, out=grads.b_pre)
-    return loss
 
 
 def _clip(grads: Params, limit: float) -> None:
@@ -242,53 +250,56 @@ def _clip(grads: Params, limit: float) -> None:
             g.mul_(scale)
 
 
-# --- chunks, threads and buffers ---
+# --- several losses: their codes and errors are stacked, each N rows, one behind the other ---
 
 
-def _even(total: int) -> np.ndarray:
-    """Edges (CHUNKS + 1,) of chunks of equal length."""
-    return np.linspace(0, total, CHUNKS + 1).astype(np.int64)
+def _prefix_errors(
+    params: Params, x: Tensor, codes: Codes, prefixes: tuple[int, ...], workspace: dict
+) -> tuple[float, Codes, Tensor]:
+    """Loss of the whole dictionary; codes of the latents between two prefixes; what their sums' gradients are.
+
+    See `reference.matryoshka_gradients`: the latents behind prefix g are in all larger ones, whose errors they get.
+    """
+    n_rows, n_parts = len(x), len(prefixes)
+    offsets = torch.empty(n_parts * n_rows + 1, dtype=torch.int64)
+    stacked = Codes(offsets, torch.empty_like(codes.latents), torch.empty_like(codes.values))
+    select.split_by_prefix(*arrays(codes), np.array(prefixes), *arrays(stacked))
+    sums = buffer(workspace, "stacked d_hat", ((n_parts + 1) * n_rows, x.shape[1]))[: n_parts * n_rows]
+    zero = torch.zeros_like(params.b_dec)
+    run(pairs.decode_rows, by_weight(offsets.numpy()), *arrays((*stacked, params.W_dec, zero, sums)))
+    parts = sums.view(n_parts, n_rows, -1)
+    parts[0] += params.b_dec + params.b_pre
+    for g in range(1, n_parts):
+        parts[g] += parts[g - 1]
+    square_sums, scale = np.empty(n_rows), np.float32(2 / (x.numel() * n_parts))
+    for part in parts:
+        run(pairs.error_rows, even(n_rows), *arrays((x, part)), scale, square_sums)
+    for g in reversed(range(n_parts - 1)):
+        parts[g] += parts[g + 1]
+    return square_sums.sum().item() / x.numel(), stacked, sums
 
 
-def _by_weight(cumulative: np.ndarray) -> np.ndarray:
-    """Edges (CHUNKS + 1,) of chunks of about equal weight; item i weighs cumulative[i + 1] - cumulative[i]."""
-    edges = np.searchsorted(cumulative, np.linspace(0, cumulative[-1], CHUNKS + 1))
-    edges[0], edges[-1] = 0, len(cumulative) - 1
-    return edges
-
-
-def _run(loop: Callable, edges: np.ndarray, *arguments: Any) -> None:
-    """Run a compiled loop over all chunks, in as many threads as torch uses."""
-    threads = torch.get_num_threads()
-    if threads == 1:
-        loop(0, CHUNKS, edges, *arguments)
-        return
-    size = max(1, CHUNKS // (2 * threads))
-    firsts = iter(range(0, CHUNKS, size))
-
-    def work() -> None:
-        for first in firsts:  # whoever is free takes the next ones
-            loop(first, min(first + size, CHUNKS), edges, *arguments)
-
-    helpers = [_pool(threads, os.getpid()).submit(work) for _ in range(threads - 1)]
-    work()
-    for helper in helpers:
-        helper.result()
-
-
-@functools.lru_cache(maxsize=1)
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Waiting threads; they sleep between pairs. A forked process starts its own."""
-    return ThreadPoolExecutor(threads - 1, thread_name_prefix=f"saegrid-{process}")
-
-
-def _arrays(tensors: Iterable[Tensor]) -> tuple[np.ndarray, ...]:
-    return tuple(t.detach().numpy() for t in tensors)
-
-
-def _buffer(workspace: dict, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor of any content, kept in `workspace`: fresh pages cost milliseconds. A shorter batch takes its front."""
-    kept = workspace.get(name)
-    if kept is None or len(kept) < shape[0] or kept.shape[1:] != shape[1:] or kept.dtype != dtype:
-        kept = workspace[name] = torch.empty(shape, dtype=dtype)
-    return kept[: shape[0]]
+def _with_auxk(
+    state: TrainState, centred: Tensor, codes: Codes, d_hat: Tensor, settings: StepSettings
+) -> tuple[Codes, Tensor]:
+    """Codes and d_hat with those of the dead latents stacked behind, and the dead counted. See `auxk_gradients`."""
+    dead = (state.quiet >= settings.dead_after).nonzero()[:, 0]
+    state.quiet += len(centred)
+    state.quiet[codes.latents.long()] = 0
+    if not len(dead):
+        return codes, d_hat
+    params, workspace = state.params, state.workspace.setdefault("dead", {})
+    zero = torch.zeros_like(params.b_dec)
+    small = Params(params.W_enc[dead], params.b_enc[dead], params.W_dec[dead], zero, zero)
+    aux = _encode(small, centred, Rule("topk", k=min(settings.aux_k, len(dead))), "fp32", workspace)
+    residual = d_hat[-len(centred) :] * (-d_hat.numel() / 2)
+    stacked = buffer(state.workspace, "stacked d_hat", (len(d_hat) + len(centred), centred.shape[1]))
+    if stacked.data_ptr() != d_hat.data_ptr():
+        stacked[: len(d_hat)] = d_hat
+    error = stacked[len(d_hat) :]
+    _decode(small, aux, error, workspace)
+    variance = residual.var(0, correction=0).mean().item()
+    error.sub_(residual).mul_(2 * settings.aux_coef / (centred.numel() * variance) if variance else 0.0)
+    offsets = torch.cat([codes.offsets, codes.offsets[-1] + aux.offsets[1:]])
+    latents = torch.cat([codes.latents, dead.int()[aux.latents.long()]])
+    return Codes(offsets, latents, torch.cat([codes.values, aux.values])), stacked

@@ -59,6 +59,11 @@ class StepSettings(NamedTuple):
     grad_clip: float = 0.0  # largest global gradient norm; 0: none
     project_grad: bool = False  # drop the part of W_dec's gradient along each decoder row
     matmul: Literal["fp32", "bf16"] = "fp32"  # precision of the encoder's product
+    aux_coef: float = 0.0  # weight of AuxK's loss; 0: none
+    aux_k: int = 0  # dead latents a row that AuxK uses, at most
+    dead_after: int = 0  # a latent that has not fired for so many rows is dead
+    sink: Tensor | None = None  # (d_in,) of norm 1: a direction that only the first latent's encoder row has
+    prefixes: tuple[int, ...] = ()  # Matryoshka's dictionaries, each the first so many latents; the last is d_sae
 
 
 @dataclass
@@ -69,7 +74,12 @@ class TrainState:
     m: Params
     v: Params
     step: int = 0
+    quiet: Tensor | None = None  # (d_sae,) int64: rows since a latent fired; counted only for AuxK
     workspace: dict = field(default_factory=dict, repr=False)  # a kernel's own buffers; never saved
+
+    def __post_init__(self):
+        if self.quiet is None:
+            self.quiet = torch.zeros_like(self.params.b_enc, dtype=torch.int64)
 
     @classmethod
     def start(cls, params: Params) -> TrainState:
@@ -96,22 +106,40 @@ def dense(codes: Codes, d_sae: int) -> Tensor:
 
 def gradients(params: Params, x: Tensor, codes: Codes) -> tuple[float, Params]:
     """Loss (mean squared error) and its gradient through the active pairs, dense."""
-    rows, latents = _rows(codes), codes.latents.long()
     error = decode(params, codes) - x  # (N, d_in)
     loss = error.double().square().mean().item()
     d_hat = error * (2.0 / error.numel())  # (N, d_in)
-    z = dense(codes, len(params.b_enc))
-    d_z = torch.zeros_like(z)
-    d_z[rows, latents] = (d_hat @ params.W_dec.T)[rows, latents]
-    d_hat_sum = d_hat.sum(0)  # (d_in,)
-    d_pre_sum = d_z.sum(0)  # (d_sae,)
-    return loss, Params(
-        W_enc=d_z.T @ (x - params.b_pre),
-        b_enc=d_pre_sum,
-        W_dec=z.T @ d_hat,
-        b_dec=d_hat_sum,
-        b_pre=d_hat_sum - d_pre_sum @ params.W_enc,
-    )
+    grads = _through_pairs(params, x, codes, d_hat)
+    bias = d_hat.sum(0)  # (d_in,)
+    return loss, grads._replace(b_dec=bias, b_pre=grads.b_pre + bias)
+
+
+def matryoshka_gradients(params: Params, x: Tensor, codes: Codes, prefixes: tuple[int, ...]) -> tuple[float, Params]:
+    """Loss of the whole dictionary, and the gradient of the mean loss of all prefixes (arXiv:2503.17547, §3).
+
+    A prefix m reconstructs with the first m latents alone; a code is one for all of them.
+    """
+    parts = [gradients(params, x, _below(codes, end)) for end in prefixes]
+    return parts[-1][0], Params(*(sum(grads) / len(parts) for grads in zip(*(part[1] for part in parts), strict=True)))
+
+
+def auxk_gradients(params: Params, x: Tensor, codes: Codes, dead: Tensor, k: int) -> tuple[float, Params]:
+    """AuxK's loss and its gradient, dense (arXiv:2406.04093, A.2): dead latents reconstruct what the code leaves over.
+
+    loss = mean (e_hat - e)² / variance of e, with e = x - x_hat taken as given, and e_hat = z W_dec without biases,
+    z = ReLU of the k largest pre-activations of the dead latents in each row.
+
+    Args:
+        dead: which latents are dead, (d_sae,) bool.
+    """
+    residual = x - decode(params, codes)  # (N, d_in)
+    variance = (residual - residual.mean(0)).double().square().mean().item()
+    pre = _pre_acts(params, x, "fp32").masked_fill(~dead, -torch.inf)
+    aux = _sparse(pre, _kept(pre, Rule("topk", k=min(k, int(dead.sum())))))
+    error = dense(aux, len(dead)) @ params.W_dec - residual
+    scale = 1 / variance if variance else 0.0
+    d_hat = error * (2 * scale / error.numel())
+    return error.double().square().mean().item() * scale, _through_pairs(params, x, aux, d_hat)
 
 
 def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings) -> tuple[float, int]:
@@ -124,7 +152,19 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     """
     params = state.params
     codes = encode(params, x, rule, settings.matmul)
-    loss, grads = gradients(params, x, codes)
+    if settings.prefixes:
+        loss, grads = matryoshka_gradients(params, x, codes, settings.prefixes)
+    else:
+        loss, grads = gradients(params, x, codes)
+    if settings.aux_coef:
+        dead = state.quiet >= settings.dead_after
+        if dead.any():
+            _, extra = auxk_gradients(params, x, codes, dead, settings.aux_k)
+            grads = Params(*(g + settings.aux_coef * more for g, more in zip(grads, extra, strict=True)))
+        state.quiet += len(x)
+        state.quiet[codes.latents.long()] = 0
+    if settings.sink is not None:
+        grads = grads._replace(W_enc=grads.W_enc - torch.outer(grads.W_enc @ settings.sink, settings.sink))
     if settings.project_grad:
         along = (grads.W_dec * params.W_dec).sum(1, keepdim=True)  # (d_sae, 1), rows have unit norm
         grads = grads._replace(W_dec=grads.W_dec - along * params.W_dec)
@@ -140,7 +180,34 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         p.addcdiv_(m, (v / correction2).sqrt_().add_(EPS), value=-settings.lr / correction1)
     params.W_dec.div_(params.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
+    if settings.sink is not None:
+        keep_apart(params.W_enc, settings.sink)
     return loss, len(codes.values)
+
+
+def keep_apart(W_enc: Tensor, sink: Tensor) -> None:
+    """Make all latents but the first blind to a direction: drop their encoder rows' part along it, in place.
+
+    Adam scales each element by itself, so what it makes of a gradient without that part has some again.
+    """
+    others = W_enc[1:]
+    others.addr_(others @ sink, sink, alpha=-1)
+
+
+def _through_pairs(params: Params, x: Tensor, codes: Codes, d_hat: Tensor) -> Params:
+    """Gradients through the active pairs, from that of the sum of decoder rows, d_hat (N, d_in); b_dec has none."""
+    rows, latents = _rows(codes), codes.latents.long()
+    z = dense(codes, len(params.b_enc))
+    d_z = torch.zeros_like(z)
+    d_z[rows, latents] = (d_hat @ params.W_dec.T)[rows, latents]
+    d_pre_sum = d_z.sum(0)  # (d_sae,)
+    return Params(
+        W_enc=d_z.T @ (x - params.b_pre),
+        b_enc=d_pre_sum,
+        W_dec=z.T @ d_hat,
+        b_dec=torch.zeros_like(params.b_dec),
+        b_pre=-(d_pre_sum @ params.W_enc),
+    )
 
 
 def _pre_acts(params: Params, x: Tensor, matmul: str) -> Tensor:
@@ -167,6 +234,13 @@ def _sparse(pre: Tensor, kept: Tensor) -> Codes:
     offsets = torch.zeros(len(pre) + 1, dtype=torch.int64, device=pre.device)
     offsets[1:] = kept.sum(1).cumsum(0)
     return Codes(offsets, kept.nonzero()[:, 1].int(), pre[kept])
+
+
+def _below(codes: Codes, end: int) -> Codes:
+    """The entries of latents below `end`."""
+    kept = codes.latents < end
+    before = torch.cat([codes.offsets[:1], kept.cumsum(0)])  # kept entries ahead of each entry
+    return Codes(before[codes.offsets], codes.latents[kept], codes.values[kept])
 
 
 def _rows(codes: Codes) -> Tensor:

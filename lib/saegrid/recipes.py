@@ -1,0 +1,50 @@
+"""Recipes: named sets of training choices, free of torch.
+
+A parameter left at "recipe" or -1 takes its recipe's value; any other value switches that choice alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "published": {
+        **{"b_pre_init": "zero", "encoder_init": "kaiming", "act_scale": "none", "sinks": "keep"},
+        **{"aux_coef": 0.0, "dead_window": 0.05},
+        **{"lr": 1e-4, "lr_schedule": "cosine", "warmup": 0.0, "grad_clip": 0.0, "project_grad": False},
+    },
+    "improved": {
+        **{"b_pre_init": "centre", "encoder_init": "decoder", "act_scale": "unit", "sinks": "apart"},
+        **{"aux_coef": 1 / 32, "dead_window": 0.05},
+        **{"lr": 1e-3, "lr_schedule": "linear", "warmup": 0.05, "grad_clip": 1.0, "project_grad": True},
+    },
+}
+"""What the model card says, and what the field has learnt since (`saegrid/config.py` says what each choice does)."""
+
+YOUNGER = {"recipe": "published", "prefixes": 0} | {
+    name: RECIPES["published"][name]
+    for name in ("act_scale", "sinks", "aux_coef", "dead_window", "lr_schedule", "warmup")
+}
+"""Parameters younger than the first tables, and what runs did before: such runs keep their ids and their rows."""
+
+
+def resolve(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with each choice that is left to the recipe (absent, "recipe" or -1) at the recipe's value."""
+    recipe = RECIPES.get(parameters.get("recipe", "published"), RECIPES["published"])
+    return parameters | {name: value for name, value in recipe.items() if _is_left(parameters.get(name, -1))}
+
+
+def described(row: Mapping[str, Any]) -> str:
+    """A run's recipe in words: `improved`, or `improved but grad_clip = 0.0` where choices were switched."""
+    switched = [f"{name} = {row[name]}" for name, value in RECIPES[row["recipe"]].items() if row[name] != value]
+    return f"{row['recipe']} but {', '.join(switched)}" if switched else row["recipe"]
+
+
+def is_as_recipe_says(recipe: str, name: str, value: Any) -> bool:
+    """Whether the recipe alone would give the parameter this value."""
+    return name in RECIPES[recipe] and RECIPES[recipe][name] == value
+
+
+def _is_left(value: Any) -> bool:
+    return value == "recipe" or (value == -1 and not isinstance(value, bool))
