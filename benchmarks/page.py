@@ -33,8 +33,8 @@ def render(results: dict[str, Any]) -> Markdown:
     if results["races"]:
         parts += [step_plot(results), details(results)]
     parts += [section("Over the floor", floor_table(results), results["floors"])]
-    parts += [section("Splice evaluation", splice_table(results), results["splice"])]
-    parts += [section("A whole grid", grid_table(results), results["grid"])]
+    parts += [section("Splice evaluation", splice_table(results), results.get("splice"))]
+    parts += [section("A whole grid", grid_table(results), results.get("grid"))]
     parts += [section("Cost against size", scaling_table(results), results["scaling"])]
     parts += [section("Equal quality", quality_table(results), results["quality"])]
     if results["quality"]:
@@ -134,7 +134,7 @@ def floor_table(results: dict[str, Any]) -> str:
 
 
 def splice_table(results: dict[str, Any]) -> str:
-    splice = results["splice"]
+    splice = results.get("splice")
     if not splice:
         return ""
     rows = [("this project", text(splice["saegrid_s"], ".1f"), text(splice["baseline_s"], ".1f"), MISSING)]
@@ -159,7 +159,7 @@ def splice_table(results: dict[str, Any]) -> str:
 
 
 def grid_table(results: dict[str, Any]) -> str:
-    grid = results["grid"]
+    grid = results.get("grid")
     if not grid:
         return ""
     rows = []

@@ -11,6 +11,7 @@ from conftest import reseal
 from saegrid import published_table, results
 from saegrid.recipes import YOUNGER
 from saegrid.results import ResultsError
+from saegrid.sealed import SUMS
 
 
 def change(root, run, **changes):
@@ -41,11 +42,13 @@ def test_tables_from_before_there_were_recipes_are_read(fake_grid, fake_runs):
     pd.read_csv(folder / "results_tidy.csv").drop(columns=[*YOUNGER, *results.NO_SINK]).to_csv(
         folder / "results_tidy.csv", index=False
     )
+    (folder / SUMS).unlink()
     none = dict.fromkeys(results.NO_SINK, math.nan)
     pd.testing.assert_frame_equal(results.read_tidy(folder)[df.columns], df.assign(**none), check_exact=True)
     path = fake_runs / "runs" / df["run_id"][0] / "metrics.json"
     row = json.loads(path.read_text())
     path.write_text(json.dumps({name: value for name, value in row.items() if name not in YOUNGER}))
+    reseal(path.parent)
     assert results.load_run(path.parent) == row
 
 
