@@ -193,6 +193,8 @@ def scaling_table(results: dict[str, Any]) -> str:
 
 
 def quality_table(results: dict[str, Any]) -> str:
+    if not results["quality"]:
+        return ""
     rows = []
     for record in results["quality"]:
         reference = record["reference"]
@@ -203,7 +205,8 @@ def quality_table(results: dict[str, Any]) -> str:
     heads = "Validation MSE (act²)", "L0 (latents/token)", "Dead (%)", "MSE ratio", "L0 ratio", "Dead ratio"
     return (
         "The reference kernel in fp32 → this machine's own kernel, by the precision of its product: same seed, rows, "
-        "order and steps.\n\n" + pipe_table(["Architecture", "Kernel", *heads], rows)
+        f"order and steps; measured {record['date']} on a processor with {record['instructions']}.\n\n"
+        + pipe_table(["Architecture", "Kernel", *heads], rows)
     )
 
 

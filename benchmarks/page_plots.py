@@ -12,7 +12,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 
-from saegrid.plots import BESIDE, INK, PALETTE, STYLE, figure
+from saegrid.plots import figure
+from saegrid.style import ABOVE, INK, PALETTE, STYLE
 from saegrid.tables import Markdown
 
 MARKS = {  # contender: colour, shape, name; told apart by shape as well as by colour
@@ -48,7 +49,7 @@ def step_plot(results: dict[str, Any]) -> Markdown:
         ax.set_xscale("log")
         plain_numbers(ax.xaxis)
         ax.set_xlabel("One training step (ms, log scale)")
-        ax.legend(**BESIDE)
+        ax.legend(**ABOVE, ncols=3)
     caption = f"Median time of a step of {batch} rows; each peer in its fastest setting. Left is faster."
     return figure(ax, alt="Step time of each contender at each shape and architecture", caption=caption)
 
@@ -63,7 +64,7 @@ def curve_plot(results: dict[str, Any]) -> Markdown:
         plain_numbers(ax.yaxis)
         ax.set_xlabel("Step")
         ax.set_ylabel("Validation MSE (act², log scale)")
-        ax.legend(**BESIDE)
+        ax.legend(**ABOVE, ncols=3)
     caption = (
         "Learning curves: the reference kernel in fp32 (wide, pale) and this machine's own, with an fp32 product "
         "(dashed) and a bf16 one (dotted)."

@@ -7,10 +7,13 @@ Same seed, rows, order and number of steps, through `saegrid.run.Run`; `bench.py
 
 from __future__ import annotations
 
+import datetime
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from saegrid.config import RunConfig, make_config
 from saegrid.run import Run, evaluate_rows
@@ -41,7 +44,8 @@ def compare(base: RunConfig, threads: int, epochs: int = 3, expansion: int = 4) 
                 for name in ("val_mse", "l0", "dead_pct")
             }
             print(f"{case['arch']:9}: {training['matmul']} / reference {training['ratios']}", flush=True)
-        records.append({**case, "expansion": expansion, "epochs": epochs, "reference": reference, "own": own})
+        facts = {"instructions": torch.backends.cpu.get_cpu_capability(), "date": str(datetime.date.today())}
+        records.append({**case, "expansion": expansion, "epochs": epochs, **facts, "reference": reference, "own": own})
     return records
 
 
