@@ -6,7 +6,6 @@ beside them, and on the run's own weights. Needs torch and the language model; t
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ from torch import Tensor
 from saegrid import findings, latents_page, results
 from saegrid.activations import open_store
 from saegrid.atomic import write_json
-from saegrid.config import RunConfig, make_config
-from saegrid.errors import SaegridError
 from saegrid.files import load_folder
 from saegrid.grid import Grid
 from saegrid.lm import LM, final_from, load_lm
@@ -55,7 +52,7 @@ def make(grid: Grid, root: str | Path = ".") -> Path:
 
 def describe(run_dir: Path, store_dir: Path, size: int = SAMPLE) -> dict[str, Any]:
     """The run's facts and, for a sample of its latents, firing, contexts, unembedded tokens and neighbours."""
-    config = _config(run_dir, store_dir)
+    config = results.load_config(run_dir, run_dir.name, store_dir=str(store_dir))
     facts = results.load_run(run_dir)
     sae, store, lm = load_folder(run_dir), open_store(config), load_lm(config)
     fired = results.load_latents(pd.DataFrame([facts]), run_dir.parent)["fired"].to_numpy()
@@ -201,14 +198,3 @@ def _extremes(effect: Tensor, tokens: Tokens) -> dict[str, list]:
         pairs = zip(top.indices.tolist(), (sign * top.values).tolist(), strict=True)
         found[name] = [[tokens[token], round(value, 2)] for token, value in pairs]
     return found
-
-
-def _config(run_dir: Path, store_dir: Path) -> RunConfig:
-    path = run_dir / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return make_config(**content, store_dir=str(store_dir))
-    except OSError as error:
-        raise SaegridError(f"{path}: {error.strerror}; delete the folder and run it again") from None
-    except (TypeError, json.JSONDecodeError) as error:
-        raise SaegridError(f"{path}: damaged; delete the folder and run it again ({error})") from None

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from saegrid.atomic import write_text
-from saegrid.config import PLACES, RunConfig
+from saegrid.config import PLACES, RunConfig, make_config
 from saegrid.errors import DamagedError, SaegridError
 from saegrid.grid import Grid
 from saegrid.recipes import YOUNGER
@@ -92,6 +92,19 @@ def check_run(run_dir: str | Path, run_id: str) -> None:
     """Hold all of a finished run's files against what it recorded, its times too. Raises `ResultsError`."""
     load_run(run_dir, run_id)
     _timing(Path(run_dir) / "timing.json", run_id)
+
+
+def load_config(run_dir: str | Path, run_id: str, **places: str) -> RunConfig:
+    """The config that a run began with, kernel, precision and threads chosen; `places` are where its folders are now.
+
+    Raises:
+        DamagedError: the file is missing, not as it was written, or another run's.
+    """
+    path = Path(run_dir) / "config.json"
+    recorded = read_sealed(path)
+    if recorded.pop("run_id", None) != run_id:
+        raise DamagedError(f"{path}: damaged (another run's)")
+    return make_config(**recorded | places)
 
 
 def tidy(runs: Grid | Iterable[str], runs_dir: str | Path = "runs") -> pd.DataFrame:

@@ -23,7 +23,7 @@ from saegrid import kernels
 from saegrid.activations import collect, open_store
 from saegrid.atomic import sweep, write_bytes, write_text
 from saegrid.config import RunConfig, make_config
-from saegrid.errors import DamagedError, SaegridError, StoreError
+from saegrid.errors import SaegridError, StoreError
 from saegrid.fetch import waiting_lock
 from saegrid.files import load_folder, save_sae
 from saegrid.lm import lm_shape, load_lm
@@ -31,9 +31,9 @@ from saegrid.metrics import SINK_RATIO, Reconstruction, median_norm, splice_metr
 from saegrid.preflight import check
 from saegrid.prompts import make_prompts
 from saegrid.published import published_files
-from saegrid.results import MEND, METRICS, check_run, load_run
+from saegrid.results import MEND, METRICS, check_run, load_config, load_run
 from saegrid.sae import SAE, JumpReLU
-from saegrid.sealed import read_sealed, write_sealed, write_sums
+from saegrid.sealed import write_sealed, write_sums
 from saegrid.splice import evaluate, load_baseline, make_baseline, mean_losses, save_baseline
 from saegrid.store import Store
 from saegrid.tied import die_with_papermill
@@ -266,11 +266,8 @@ class Run:
         path = self.folder / "config.json"
         places = {"runs_dir": config.runs_dir, "store_dir": config.store_dir}
         try:
-            made = read_sealed(path) if path.exists() else {}
-            if made.pop("run_id", self.run_id) != self.run_id:
-                raise DamagedError(f"{path}: damaged (another run's)")
-            if made:
-                return make_config(**made | places)
+            if path.exists():
+                return load_config(self.folder, self.run_id, **places)
         except SaegridError as error:
             print(f"{error}; the run starts again", flush=True)
             (self.folder / CHECKPOINT).unlink(missing_ok=True)  # with what it was computed is not known
