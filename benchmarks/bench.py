@@ -25,6 +25,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import grid_time
 import numpy as np
 import torch
 import yaml
@@ -46,7 +47,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHAPES = "896x8x220,896x16x64,576x8x128,2048x16x64"
 ARCHS = ("TopK", "BatchTopK", "JumpReLU")
 WARM_STEPS = 2  # of each contender, before it is timed
-PARTS = ("steps", "floor", "splice", "scaling", "quality")
+PARTS = ("steps", "floor", "splice", "grid", "scaling", "quality")
 STORE = {"train_tokens": 40_000, "val_tokens": 10_000}
 SCALING_BASE = Shape(d_in=0, expansion=8, k=128, batch=512)
 SCALING = {"expansion": (4, 8, 16, 32), "k": (32, 64, 128, 256), "batch": (256, 512, 1024, 2048, 4096)}
@@ -71,6 +72,10 @@ def main() -> None:
             bench.shape(d_in, expansion, k)
     if "splice" in options.parts:
         bench.splice()
+    if "grid" in options.parts:
+        grid = "smoke" if options.quick else "full"
+        bench.results["grid"] = grid_time.measure(bench, ROOT / f"params/{grid}.yaml")
+        bench.write()
     if "scaling" in options.parts:
         bench.scaling()
     if "quality" in options.parts:
@@ -140,6 +145,7 @@ class Bench:
             "races": old.get("races", []),
             "floors": old.get("floors", []),
             "splice": old.get("splice", {}),
+            "grid": old.get("grid", {}),
             "scaling": old.get("scaling", {}),
             "quality": old.get("quality", []),
             "not_measured": [*notes, *NOT_MEASURED],
@@ -240,7 +246,7 @@ class Bench:
 
     def race(self, specs: list[dict]) -> list[dict]:
         options = self.options
-        stay = {"auto", "fp32", "default", "product", "memory"}
+        stay = {"auto", "fp32", "reference", "default", "product", "memory"}
         records = race(specs, self.pythons, options.turns, options.turn_seconds, stay)
         for record in records:
             versions = record.pop("versions", {})

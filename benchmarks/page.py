@@ -10,28 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
-
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
+from page_plots import NAMES, curve_plot, step_plot
 
 from saegrid.atomic import write_text
-from saegrid.plots import BESIDE, INK, PALETTE, STYLE, figure
 from saegrid.tables import MISSING, Markdown, markdown, pipe_table
 
 ROOT = Path(__file__).resolve().parents[1]
-MARKS = {  # contender: colour, shape, name; told apart by shape as well as by colour
-    "saegrid": ("#d55e00", "o", "this project"),
-    "torch": ("#3a86c8", "s", "published class, plain torch"),
-    "sae-lens": ("#009e73", "^", "sae-lens"),
-    "sparsify": ("#b07aa1", "D", "sparsify"),
-    "dictionary_learning": ("#a08000", "v", "dictionary_learning"),
-    "floor": (INK, "|", "floor"),
-}
-NAMES = {name: title for name, (_, _, title) in MARKS.items()}
 QUALITY = {"val_mse": ".4g", "l0": ".1f", "dead_pct": ".1f"}
 ALIKE = 0.01  # first-batch MSE within this share: the contenders solve one problem
 
@@ -50,6 +34,7 @@ def render(results: dict[str, Any]) -> Markdown:
         parts += [step_plot(results), details(results)]
     parts += [section("Over the floor", floor_table(results), results["floors"])]
     parts += [section("Splice evaluation", splice_table(results), results["splice"])]
+    parts += [section("A whole grid", grid_table(results), results["grid"])]
     parts += [section("Cost against size", scaling_table(results), results["scaling"])]
     parts += [section("Equal quality", quality_table(results), results["quality"])]
     if results["quality"]:
@@ -173,6 +158,22 @@ def splice_table(results: dict[str, Any]) -> str:
     )
 
 
+def grid_table(results: dict[str, Any]) -> str:
+    grid = results["grid"]
+    if not grid:
+        return ""
+    rows = []
+    for run in grid["runs"]:
+        times = (text(run[name], ".0f") for name in ("reference_ms", "auto_ms"))
+        rows.append((run["name"], f"{run['steps']:,}", *times, text(run["reference_ms"] / run["auto_ms"], ".1f")))
+    heads = "Run", "Steps", "Reference (ms a step)", "Own kernel (ms a step)", "Ratio"
+    return (
+        f"Training all runs of `{grid['grid']}` one behind the other on one thread, by the measured step times: "
+        f"**{grid['reference_hours']:.1f} h** with the reference kernel, **{grid['auto_hours']:.1f} h** with this "
+        f"machine's own, {grid['reference_hours'] / grid['auto_hours']:.1f} times less.\n\n{pipe_table(heads, rows)}"
+    )
+
+
 def scaling_table(results: dict[str, Any]) -> str:
     scaling = results["scaling"]
     if not scaling:
@@ -222,72 +223,11 @@ def memory_table(results: dict[str, Any]) -> str:
     )
 
 
-def step_plot(results: dict[str, Any]) -> Markdown:
-    """Step times at the smallest batch: a line a shape and architecture, a mark a contender in its fastest setting."""
-    batch = min(race["batch"] for race in results["races"])
-    lines: dict[str, dict[str, float]] = {}
-    for race in results["races"]:
-        if race["batch"] == batch and "ratio" in race:
-            times = lines.setdefault(label_of(race), {})
-            times |= {"saegrid": race["saegrid_ms"], race["peer"]: race["fastest_ms"]}
-    for record in results["floors"]:
-        if record["batch"] == batch and record.get("floor_ms") and label_of(record) in lines:
-            lines[label_of(record)]["floor"] = record["floor_ms"]
-    with plt.rc_context(STYLE):
-        _, ax = plt.subplots(figsize=(8.0, 1.2 + 0.34 * max(1, len(lines))), layout="constrained")
-        for contender, (color, shape, title) in MARKS.items():
-            points = [(times[contender], n) for n, times in enumerate(lines.values()) if contender in times]
-            if points:
-                ax.scatter(*zip(*points, strict=True), color=color, marker=shape, s=60, label=title, zorder=2)
-        ax.set_yticks(range(len(lines)), list(lines))
-        ax.invert_yaxis()
-        ax.set_xscale("log")
-        plain_numbers(ax.xaxis)
-        ax.set_xlabel("One training step (ms, log scale)")
-        ax.legend(**BESIDE)
-    caption = f"Median time of a step of {batch} rows; each peer in its fastest setting. Left is faster."
-    return figure(ax, alt="Step time of each contender at each shape and architecture", caption=caption)
-
-
-def curve_plot(results: dict[str, Any]) -> Markdown:
-    """Validation MSE over the steps, both kernels of each architecture together."""
-    with plt.rc_context(STYLE):
-        _, ax = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
-        for record in results["quality"]:
-            draw_curves(ax, record)
-        ax.set_yscale("log")
-        plain_numbers(ax.yaxis)
-        ax.set_xlabel("Step")
-        ax.set_ylabel("Validation MSE (act², log scale)")
-        ax.legend(**BESIDE)
-    caption = "Learning curves: the reference kernel in fp32 (wide, pale) and this machine's own (dashed: fp32 product, dotted: bf16)."
-    return figure(ax, alt="Validation MSE over the steps, by architecture and kernel", caption=caption)
-
-
-def draw_curves(ax: Axes, record: dict[str, Any]) -> None:
-    color = PALETTE[record["arch"]]
-    styles = ({"linewidth": 6, "alpha": 0.3}, {"linestyle": "--", "marker": "o"}, {"linestyle": ":", "marker": "x"})
-    for training, style in zip((record["reference"], *record["own"]), styles, strict=True):
-        curve = training["curve"]
-        label = f"{record['arch']}, {training['kernel']} {training['matmul']}"
-        ax.plot([p["step"] for p in curve], [p["val_mse"] for p in curve], color=color, label=label, **style)
-
-
-def plain_numbers(axis: Axis) -> None:
-    """20 and 50 in place of matplotlib's mathematical powers, which want a renderer for formulas."""
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
-
-
 SHAPE = ("d_in", "Expansion", "K", "Rows", "Architecture")
 
 
 def shape_of(record: dict[str, Any]) -> tuple[str, ...]:
     return str(record["d_in"]), f"{record['expansion']}x", str(record["k"]), str(record["batch"]), record["arch"]
-
-
-def label_of(record: dict[str, Any]) -> str:
-    return f"{record['d_in']}, {record['expansion']}x, K {record['k']}, {record['arch']}"
 
 
 def bold(value: float | None, form: str) -> str:

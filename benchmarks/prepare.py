@@ -57,16 +57,16 @@ def rows_of_width(rows: Tensor, d_in: int) -> Tensor:
     return rows @ (basis.T if d_in > width else basis)
 
 
-def trained(rows: Tensor, shape: Shape, arch: str, steps: int, **recipe: Any) -> TrainState:
+def trained(rows: Tensor, shape: Shape, arch: str, steps: int, theta: float = 0.0, **recipe: Any) -> TrainState:
     """The state after `steps` steps of this project's training, batches of 512 rows; `recipe` as in `RunConfig`."""
-    config = make_config(arch=arch, expansion=shape.expansion, k=shape.k, **{"lr": LR} | recipe)
+    config = make_config(expansion=shape.expansion, **{"arch": "TopK", "k": shape.k or 1, "lr": LR} | recipe)
     state = TrainState.start(initial_sae(config, shape.d_in, rows.mean(0)).params)
     choice = kernels.choose("auto", "auto", torch.get_num_threads())
     kernel, settings = kernels.load(choice.kernel), StepSettings(config.lr, matmul=choice.matmul)
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         batch = rows[torch.randint(len(rows), (TRAIN_BATCH,), generator=generator)]
-        kernel.train_step(state, batch, Rule(RULES[arch], shape.k), settings)
+        kernel.train_step(state, batch, Rule(RULES[arch], shape.k, theta), settings)
     state.workspace.clear()
     return state
 

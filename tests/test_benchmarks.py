@@ -81,6 +81,14 @@ def test_both_kernels_reach_the_same_loss(results):
             assert own["ratios"]["val_mse"] == pytest.approx(1, abs=0.01)
 
 
+def test_a_grids_hours_are_all_its_steps(results):
+    grid = results["grid"]
+    assert len(grid["runs"]) == 5 and {run["steps"] for run in grid["runs"]} == {2 * 6}  # 3,000 rows, batch 512
+    for name in ("reference", "auto"):
+        hours = sum(12 * run[f"{name}_ms"] for run in grid["runs"]) / 3.6e6
+        assert grid[f"{name}_hours"] == pytest.approx(hours)
+
+
 def test_the_splice_race_counts_shared_passes_once(results):
     splice = results["splice"]
     fp32, bf16 = splice["contenders"]
