@@ -491,6 +491,10 @@ def test_bf16_codes_that_are_not_sparse_are_float32s():
 # --- which kernel ---
 
 
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: see test_cuda.py")
+
+
+@without_gpu
 def test_choose_resolves_auto(caplog):
     with caplog.at_level(logging.INFO, "saegrid.kernels"):
         choice = kernels.choose("auto", "auto", 0)
@@ -500,9 +504,10 @@ def test_choose_resolves_auto(caplog):
     assert kernels.choose("reference", "fp32", 3) == ("reference", "fp32", 3)
     with caplog.at_level(logging.INFO, "saegrid.kernels"):
         assert kernels.choose("auto", "fp32", 1, "aux_coef = 0.03") == ("cpu", "fp32", 1)
-    assert "no cuda (it has no aux_coef = 0.03)" in caplog.text
+    assert "not cuda (it has no aux_coef = 0.03)" in caplog.text
 
 
+@without_gpu
 def test_load():
     assert kernels.load("reference") is reference and kernels.load("cpu") is cpu
     with pytest.raises(ConfigError, match="kernel = 'cuda'"):

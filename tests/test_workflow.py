@@ -139,6 +139,20 @@ def test_one_gpu_each(tmp_path):
     assert {process.communicate()[0].strip() for process in both} == {"3", "5"}
 
 
+def test_one_gpu_is_used_by_one_run_at_a_time(tmp_path):
+    """Two commands on a machine whose driver lists a single device; the listing is a stand-in for the driver's."""
+    listing = tmp_path / "nvidia-smi"
+    listing.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA (UUID: GPU-0)'\n")
+    listing.chmod(0o755)
+    code = "import os, time; a = time.time(); time.sleep(.5); print(os.environ['CUDA_VISIBLE_DEVICES'], a, time.time())"
+    command = [sys.executable, str(ROOT / "workflow" / "with_gpu.py"), sys.executable, "-c", code]
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    environment |= {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    (_, _, end), (gpu, start, _) = sorted((p.communicate()[0].split() for p in both), key=lambda words: words[1])
+    assert gpu == "0" and float(end) <= float(start)
+
+
 MEASURE = """
 import torch
 from saegrid.activations import open_store

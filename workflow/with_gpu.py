@@ -2,8 +2,9 @@
 
     python workflow/with_gpu.py COMMAND [ARGUMENT ...]
 
-Takes the lock of a free GPU, sets CUDA_VISIBLE_DEVICES to it, and gives it back with the process. Where a scheduler
-has already set CUDA_VISIBLE_DEVICES to one device, or there is no GPU, the command runs as it is.
+Takes the lock of a free GPU, sets CUDA_VISIBLE_DEVICES to it, and gives it back with the process: one run a GPU, also
+where there is only one. Where a scheduler has already set CUDA_VISIBLE_DEVICES to one device, or there is no GPU, the
+command runs as it is.
 """
 
 import os
@@ -29,7 +30,8 @@ def visible_gpus() -> list[str]:
 
 def main(command: list[str]) -> int:
     gpus = visible_gpus()
-    if len(gpus) < 2:
+    given = "CUDA_VISIBLE_DEVICES" in os.environ and len(gpus) == 1
+    if given or not gpus:
         return subprocess.call(command)
     folder = Path(tempfile.gettempdir()) / f"saegrid-gpus-{os.getuid()}"
     folder.mkdir(exist_ok=True)

@@ -126,7 +126,7 @@ def _epoch(config, store, kernel, matmul, sae, progress: Progress, checkpoint: P
         progress.batch += 1
         report(len(x))
         at_checkpoint = state.step % config.checkpoint_steps == 0
-        if at_checkpoint or sae.device == "cpu" or state.step - seen >= CHECK_STEPS:
+        if at_checkpoint or isinstance(loss, float) or state.step - seen >= CHECK_STEPS:
             _read_loss(config, progress, seen)
             seen = state.step
         if at_checkpoint:

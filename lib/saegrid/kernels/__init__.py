@@ -94,15 +94,16 @@ def _missing_for_cuda() -> str:
 
 def _fastest_kernel(missing: str = "") -> tuple[str, str]:
     """The fastest kernel that runs here, and the reason. `missing`: why it can't be `cuda`."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        missing = "Triton only interprets"
     missing = missing or _missing_for_cuda()
-    if not missing and os.environ.get("TRITON_INTERPRET") != "1":
+    if not missing:
         import torch
 
         return "cuda", f"kernel: {torch.cuda.get_device_name()} is here"
-    no_gpu = f"no cuda ({missing})"
     if importlib.util.find_spec("numba"):
-        return "cpu", f"kernel: {no_gpu}, numba is here"
-    return "reference", f"kernel: {no_gpu}, numba is not installed"
+        return "cpu", f"kernel: not cuda ({missing}), numba is here"
+    return "reference", f"kernel: not cuda ({missing}), numba is not installed"
 
 
 def _fastest_matmul(kernel: str) -> tuple[str, str]:

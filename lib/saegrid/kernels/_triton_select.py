@@ -105,17 +105,15 @@ def batch_digits(pre, bias, n_rows, d_sae, count, histograms, LEVEL: tl.constexp
 
 @triton.jit
 def count_rows(
-    pre, bias, d_sae, bound, histograms, count, cuts, above, ties, BATCH: tl.constexpr, BLOCK: tl.constexpr
+    pre, bias, d_sae, cut, histograms, count, cuts, above, ties, BATCH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """BatchTopK and thresholds, a program per row: the cut's bits, how many values lie above it, and how many equal it.
 
-    A threshold keeps what is above `bound`, and no ties.
+    A threshold is given as the bits `cut`, and keeps no ties.
     """
     row = tl.program_id(0)
     if BATCH:
         cut, _ = batch_cut(histograms, count, DIGITS)
-    else:
-        cut = order_bits(bound)
     larger, equal = 0, 0
     for first in range(0, d_sae, BLOCK):
         latents = first + tl.arange(0, BLOCK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import NamedTuple
 
 import torch
@@ -93,6 +94,7 @@ def _bound(rule: Rule) -> float:
 
 
 def cut(pre: Tensor, params: Params, rule: Rule, capacity: int, buffers: Buffers) -> Cuts:
+    """What the rule keeps of each row of pre (N, d_sae) + b_enc; lists have room for `capacity` pairs."""
     n_rows, d_sae = pre.shape
     bits, above, ties = (buffers.take(name, (n_rows,), torch.int32) for name in ("cuts", "above", "ties"))
     offsets = buffers.take("offsets", (n_rows + 1,), torch.int32)
@@ -108,8 +110,9 @@ def cut(pre: Tensor, params: Params, rule: Rule, capacity: int, buffers: Buffers
                 select.batch_digits[(min(n_rows, PROGRAMS),)](
                     pre, params.b_enc, n_rows, d_sae, count, histograms, LEVEL=level, BLOCK=BLOCK
                 )
+        (threshold,) = struct.unpack("i", struct.pack("f", _bound(rule)))
         select.count_rows[(n_rows,)](
-            pre, params.b_enc, d_sae, _bound(rule), histograms, count, bits, above, ties, BATCH=batch, BLOCK=BLOCK
+            pre, params.b_enc, d_sae, threshold, histograms, count, bits, above, ties, BATCH=batch, BLOCK=BLOCK
         )
     select.place_rows[(1,)](
         above, ties, histograms, count, n_rows, capacity, offsets, facts, BATCH=batch, BLOCK=BLOCK
