@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ours import RULES
 from prepare import Shape, trained
 
 from saegrid.grid import load_grid
@@ -20,9 +21,11 @@ SETTINGS = ("reference", "auto")
 
 
 def measure(bench: Bench, grid_file: Path) -> dict[str, Any]:
-    """Step times (ms) of every run of the grid on one thread, kernels in turn, and the hours of all its steps."""
+    """Step times (ms) of every TopK, BatchTopK and JumpReLU run on one thread, kernels in turn, and the hours of all its steps."""
     runs = []
     for run in load_grid(grid_file).runs():
+        if run.arch not in RULES:
+            continue
         shape = Shape(bench.rows.shape[1], run.expansion, run.k, run.batch_size)
         theta = run.threshold
         if run.threshold_unit == "rms":

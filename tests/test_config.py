@@ -32,6 +32,8 @@ NOTEBOOK = "notebooks/train.ipynb"
         ({"k": 4, "layer": -1}, ["layer = -1"]),
         ({"k": 4, "prefixes": 3}, ["prefixes = 3", "not a parameter of BatchTopK"]),
         ({"k": 4, "arch": "Matryoshka", "kernel": "cuda"}, ["kernel = 'cuda'", "arch = 'Matryoshka'"]),
+        ({"k": 4, "recipe": ["improved"]}, ["recipe = ['improved']", "'published' or 'improved'"]),
+        ({"k": 4, "lr": [1e-3]}, ["lr = [0.001]", "number"]),
         ({"k": 4, "recipe": "best"}, ["recipe = 'best'", "'published' or 'improved'"]),
         ({"k": 4, "sinks": "drop"}, ["sinks = 'drop'", "'keep' or 'apart'"]),
         ({"k": 4, "warmup": 1.0}, ["warmup = 1.0", "less than 1"]),

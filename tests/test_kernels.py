@@ -504,7 +504,7 @@ def test_choose_resolves_auto(caplog):
     assert kernels.choose("reference", "fp32", 3) == ("reference", "fp32", 3)
     with caplog.at_level(logging.INFO, "saegrid.kernels"):
         assert kernels.choose("auto", "fp32", 1, "aux_coef = 0.03") == ("cpu", "fp32", 1)
-    assert "no cuda (it has no aux_coef = 0.03)" in caplog.text
+    assert "not cuda (it has no aux_coef = 0.03)" in caplog.text
 
 
 @without_gpu

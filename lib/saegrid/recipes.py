@@ -30,9 +30,13 @@ YOUNGER = {"recipe": "published", "prefixes": 0} | {
 
 
 def resolve(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The parameters with each choice that is left to the recipe (absent, "recipe" or -1) at the recipe's value."""
-    recipe = RECIPES.get(parameters.get("recipe", "published"), RECIPES["published"])
-    return parameters | {name: value for name, value in recipe.items() if _is_left(parameters.get(name, -1))}
+    """The parameters with each choice that is left to the recipe (absent, "recipe" or -1) at the recipe's value.
+
+    An unknown recipe is left for `RunConfig` to refuse.
+    """
+    recipe = parameters.get("recipe")
+    choices = RECIPES[recipe if isinstance(recipe, str) and recipe in RECIPES else "published"]
+    return parameters | {name: value for name, value in choices.items() if _is_left(parameters.get(name, -1))}
 
 
 def described(row: Mapping[str, Any]) -> str:
