@@ -21,7 +21,7 @@ SETTINGS = ("reference", "auto")
 
 
 def measure(bench: Bench, grid_file: Path) -> dict[str, Any]:
-    """Step times (ms) of every TopK, BatchTopK and JumpReLU run on one thread, kernels in turn, and the hours of all its steps."""
+    """Step times (ms) of every run with a raced architecture on one thread, kernels in turn; the hours of all steps."""
     runs = []
     for run in load_grid(grid_file).runs():
         if run.arch not in RULES:

@@ -282,7 +282,10 @@ def config_from_namespace(namespace: dict[str, Any]) -> RunConfig:
 def explain(error: ValidationError, known_fields: Iterable[str] = ()) -> str:
     """The first mistake of a pydantic error as one line: parameter, value, what is allowed."""
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
+    place = first["loc"]
+    if place and place[0] in RunConfig.model_fields:
+        place = place[:1]  # pydantic adds which of a parameter's types was tried
+    name = ".".join(str(part) for part in place)
     if first["type"] == "extra_forbidden":
         known = f"; known are {', '.join(known_fields)}" if known_fields else ""
         return f"{name} = {shown(first['input'])}: no such parameter{known}"
