@@ -19,7 +19,7 @@ from saegrid.kernels import _triton_stages as stages
 from saegrid.kernels import cuda, reference
 from saegrid.kernels.reference import Rule, StepSettings
 from saegrid.run import evaluate_rows
-from saegrid.train import load_checkpoint, train
+from saegrid.train import CHECKPOINT, load_checkpoint, train
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 D_IN, D_SAE, N = 20, 40, 7
@@ -229,7 +229,7 @@ def test_training_ends_as_with_the_reference(store, tmp_path, arch):
         assert sae.inference_threshold == pytest.approx(expected.inference_threshold, rel=1e-4)
     metrics, _, _ = evaluate_rows(sae, store, 16, cuda)
     assert metrics == pytest.approx(evaluate_rows(expected, store, 16, reference)[0], rel=1e-3)
-    loaded = load_checkpoint(tmp_path / "cuda" / "checkpoint.pt", expected)  # any kernel goes on from it
+    loaded = load_checkpoint(tmp_path / "cuda" / CHECKPOINT, expected, config.run_id)  # any kernel goes on from it
     assert loaded.curve == progress.curve and loaded.state.step == progress.state.step
 
 
@@ -240,7 +240,7 @@ def test_a_loss_that_is_read_late_names_its_steps(store, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "batches", lambda *args, **named: (x * 1e30 for x in sent(*args, **named)))
     with pytest.raises(SaegridError, match=r"the loss is (inf|nan) at one of the steps 1 to 2; try a smaller"):
         train(run_config(tmp_path), store, cuda, tmp_path / "run")
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert not (tmp_path / "run" / CHECKPOINT).exists()
 
 
 def test_a_whole_run(tmp_path):

@@ -1,14 +1,13 @@
 """The training notebook through papermill, as a user calls it, on the embedded model."""
 
 import json
-import subprocess
 import sys
-import time
 
 import nbformat
 import pandas as pd
 import pytest
 import torch
+from processes import called
 from published import BatchTopK
 
 from saegrid.files import load_folder
@@ -19,9 +18,7 @@ SMALL = "train_tokens=1500 val_tokens=600 eval_prompts=2 epochs=2 expansion=1 th
 def papermill(output, *parameters):
     options = [word for parameter in parameters for word in ("-p", *parameter.split("=", 1))]
     command = [sys.executable, "-m", "papermill", "notebooks/train.ipynb", str(output), *options, "--no-progress-bar"]
-    started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done, time.perf_counter() - started
+    return called(command)
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,13 @@
 """Bad parameters: every mistake is one line that names parameter and value, with an exit code, within seconds."""
 
 import os
-import resource
-import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
+from processes import called
 
 from saegrid.config import RunConfig
 from saegrid.grid import load_grid
@@ -120,16 +119,8 @@ COMMANDS = [
 ]
 
 
-def called(arguments):
-    """(process, seconds): of processor time, as the clock also tells what else the machine does."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=300)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
 def check(arguments, words, tmp_path):
-    done, seconds = called([*OUR, *arguments])
+    done, seconds = called([*OUR, *arguments], env=ENVIRONMENT, timeout=300)
     assert done.returncode == 2 and not done.stdout
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert all(word in done.stderr for word in words), done.stderr
@@ -167,7 +158,7 @@ def test_a_bad_command(tmp_path, arguments, words):
 def test_the_workflow_tells_a_bad_grid_in_one_line(tmp_path):
     (tmp_path / "bad.yaml").write_text("name: g\ntitle: t\naxes: [{k: [-4]}]")
     command = [sys.executable, "-m", "snakemake", "-s", "workflow/Snakefile", "--cores", "1", "--dry-run"]
-    done, _ = called([*command, "--config", f"grid={tmp_path}/bad.yaml"])
+    done, _ = called([*command, "--config", f"grid={tmp_path}/bad.yaml"], env=ENVIRONMENT)
     last = [line for line in done.stderr.splitlines() if line.strip()][-1]
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert last == "ConfigError: k = -4: input should be greater than or equal to 0"
@@ -186,7 +177,7 @@ def test_papermill(tmp_path, parameters, words):
     options = [word for pair in parameters for word in ("-p", *pair.split("=", 1))]
     options += ["-p", "runs_dir", f"{tmp_path}/runs", "-p", "store_dir", f"{tmp_path}/activations"]
     command = [sys.executable, "-m", "papermill", "notebooks/train.ipynb", str(tmp_path / "out.ipynb"), *options]
-    done, seconds = called([*command, "--no-progress-bar"])
+    done, seconds = called([*command, "--no-progress-bar"], env=ENVIRONMENT)
     last = [line for line in done.stderr.splitlines() if line.strip()][-1]
     assert done.returncode != 0 and all(word in last for word in words), done.stderr[-2000:]
     outputs = [o for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in cell.get("outputs", [])]
