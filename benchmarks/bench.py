@@ -74,7 +74,7 @@ def main() -> None:
         bench.splice()
     if "grid" in options.parts:
         grid = "smoke" if options.quick else "full"
-        bench.results["grid"] = grid_time.measure(bench, ROOT / f"params/{grid}.yaml")
+        bench.results["grid"] = grid_time.measure(bench, ROOT / f"params/{grid}.yaml", options.quick)
         bench.write()
     if "scaling" in options.parts:
         bench.scaling()

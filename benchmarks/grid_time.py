@@ -20,12 +20,13 @@ TRAIN_STEPS = 50
 SETTINGS = ("reference", "auto")
 
 
-def measure(bench: Bench, grid_file: Path) -> dict[str, Any]:
-    """Step times (ms) of every run with a raced architecture on one thread, kernels in turn; the hours of all steps."""
-    runs = []
-    for run in load_grid(grid_file).runs():
-        if run.arch not in RULES:
-            continue
+def measure(bench: Bench, grid_file: Path, quick: bool = False) -> dict[str, Any]:
+    """Step times (ms) of every run with a raced architecture on one thread, kernels in turn; the hours of all steps.
+
+    quick: one run an architecture.
+    """
+    runs, planned = [], [run for run in load_grid(grid_file).runs() if run.arch in RULES]
+    for run in {run.arch: run for run in planned}.values() if quick else planned:
         shape = Shape(bench.rows.shape[1], run.expansion, run.k, run.batch_size)
         theta = run.threshold
         if run.threshold_unit == "rms":

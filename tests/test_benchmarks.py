@@ -83,7 +83,7 @@ def test_both_kernels_reach_the_same_loss(results):
 
 def test_a_grids_hours_are_all_its_steps(results):
     grid = results["grid"]
-    assert len(grid["runs"]) == 5 and {run["steps"] for run in grid["runs"]} == {2 * 6}  # 3,000 rows, batch 512
+    assert len(grid["runs"]) == 3 and {run["steps"] for run in grid["runs"]} == {2 * 6}  # 3,000 rows, batch 512
     for name in ("reference", "auto"):
         hours = sum(12 * run[f"{name}_ms"] for run in grid["runs"]) / 3.6e6
         assert grid[f"{name}_hours"] == pytest.approx(hours)
