@@ -245,3 +245,11 @@ def test_a_loss_that_is_read_late_names_its_steps(store, tmp_path, monkeypatch):
 
 def test_a_whole_run(tmp_path):
     assert_same_metrics(tmp_path)
+
+
+def test_what_the_kernel_lacks_is_refused():
+    """Silence would train another SAE than was asked for."""
+    params, x = make_params(), make_rows(8)
+    for lacking in ({"aux_coef": 0.03}, {"sink": torch.ones(D_IN)}, {"prefixes": (D_SAE // 2, D_SAE)}):
+        with pytest.raises(ConfigError, match="kernel = 'cuda': has no AuxK"):
+            cuda.train_step(start(params), x, Rule("topk", 4), StepSettings(1e-3)._replace(**lacking))

@@ -81,6 +81,9 @@ def _run(options: argparse.Namespace) -> None:
         for line in mend(grid):
             print(line)
     elif options.command == "pages":
+        from saegrid import results
+
+        results.read_tidy(grid.results_dir)  # a missing table is told before the plots' packages are imported
         from saegrid import pages
 
         pages.make(grid)

@@ -25,6 +25,7 @@ import torch
 import triton
 from torch import Tensor
 
+from saegrid.errors import ConfigError
 from saegrid.kernels import _triton_stages as stages
 from saegrid.kernels._triton_stages import Buffers, Lists
 from saegrid.kernels.reference import BETAS, Codes, Params, Rule, StepSettings, TrainState
@@ -81,7 +82,12 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     Returns:
         The batch's mean squared error before the step, float64, and the number of active pairs, int32: tensors without
         dimensions on the device of x.
+
+    Raises:
+        ConfigError: AuxK, sinks apart or Matryoshka's prefixes, which this kernel has not.
     """
+    if settings.aux_coef or settings.sink is not None or settings.prefixes:
+        raise ConfigError("kernel = 'cuda': has no AuxK, no sinks apart and no Matryoshka yet; take 'cpu'")
     if "cuda" not in state.workspace:
         state.workspace["cuda"] = Buffers(x.device)
     buffers: Buffers = state.workspace["cuda"]
