@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a race of processors, also where there is a GPU
 
 import grid_time
 import numpy as np
