@@ -28,10 +28,10 @@ def make(results: Path, page: Path) -> None:
 
 def render(results: dict[str, Any]) -> Markdown:
     """The page as Markdown, from the content of results.json."""
-    parts = [introduction(results), not_measured(results)]
-    parts += [section("Ratio to the peers", ratio_table(results), results["races"])]
+    parts = [section("Ratio to the peers", ratio_table(results), results["races"])]
     if results["races"]:
         parts += [step_plot(results), details(results)]
+    parts += [not_measured(results), f"## How it was measured\n\n{introduction(results)}"]
     parts += [section("Over the floor", floor_table(results), results["floors"])]
     parts += [section("Splice evaluation", splice_table(results), results.get("splice"))]
     parts += [section("A whole grid", grid_table(results), results.get("grid"))]
@@ -95,7 +95,9 @@ def lowest(results: dict[str, Any]) -> str:
         return ""
     rows = [(*shape_of(race), NAMES[race["peer"]], bold(race["ratio"], ".1f")) for race in best.values()]
     ratios = [race["ratio"] for race in best.values()]
-    line = f"To the fastest peer of each line the ratio is {min(ratios):.1f} to {max(ratios):.1f}."
+    low, high = f"{min(ratios):.1f}", f"{max(ratios):.1f}"
+    spread = low if low == high else f"{low} to {high}"
+    line = f"A training step is **{spread} times** as fast as the fastest peer in its fastest setting."
     return f"{line}\n\n{pipe_table([*SHAPE, 'Fastest peer', 'Ratio'], rows)}"
 
 
@@ -115,7 +117,7 @@ def details(results: dict[str, Any]) -> str:
         same = (
             f"On the first batch all contenders of a race have the same MSE within {ALIKE:.0%}: they solve one problem."
         )
-    lines = [f"- {NAMES[name]}, {setting}: {reason}" for (name, setting), reason in sorted(failures.items())]
+    lines = [f"- {NAMES[name]}, {setting}: `{reason}`" for (name, setting), reason in sorted(failures.items())]
     return same + ("\n\nSettings that did not run:\n\n" + "\n".join(lines) if lines else "")
 
 
