@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from page_plots import NAMES, curve_plot, step_plot
 
 from saegrid.atomic import write_text
-from saegrid.tables import MISSING, Markdown, markdown, pipe_table
+from saegrid.tables import MISSING, Markdown, html_block, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 QUALITY = {"val_mse": ".4g", "l0": ".1f", "dead_pct": ".1f"}
@@ -80,8 +82,8 @@ def ratio_table(results: dict[str, Any]) -> str:
         ratios = text(race.get("ratio_default"), ".1f"), bold(race.get("ratio"), ".1f")
         rows.append((*shape_of(race), NAMES[race["peer"]], *times, setting, *ratios))
     times = "This project (ms)", "Default (ms)", "Fastest (ms)", "Fastest setting"
-    table = pipe_table([*SHAPE, "Peer", *times, "Ratio to default", "Ratio to fastest"], rows)
-    return f"{lowest(results)}\n\n{table}"
+    all_peers = table([*SHAPE, "Peer", *times, "Ratio to default", "Ratio to fastest"], rows)
+    return f"{lowest(results)}\n\n{all_peers}"
 
 
 def lowest(results: dict[str, Any]) -> str:
@@ -98,7 +100,7 @@ def lowest(results: dict[str, Any]) -> str:
     low, high = f"{min(ratios):.1f}", f"{max(ratios):.1f}"
     spread = low if low == high else f"{low} to {high}"
     line = f"A training step is **{spread} times** as fast as the fastest peer in its fastest setting."
-    return f"{line}\n\n{pipe_table([*SHAPE, 'Fastest peer', 'Ratio'], rows)}"
+    return f"{line}\n\n{table([*SHAPE, 'Fastest peer', 'Ratio'], rows)}"
 
 
 def details(results: dict[str, Any]) -> str:
@@ -131,7 +133,7 @@ def floor_table(results: dict[str, Any]) -> str:
     return (
         "The floor is the encoder's product alone, in the step's own precision, and one read and write of the "
         "parameters and of Adam's moments at the bandwidth that the machine gives.\n\n"
-        + pipe_table([*SHAPE, *heads, "Step / floor"], rows)
+        + table([*SHAPE, *heads, "Step / floor"], rows)
     )
 
 
@@ -156,7 +158,7 @@ def splice_table(results: dict[str, Any]) -> str:
         f"{splice['saes']} SAEs (d_sae {splice['d_sae']:,}) spliced into the model over the same {splice['tokens']:,} "
         f"tokens, in {splice['contexts']} contexts; loading is not timed. This project runs the blocks before the "
         "splice, and the clean and ablated passes, once for all SAEs, and restarts the model behind the hooked block "
-        f"for each; `run_evals` runs three whole passes an SAE.\n\n{pipe_table(heads, rows)}\n\n" + " ".join(lines)
+        f"for each; `run_evals` runs three whole passes an SAE.\n\n{table(heads, rows)}\n\n" + " ".join(lines)
     )
 
 
@@ -172,7 +174,7 @@ def grid_table(results: dict[str, Any]) -> str:
     return (
         f"Training all runs of `{grid['grid']}` one behind the other on one thread, by the measured step times: "
         f"**{grid['reference_hours']:.1f} h** with the reference kernel, **{grid['auto_hours']:.1f} h** with this "
-        f"machine's own, {grid['reference_hours'] / grid['auto_hours']:.1f} times less.\n\n{pipe_table(heads, rows)}"
+        f"machine's own, {grid['reference_hours'] / grid['auto_hours']:.1f} times less.\n\n{table(heads, rows)}"
     )
 
 
@@ -190,7 +192,7 @@ def scaling_table(results: dict[str, Any]) -> str:
     return (
         f"BatchTopK at d_in {base['d_in']}, d_sae {base['d_sae']:,}, K {base['k']}, {base['batch']} rows, one size "
         f"changed at a time; the exponent is the slope of log(step) over log(size).\n\n"
-        + pipe_table(["Size", "Contender", "Sizes", "Step (ms)", "Exponent"], rows)
+        + table(["Size", "Contender", "Sizes", "Step (ms)", "Exponent"], rows)
     )
 
 
@@ -208,7 +210,7 @@ def quality_table(results: dict[str, Any]) -> str:
     return (
         "The reference kernel in fp32 → this machine's own kernel, by the precision of its product: same seed, rows, "
         f"order and steps; measured {record['date']} on a processor with {record['instructions']}.\n\n"
-        + pipe_table(["Architecture", "Kernel", *heads], rows)
+        + table(["Architecture", "Kernel", *heads], rows)
     )
 
 
@@ -224,7 +226,7 @@ def memory_table(results: dict[str, Any]) -> str:
     return (
         "Resident memory of each contender's process. Weights, gradients and Adam's moments are in it, and four "
         "batches of rows; what is loaded at the first use counts too.\n\n"
-        + pipe_table([*SHAPE, "Contender", "Setting", *heads], rows)
+        + table([*SHAPE, "Contender", "Setting", *heads], rows)
     )
 
 
@@ -233,6 +235,23 @@ SHAPE = ("d_in", "Expansion", "K", "Rows", "Architecture")
 
 def shape_of(record: dict[str, Any]) -> tuple[str, ...]:
     return str(record["d_in"]), f"{record['expansion']}x", str(record["k"]), str(record["batch"]), record["arch"]
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Markdown:
+    """A table that the keyboard, too, can scroll; `**text**` in a cell is strong."""
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
+    body = "\n".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    return html_block(
+        f'<div class="table-scroll" role="region" tabindex="0" aria-label="{escape(", ".join(heads))}">\n'
+        f'<table class="table results" data-quarto-disable-processing="true">\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody>\n</table>\n</div>"
+    )
+
+
+def cell(text: str) -> str:
+    strong = text.startswith("**")
+    text = escape(text.strip("*"))
+    return f"<td><strong>{text}</strong></td>" if strong else f"<td>{text}</td>"
 
 
 def bold(value: float | None, form: str) -> str:

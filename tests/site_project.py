@@ -49,6 +49,8 @@ def build(root, grid):
     write_latents(root, grid)
     execute(root, grid, *NOTEBOOKS)
     pages.make(grid, root)
+    page = [ROOT / "benchmarks/page.py", ROOT / "benchmarks/results.json", root / "report/_benchmarks.md"]
+    subprocess.run([sys.executable, *page], check=True)
     return site.render(root)
 
 

@@ -119,7 +119,7 @@ def test_the_page_shows_the_ratios_and_says_what_is_not_measured(results, tmp_pa
     subprocess.run(command, check=True)
     text = page.read_text()
     for race in results["races"]:
-        assert f"**{race['ratio']:.1f}**" in text
+        assert f"<strong>{race['ratio']:.1f}</strong>" in text
     assert "no GPU has been measured" in text and text.count("<svg") == 2 and "$" not in text
 
 
