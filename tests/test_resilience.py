@@ -129,15 +129,21 @@ def test_a_full_and_a_read_only_disk(tmp_path, full):
 # --- recorded hashes ---
 
 
-def test_a_sealed_file_is_as_it_was_written_or_refused(tmp_path):
-    path = tmp_path / "a.json"
-    write_sealed(path, {"b": [1, 2.5, None], "a": "ü"})
-    assert read_sealed(path) == {"b": [1, 2.5, None], "a": "ü"}
+def with_each_bit_flipped(path):
+    """One after the other, the file with a single bit of it flipped."""
     content = path.read_bytes()
     for bit in range(8 * len(content)):
         changed = bytearray(content)
         changed[bit // 8] ^= 1 << bit % 8
         path.write_bytes(changed)
+        yield
+
+
+def test_a_sealed_file_is_as_it_was_written_or_refused(tmp_path):
+    path = tmp_path / "a.json"
+    write_sealed(path, {"b": [1, 2.5, None], "a": "ü"})
+    assert read_sealed(path) == {"b": [1, 2.5, None], "a": "ü"}
+    for _ in with_each_bit_flipped(path):
         try:
             assert read_sealed(path) == {"b": [1, 2.5, None], "a": "ü"}  # white space alone
         except DamagedError as error:
@@ -148,11 +154,7 @@ def test_every_bit_of_a_checkpoint_counts(tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     tensors, facts = {"weights.a": torch.arange(6.0).reshape(2, 3)}, {"run_id": "r", "plain": {"epoch": 1}}
     checkpoint.write(path, tensors, facts)
-    content = path.read_bytes()
-    for bit in range(8 * len(content)):
-        changed = bytearray(content)
-        changed[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(changed)
+    for _ in with_each_bit_flipped(path):
         try:
             again, stated = checkpoint.read(path)
         except DamagedError as error:

@@ -60,6 +60,7 @@ plain = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from([*make_config(k=4).model_dump(), "other"]), plain, max_size=4))
 def test_any_values_give_a_config_or_one_line(parameters):
     try:

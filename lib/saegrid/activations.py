@@ -19,7 +19,7 @@ from saegrid.config import STORE_FIELDS, RunConfig
 from saegrid.errors import ConfigError, StoreError
 from saegrid.fetch import files_sha256, replacing_folder, waiting_lock
 from saegrid.lm import LM, hidden_at, lm_shape, load_lm, weight_files
-from saegrid.manifest import FORMAT
+from saegrid.manifest import FORMAT, SHARD_ROWS
 from saegrid.prompts import Prompt, make_prompts
 from saegrid.published import add_published, published_files
 from saegrid.sealed import write_sealed
@@ -27,7 +27,6 @@ from saegrid.store import ShardWriter, Store
 
 __all__ = ["Store", "collect", "open_store"]
 
-SHARD_ROWS = 16_384
 BATCH_TOKENS = 2048
 """Padded tokens in one pass of the model."""
 WINDOW = 512

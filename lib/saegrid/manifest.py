@@ -12,6 +12,10 @@ from saegrid.errors import DamagedError, StoreError
 from saegrid.sealed import read_sealed
 
 FORMAT = 2
+SHARD_ROWS = 16_384
+"""Rows of a shard."""
+BUFFER_SHARDS = 8
+"""Shards whose rows are shuffled together (at 896 float16 values a row: 235 MB)."""
 MEND = "delete the folder, or `python -m saegrid mend GRID`, to have it collected again"
 
 

@@ -6,7 +6,6 @@ by `SHA256SUMS`; each states the SHA-256 of what belongs to it. Free of torch, a
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from saegrid import results
 from saegrid.atomic import disk_errors
 from saegrid.errors import DamagedError, SaegridError
 from saegrid.grid import Grid
-from saegrid.sealed import SUMS, check_sums, file_sha256, read_bytes, read_sealed
+from saegrid.sealed import SUMS, check_sums, file_sha256, read_sealed
 
 
 def mend(grid: Grid, root: str | Path = ".") -> list[str]:
@@ -85,7 +84,7 @@ def _check_baseline(folder: Path, data_sha256: str) -> None:
     content = read_sealed(path)
     if content.get("data_sha256") != data_sha256:
         raise DamagedError(f"{path}: damaged (another store's)")
-    if hashlib.sha256(read_bytes(folder / "baseline.safetensors")).hexdigest() != content.get("x_sha256"):
+    if file_sha256(folder / "baseline.safetensors") != content.get("x_sha256"):
         raise DamagedError(f"{folder / 'baseline.safetensors'}: damaged (not the SHA-256 in {path.name})")
 
 

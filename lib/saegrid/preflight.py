@@ -9,6 +9,7 @@ from pathlib import Path
 from saegrid.config import RunConfig
 from saegrid.errors import ConfigError
 from saegrid.lm import lm_shape
+from saegrid.manifest import BUFFER_SHARDS, SHARD_ROWS
 from saegrid.prompts import check_dataset
 
 BASE = 700e6
@@ -17,10 +18,6 @@ STATES = 5
 """Copies of the weights while training: themselves, Adam's two moments, the best epoch's, and the gradients."""
 ROW_VALUES = 3
 """Values per batch row and latent: pre-activations, and what selecting among them takes."""
-SHARD_ROWS = 16_384
-"""Rows of a shard."""
-BUFFER_SHARDS = 8
-"""Shards whose rows are shuffled together (at 896 float16 values a row: 235 MB)."""
 
 
 def check(config: RunConfig) -> None:

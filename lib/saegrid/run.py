@@ -40,17 +40,8 @@ from saegrid.tied import die_with_papermill
 from saegrid.train import CHECKPOINT, rms_pre_acts, train
 
 CODE = (
-    *(
-        "activations.py",
-        "embedded.py",
-        "estimates.py",
-        "fetch.py",
-        "files.py",
-        "lm.py",
-        "metrics.py",
-        "prompts.py",
-        "published.py",
-    ),
+    *("activations.py", "embedded.py", "estimates.py", "fetch.py", "files.py", "lm.py", "metrics.py", "prompts.py"),
+    "published.py",
     *("recipes.py", "run.py", "sae.py", "splice.py", "store.py", "train.py", "transfer.py", "kernels"),
 )
 """Sources whose change can change a run's result: their hash is the run's code version."""

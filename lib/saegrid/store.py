@@ -24,12 +24,10 @@ from torch import Tensor
 
 from saegrid.atomic import write_bytes
 from saegrid.errors import StoreError
-from saegrid.manifest import MEND, read_manifest
+from saegrid.manifest import BUFFER_SHARDS, MEND, read_manifest
 from saegrid.transfer import received, sent
 
 META = ("token_ids", "positions", "prompts")
-BUFFER_SHARDS = 8
-"""Shards whose rows are shuffled together (at 16,384 rows of 896 float16 values each: 235 MB)."""
 PREFETCH = 4
 """Batches made ahead by the background thread."""
 
@@ -226,12 +224,6 @@ class Store:
         if {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} != wanted:
             raise StoreError(f"{path}: damaged (not the tensors that the manifest states); {MEND}")
         return tensors
-
-    def check(self) -> None:
-        """Hold every file against its hash. Raises `StoreError`."""
-        shards = self.manifest["shards"]
-        for entry in [*shards["train"], *shards["val"], self.manifest["mean"]]:
-            self._read(entry)
 
 
 def _generator(*key: Any) -> torch.Generator:
