@@ -1,4 +1,4 @@
-# make report · test · lint · bench · peers · full · chaos · fuzz · clean — each sets up what it needs.
+# make report · test · lint · bench · peers · full · recipes · ablation · chaos · fuzz · clean — each sets up what it needs.
 PYTHON ?= python3
 CORES ?= all
 FUZZ ?= activation_file dictionary_folder grid published_sae run_files sae_folder store
@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := PASSIVE
 SNAKEMAKE = snakemake -s workflow/Snakefile --cores $(CORES) --rerun-incomplete --quiet rules
 
 .DEFAULT_GOAL := report
-.PHONY: report full test lint bench peers chaos fuzz clean setup
+.PHONY: report full recipes ablation test lint bench peers chaos fuzz clean setup
 
 setup: $(VENV)/.ready
 
@@ -28,6 +28,9 @@ report: setup  ## the quick grid on the embedded model, and its website
 full: setup  ## the published axes on the embedded model
 	$(SNAKEMAKE) --config grid=params/full.yaml
 	@echo "open _site/index.html"
+
+recipes ablation: setup  ## what a recipe, and each of its choices, buys: tables under results/
+	$(SNAKEMAKE) --config grid=params/$@.yaml -- results/$@/results_tidy.csv
 
 test: setup
 	pytest -n auto --dist loadfile -rs

@@ -61,6 +61,7 @@ UNITS = {
     "exponents": "slope of log(step) over log(size), least squares",
 }
 NOT_MEASURED = ("GPU: no GPU has been measured; every number here is a processor's.",)
+NO_BF16 = "The peers' bf16 settings: this processor has no bf16 instructions, and a step of theirs takes seconds."
 
 
 def main() -> None:
@@ -138,9 +139,10 @@ class Bench:
         missing = [peer for peer in options.peers if peer not in self.peers]
         notes = [f"{peer}: its environment is missing ({options.peers_python}); see `make peers`" for peer in missing]
         rows = {"made": ROWS, "model": self.config.model, "layer": self.config.layer, "n": len(self.rows)}
+        found = machine(options.threads)
         return {
             "started": now(),
-            "machine": machine(options.threads),
+            "machine": found,
             "versions": {"python": platform.python_version(), "saegrid": code_version()} | old.get("versions", {}),
             "units": UNITS,
             "settings": {name: getattr(options, name) for name in ("turns", "turn_seconds", "train_steps", "quick")},
@@ -151,7 +153,7 @@ class Bench:
             "grid": old.get("grid", {}),
             "scaling": old.get("scaling", {}),
             "quality": old.get("quality", []),
-            "not_measured": [*notes, *NOT_MEASURED],
+            "not_measured": [*notes, *NOT_MEASURED, *([] if found["bf16_instructions"] else [NO_BF16])],
         }
 
     def shape(self, d_in: int, expansion: int, k: int) -> None:
@@ -173,7 +175,8 @@ class Bench:
 
     def against(self, peer: str, shape: Shape, arch: str, common: dict) -> None:
         """One race with one peer. The first tries all settings; later ones those that were close to the fastest."""
-        settings = self.contending.get((peer, arch), settings_of(peer, arch)[: 2 if self.options.quick else None])
+        tried = settings_of(peer, arch, bool(self.results["machine"]["bf16_instructions"]))
+        settings = self.contending.get((peer, arch), tried[: 2 if self.options.quick else None])
         specs = [common | {"contender": "saegrid", "setting": "auto"}]
         specs += [common | {"contender": peer, "setting": setting} for setting in settings]
         records = self.race(specs)

@@ -20,9 +20,9 @@ STEP = 2000  # what dictionary_learning is told: behind its warm-ups, where it s
 
 SETTINGS = {
     "sae-lens": ("default", "bf16", "compile", "bf16+compile"),
-    "sparsify": ("default", "bf16", "adam+bf16", "bf16+compile"),
+    "sparsify": ("default", "adam", "compile", "bf16", "adam+bf16", "bf16+compile"),
     "dictionary_learning": ("default", "bf16", "compile", "bf16+compile"),
-    "torch": ("default", "bf16", "bf16+fused", "bf16+fused+compile"),
+    "torch": ("default", "fused", "fused+compile", "bf16", "bf16+fused", "bf16+fused+compile"),
 }
 ARCHITECTURES = {
     "sae-lens": ("TopK", "BatchTopK", "JumpReLU"),
@@ -32,10 +32,13 @@ ARCHITECTURES = {
 }
 
 
-def settings_of(peer: str, arch: str) -> tuple[str, ...]:
-    """Settings to try; the first is the peer's default."""
+def settings_of(peer: str, arch: str, bf16: bool) -> tuple[str, ...]:
+    """Settings to try; the first is the peer's default.
+
+    bf16: whether the processor multiplies bf16. Where it does not, a step takes seconds (LOG.md) and is not tried.
+    """
     sparse = ("sparse",) if (peer, arch) == ("sae-lens", "TopK") else ()
-    return (*SETTINGS[peer], *sparse)
+    return tuple(name for name in (*SETTINGS[peer], *sparse) if bf16 or "bf16" not in name.split("+"))
 
 
 class Weights:

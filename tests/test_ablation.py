@@ -1,7 +1,8 @@
 import pytest
 
-from saegrid import card, findings, results
+from saegrid import card, evidence, findings, intervals, results
 from saegrid.ablation import by_recipe, recipe_section
+from saegrid.errors import ResultsError
 from saegrid.recipes import RECIPES
 
 
@@ -24,7 +25,7 @@ def test_means_over_seeds_and_their_range(mixed):
     table = by_recipe(mixed)
     assert list(table["recipe"]) == ["published", "improved", "improved but aux_coef = 0.0"]
     assert list(table["delta_loss"]) == pytest.approx([2.5, 0.15, 0.5])
-    assert list(table["delta_range"]) == ["2.000 to 3.000", "0.100 to 0.200", ""]
+    assert list(table["delta_between"]) == ["2.000 to 3.000", "0.100 to 0.200", ""]
     assert list(table["seeds"]) == [2, 2, 1]
 
 
@@ -39,3 +40,36 @@ def test_the_published_findings_are_tested_on_the_published_recipe_alone(mixed):
     alone, all_rows = findings.all_findings(mixed.iloc[:2]), findings.all_findings(mixed)
     assert [finding.sentence for finding in alone] == [finding.sentence for finding in all_rows]
     assert all((finding.evidence["recipe"] == "published").all() for finding in all_rows)
+
+
+def test_intervals_over_templates_and_seeds(fake_grid, fake_runs):
+    """Seeds that differ more than prompts do make the interval wider than the prompts alone would."""
+    df = results.tidy(fake_grid, fake_runs / "runs")
+    drawn = intervals.draws(results.load_prompts(df, fake_runs / "runs"))
+    ids = list(df.sort_values("delta_loss")["run_id"].iloc[[0, -1]])
+    low, high = intervals.central(intervals.over_seeds(drawn, ids))
+    alone = [intervals.interval(drawn, {run_id: 1.0}) for run_id in ids]
+    assert low == pytest.approx(alone[0][0], abs=0.05) and high == pytest.approx(alone[1][1], abs=0.05)
+    one = intervals.central(intervals.over_seeds(drawn, ids[:1]))
+    assert one == pytest.approx(alone[0])
+
+
+def test_the_recipes_page_is_made_from_kept_tables(mixed, fake_grid, fake_runs, tmp_path):
+    assert "`make recipes` does it" in evidence.page(tmp_path)
+    df = results.tidy(fake_grid, fake_runs / "runs")
+    pairs = df[df["k"] == 64].iloc[[0, 1, 2, 3]]
+    recipes = [{"recipe": "published"}] * 2 + [{**RECIPES["improved"], "recipe": "improved"}] * 2
+    values = {
+        name: [(row | new)[name] for row, new in zip(pairs.to_dict("records"), recipes, strict=True)] for name in df
+    }
+    kept = pairs.assign(**values).assign(arch="BatchTopK", expansion=8, seed=[0, 1, 0, 1])
+    prompts = results.load_prompts(df, fake_runs / "runs")
+    folder = tmp_path / "results/recipes"
+    results.write_tables(kept, folder, prompts[prompts["run_id"].isin(kept["run_id"])])
+    page = evidence.page(tmp_path)
+    old, new = (kept[kept["recipe"] == recipe]["delta_loss"].mean() for recipe in ("published", "improved"))
+    assert f"{100 * new / old:.1f}% of it" in page and "`make ablation` does it" in page
+    path = folder / "results_prompts.csv"
+    path.write_text(path.read_text().replace("0", "1", 1))
+    with pytest.raises(ResultsError, match=r"results_prompts\.csv"):
+        evidence.page(tmp_path)

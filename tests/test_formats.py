@@ -18,12 +18,12 @@ from test_fetch import in_another_process, serve
 import saegrid
 from saegrid.config import BATCH_CUT
 from saegrid.errors import SaeFileError
-from saegrid.exchange import JumpReLUPerLatent
 from saegrid.files import save_sae
 from saegrid.formats import export, load_sae
 from saegrid.sae import ARCHITECTURES, SAE, JumpReLU
 
 D_IN, D_SAE, K = 24, 96, 7
+TRAINED = "JumpReLU, a theta for each latent"
 FACTS = {"model": "some/model", "layer": 12, "max_tokens": 512, "dataset": "some/data"}
 
 
@@ -39,6 +39,10 @@ def filled(sae: SAE) -> SAE:
 def make(arch: str) -> SAE:
     if arch == "JumpReLU":
         return filled(JumpReLU(D_IN, D_SAE, threshold=3.7))
+    if arch == TRAINED:
+        sae = filled(JumpReLU(D_IN, D_SAE, k=K, theta=torch.zeros(D_SAE)))
+        sae.theta.copy_(torch.linspace(0, 6, D_SAE))
+        return sae
     sae = filled(ARCHITECTURES[arch](D_IN, D_SAE, k=K))
     sae.inference_threshold = None if arch == "TopK" else 4.3
     return sae
@@ -58,6 +62,7 @@ def assert_same(ours: SAE, theirs: SAE):
 
 CELLS = [
     *((arch, "published", arch) for arch in ARCHITECTURES),
+    *((TRAINED, format, "JumpReLU") for format in ("published", "saelens", "dictionary_learning")),
     *(("Matryoshka", "saelens", "JumpReLU"), ("Matryoshka", "dictionary_learning", "BatchTopK")),
     *(("TopK", "saelens", "TopK"), ("BatchTopK", "saelens", "JumpReLU"), ("JumpReLU", "saelens", "JumpReLU")),
     *((arch, "dictionary_learning", arch) for arch in ("TopK", "BatchTopK", "JumpReLU")),
@@ -71,7 +76,7 @@ def test_out_and_back(arch, format, back_as, tmp_path):
     where = export(sae, tmp_path / "a", format, FACTS)
     back = saegrid.load_sae(where)
     assert type(back).__name__ == back_as
-    assert back.k == (sae.k if back_as != "JumpReLU" else 0)
+    assert back.k == (sae.k if back_as != "JumpReLU" or format == "published" else 0)
     assert_same(sae, back)
     again = export(back, tmp_path / "b", format, FACTS)
     assert_same(back, load_sae(again))
@@ -81,13 +86,13 @@ def test_out_and_back(arch, format, back_as, tmp_path):
         assert path.read_bytes() == (tmp_path / "c" / path.name).read_bytes()
 
 
-@pytest.mark.parametrize("arch", BATCH_CUT)
+@pytest.mark.parametrize("arch", [*BATCH_CUT, TRAINED])
 def test_a_run_folder_and_each_of_its_files(arch, tmp_path):
     sae = make(arch)
-    save_sae(sae, tmp_path, f"{arch}_exp4x_k7", {"expansion": 4})
-    for source in (tmp_path, tmp_path / "sae.safetensors", tmp_path / f"{arch}_exp4x_k7.pt"):
+    save_sae(sae, tmp_path, f"{sae.arch}_exp4x_k7", {"expansion": 4})
+    for source in (tmp_path, tmp_path / "sae.safetensors", tmp_path / f"{sae.arch}_exp4x_k7.pt"):
         back = load_sae(str(source))
-        assert (back.arch, back.k, back.inference_threshold) == (arch, K, 4.3)
+        assert (back.arch, back.k, back.inference_threshold) == (sae.arch, K, sae.inference_threshold)
         assert all(torch.equal(a, b) for a, b in zip(back.params, sae.params, strict=True))
 
 
@@ -136,18 +141,28 @@ def test_a_theta_with_more_digits_than_its_name(tmp_path):
 
 
 def test_one_threshold_per_latent_is_kept(tmp_path):
-    thresholds = torch.linspace(0.5, 6, D_SAE)
-    sae = filled(JumpReLUPerLatent(D_IN, D_SAE, thresholds))
-    x = rows()
+    sae, x = make(TRAINED), rows()
+    sae.k = 0  # as another library's is read
     pre = (x - sae.b_pre) @ sae.W_enc.T + sae.b_enc
-    assert torch.allclose(sae.encode(x), pre * (pre > thresholds), rtol=1e-4, atol=1e-2)
-    assert torch.equal(sae.encode(x) > 0, pre > thresholds)
-    for format in ("saelens", "dictionary_learning"):
+    assert torch.allclose(sae.encode(x), pre * (pre > sae.theta), rtol=1e-4, atol=1e-2)
+    assert torch.equal(sae.encode(x) > 0, pre > sae.theta)
+    for format in ("saelens", "dictionary_learning", "published"):
         back = load_sae(export(sae, tmp_path / format, format), arch="JumpReLU")
-        assert torch.equal(back.thresholds, thresholds)
+        assert torch.equal(back.theta, sae.theta)
         assert_same(sae, back)
-    with pytest.raises(SaeFileError, match="one per latent"):
-        export(sae, tmp_path, "published")
+
+
+def test_thresholds_that_can_not_be(tmp_path):
+    path = export(make(TRAINED), tmp_path, "published")
+    state = torch.load(path, weights_only=True)
+    for threshold, reason in ((state["threshold"] - 1, "below 0"), (torch.ones(3), "threshold has shape")):
+        torch.save(state | {"threshold": threshold}, path)
+        with pytest.raises(SaeFileError, match=reason):
+            load_sae(path)
+    topk = export(make("TopK"), tmp_path, "published")
+    torch.save(torch.load(topk, weights_only=True) | {"threshold": torch.ones(D_SAE)}, topk)
+    with pytest.raises(SaeFileError, match="arch = 'TopK'"):
+        load_sae(topk)
 
 
 def test_a_single_file_in_a_folder_needs_no_name(tmp_path):

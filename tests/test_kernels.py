@@ -14,6 +14,7 @@ from saegrid import kernels
 from saegrid.errors import ConfigError
 from saegrid.kernels import cpu, reference
 from saegrid.kernels.reference import Codes, Params, Rule, StepSettings, TrainState
+from saegrid.train import start_of_theta
 
 D_IN, D_SAE = 48, 192
 
@@ -52,6 +53,11 @@ def make_params(seed: int = 0, d_in: int = D_IN, d_sae: int = D_SAE) -> Params:
 
 def start(params: Params) -> TrainState:
     return TrainState.start(Params(*(p.clone() for p in params)))
+
+
+def slope(parameter: torch.Tensor) -> torch.Tensor:
+    """Its gradient; 0 where the loss does not depend on it."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def apart(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -127,7 +133,7 @@ def test_reference_gradients_are_autograd(rule):
     actual_loss, grads = reference.gradients(single, x.float(), codes)
     assert actual_loss == pytest.approx(loss.item(), rel=1e-5)
     for name, grad in grads._asdict().items():
-        assert apart(grad, getattr(params, name).grad) < 1e-5, name
+        assert apart(grad, slope(getattr(params, name))) < 1e-5, name
 
 
 def test_reference_by_hand():
@@ -201,7 +207,7 @@ def test_reference_matryoshka_is_autograd():
     loss, grads = reference.matryoshka_gradients(single, x.float(), codes, prefixes)
     assert loss == pytest.approx(losses[-1].item(), rel=1e-5)
     for name, grad in grads._asdict().items():
-        assert apart(grad, getattr(params, name).grad) < 1e-5, name
+        assert apart(grad, slope(getattr(params, name))) < 1e-5, name
 
 
 def test_reference_auxk_is_autograd():
@@ -226,7 +232,88 @@ def test_reference_auxk_is_autograd():
     assert not grads.W_enc[~dead].any() and grads.W_enc[dead].any()
 
 
+class Jump(torch.autograd.Function):
+    """H(pre - theta), and pre H(pre - theta), with the paper's pseudo-derivatives (arXiv:2407.14435, eq. 11, 12)."""
+
+    @staticmethod
+    def forward(ctx, pre, theta, bandwidth):
+        ctx.save_for_backward(pre, theta)
+        ctx.bandwidth = bandwidth
+        active = (pre > theta).double()
+        return active, pre * active
+
+    @staticmethod
+    def backward(ctx, g_active, g_z):
+        pre, theta = ctx.saved_tensors
+        window = ((pre - theta).abs() < ctx.bandwidth / 2).double() / ctx.bandwidth
+        g_theta = -(window * (theta * g_z + g_active)).sum(0)
+        return g_z * (pre > theta), g_theta, None
+
+
+THETA = torch.linspace(5.0, 40.0, D_SAE)
+
+
+def jump_params(seed: int = 0) -> Params:
+    return make_params(seed)._replace(theta=THETA)
+
+
+def test_reference_jumprelu_is_autograd():
+    """Squared error and (L0 / k - 1)² through the pseudo-derivatives, by autograd in float64."""
+    params = Params(*(p.double().requires_grad_() for p in jump_params()))
+    x, k, told = make_rows(40).double(), 20, StepSettings(0.0, bandwidth=3.0, l0_coef=500.0)
+    pre = (x - params.b_pre) @ params.W_enc.T + params.b_enc
+    active, z = Jump.apply(pre, params.theta, told.bandwidth)
+    error = torch.nn.functional.mse_loss(z @ params.W_dec + params.b_dec + params.b_pre, x)
+    (error + told.l0_coef * (active.sum(1).mean() / k - 1) ** 2).backward()
+
+    single = Params(*(p.detach().float() for p in params))
+    codes = reference.encode(single, x.float(), Rule("jumprelu", k))
+    assert apart(dense(codes), z.detach()) < 1e-5
+    wide = reference.above_theta(reference.encode, single, x.float(), "fp32", told.bandwidth / 2)
+    assert len(wide.values) > len(codes.values) == (wide.values > 0).sum()
+    loss, grads = reference.jumprelu_gradients(single, x.float(), wide, k, told)
+    assert loss == pytest.approx(error.item(), rel=1e-5)
+    for name, grad in grads._asdict().items():
+        assert grad.any() and apart(grad, getattr(params, name).grad) < 1e-5, name
+
+
 # --- the cpu kernel against the definition ---
+
+
+@pytest.mark.parametrize(("grad_clip", "project_grad"), [(0.0, False), (1.0, True)])
+@pytest.mark.parametrize("aux_coef", [0.0, 1 / 32])
+def test_cpu_train_step_with_trained_thresholds(grad_clip, project_grad, aux_coef):
+    told = StepSettings(1e-2, grad_clip, project_grad, "fp32", aux_coef, 20, 150, bandwidth=3.0, l0_coef=500.0)
+    rule = Rule("jumprelu", 20)
+    expected, actual = start(jump_params()), start(jump_params())
+    for state in (expected, actual):
+        state.quiet[::3] = 150
+        state.params.b_enc[::3] = -100.0  # they fire on no row, or hardly any
+    for step, n in enumerate([100, 100, 37]):
+        x = make_rows(n, step)
+        loss, active = reference.train_step(expected, x, rule, told)
+        actual_loss, actual_active = cpu.train_step(actual, x, rule, told)
+        assert actual_loss == pytest.approx(loss, rel=1e-4) and abs(actual_active - active) <= 1 + 2e-3 * active
+        assert (actual.quiet != expected.quiet).sum() <= 1
+        actual.quiet.copy_(expected.quiet)
+        actual.params = Params(*(p.clone() for p in expected.params))
+        for moments in ("m", "v"):
+            for name, mine, theirs in zip(
+                Params._fields, getattr(actual, moments), getattr(expected, moments), strict=True
+            ):
+                assert apart(mine, theirs) < 1e-3, (moments, name)
+    assert (expected.params.theta != THETA).any() and expected.params.theta.min() >= 0
+
+
+def test_trained_thresholds_find_their_l0():
+    """The penalty brings L0 to k, from a cut that keeps twice as many and from one that keeps half."""
+    x = make_rows(512) / 145 * D_IN**0.5
+    for start_at in (32, 8):
+        theta, told = start_of_theta(make_params(), x, start_at), StepSettings(1e-2, bandwidth=0.3, l0_coef=10.0)
+        state = start(make_params()._replace(theta=torch.full((D_SAE,), theta)))
+        for _ in range(400):
+            _, active = cpu.train_step(state, x, Rule("jumprelu", 16), told)
+        assert active / len(x) == pytest.approx(16, rel=0.05), start_at
 
 
 @settings(max_examples=60, deadline=None)

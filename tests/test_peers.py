@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from saegrid.exchange import JumpReLUPerLatent
 from saegrid.formats import export, load_sae
 from saegrid.sae import SAE, BatchTopK, JumpReLU, TopK
 
@@ -55,11 +54,12 @@ def make(arch: str) -> SAE:
         "TopK": lambda: TopK(D_IN, D_SAE, k=K),
         "BatchTopK": lambda: BatchTopK(D_IN, D_SAE, k=K, inference_threshold=34.5),
         "JumpReLU": lambda: JumpReLU(D_IN, D_SAE, threshold=34.5),
-        "JumpReLUPerLatent": lambda: JumpReLUPerLatent(D_IN, D_SAE, thresholds),
+        "JumpReLUPerLatent": lambda: JumpReLU(D_IN, D_SAE, theta=thresholds),
     }[arch]()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in sae.named_parameters():
-        parameter.data.normal_(std=0.1 if name.startswith("W") else 2.0, generator=generator)
+        if name != "theta":
+            parameter.data.normal_(std=0.1 if name.startswith("W") else 2.0, generator=generator)
     sae.W_dec.data /= sae.W_dec.norm(dim=1, keepdim=True)
     return sae
 
@@ -90,8 +90,8 @@ def distance_to_cut(sae: SAE, x: torch.Tensor) -> torch.Tensor:
     if isinstance(sae, TopK):
         kept, out = pre.topk(sae.k + 1, dim=1).values[:, -2:].T  # the cut lies between the last kept and the next
         cut = (kept[:, None] + out[:, None]) / 2
-    elif isinstance(sae, JumpReLUPerLatent):
-        cut = sae.thresholds.double()
+    elif len(sae.theta):
+        cut = sae.theta.double()
     else:
         cut = torch.tensor(sae.inference_threshold if isinstance(sae, BatchTopK) else sae.threshold).double()
     return (pre - cut).abs() / cut.abs()

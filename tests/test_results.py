@@ -9,8 +9,8 @@ import pytest
 from conftest import reseal
 
 from saegrid import published_table, results
+from saegrid.errors import ResultsError
 from saegrid.recipes import YOUNGER
-from saegrid.results import ResultsError
 from saegrid.sealed import SUMS
 
 

@@ -13,7 +13,7 @@ from conftest import reseal
 from site_project import HOSTILE, NOTEBOOKS, build, execute
 
 from saegrid import captions, findings, pages, results, site
-from saegrid.results import ResultsError
+from saegrid.errors import ResultsError
 from saegrid.tables import number
 
 

@@ -68,7 +68,7 @@ def test_the_recipe_against_a_plain_torch_loop(make_store, tmp_path):
     ours, progress = train(run, store, reference, tmp_path)
 
     start = initial_sae(run, 8, store.mean)
-    params = [torch.nn.Parameter(tensor.clone()) for tensor in start.params]
+    params = [torch.nn.Parameter(tensor.clone()) for tensor in start.params[:5]]
     W_enc, b_enc, W_dec, b_dec, b_pre = params
     optimiser = torch.optim.Adam(params, lr=run.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=10)
@@ -84,7 +84,7 @@ def test_the_recipe_against_a_plain_torch_loop(make_store, tmp_path):
             schedule.step()
             W_dec.data.div_(W_dec.data.norm(dim=1, keepdim=True))
     assert progress.best_epoch == 1
-    for mine, theirs in zip(ours.params, params, strict=True):
+    for mine, theirs in zip(ours.params[:5], params, strict=True):
         torch.testing.assert_close(mine, theirs.data, rtol=1e-3, atol=1e-5)
 
 
@@ -108,7 +108,12 @@ def test_the_weights_kept_are_those_of_the_best_epoch(make_store, tmp_path):
 
 @pytest.mark.parametrize("stop_after", [0, 1, 7, 13])
 @pytest.mark.parametrize(
-    "changes", [{}, {"recipe": "improved", "dead_window": 0.1}, {"recipe": "improved", "arch": "Matryoshka"}]
+    "changes",
+    [
+        {},
+        {"recipe": "improved", "dead_window": 0.1},
+        *({"recipe": "improved", "arch": a} for a in ("Matryoshka", "JumpReLU")),
+    ],
 )
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(make_store, tmp_path, stop_after, changes):
     run = config(checkpoint_steps=3, **changes)
@@ -198,6 +203,17 @@ def test_matryoshka_has_its_best_latents_first(make_store, tmp_path):
         z[:, 12:] = 0
         error[arch] = (sae.decode(z) - x).square().mean().item()
     assert error["Matryoshka"] < 0.7 * error["BatchTopK"]
+
+
+def test_jumprelu_lands_on_its_target(make_store, tmp_path):
+    """Exactly on the rows that it is calibrated on, in each latent with a threshold of its own."""
+    store = make_store(sinks=5)
+    run = config(arch="JumpReLU", recipe="improved", lr=1e-2, epochs=20)
+    sae, progress = train(run, store, reference, tmp_path)
+    active = (sae.encode(store.rows("val")) > 0).sum().item()
+    assert active == 3 * store.n_val
+    assert progress.curve[-1]["val_l0"] == pytest.approx(3, rel=0.5)  # before the calibration
+    assert sae.theta.unique().numel() > 12 and sae.theta.min() >= 0 and sae.threshold == 0
 
 
 def test_auxk_leaves_fewer_latents_dead(make_store, tmp_path):

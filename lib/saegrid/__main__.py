@@ -1,4 +1,4 @@
-"""Commands: `python -m saegrid list | collect | tables | latents | pages | site | mend | publish`.
+"""Commands: `python -m saegrid list | collect | pca | tables | latents | pages | site | mend | publish`.
 
 A user's mistake is one line on stderr and exit code 2.
 """
@@ -22,6 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _Parser(prog="saegrid", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("collect", help="make an activation store of a grid")
+    command.add_argument("grid", type=Path)
+    command.add_argument("store_id", help="one of the grid's stores, as `list` shows them")
+    command = commands.add_parser("pca", help="measure what as many principal components lose, for a store of a grid")
     command.add_argument("grid", type=Path)
     command.add_argument("store_id", help="one of the grid's stores, as `list` shows them")
     command = commands.add_parser("list", help="the runs of a grid: id, store, and whether it has finished")
@@ -91,8 +94,8 @@ def _run(options: argparse.Namespace) -> None:
         from saegrid import hub
 
         hub.publish(grid, options.repo, options.space, options.folder, options.dry_run)
-    elif options.command == "collect":
-        _collect(grid, options.store_id)
+    else:
+        _collect(grid, options.store_id, options.command == "pca")
 
 
 def _checked(grid_file: Path) -> Grid:
@@ -121,14 +124,18 @@ def _list(grid: Grid) -> None:
         print(f"{run.run_id}  {run.store_id}  {state}")
 
 
-def _collect(grid: Grid, store_id: str) -> None:
+def _collect(grid: Grid, store_id: str, with_pca: bool) -> None:
     stores = {run.store_id: run for run in grid.runs()}
     if store_id not in stores:
         raise SaegridError(f"store_id = {store_id!r}: the grid {grid.name} has {', '.join(stores)}")
     check(stores[store_id])  # with a model on the Hub, too
     from saegrid.run import prepare_store  # imports torch
 
-    prepare_store(stores[store_id])
+    store = prepare_store(stores[store_id])
+    if with_pca:
+        from saegrid import pca
+
+        pca.make(stores[store_id], store)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ def frontier_alt(df: pd.DataFrame, y: str, lower_is_better: bool = True) -> str:
     return f"{header(y)} against L0 for {len(df)} runs. On the Pareto set, from sparse to dense: {points}."
 
 
-def frontier_caption(df: pd.DataFrame, y: str, lower_is_better: bool = True) -> str:
+def frontier_caption(
+    df: pd.DataFrame, y: str, lower_is_better: bool = True, baseline: pd.DataFrame | None = None
+) -> str:
     """What the frontier says, and what its marks mean."""
     sparse = results.candidates(df)
     front = plots.pareto(sparse, y, lower_is_better=lower_is_better)
@@ -43,6 +45,8 @@ def frontier_caption(df: pd.DataFrame, y: str, lower_is_better: bool = True) -> 
         f"On the Pareto set {'is' if len(front) == 1 else 'are'} {held}{moves}. One mark a run, colour and shape by "
         f"architecture, size by expansion; {'lower' if lower_is_better else 'higher'} and further left is better. "
         f"A mark leads to its run's page.{left_out if dense else ''}"
+        + (" Pale: the published recipe." if plots.recipes_differ(df) else "")
+        + (" Dashed: PCA with as many components." if len(plots.pca_line(df, y, baseline)) else "")
     )
 
 

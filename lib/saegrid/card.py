@@ -13,6 +13,8 @@ import pandas as pd
 from saegrid import captions, intervals, plots, published_table
 from saegrid import findings as claims
 from saegrid.ablation import recipe_section
+from saegrid.budget import budget_section
+from saegrid.config import BATCH_CUT
 from saegrid.findings import Finding
 from saegrid.tables import COLUMNS, MISSING, Markdown, html_block, html_table, markdown, number, pipe_table
 
@@ -21,7 +23,14 @@ MAIN = ["name", "l0", "val_mse", "nmse", "fvu_no_sink", "dead_pct", "delta_loss"
 """Columns of the results table on the home page."""
 
 
-def model_card(df: pd.DataFrame, prompts: pd.DataFrame | None = None, *, title: str = "", links: str = "") -> Markdown:
+def model_card(
+    df: pd.DataFrame,
+    prompts: pd.DataFrame | None = None,
+    *,
+    title: str = "",
+    links: str = "",
+    baseline: pd.DataFrame | None = None,
+) -> Markdown:
     """The home page's body: recommendation, headline figure, findings, results, what was swept, files, how to load.
 
     Args:
@@ -29,11 +38,13 @@ def model_card(df: pd.DataFrame, prompts: pd.DataFrame | None = None, *, title: 
         prompts: the runs' per-prompt sums, for the intervals.
         title: the grid's title.
         links: the report's folder as seen from the page, such as `report/`; empty: a card without links.
+        baseline: what PCA loses (`saegrid.baselines`).
     """
     best = claims.recommend(df)
     runs = f"{links}runs/" if links else ""
-    ax = plots.frontier(df, y="delta_loss", links=runs)
-    alt, caption = captions.frontier_alt(df, "delta_loss"), captions.frontier_caption(df, "delta_loss")
+    ax = plots.frontier(df, y="delta_loss", links=runs, baseline=baseline)
+    alt = captions.frontier_alt(df, "delta_loss")
+    caption = captions.frontier_caption(df, "delta_loss", baseline=baseline)
     own, published = claims.all_findings(df, prompts), claims.all_findings(published_table.rows())
     more = f" [Interactive, and against other measures]({links}frontier.ipynb)." if links else ""
     return markdown(
@@ -42,6 +53,7 @@ def model_card(df: pd.DataFrame, prompts: pd.DataFrame | None = None, *, title: 
         f"{escape(title)}: {swept_text(df)}" if title else swept_text(df),
         plots.figure(ax, alt=alt, caption=caption),
         f"The recommended run costs least; fewer latents cost more, and the line joins the runs that none beats.{more}",
+        *filter(None, [budget_section(df, prompts, runs)]),
         "## Load the recommended SAE",
         load_text(best),
         "## The five published findings, tested again",
@@ -51,7 +63,7 @@ def model_card(df: pd.DataFrame, prompts: pd.DataFrame | None = None, *, title: 
         findings_table(own, published, f"{links}findings.html" if links else None),
         "## Results",
         html_table(df, MAIN, caption=f"All {len(df)} runs.", links=runs, tools="results" if links else ""),
-        *filter(None, [recipe_section(df)]),
+        *filter(None, [recipe_section(df, prompts)]),
         "## What was swept",
         setting_table(df),
         "## Files",
@@ -230,12 +242,13 @@ def load_text(best: pd.Series) -> Markdown:
     own = f'import torch\n\nimport saegrid\n\nsae = saegrid.load_sae("{folder}")  # {best["name"]}\n{x}\n'
     own += f"latent_acts, x_hat = sae.encode(x), sae(x)  # (4, {best['d_sae']}), (4, {best['d_in']})"
     kept = 'z = pre * (pre > json.load(open(f"{folder}/cfg.json"))["RULE"])'
-    keep = {
-        "TopK": f"top = pre.topk({best['k']})\nz = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())",
-        "BatchTopK": kept.replace("RULE", "inference_threshold"),
-        "JumpReLU": kept.replace("RULE", "threshold"),
-    }[best["arch"]]
-    plain = "" if best["arch"] == "TopK" else "import json\n\n"
+    if best["arch"] == "TopK":
+        keep = f"top = pre.topk({best['k']})\nz = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())"
+    elif best["arch"] in BATCH_CUT:
+        keep = kept.replace("RULE", "inference_threshold")
+    else:
+        keep = kept.replace("RULE", "threshold") if pd.isna(best["k"]) else 'z = pre * (pre > w["theta"])'
+    plain = "import json\n\n" if "json" in keep else ""
     plain += f'import torch\nfrom safetensors.torch import load_file\n\nfolder = "{folder}"\n'
     plain += f'w = load_file(f"{{folder}}/sae.safetensors")\n{x}\n'
     plain += f'pre = (x - w["b_pre"]) @ w["W_enc"].T + w["b_enc"]\n{keep}\n'

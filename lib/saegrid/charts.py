@@ -15,8 +15,8 @@ import pandas as pd
 
 from saegrid import captions, plots
 from saegrid.atomic import write_text
-from saegrid.plots import MARKERS, PALETTE, WIDE
 from saegrid.results import candidates
+from saegrid.style import MARKERS, PALE, PALETTE, WIDE
 from saegrid.tables import COLUMNS, Markdown, header, number
 
 LIBRARY = "scripts/vega.js"
@@ -42,21 +42,36 @@ def write_library(folder: str | Path) -> None:
     write_text(path, head + vl_convert.javascript_bundle())
 
 
-def frontier_figure(df: pd.DataFrame, y: str, *, lower_is_better: bool = True, links: str = "runs/") -> Markdown:
+def frontier_figure(
+    df: pd.DataFrame,
+    y: str,
+    *,
+    lower_is_better: bool = True,
+    links: str = "runs/",
+    baseline: pd.DataFrame | None = None,
+) -> Markdown:
     """The frontier of `y` as a figure: interactive where scripts run, the static picture beneath it elsewhere."""
-    content = frontier(df, y, lower_is_better=lower_is_better, links=links).to_dict()
+    told = {"lower_is_better": lower_is_better, "links": links, "baseline": baseline}
+    content = frontier(df, y, **told).to_dict()
     content["config"]["legend"]["layout"] = LEGENDS
     spec = json.dumps(content).replace("</", "<\\/")  # no text of the data ends the element
     above = f'<div class="chart" data-library="{LIBRARY}"><script type="application/json">{spec}</script></div>'
     return plots.figure(
-        plots.frontier(df, y=y, lower_is_better=lower_is_better, links=links),
+        plots.frontier(df, y=y, **told),
         alt=captions.frontier_alt(df, y, lower_is_better),
-        caption=captions.frontier_caption(df, y, lower_is_better),
+        caption=captions.frontier_caption(df, y, lower_is_better, baseline),
         above=above,
     )
 
 
-def frontier(df: pd.DataFrame, y: str, *, lower_is_better: bool = True, links: str = "") -> alt.LayerChart:
+def frontier(
+    df: pd.DataFrame,
+    y: str,
+    *,
+    lower_is_better: bool = True,
+    links: str = "",
+    baseline: pd.DataFrame | None = None,
+) -> alt.LayerChart:
     """L0 against `y`, one mark a run as in `plots.frontier`: colour and shape by architecture, size by expansion, dense
     runs hollow, the Pareto set of the others joined."""
     sparse = candidates(df)
@@ -80,6 +95,7 @@ def frontier(df: pd.DataFrame, y: str, *, lower_is_better: bool = True, links: s
         y,
         "page",
         "dense",
+        "recipe",
         "label",
         *(f"{name}_text" for name in shown),
     ]
@@ -101,14 +117,27 @@ def frontier(df: pd.DataFrame, y: str, *, lower_is_better: bool = True, links: s
         ),
         size=alt.Size("size:O", title=None, scale=alt.Scale(range=[60, 190]), sort=sizes),
         fillOpacity=alt.condition("datum.dense", alt.value(0), alt.value(0.9)),
+        opacity=_opacity(df),
         tooltip=_tooltip(shown),
         href="page:N",
         description="label:N",
     )
-    chart = alt.layer(line.encode(x=x_axis, y=y_axis), marks.encode(x=x_axis, y=y_axis))
+    beside = plots.pca_line(df, y, baseline).rename(columns={"components": "l0"})
+    dashes = alt.Chart(beside).mark_line(color="currentColor", opacity=0.45, strokeDash=[4, 4], aria=False)
+    lines = [part.encode(x=x_axis, y=y_axis) for part in ((line, dashes) if len(beside) else (line,))]
+    chart = alt.layer(*lines, marks.encode(x=x_axis, y=y_axis))
     return _themed(
         chart.properties(width="container", height=380, description=captions.frontier_alt(df, y, lower_is_better))
     )
+
+
+def _opacity(df: pd.DataFrame) -> alt.Opacity | alt.OpacityValue:
+    """Runs of the published recipe are pale beside others."""
+    if not plots.recipes_differ(df):
+        return alt.OpacityValue(1)
+    recipes = sorted(set(df["recipe"]) - {"published"})
+    scale = alt.Scale(domain=[*recipes, "published"], range=[*(1.0 for _ in recipes), PALE])
+    return alt.Opacity("recipe:N", title=None, scale=scale)
 
 
 def _tooltip(shown: list[str]) -> list[alt.Tooltip]:

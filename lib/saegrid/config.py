@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from saegrid.errors import ConfigError
-from saegrid.recipes import YOUNGER, resolve
+from saegrid.recipes import BANDWIDTH, L0_COEF, YOUNGER, resolve
 
 EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
 EMBEDDED_DATASET = "embedded:gsm_symbolic"
@@ -81,14 +81,19 @@ class RunConfig(BaseModel):
     expansion: int = Field(8, ge=1, le=1024)
     """d_sae / d_in."""
     k: int = Field(0, ge=0)
-    """Latents per row kept by TopK, or by BatchTopK and Matryoshka on average over the batch; 0: not given."""
+    """Latents per row: kept by TopK; on average over the batch, by BatchTopK and Matryoshka; on average over held-out
+    rows, by JumpReLU, whose thresholds are then trained; 0: not given."""
     threshold: float = Field(0.0, ge=0.0, allow_inf_nan=False)
-    """JumpReLU's fixed theta; 0.0: not given."""
+    """JumpReLU's theta where it is to stay as it is, one for all latents; 0.0: not given."""
     threshold_unit: Literal["absolute", "rms"] = "absolute"
     """Unit of `threshold`: the activations' own, or the RMS of the pre-activations at the start of training."""
 
     prefixes: int = Field(0, ge=0, le=16)
     """Matryoshka's nested dictionaries: d_sae latents, half of them, a quarter, …; 0: 5 of them for Matryoshka."""
+    bandwidth: float = Field(BANDWIDTH, gt=0.0, allow_inf_nan=False)
+    """JumpReLU with k: width of the band around theta that tells its gradient, in scaled pre-activations."""
+    l0_coef: float = Field(L0_COEF, ge=0.0, allow_inf_nan=False)
+    """JumpReLU with k: weight of (L0 / k - 1)² beside the mean squared error of rows with a mean square of 1."""
 
     # --- training ---
     recipe: Literal["published", "improved"] = "published"
@@ -167,10 +172,17 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _arch_and_its_sparsity(self) -> RunConfig:
         if self.arch == "JumpReLU":
-            if self.k:
-                raise ValueError(f"k = {self.k}: not a parameter of JumpReLU, which takes threshold")
-            if not self.threshold:
-                raise ValueError("threshold = 0.0: JumpReLU needs a threshold above 0, such as 0.1 or 0.5")
+            if self.k and self.threshold:
+                raise ValueError(f"k = {self.k}: JumpReLU takes a threshold that stays, or a k to train thresholds for")
+            if not self.k and not self.threshold:
+                raise ValueError(
+                    "threshold = 0.0: JumpReLU needs a threshold above 0, such as 0.1 or 0.5, or a k to train them for"
+                )
+            if self.k and self.act_scale != "unit":
+                raise ValueError(
+                    f"k = {self.k}: JumpReLU trains its thresholds on scaled rows only: act_scale = 'unit', "
+                    "as recipe = 'improved' has it"
+                )
         else:
             if self.threshold:
                 raise ValueError(f"threshold = {self.threshold}: not a parameter of {self.arch}, which takes k")
@@ -205,10 +217,17 @@ class RunConfig(BaseModel):
             )
 
     @property
+    def trains_theta(self) -> bool:
+        """Whether each latent has a threshold of its own, which training moves."""
+        return self.arch == "JumpReLU" and self.k > 0
+
+    @property
     def not_on_cuda(self) -> str:
         """The first choice that the `cuda` kernel lacks; empty where it has all."""
         if self.prefixes:
             return f"arch = '{self.arch}'"
+        if self.trains_theta:
+            return f"k = {self.k} for JumpReLU"
         if self.sinks == "apart":
             return "sinks = 'apart'"
         return f"aux_coef = {self.aux_coef:g}" if self.aux_coef else ""
@@ -220,9 +239,11 @@ class RunConfig(BaseModel):
 
     @property
     def name(self) -> str:
-        """The published file name without its ending: `BatchTopK_exp8x_k220`, `JumpReLU_exp8x_t0.5`."""
-        sparsity = f"t{self.threshold:g}" if self.arch == "JumpReLU" else f"k{self.k}"
-        return f"{self.arch}_exp{self.expansion}x_{sparsity}"
+        """The published file name without its ending: `BatchTopK_exp8x_k220`, `JumpReLU_exp8x_t0.5`; with another
+        recipe than the published one, that one behind it."""
+        sparsity = f"t{self.threshold:g}" if self.threshold else f"k{self.k}"
+        recipe = "" if self.recipe == "published" else f"_{self.recipe}"
+        return f"{self.arch}_exp{self.expansion}x_{sparsity}{recipe}"
 
     @property
     def run_id(self) -> str:

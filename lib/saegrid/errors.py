@@ -41,5 +41,9 @@ class DiskError(SaegridError):
     """A file that can't be written: a full disk, a limit, a read-only folder."""
 
 
+class ResultsError(SaegridError):
+    """A run's results or a table that is missing, incomplete or damaged."""
+
+
 class DamagedError(SaegridError):
     """A file that is not what was written: by its recorded SHA-256, or because it can't be read at all."""

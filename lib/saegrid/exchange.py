@@ -19,32 +19,11 @@ from torch import Tensor
 
 from saegrid.atomic import write_bytes, write_json
 from saegrid.errors import SaeFileError
-from saegrid.kernels import reference
-from saegrid.kernels.reference import Codes, Rule
 from saegrid.sae import SAE, BatchTopK, JumpReLU, TopK
 from saegrid.untrusted import as_model, check_sizes, check_tensors, number, read_json, read_pt, read_safetensors
 
 SAELENS_FORMAT = "6.0.0"
 """Oldest SAELens version that reads the folder as it is; a lower one in its cfg.json calls an old migrator."""
-
-
-class JumpReLUPerLatent(JumpReLU):
-    """z = pre where pre > theta of its latent, 0 elsewhere (arXiv:2407.14435), as other libraries train it.
-
-    For use only: this project trains one theta for all latents, and its own files hold one.
-    """
-
-    def __init__(self, d_in: int, d_sae: int, thresholds: Tensor):
-        super().__init__(d_in, d_sae, threshold=thresholds.min().item())
-        self.register_buffer("thresholds", thresholds)  # (d_sae,), at least 0
-
-    def codes(self, x: Tensor, kernel=reference) -> Codes:
-        """Sparse codes of the rows x (N, d_in)."""
-        codes = kernel.encode(self.params, x, Rule("threshold", threshold=self.threshold))
-        kept = codes.values > self.thresholds[codes.latents.long()]
-        before = torch.zeros(len(kept) + 1, dtype=torch.int64)  # kept entries ahead of each entry
-        before[1:] = kept.cumsum(0)
-        return Codes(before[codes.offsets], codes.latents[kept], codes.values[kept])
 
 
 class Plain(NamedTuple):
@@ -77,13 +56,13 @@ def _jumprelu(thresholds: Tensor, d_in: int) -> JumpReLU:
     thresholds = thresholds.float().clamp_min(0)
     if (thresholds == thresholds[0]).all():
         return JumpReLU(d_in, len(thresholds), threshold=thresholds[0].item())
-    return JumpReLUPerLatent(d_in, len(thresholds), thresholds)
+    return JumpReLU(d_in, len(thresholds), theta=thresholds)
 
 
 def _thresholds(sae: SAE, format: str) -> Tensor:
     """Thresholds (d_sae,) of an SAE in use. Raises `SaeFileError` for a BatchTopK that still cuts per batch."""
-    if isinstance(sae, JumpReLUPerLatent):
-        return sae.thresholds.clone()
+    if len(sae.theta):
+        return sae.theta.data.clone()
     theta = sae.threshold if isinstance(sae, JumpReLU) else sae.inference_threshold
     if theta is None:
         raise SaeFileError(

@@ -27,6 +27,8 @@ PUBLISHED_SHAPES = {
     "decoder.bias": ("d_in",),
 }
 """State dict of the published files; `decoder.weight` is the transpose of `W_dec`."""
+THETA = "threshold"
+"""Name, in a state dict, of the thetas of a JumpReLU that has one a latent, (d_sae,): the published ones have none."""
 
 
 def published_state_dict(sae: SAE) -> dict[str, Tensor]:
@@ -37,7 +39,7 @@ def published_state_dict(sae: SAE) -> dict[str, Tensor]:
         "encoder.bias": sae.b_enc.data,
         "decoder.weight": sae.W_dec.data.T.contiguous(),
         "decoder.bias": sae.b_dec.data,
-    }
+    } | ({THETA: sae.theta.data} if len(sae.theta) else {})
 
 
 def from_published(state: dict[str, Tensor], arch: str, k: int = 0, threshold: float = 0.0) -> SAE:
@@ -46,7 +48,7 @@ def from_published(state: dict[str, Tensor], arch: str, k: int = 0, threshold: f
     `formats.load_sae` reads files, and checks what they hold.
     """
     d_sae, d_in = state["encoder.weight"].shape
-    sae = ARCHITECTURES[arch](d_in, d_sae, k=k, threshold=threshold)
+    sae = ARCHITECTURES[arch](d_in, d_sae, k=k, threshold=threshold, theta=state.get(THETA))
     sae.b_pre.data.copy_(state["b_pre"])
     sae.W_enc.data.copy_(state["encoder.weight"])
     sae.b_enc.data.copy_(state["encoder.bias"])
@@ -79,7 +81,7 @@ def save_sae(sae: SAE, folder: str | Path, name: str, facts: dict[str, Any]) -> 
     """
     folder = Path(folder)
     write_state_dict(sae, folder / f"{name}.pt")
-    content = save({key: tensor.contiguous() for key, tensor in sae.params._asdict().items()})
+    content = save({key: tensor.contiguous() for key, tensor in sae.params._asdict().items() if tensor.numel()})
     write_bytes(folder / "sae.safetensors", content)
     digest = hashlib.sha256(content).hexdigest()
     write_json(folder / "cfg.json", {**shape_and_rule(sae), "weights_sha256": digest, **facts})
@@ -100,7 +102,8 @@ def load_folder(folder: str | Path) -> SAE:
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()
         tensors = load_file(weights)
         sae = ARCHITECTURES[cfg["arch"]](
-            cfg["d_in"], cfg["d_sae"], cfg["k"], cfg["threshold"], cfg["inference_threshold"]
+            *(cfg[name] for name in ("d_in", "d_sae", "k", "threshold", "inference_threshold")),
+            theta=torch.zeros(cfg["d_sae"]) if "theta" in tensors else None,
         )
         expected = cfg["weights_sha256"]
     except OSError as error:
@@ -111,6 +114,8 @@ def load_folder(folder: str | Path) -> SAE:
         raise SaeFileError(f"{weights}: SHA-256 {digest[:12]}… is not the {expected[:12]}… that cfg.json states")
     for name in Params._fields:
         target = getattr(sae, name)
+        if not target.numel():
+            continue
         if name not in tensors or tensors[name].shape != target.shape:
             raise SaeFileError(f"{weights}: {name} is missing or not of shape {tuple(target.shape)}")
         target.data.copy_(tensors[name])

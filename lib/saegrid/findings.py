@@ -175,10 +175,10 @@ def sweet_spot(df: pd.DataFrame, drawn: pd.DataFrame | None = None) -> Finding:
 
 def jumprelu_is_dense(df: pd.DataFrame, drawn: pd.DataFrame | None = None) -> Finding:
     """Finding 4: reconstruction and density of JumpReLU at the smallest threshold."""
-    rows = df[df["arch"] == "JumpReLU"]
+    rows = df[(df["arch"] == "JumpReLU") & df["threshold"].notna()]
     lowest = rows[rows["threshold"] == rows["threshold"].min()]
     verdict, effect, interval = NOT_TESTABLE, None, None
-    sentence = "These rows hold no JumpReLU."
+    sentence = "These rows hold no JumpReLU with a fixed threshold."
     if len(lowest):
         share = 100 * lowest["l0"] / lowest["d_sae"]
         perfect = (lowest["frac_rec_pct"] >= NEAR_PERFECT_FRAC_REC_PCT).all()

@@ -25,7 +25,7 @@ from saegrid.config import BATCH_CUT, Arch
 from saegrid.errors import SaeFileError
 from saegrid.fetch import hub_errors
 from saegrid.published_sae import Told, agree, check_sparsity, given_by, read_published, write_published
-from saegrid.sae import ARCHITECTURES, SAE, JumpReLU
+from saegrid.sae import SAE
 from saegrid.untrusted import as_model, check_sizes, check_tensors, read_json, read_safetensors
 
 WEIGHTS = ("sae.safetensors", "sae_weights.safetensors", "ae.pt")
@@ -150,8 +150,8 @@ def _load_folder(folder: Path, given: Told) -> SAE:
     if len(present) > 1:
         raise SaeFileError(f"{folder}: holds more than one SAE: {', '.join(present)}")
     sae = READERS[_kind(folder, present)](folder)
-    arch = sae.arch if sae.arch in ARCHITECTURES else "JumpReLU"
-    theta = sae.inference_threshold if arch in BATCH_CUT else sae.threshold if type(sae) is JumpReLU else None
+    arch = sae.arch
+    theta = sae.inference_threshold if arch in BATCH_CUT else sae.threshold or None
     own = Told("its configuration", arch, sae.k or None, theta)
     told = agree(folder, [own, given])
     if arch in BATCH_CUT:
@@ -173,10 +173,12 @@ def _read_own(folder: Path) -> SAE:
     """A run's SAE. `files.load_folder` trusts its `cfg.json`, so that is held against the weights first."""
     path, weights_path = folder / "cfg.json", folder / "sae.safetensors"
     cfg = as_model(_OwnCfg, read_json(path), path)
-    sizes = check_tensors(read_safetensors(weights_path), OWN_SHAPES, weights_path)
+    tensors = read_safetensors(weights_path)
+    own = {"theta": ("d_sae",)} if "theta" in tensors else {}
+    sizes = check_tensors(tensors, OWN_SHAPES | own, weights_path)
     check_sizes(cfg, sizes, path)
-    theta = cfg.threshold if cfg.arch == "JumpReLU" else cfg.threshold or None
-    check_sparsity(path, cfg.arch, cfg.k or None, theta, sizes["d_sae"])
+    theta = cfg.threshold if cfg.arch == "JumpReLU" and not own else cfg.threshold or None
+    check_sparsity(path, cfg.arch, cfg.k or None, theta, sizes["d_sae"], tensors.get("theta"))
     return files.load_folder(folder)
 
 

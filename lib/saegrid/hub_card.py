@@ -32,7 +32,8 @@ KEPT = {
     "BatchTopK": "in training, z = ReLU of the int(N k) largest pre-activations of a batch of N rows, 0 elsewhere; in "
     "use, z = pre where pre is above a threshold calibrated on held-out rows: each row has one code in any batch.",
     "TopK": "z = ReLU of the k largest pre-activations of each row, 0 elsewhere.",
-    "JumpReLU": "z = pre where pre > θ, 0 elsewhere; θ is fixed.",
+    "JumpReLU": "z = pre where pre > θ, 0 elsewhere; one fixed θ for all latents, or, in runs with a K, one a latent, "
+    "trained so that K latents a row are active on average.",
     "Matryoshka": "as BatchTopK, trained so that its first half, quarter, … of latents reconstruct on their own.",
 }
 PUBLISHED_CLASS = '''\
@@ -194,6 +195,8 @@ def load_text(best: pd.Series, file: str, repo: str = "") -> Markdown:
     fetched = [f'hf_hub_download("{repo}", "{file}.{kind}")' if repo else f'"{file}.{kind}"' for kind in ("json", "pt")]
     used = PUBLISHED_CLASS if repo else PUBLISHED_CLASS.replace("from huggingface_hub import hf_hub_download\n", "")
     theta = {"TopK": "None", "JumpReLU": 'cfg["threshold"]'}.get(best["arch"], 'cfg["inference_threshold"]')
+    if best["arch"] == "JumpReLU" and not pd.isna(best["k"]):
+        theta = 'state.pop("threshold")'  # one a latent
     batch = ", batch=True" if best["arch"] in BATCH_CUT else ""
     class_code = (
         f"{used}\n\nwith open({fetched[0]}) as sidecar:\n    cfg = json.load(sidecar)\n"

@@ -6,12 +6,12 @@ difference of two runs is free of the noise that they share. Losses are sums div
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
-from saegrid.results import ResultsError
+from saegrid.errors import ResultsError
 
 DRAWS = 2000
 SEED = 0
@@ -41,7 +41,21 @@ def draws(prompts: pd.DataFrame) -> pd.DataFrame:
 
 def interval(drawn: pd.DataFrame, weights: Mapping[str, float]) -> tuple[float, float]:
     """The central 95% interval of a weighted sum of runs' delta losses, such as `{"a": 1, "b": -1}` for a - b."""
-    values = sum(drawn[run_id] * weight for run_id, weight in weights.items())
+    return central(sum(drawn[run_id] * weight for run_id, weight in weights.items()))
+
+
+def over_seeds(drawn: pd.DataFrame, run_ids: Sequence[str]) -> np.ndarray:
+    """Mean delta losses (`DRAWS`,) of the runs of one setting, their seeds drawn as well as the templates.
+
+    Two settings with as many seeds, in one order, get the same draws, so that their difference is paired.
+    """
+    values = drawn[list(run_ids)].to_numpy()
+    picked = np.random.default_rng(SEED + 1).integers(values.shape[1], size=values.shape)
+    return np.take_along_axis(values, picked, axis=1).mean(axis=1)
+
+
+def central(values: np.ndarray | pd.Series) -> tuple[float, float]:
+    """The central 95% interval of what was drawn."""
     tail = (1 - COVERAGE) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)

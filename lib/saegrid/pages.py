@@ -10,12 +10,12 @@ from typing import Any
 
 import pandas as pd
 
-from saegrid import card, charts, plots, results
+from saegrid import baselines, card, charts, evidence, plots, results
 from saegrid.atomic import write_text
+from saegrid.errors import ResultsError
 from saegrid.grid import Grid
 from saegrid.plots import setting
 from saegrid.recipes import described
-from saegrid.results import ResultsError
 from saegrid.tables import Markdown, html_block, html_table, markdown, number
 
 INDEX_COLUMNS = ["name", "recipe", "seed", "l0", "fvu_no_sink", "dead_pct", "delta_loss", "frac_rec_pct"]
@@ -34,13 +34,15 @@ def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None)
     report = root / "report"
     df = results.read_tidy(root / grid.results_dir)
     prompts = results.load_prompts(df, runs_dir)
-    write_text(report / "_home.md", card.model_card(df, prompts, title=grid.title, links="report/"))
+    beside = baselines.read(root / grid.results_dir)
+    write_text(report / "_home.md", card.model_card(df, prompts, title=grid.title, links="report/", baseline=beside))
     write_text(report / "_published.md", card.published_note())
+    write_text(report / "_recipes.md", evidence.page(root))
     write_text(report / "_setting.md", card.setting_note(df, results.load_timing(df, runs_dir)))
     write_run_pages(df, runs_dir, report / "runs")
     charts.write_library(report)
     (report / "data").mkdir(exist_ok=True)
-    for name in ("results.csv", "results_full.csv", "results_tidy.csv"):
+    for name in results.TABLES:
         shutil.copyfile(root / grid.results_dir / name, report / "data" / name)
 
 

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from saegrid.results import DENSE_SHARE_PCT, candidates
-from saegrid.style import ABOVE, INK, MARKERS, PALETTE, STYLE, WIDE, styled
+from saegrid.style import ABOVE, INK, MARKERS, PALE, PALETTE, STYLE, WIDE, styled
 from saegrid.svg import page_svg
 from saegrid.tables import Markdown, header, html_block, number
 
@@ -29,17 +29,28 @@ def pareto(df: pd.DataFrame, y: str, x: str = "l0", lower_is_better: bool = True
 
 @styled
 def frontier(
-    df: pd.DataFrame, *, y: str = "delta_loss", ax: Axes | None = None, lower_is_better: bool = True, links: str = ""
+    df: pd.DataFrame,
+    *,
+    y: str = "delta_loss",
+    ax: Axes | None = None,
+    lower_is_better: bool = True,
+    links: str = "",
+    baseline: pd.DataFrame | None = None,
 ) -> Axes:
     """L0 against a measure of fidelity: one mark a run, the Pareto set joined.
 
     Colour and shape tell the architecture, size the expansion; with `links` a mark leads to its run's page. Dense runs
     (no `results.candidates`) are hollow and not in the Pareto set: they would buy their fidelity with density alone.
+    Beside other recipes, runs of the published one are pale. `baseline` (`saegrid.baselines`) is a dashed line.
     """
+    pale = recipes_differ(df)
     sparse = candidates(df)
     front = pareto(sparse, y, lower_is_better=lower_is_better)
     filled = set(sparse["run_id"])
     ax.plot(front["l0"], front[y], color=INK, alpha=0.45, linewidth=1.2, zorder=1)
+    beside = pca_line(df, y, baseline)
+    if len(beside):
+        ax.plot(beside["components"], beside[y], color=INK, alpha=0.45, linewidth=1.2, linestyle="--", zorder=1)
     for row in df.sort_values("expansion", ascending=False).to_dict("records"):
         mark = ax.scatter(
             row["l0"],
@@ -49,6 +60,7 @@ def frontier(
             facecolor=PALETTE[row["arch"]] if row["run_id"] in filled else "none",
             edgecolor=INK if row["run_id"] in filled else PALETTE[row["arch"]],
             linewidth=0.6 if row["run_id"] in filled else 1.4,
+            alpha=PALE if pale and row["recipe"] == "published" else None,
             zorder=2,
         )
         mark.set_gid(f"mark: {row['name']}: L0 {number(row['l0'], 'l0')}, {header(y)} {number(row[y], y)}")
@@ -61,14 +73,22 @@ def frontier(
     if df[y].min() > 0 and df[y].max() / df[y].min() > WIDE:
         ax.set_yscale("log")
         ax.set_ylabel(f"{header(y)}, log scale")
-    _frontier_legend(df, ax)
+    _frontier_legend(df, ax, len(beside) > 0)
     return ax
+
+
+def pca_line(df: pd.DataFrame, y: str, baseline: pd.DataFrame | None) -> pd.DataFrame:
+    """Where the frontier shows PCA: `components` and `y`, for as many components as the densest run has active latents;
+    no rows where `y` was not measured for it, or several stores were."""
+    if baseline is None or y not in baseline or baseline["store_id"].nunique() != 1:
+        return pd.DataFrame(columns=["components", y], dtype=float)
+    return baseline[baseline["components"] <= df["l0"].max()][["components", y]]
 
 
 @styled
 def heatmap(df: pd.DataFrame, *, metric: str = "delta_loss", ax: Axes | None = None) -> Axes:
     """Architecture and K or threshold down, expansion across, the value written in each field (mean over seeds)."""
-    rows = df.assign(setting=[setting(row) for row in df.to_dict("records")])
+    rows = df.assign(setting=[setting(row, recipe=True) for row in df.to_dict("records")])
     order = _in_order(rows)["setting"].unique()
     table = rows.pivot_table(index="setting", columns="expansion", values=metric, sort=False)
     table = table.reindex(index=order, columns=sorted(table.columns))
@@ -84,19 +104,21 @@ def heatmap(df: pd.DataFrame, *, metric: str = "delta_loss", ax: Axes | None = N
 
 @styled
 def dead_latents(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Share of dead latents over K, one line an architecture and expansion (mean over seeds)."""
+    """Share of dead latents over K, one line an architecture, expansion and recipe (mean over seeds)."""
     rows = df[df["k"].notna()].astype({"k": int})
-    groups = rows.groupby(["arch", "expansion"])
+    groups = rows.groupby(["arch", "expansion", "recipe"])
     styles = dict(zip(sorted(rows["expansion"].unique()), ("-", "--", ":", "-."), strict=False))
-    for (arch, expansion), group in groups:
+    for (arch, expansion, recipe), group in groups:
+        published = recipe == "published"
         line = group.groupby("k")["dead_pct"].mean()
         ax.plot(
             line.index,
             line,
             color=PALETTE[arch],
             marker=MARKERS[arch],
+            markerfacecolor=PALETTE[arch] if published else "none",
             linestyle=styles.get(expansion, "-"),
-            label=f"{arch}, {expansion}x",
+            label=f"{arch}, {expansion}x" + ("" if published else f", {recipe}"),
         )
     ax.set_xticks(sorted(rows["k"].unique()))
     ax.set_ylim(bottom=0)
@@ -207,11 +229,17 @@ def against_published(df: pd.DataFrame, *, metric: str = "delta_loss", ax: Axes 
     return ax
 
 
-def setting(row: Mapping) -> str:
-    """Architecture and K or threshold of a row: `TopK, K = 64`, `JumpReLU, θ = 0.5`."""
-    if row["arch"] == "JumpReLU":
-        return f"JumpReLU, θ = {row['threshold']:g}"
-    return f"{row['arch']}, K = {row['k']}"
+def setting(row: Mapping, recipe: bool = False) -> str:
+    """Architecture and K or threshold of a row: `TopK, K = 64`, `JumpReLU, θ = 0.5`; with its `recipe`, if another than
+    the published one, on demand."""
+    sparsity = f"K = {row['k']}" if pd.isna(row["threshold"]) else f"θ = {row['threshold']:g}"
+    other = recipe and row.get("recipe", "published") != "published"
+    return f"{row['arch']}, {sparsity}" + (f", {row['recipe']}" if other else "")
+
+
+def recipes_differ(df: pd.DataFrame) -> bool:
+    """Whether rows of the published recipe stand beside rows of another."""
+    return "recipe" in df and "published" in set(df["recipe"]) and df["recipe"].nunique() > 1
 
 
 def figure(ax: Axes, *, alt: str, caption: str, above: str = "") -> Markdown:
@@ -262,7 +290,7 @@ def _arch_handles(df: pd.DataFrame) -> list[Line2D]:
     return [Line2D([], [], color=PALETTE[arch], marker=MARKERS[arch], linestyle="", label=arch) for arch in shown]
 
 
-def _frontier_legend(df: pd.DataFrame, ax: Axes) -> None:
+def _frontier_legend(df: pd.DataFrame, ax: Axes, with_pca: bool) -> None:
     dot = {"color": INK, "marker": "o", "linestyle": "", "alpha": 0.5}
     sizes = sorted(df["expansion"].unique())
     sizes = [Line2D([], [], markersize=np.sqrt(_size(size)), label=f"{size}x", **dot) for size in sizes]
@@ -270,4 +298,8 @@ def _frontier_legend(df: pd.DataFrame, ax: Axes) -> None:
     if len(candidates(df)) < len(df):
         label = f"dense, ≥ {DENSE_SHARE_PCT:g}% fire"
         rest.append(Line2D([], [], color=INK, marker="^", markerfacecolor="none", linestyle="", label=label))
+    if with_pca:
+        rest.append(Line2D([], [], color=INK, alpha=0.45, linewidth=1.2, linestyle="--", label="PCA"))
+    if recipes_differ(df):
+        rest.append(Line2D([], [], color=INK, marker="o", alpha=PALE / 2, linestyle="", label="published recipe"))
     ax.legend(handles=[*_arch_handles(df), *sizes, *rest], ncols=4, **ABOVE)

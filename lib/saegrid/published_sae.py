@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from saegrid.atomic import write_json
 from saegrid.config import BATCH_CUT, Arch
 from saegrid.errors import SaeFileError
-from saegrid.exchange import JumpReLUPerLatent
-from saegrid.files import PUBLISHED_SHAPES, from_published, shape_and_rule, write_state_dict
+from saegrid.files import PUBLISHED_SHAPES, THETA, from_published, shape_and_rule, write_state_dict
 from saegrid.sae import ARCHITECTURES, SAE, BatchTopK, JumpReLU
 from saegrid.untrusted import as_model, check_sizes, check_tensors, read_json, read_pt
 
 PUBLISHED_NAME = re.compile(
     r"(?P<arch>TopK|BatchTopK|JumpReLU|Matryoshka)_exp(?P<expansion>\d{1,6})x_(k(?P<k>\d{1,9})|t(?P<threshold>\d[\d.e+-]*))"
+    r"(_improved)?"
 )
 SAME_THRESHOLD = 1e-5
 """Relative; a published name has six digits."""
@@ -54,7 +55,8 @@ def read_published(path: Path, given: Told) -> SAE:
         SaeFileError: not such a file, nothing tells its architecture and sparsity, or two sources contradict.
     """
     state = read_pt(path)
-    sizes = check_tensors(state, {"encoder.weight": ("d_sae", "d_in"), **PUBLISHED_SHAPES}, path)
+    own = {THETA: ("d_sae",)} if isinstance(state, dict) and THETA in state else {}
+    sizes = check_tensors(state, {"encoder.weight": ("d_sae", "d_in"), **PUBLISHED_SHAPES, **own}, path)
     sidecar, unit = _sidecar(path, sizes)
     told = agree(path, [given, sidecar, _from_name(path, unit)])
     if not told.arch:
@@ -65,7 +67,8 @@ def read_published(path: Path, given: Told) -> SAE:
         d_sae = f"{told.expansion} * {sizes['d_in']}"
         raise SaeFileError(f"{path}: its name says d_sae = {d_sae}, and the weights have {sizes['d_sae']}")
     theta = told.threshold if told.arch not in BATCH_CUT else None
-    check_sparsity(path, told.arch, told.k, theta, sizes["d_sae"])
+    theta = theta or None if own else theta
+    check_sparsity(path, told.arch, told.k, theta, sizes["d_sae"], state.get(THETA))
     sae = from_published(state, told.arch, told.k or 0, theta or 0.0)
     if isinstance(sae, BatchTopK):
         sae.inference_threshold = told.threshold
@@ -89,7 +92,7 @@ def _sidecar(path: Path, sizes: dict[str, int]) -> tuple[Told, str]:
         if sidecar.exists() and "arch" in (content := read_json(sidecar)):
             cfg = as_model(_Sidecar, content, sidecar)
             check_sizes(cfg, sizes, sidecar)
-            own = {"JumpReLU": cfg.threshold} | dict.fromkeys(BATCH_CUT, cfg.inference_threshold)
+            own = {"JumpReLU": None if cfg.k else cfg.threshold} | dict.fromkeys(BATCH_CUT, cfg.inference_threshold)
             theta = own.get(cfg.arch)
             return Told(sidecar.name, cfg.arch, cfg.k or None, theta), cfg.threshold_unit
     return Told("no sidecar"), "absolute"
@@ -119,8 +122,21 @@ def agree(where: Path, told: list[Told]) -> Told:
     return Told("all", **agreed)
 
 
-def check_sparsity(where: Path, arch: str, k: int | None, threshold: float | None, d_sae: int) -> None:
-    """Raises `SaeFileError` where an architecture lacks its k or threshold, or is given the other's."""
+def check_sparsity(
+    where: Path, arch: str, k: int | None, threshold: float | None, d_sae: int, theta: Tensor | None = None
+) -> None:
+    """Raises `SaeFileError` where an architecture lacks its k or threshold, or is given the other's.
+
+    Args:
+        theta: thresholds of the latents (d_sae,), where the file has them: a JumpReLU needs nothing else then.
+    """
+    if theta is not None:
+        if arch != "JumpReLU" or threshold is not None:
+            what = f"threshold = {threshold}" if arch == "JumpReLU" else f"arch = {arch!r}"
+            raise SaeFileError(f"{where}: {what}: the file has a JumpReLU's theta for each latent")
+        if (theta < 0).any():
+            raise SaeFileError(f"{where}: a theta below 0")
+        return
     if arch == "JumpReLU":
         if k is not None:
             raise SaeFileError(f"{where}: k = {k}: not a parameter of JumpReLU, which takes threshold")
@@ -137,10 +153,8 @@ def check_sparsity(where: Path, arch: str, k: int | None, threshold: float | Non
 
 def write_published(sae: SAE, folder: Path, facts: dict[str, Any]) -> Path:
     """`{name}.pt`, and `{name}.json` with what a bare state dict does not tell. Returns the former's path."""
-    if isinstance(sae, JumpReLUPerLatent):
-        raise SaeFileError("published: a state dict holds one theta, and this JumpReLU has one per latent")
     theta = f"{sae.threshold:g}" if float(f"{sae.threshold:g}") == sae.threshold else repr(sae.threshold)
-    sparsity = f"t{theta}" if isinstance(sae, JumpReLU) else f"k{sae.k}"
+    sparsity = f"t{theta}" if isinstance(sae, JumpReLU) and not sae.k else f"k{sae.k}"
     name = facts.get("name") or f"{sae.arch}_exp{sae.d_sae / sae.d_in:g}x_{sparsity}"
     if not re.fullmatch(r"[\w.+-]+", str(name)):
         raise SaeFileError(f"name = {name!r}: letters, digits and _ . + - make a file name")

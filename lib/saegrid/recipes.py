@@ -22,7 +22,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 """What the model card says, and what the field has learnt since (`saegrid/config.py` says what each choice does)."""
 
-YOUNGER = {"recipe": "published", "prefixes": 0} | {
+BANDWIDTH, L0_COEF = 0.3, 0.1
+"""Of JumpReLU's trained thresholds, beside rows with a mean square of 1 (measured: LOG.md)."""
+
+YOUNGER = {"recipe": "published", "prefixes": 0, "bandwidth": BANDWIDTH, "l0_coef": L0_COEF} | {
     name: RECIPES["published"][name]
     for name in ("act_scale", "sinks", "aux_coef", "dead_window", "lr_schedule", "warmup")
 }

@@ -15,9 +15,10 @@ from typing import Any
 
 import pandas as pd
 
+from saegrid import baselines
 from saegrid.atomic import write_text
 from saegrid.config import PLACES, RunConfig, make_config
-from saegrid.errors import DamagedError, SaegridError
+from saegrid.errors import DamagedError, ResultsError
 from saegrid.grid import Grid
 from saegrid.recipes import YOUNGER
 from saegrid.sealed import (
@@ -49,15 +50,12 @@ PUBLISHED = ["arch", "expansion", "k", "threshold", "l0", "val_mse", "nmse", "de
 DENSE_SHARE_PCT = 10.0
 """A run that fires at least this share of its latents is dense: it is no candidate for "best" ("firing 10-45% of its
 latents" is what the published card calls not sparse). Fixed before the results."""
-TABLES = ["results.csv", "results_full.csv", "results_tidy.csv"]
+PROMPT_SUMS = ["run_id", "prompt", "template", "n_tokens", "ce_clean_sum", "ce_spliced_sum"]
+TABLES = ["results.csv", "results_full.csv", "results_tidy.csv", "results_prompts.csv", baselines.FILE]
 RUN_FILES = ["metrics.jsonl", "latents.csv", "positions.csv", "prompts.csv"]
 """Files of a run, besides `metrics.json`, that the report reads."""
 MEND = "`python -m saegrid mend GRID` drops it, and the next run makes it again"
 _HEX = re.compile(r"[0-9a-f]{8,64}")
-
-
-class ResultsError(SaegridError):
-    """A run's results or a table that is missing, incomplete or damaged."""
 
 
 def load_run(run_dir: str | Path, run_id: str = "") -> dict[str, Any]:
@@ -122,19 +120,27 @@ def tidy(runs: Grid | Iterable[str], runs_dir: str | Path = "runs") -> pd.DataFr
 
 
 def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None) -> Path:
-    """Read all runs of a grid and write its three CSV files. Returns the folder that they are in."""
+    """Read all runs of a grid and write its CSV files. Returns the folder that they are in."""
     root = Path(root)
     runs_dir = root / (runs_dir or grid.constants.get("runs_dir", "runs"))
     results_dir = root / grid.results_dir
-    write_tables(tidy(grid, runs_dir), results_dir)
+    df = tidy(grid, runs_dir)
+    write_tables(df, results_dir, load_prompts(df, runs_dir), baselines.load(grid))
     return results_dir
 
 
-def write_tables(df: pd.DataFrame, results_dir: str | Path) -> None:
+def write_tables(
+    df: pd.DataFrame,
+    results_dir: str | Path,
+    prompts: pd.DataFrame | None = None,
+    baseline: pd.DataFrame | None = None,
+) -> None:
     """Write `results.csv`, `results_full.csv` (both as published) and `results_tidy.csv` (every column).
 
     The first has MSE, NMSE and dead latents of BatchTopK and TopK; the second all metrics of all architectures, the
-    field's own measures beside the published columns. Full precision; missing values are empty.
+    field's own measures beside the published columns. Full precision; missing values are empty. `prompts` goes to
+    `results_prompts.csv`: the losses of each run on each prompt, from which the intervals follow; `baseline` to
+    `results_baselines.csv` (`saegrid.baselines`).
     """
     results_dir = Path(results_dir)
     results_dir.mkdir(parents=True, exist_ok=True)
@@ -145,6 +151,10 @@ def write_tables(df: pd.DataFrame, results_dir: str | Path) -> None:
         "results_full.csv": df[[*PUBLISHED, "recipe", "seed", *own, "run_id"]],
         "results_tidy.csv": df[TIDY],
     }
+    if prompts is not None:
+        tables["results_prompts.csv"] = prompts[PROMPT_SUMS]
+    if baseline is not None:
+        tables[baselines.FILE] = baseline
     for name, table in tables.items():
         write_text(results_dir / name, table.to_csv(index=False, lineterminator="\n"))
     write_sums(results_dir, tables)
@@ -179,6 +189,19 @@ def read_tidy(path: str | Path) -> pd.DataFrame:
 def load_prompts(df: pd.DataFrame, runs_dir: str | Path) -> pd.DataFrame:
     """The per-prompt splice sums of all runs of `df`, long-form: `run_id` and the columns of `prompts.csv`."""
     return _load_csvs(df, runs_dir, "prompts.csv")
+
+
+def read_prompts(results_dir: str | Path) -> pd.DataFrame:
+    """Read `results_prompts.csv`. Raises `ResultsError` if it is missing or damaged."""
+    path = Path(results_dir) / "results_prompts.csv"
+    try:
+        with _damage("make it again with `python -m saegrid tables`"):
+            check_sums(path.parent, [path.name])
+        return pd.read_csv(path, dtype={"run_id": str, "template": str})[PROMPT_SUMS]
+    except OSError as error:
+        raise ResultsError(f"{path}: {error.strerror}; `python -m saegrid tables` makes it") from None
+    except (KeyError, ValueError, pd.errors.ParserError) as error:
+        raise ResultsError(f"{path}: not a table of prompts: {error}") from None
 
 
 def load_latents(df: pd.DataFrame, runs_dir: str | Path) -> pd.DataFrame:
@@ -223,9 +246,12 @@ def candidates(df: pd.DataFrame) -> pd.DataFrame:
 def same_settings(own: pd.DataFrame, other: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(own and other rows of every setting that both hold, one behind the other; the other rows that stand alone).
 
-    A setting is architecture, expansion, K and threshold; a threshold in another unit than the activations' is another.
+    A setting is architecture, expansion, K and threshold; a threshold in another unit than the activations' is another,
+    and so is another recipe than the published one.
     """
     keys = ["arch", "expansion", "k", "threshold"]
+    if "recipe" in own:
+        own = own[own["recipe"] == "published"]
     if "threshold_unit" in own:
         own = own[own["threshold"].isna() | (own["threshold_unit"] == "absolute")]
     own_keys, other_keys = (

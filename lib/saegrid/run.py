@@ -184,7 +184,7 @@ class Run:
             return self.metrics
         started = time.perf_counter()
         rows, latents, positions = evaluate_rows(self.sae, self.store, self.config.batch_size, self.kernel)
-        sums, l0_eval = self._splice()
+        sums, l0_eval = spliced(self.config, self.store, self.sae, self.kernel)
         self.sae.cpu()
         cfg = {**self.config.identity(), "run_id": self.run_id, "code_version": code_version()}
         cfg = {name: value for name, value in cfg.items() if name not in ("arch", "k", "threshold")}
@@ -209,19 +209,6 @@ class Run:
         write_bytes(self.folder / "metrics.json", content)
         self.finished = True
 
-    def _splice(self) -> tuple[pd.DataFrame, float]:
-        baseline = load_baseline(self.store.folder, self.store.data_sha256)
-        lm = load_lm(self.config)
-        active = rows = 0
-
-        def replace(x: Tensor) -> Tensor:
-            nonlocal active, rows
-            codes = self.sae.codes(x.to(self.sae.device), self.kernel)
-            active, rows = active + len(codes.values), rows + len(x)
-            return self.kernel.decode(self.sae.params, codes)
-
-        return evaluate(lm, baseline, self.config.layer, replace), active / rows
-
     def _row(self, measured: dict, sums: pd.DataFrame, weights: str) -> dict:
         config, sae, curve = self.config, self.sae, self.curve
         best = curve[curve["epoch"] == self.best_epoch].iloc[0]
@@ -233,8 +220,8 @@ class Run:
         row |= {"inference_threshold": sae.inference_threshold, "theta_over_rms": None}
         if isinstance(sae, JumpReLU):
             batch = next(self.store.batches("val", config.batch_size))
-            row |= {"inference_threshold": sae.threshold}
-            row |= {"theta_over_rms": sae.threshold / rms_pre_acts(sae.params, batch)}
+            theta = sae.theta.mean().item() if len(sae.theta) else sae.threshold
+            row |= {"inference_threshold": theta, "theta_over_rms": theta / rms_pre_acts(sae.params, batch)}
         row |= {"val_mse_batch": float(best["val_mse"])} | measured
         row |= {"store_id": config.store_id, "data_sha256": self.store.data_sha256}
         row |= {"model_sha256": self.store.model_sha256, "weights_sha256": weights}
@@ -266,6 +253,21 @@ class Run:
         resolved = make_config(**config.model_dump() | choice._asdict())
         write_sealed(path, {"run_id": self.run_id} | resolved.identity())
         return resolved
+
+
+def spliced(config: RunConfig, store: Store, sae: SAE, kernel) -> tuple[pd.DataFrame, float]:
+    """Losses of each evaluation prompt with the SAE spliced in (`splice.evaluate`), and L0 on these prompts."""
+    baseline = load_baseline(store.folder, store.data_sha256)
+    lm = load_lm(config)
+    active = rows = 0
+
+    def replace(x: Tensor) -> Tensor:
+        nonlocal active, rows
+        codes = sae.codes(x.to(sae.device), kernel)
+        active, rows = active + len(codes.values), rows + len(x)
+        return kernel.decode(sae.params, codes)
+
+    return evaluate(lm, baseline, config.layer, replace), active / rows
 
 
 def evaluate_rows(sae: SAE, store: Store, batch_size: int, kernel) -> tuple[dict, pd.DataFrame, pd.DataFrame]:

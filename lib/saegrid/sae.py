@@ -22,13 +22,20 @@ class SAE(nn.Module):
     Args:
         d_in: width of the activations.
         d_sae: number of latents.
-        k: latents a row (TopK) or a row on average (BatchTopK).
-        threshold: JumpReLU's theta, in the activations' unit.
+        k: latents a row (TopK) or a row on average (BatchTopK; JumpReLU where its thetas were trained).
+        threshold: JumpReLU's theta, in the activations' unit, where all latents have one.
         inference_threshold: scalar cut that BatchTopK uses once calibrated; None: it cuts per batch.
+        theta: JumpReLU's thetas (d_sae,), at least 0, where each latent has its own.
     """
 
     def __init__(
-        self, d_in: int, d_sae: int, k: int = 0, threshold: float = 0.0, inference_threshold: float | None = None
+        self,
+        d_in: int,
+        d_sae: int,
+        k: int = 0,
+        threshold: float = 0.0,
+        inference_threshold: float | None = None,
+        theta: Tensor | None = None,
     ):
         super().__init__()
         self.d_in, self.d_sae, self.k, self.threshold = d_in, d_sae, k, threshold
@@ -38,6 +45,7 @@ class SAE(nn.Module):
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in), requires_grad=False)
         self.b_dec = nn.Parameter(torch.zeros(d_in), requires_grad=False)
         self.b_pre = nn.Parameter(torch.zeros(d_in), requires_grad=False)
+        self.theta = nn.Parameter(torch.zeros(0) if theta is None else theta, requires_grad=False)
 
     @property
     def arch(self) -> str:
@@ -114,11 +122,15 @@ class Matryoshka(BatchTopK):
 
 
 class JumpReLU(SAE):
-    """z = pre where pre > theta, 0 elsewhere, theta fixed (the form of arXiv:2407.14435, theta not trained)."""
+    """z = pre where pre > theta, 0 elsewhere (arXiv:2407.14435).
+
+    One theta for all latents stays as it is given (the published runs). With one a latent, training moves them, by
+    straight-through gradients, to where k latents a row are active on average.
+    """
 
     @property
     def training_rule(self) -> Rule:
-        return Rule("threshold", threshold=self.threshold)
+        return Rule("jumprelu", k=self.k) if len(self.theta) else Rule("threshold", threshold=self.threshold)
 
 
 ARCHITECTURES: dict[str, type[SAE]] = {cls.__name__: cls for cls in (TopK, BatchTopK, JumpReLU, Matryoshka)}
@@ -135,7 +147,8 @@ def initial_sae(config: RunConfig, d_in: int, mean: Tensor, sink: Tensor | None 
         sink: direction of the attention sinks (d_in,), of norm 1, where one latent is to have it for itself.
     """
     d_sae = config.expansion * d_in
-    sae = ARCHITECTURES[config.arch](d_in, d_sae, k=config.k, threshold=config.threshold)
+    theta = torch.zeros(d_sae) if config.trains_theta else None
+    sae = ARCHITECTURES[config.arch](d_in, d_sae, k=config.k, threshold=config.threshold, theta=theta)
     generator = torch.Generator().manual_seed(config.seed)
     for tensor, fan_in in (
         (sae.W_enc, d_in),
@@ -160,6 +173,6 @@ def initial_sae(config: RunConfig, d_in: int, mean: Tensor, sink: Tensor | None 
 
 def fold_scale(sae: SAE, scale: float) -> None:
     """Turn an SAE of rows x / scale into the same of rows x, in place: what carries the rows' unit is multiplied."""
-    for tensor in (sae.b_enc, sae.b_dec, sae.b_pre):
+    for tensor in (sae.b_enc, sae.b_dec, sae.b_pre, sae.theta):
         tensor.data.mul_(scale)
     sae.threshold *= scale

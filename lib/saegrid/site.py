@@ -22,6 +22,7 @@ PLACEHOLDERS = {
     "report/_published.md": "",
     "report/_setting.md": "",
     "report/_benchmarks.md": "",
+    "report/_recipes.md": "",
     "report/findings.ipynb": "Findings",
     "report/frontier.ipynb": "Frontier",
     "report/results.ipynb": "Results",

@@ -19,6 +19,8 @@ PALETTE = {"BatchTopK": "#d55e00", "TopK": "#3a86c8", "JumpReLU": "#009e73", "Ma
 MARKERS = {"BatchTopK": "o", "TopK": "s", "JumpReLU": "^", "Matryoshka": "D"}
 ABOVE = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "columnspacing": 1.4, "handletextpad": 0.3}
 """A legend above the plot, where it hides nothing and leaves a phone the whole width."""
+PALE = 0.4
+"""Opacity of marks that stand back."""
 WIDE = 50.0
 """Values that span more than this factor get a logarithmic axis."""
 STYLE = {

@@ -28,6 +28,7 @@ CALIBRATION_ROWS = 65_536
 """At most so many validation rows set BatchTopK's threshold."""
 DECAY = 0.2
 """Share of the steps, at the end, in which a "linear" learning rate falls."""
+TINY = 1e-6
 CHECK_STEPS = 100
 """On a GPU the loss is read back, and held to be finite, after so many steps: each look waits for the device."""
 
@@ -67,7 +68,8 @@ def train(
 
     Adam, the learning rate set per step; mean squared error; unit-norm decoder rows after each step; the weights of
     the epoch with the lowest validation MSE are kept (with the training rule: BatchTopK cuts each validation batch).
-    BatchTopK's scalar threshold is then calibrated on validation rows. With `act_scale` all of this, checkpoints too,
+    BatchTopK's scalar threshold, or what JumpReLU's trained thetas are multiplied by, is then calibrated on validation
+    rows. With `act_scale` all of this, checkpoints too,
     is in the units of the scaled rows, and the scale is folded into the weights at the end.
 
     Args:
@@ -89,6 +91,9 @@ def train(
     if isinstance(sae, JumpReLU) and config.threshold_unit == "rms":
         rows = next(store.batches("train", config.batch_size))
         sae.threshold = config.threshold * rms_pre_acts(sae.params, rows / found.scale)
+    if config.trains_theta:
+        rows = next(store.batches("train", config.batch_size, config.seed))
+        sae.theta.fill_(start_of_theta(sae.params, rows / found.scale, config.k))
     sae.to(device)
     if found.sink is not None:
         found = found._replace(sink=found.sink.to(device))
@@ -105,6 +110,8 @@ def train(
     fold_scale(sae, found.scale)
     if isinstance(sae, BatchTopK):
         sae.inference_threshold = calibrated_threshold(sae, store, config.batch_size, kernel)
+    elif config.trains_theta:
+        sae.theta.mul_(calibrated_factor(sae, store, config.batch_size, kernel))
     progress.lap()
     return sae, progress
 
@@ -168,6 +175,8 @@ def step_settings(config: RunConfig, store: Store, matmul: str) -> StepSettings:
         aux_k=max(1, store.d_in // 2),
         dead_after=math.ceil(config.dead_window * config.epochs * store.n_train),
         prefixes=tuple(d_sae >> halvings for halvings in reversed(range(config.prefixes))),
+        bandwidth=config.bandwidth,
+        l0_coef=config.l0_coef,
     )
 
 
@@ -246,11 +255,47 @@ def _held_out_values(sae, store, batch_size, kernel, k: int) -> list[tuple[int, 
     return kept
 
 
+def calibrated_factor(sae: JumpReLU, store: Store, batch_size: int, kernel: ModuleType) -> float:
+    """What all thetas are to be multiplied by, so that `k` latents a row are active on average over validation rows.
+
+    The middle between the ratios pre / theta of the last pair kept and of the first one left out.
+    """
+    share = 1.0
+    while True:
+        lower = sae.params._replace(theta=sae.theta * share)
+        ratios, rows = [], 0
+        for x in store.batches("val", batch_size, device=sae.device):
+            codes = kernel.encode(lower, x[: CALIBRATION_ROWS - rows], sae.training_rule)
+            ratios.append(codes.values / sae.theta[codes.latents.long()].clamp_min(TINY))
+            rows += len(codes.offsets) - 1
+            if rows >= CALIBRATION_ROWS:
+                break
+        ratio, count = torch.cat(ratios), rows * sae.k
+        if count < len(ratio):
+            kept = ratio.topk(count + 1, sorted=True).values
+            return ((kept[-2] + kept[-1]) / 2).item()
+        if share < TINY:  # fewer pairs are positive
+            return share
+        share /= 2
+
+
+def start_of_theta(params: Params, x: Tensor, k: int) -> float:
+    """The cut that leaves `k` pre-activations a row above it, on average over rows x (N, d_in) without sinks."""
+    x = _ordinary(x)
+    pre = torch.addmm(params.b_enc, x - params.b_pre, params.W_enc.T).flatten()
+    return max(pre.topk(min(len(x) * k, len(pre)), sorted=False).values.min().item(), TINY)
+
+
 def rms_pre_acts(params: Params, x: Tensor) -> float:
     """Root mean square of the pre-activations of rows x (N, d_in), attention sinks left out: the unit of "rms"."""
-    norms = x.norm(dim=1)
-    x = x[norms <= SINK_RATIO * norms.median()]
+    x = _ordinary(x)
     return torch.addmm(params.b_enc, x - params.b_pre, params.W_enc.T).double().square().mean().sqrt().item()
+
+
+def _ordinary(x: Tensor) -> Tensor:
+    """The rows of x (N, d_in) that are no attention sinks."""
+    norms = x.norm(dim=1)
+    return x[norms <= SINK_RATIO * norms.median()]
 
 
 def save_checkpoint(path: Path, progress: Progress, run_id: str) -> None:

@@ -218,7 +218,26 @@ def project_row(gradient, w_dec):
 
 
 @compiled
-def step_latents(first, last, edges, starts, rows, x_rows, values, d_hat, centred, params, m, v, pull, project, adam):
+def theta_gradient(j, start, stop, rows, values, d_z, jump):
+    """Gradient of latent j's theta, from the pairs of its band; those that are not active have no part in W_enc's.
+
+    jump: (theta, its gradient, (d_sae,) both; half the bandwidth; an active pair's pull on L0's loss; N).
+    See `reference.jumprelu_gradients`. Rows from N on are another loss's.
+    """
+    theta, g_theta, half, pull, n_rows = jump
+    total = ZERO
+    for i in range(start, stop):
+        if rows[i] < n_rows and values[i] < theta[j] + half:
+            total += theta[j] * d_z[i] + pull
+        if values[i] == ZERO:
+            d_z[i] = ZERO
+    g_theta[j] = -total / (half + half) if half > ZERO else ZERO
+
+
+@compiled
+def step_latents(
+    first, last, edges, starts, rows, x_rows, values, d_hat, centred, params, m, v, pull, project, jump, adam
+):
     """Gradient and Adam of each latent while its rows are in cache; chunk c's part of b_pre's gradient in pull[c].
 
     A pair has a row of d_hat (`rows`) and one of centred (`x_rows`): d_hat may stack the errors of several losses.
@@ -235,6 +254,8 @@ def step_latents(first, last, edges, starts, rows, x_rows, values, d_hat, centre
             start, stop = starts[j] - begin, starts[j + 1] - begin
             gradient[:] = ZERO
             decoder_gradient(j, start, stop, its_rows, its_values, d_hat, w_dec, gradient, d_z)
+            if len(jump[0]) > 0:
+                theta_gradient(j, start, stop, its_rows, its_values, d_z, jump)
             if project:
                 project_row(gradient, w_dec[j])
             apply_decoder(j, gradient, params, m, v, adam)
@@ -252,7 +273,7 @@ def step_latents(first, last, edges, starts, rows, x_rows, values, d_hat, centre
 
 @compiled
 def gradient_latents(
-    first, last, edges, starts, rows, x_rows, values, d_hat, centred, w_enc, w_dec, g_enc, g_bias, g_dec, pull
+    first, last, edges, starts, rows, x_rows, values, d_hat, centred, w_enc, w_dec, g_enc, g_bias, g_dec, pull, jump
 ):
     """As `step_latents`, but writes the gradients out instead of applying them."""
     width = w_enc.shape[1]
@@ -264,6 +285,8 @@ def gradient_latents(
             g_enc[j] = ZERO
             g_dec[j] = ZERO
             decoder_gradient(j, start, stop, rows, values, d_hat, w_dec, g_dec[j], d_z)
+            if len(jump[0]) > 0:
+                theta_gradient(j, start, stop, rows, values, d_z, jump)
             g_bias[j] = add_rows(start, stop, x_rows, d_z, centred, g_enc[j])
             for c in range(width):
                 pull[chunk, c] += g_bias[j] * w_enc[j, c]

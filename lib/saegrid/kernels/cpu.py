@@ -14,6 +14,8 @@ of work, never by the number of threads, and sums that cross chunks are kept per
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,7 +23,19 @@ from torch import Tensor
 from saegrid.kernels import _cpu_pairs as pairs
 from saegrid.kernels import _cpu_select as select
 from saegrid.kernels._cpu_chunks import CHUNKS, arrays, buffer, by_weight, even, run
-from saegrid.kernels.reference import BETAS, EPS, Codes, Params, Rule, StepSettings, TrainState, keep_apart
+from saegrid.kernels.reference import (
+    BETAS,
+    EPS,
+    THETA_RATE,
+    Codes,
+    Params,
+    Rule,
+    StepSettings,
+    TrainState,
+    above_theta,
+    keep_apart,
+    l0_pull,
+)
 
 DENSE_ABOVE = 0.5  # share of active pairs above which plain products beat loops over pairs (measured)
 BF16_BELOW = 0.12  # share of active pairs up to which a bf16 product + float32 values beat one fp32 product (measured)
@@ -33,6 +47,8 @@ PROBE = 64, 32  # rows, and one latent in so many, that tell how many pairs a th
 
 def encode(params: Params, x: Tensor, rule: Rule, matmul: str = "fp32") -> Codes:
     """Codes of the rows x (N, d_in). See `reference.encode`."""
+    if rule.kind == "jumprelu":
+        return above_theta(encode, params, x, matmul)
     return _encode(params, x.contiguous() - params.b_pre, rule, matmul, {})
 
 
@@ -50,7 +66,7 @@ def gradients(params: Params, x: Tensor, codes: Codes) -> tuple[float, Params]:
     x, workspace = x.contiguous(), {}
     loss, d_hat = _error(params, x, codes, workspace)
     torch.sum(d_hat, 0, out=grads.b_dec)
-    _gradients(params, x - params.b_pre, codes, d_hat, grads, workspace)
+    _gradients(params, x - params.b_pre, codes, d_hat, grads, workspace, _jump(params, grads.theta, len(x)))
     return loss, grads
 
 
@@ -58,7 +74,15 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     """One training step, in place. See `reference.train_step`. Buffers are kept in `state.workspace`."""
     params, workspace, x = state.params, state.workspace, x.contiguous()
     centred = torch.sub(x, params.b_pre, out=buffer(workspace, "centred", x.shape))
-    codes = _encode(params, centred, rule, settings.matmul, workspace)
+    if rule.kind == "jumprelu":
+        lists = functools.partial(_encode, workspace=workspace)
+        codes = above_theta(lists, params, centred, settings.matmul, settings.bandwidth / 2)
+        pull = l0_pull(codes, rule.k, settings.l0_coef)
+    else:
+        codes, pull = _encode(params, centred, rule, settings.matmul, workspace), 0.0
+    active = int((codes.values > 0).sum())
+    g_theta = buffer(workspace, "grad theta", params.theta.shape)
+    jump = _jump(params, g_theta, len(x), settings.bandwidth, pull)
     beta1, beta2 = BETAS
     state.step += 1
     rate, correction = settings.lr / (1 - beta1**state.step), 1 / (1 - beta2**state.step)
@@ -68,15 +92,15 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         loss, codes, d_hat = _prefix_errors(params, x, codes, settings.prefixes, workspace)
     else:
         loss, d_hat = _error(params, x, codes, workspace)
-    g_dec_bias, active = d_hat[: len(x)].sum(0), len(codes.values)
+    g_dec_bias = d_hat[: len(x)].sum(0)
     if settings.aux_coef:
         codes, d_hat = _with_auxk(state, centred, codes, d_hat, settings)
     if settings.sink is not None:  # W_enc's gradient is a sum of these rows
         centred.addr_(centred @ settings.sink, settings.sink, alpha=-1)
-    if settings.grad_clip or _is_dense(codes, params):
+    if settings.grad_clip or (_is_dense(codes, params) and not len(params.theta)):
         grads = Params(*(buffer(workspace, f"grad {name}", p.shape) for name, p in params._asdict().items()))
         grads.b_dec.copy_(g_dec_bias)
-        _gradients(params, centred, codes, d_hat, grads, workspace)
+        _gradients(params, centred, codes, d_hat, grads, workspace, jump)
         edges = even(len(params.b_enc))
         if settings.project_grad:
             run(pairs.project_latents, edges, *arrays((grads.W_dec, params.W_dec)))
@@ -88,11 +112,14 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         pull = buffer(workspace, "pull", (CHUNKS, x.shape[1]))
         run(
             pairs.step_latents, edges, *lists, *arrays((d_hat, centred)), weights, m, v, pull.numpy(),
-            settings.project_grad, adam,
+            settings.project_grad, jump, adam,
         )  # fmt: skip
         g_pre_bias = g_dec_bias - pull.sum(0)
     pairs.apply_vector(*arrays((g_dec_bias, params.b_dec, state.m.b_dec, state.v.b_dec)), adam)
     pairs.apply_vector(*arrays((g_pre_bias, params.b_pre, state.m.b_pre, state.v.b_pre)), adam)
+    faster = (*adam[:3], np.float32(THETA_RATE) * adam[3], *adam[4:])
+    pairs.apply_vector(*arrays((g_theta, params.theta, state.m.theta, state.v.theta)), faster)
+    params.theta.clamp_min_(0.0)
     if settings.sink is not None:
         keep_apart(params.W_enc, settings.sink)
     return loss, active
@@ -223,9 +250,16 @@ def _by_latent(codes: Codes, d_sae: int, n_rows: int) -> tuple[tuple[np.ndarray,
     return (starts, rows, x_rows, values), by_weight(starts + LATENT_COST * np.arange(d_sae + 1))
 
 
-def _gradients(params: Params, centred: Tensor, codes: Codes, d_hat: Tensor, grads: Params, workspace: dict) -> None:
+def _jump(params: Params, g_theta: Tensor, n_rows: int, bandwidth: float = 0.0, pull: float = 0.0) -> tuple:
+    """What `_cpu_pairs.theta_gradient` needs; without a bandwidth, theta's gradient is 0."""
+    return (*arrays((params.theta, g_theta)), np.float32(bandwidth / 2), np.float32(pull), n_rows)
+
+
+def _gradients(
+    params: Params, centred: Tensor, codes: Codes, d_hat: Tensor, grads: Params, workspace: dict, jump: tuple
+) -> None:
     """Write the gradients, that of b_dec being there already, to `grads`. Codes and d_hat may be stacked."""
-    if len(d_hat) == len(centred) and _is_dense(codes, params):
+    if len(d_hat) == len(centred) and not len(params.theta) and _is_dense(codes, params):
         z = buffer(workspace, "z", (len(centred), len(params.b_enc)))  # filled by _decode
         torch.mm(z.T, d_hat, out=grads.W_dec)
         d_z = torch.mm(d_hat, params.W_dec.T, out=buffer(workspace, "d_z", z.shape)).masked_fill_(z == 0, 0)
@@ -236,7 +270,7 @@ def _gradients(params: Params, centred: Tensor, codes: Codes, d_hat: Tensor, gra
         lists, edges = _by_latent(codes, len(params.b_enc), len(centred))
         chunk_pulls = buffer(workspace, "pull", (CHUNKS, centred.shape[1]))
         tensors = (d_hat, centred, params.W_enc, params.W_dec, *grads[:3], chunk_pulls)
-        run(pairs.gradient_latents, edges, *lists, *arrays(tensors))
+        run(pairs.gradient_latents, edges, *lists, *arrays(tensors), jump)
         pull = chunk_pulls.sum(0)
     torch.sub(grads.b_dec, pull, out=grads.b_pre)
 
@@ -285,7 +319,7 @@ def _with_auxk(
     """Codes and d_hat with those of the dead latents stacked behind, and the dead counted. See `auxk_gradients`."""
     dead = (state.quiet >= settings.dead_after).nonzero()[:, 0]
     state.quiet += len(centred)
-    state.quiet[codes.latents.long()] = 0
+    state.quiet[codes.latents[codes.values > 0].long()] = 0
     if not len(dead):
         return codes, d_hat
     params, workspace = state.params, state.workspace.setdefault("dead", {})

@@ -28,11 +28,13 @@ from torch import Tensor
 from saegrid.errors import ConfigError
 from saegrid.kernels import _triton_stages as stages
 from saegrid.kernels._triton_stages import Buffers, Lists
-from saegrid.kernels.reference import BETAS, Codes, Params, Rule, StepSettings, TrainState
+from saegrid.kernels.reference import BETAS, Codes, Params, Rule, StepSettings, TrainState, above_theta
 
 
 def encode(params: Params, x: Tensor, rule: Rule, matmul: str = "fp32") -> Codes:
     """Codes of the rows x (N, d_in). See `reference.encode`. Waits for the device: it alone knows their number."""
+    if rule.kind == "jumprelu":
+        return above_theta(encode, params, x, matmul)
     buffers, d_sae = Buffers(x.device), len(params.b_enc)
     centred = (x - params.b_pre).contiguous()
     pre = stages.pre_acts(params, centred, matmul, buffers)
@@ -84,10 +86,11 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         dimensions on the device of x.
 
     Raises:
-        ConfigError: AuxK, sinks apart or Matryoshka's prefixes, which this kernel has not.
+        ConfigError: AuxK, sinks apart, Matryoshka's prefixes or trained thresholds, which this kernel has not.
     """
-    if settings.aux_coef or settings.sink is not None or settings.prefixes:
-        raise ConfigError("kernel = 'cuda': has no AuxK, no sinks apart and no Matryoshka yet; take 'cpu'")
+    if settings.aux_coef or settings.sink is not None or settings.prefixes or rule.kind == "jumprelu":
+        missing = "no AuxK, no sinks apart, no Matryoshka and no trained thresholds"
+        raise ConfigError(f"kernel = 'cuda': has {missing} yet; take 'cpu'")
     if "cuda" not in state.workspace:
         state.workspace["cuda"] = Buffers(x.device)
     buffers: Buffers = state.workspace["cuda"]

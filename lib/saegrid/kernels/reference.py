@@ -12,6 +12,7 @@ Codes are sparse: only kept latents above zero are listed, and only they carry a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -20,6 +21,11 @@ from torch import Tensor
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
+THETA_RATE = 10.0
+"""Theta's learning rate by the others': at theirs it does not follow the pre-activations (measured: LOG.md)."""
+
+
+NONE = torch.empty(0)
 
 
 class Params(NamedTuple):
@@ -30,16 +36,18 @@ class Params(NamedTuple):
     W_dec: Tensor  # (d_sae, d_in), rows of unit norm
     b_dec: Tensor  # (d_in,)
     b_pre: Tensor  # (d_in,)
+    theta: Tensor = NONE  # (d_sae,), at least 0: JumpReLU's thresholds where there is one a latent; (0,) elsewhere
 
 
 class Rule(NamedTuple):
     """Which pre-activations a code keeps.
 
     topk: the k largest of each row. batchtopk: the int(N * k) largest of the whole batch (arXiv:2412.06410, and
-    the published class). threshold: all above `threshold` (JumpReLU; BatchTopK once calibrated).
+    the published class). threshold: all above `threshold` (JumpReLU; BatchTopK once calibrated). jumprelu: all above
+    their latent's theta, which training moves so that k a row are (arXiv:2407.14435).
     """
 
-    kind: Literal["topk", "batchtopk", "threshold"]
+    kind: Literal["topk", "batchtopk", "threshold", "jumprelu"]
     k: int = 0
     threshold: float = 0.0
 
@@ -64,6 +72,8 @@ class StepSettings(NamedTuple):
     dead_after: int = 0  # a latent that has not fired for so many rows is dead
     sink: Tensor | None = None  # (d_in,) of norm 1: a direction that only the first latent's encoder row has
     prefixes: tuple[int, ...] = ()  # Matryoshka's dictionaries, each the first so many latents; the last is d_sae
+    bandwidth: float = 0.0  # width of the band around theta whose pairs tell theta's gradient
+    l0_coef: float = 0.0  # weight of (L0 / k - 1)², for the rule jumprelu
 
 
 @dataclass
@@ -88,8 +98,21 @@ class TrainState:
 
 def encode(params: Params, x: Tensor, rule: Rule, matmul: str = "fp32") -> Codes:
     """Codes of the rows x (N, d_in)."""
+    if rule.kind == "jumprelu":
+        return above_theta(encode, params, x, matmul)
     pre = _pre_acts(params, x, matmul)  # (N, d_sae)
     return _sparse(pre, _kept(pre, rule))
+
+
+def above_theta(encode: Callable[..., Codes], params: Params, x: Tensor, matmul: str, below: float = 0.0) -> Codes:
+    """Codes by any kernel's `encode` of what is above its latent's theta; `below`: of the pairs so far below it too.
+
+    The latter are listed with the value 0, so that they take part in nothing but theta's gradient.
+    """
+    shift = params.theta - below
+    codes = encode(params._replace(b_enc=params.b_enc - shift), x, Rule("threshold"), matmul)
+    values = codes.values + shift[codes.latents.long()]
+    return codes._replace(values=values if not below else values.masked_fill_(codes.values <= below, 0.0))
 
 
 def decode(params: Params, codes: Codes) -> Tensor:
@@ -123,6 +146,32 @@ def matryoshka_gradients(params: Params, x: Tensor, codes: Codes, prefixes: tupl
     return parts[-1][0], Params(*(sum(grads) / len(parts) for grads in zip(*(part[1] for part in parts), strict=True)))
 
 
+def jumprelu_gradients(params: Params, x: Tensor, codes: Codes, k: int, settings: StepSettings) -> tuple[float, Params]:
+    """Loss (mean squared error), and the gradients of that plus l0_coef (L0 / k - 1)² (arXiv:2407.14435, §3 and §D).
+
+    Neither has a slope in theta but at jumps; the pairs within half a bandwidth of theta stand for these:
+    dz / dtheta = -theta / bandwidth, dL0 / dtheta = -1 / (N bandwidth), 0 for all other pairs.
+
+    Args:
+        codes: with the pairs of the band that are not active, as `above_theta` lists them.
+    """
+    loss, grads = gradients(params, x, codes)
+    d_hat = (decode(params, codes) - x) * (2.0 / x.numel())
+    latents = codes.latents.long()
+    d_z = (d_hat @ params.W_dec.T)[_rows(codes), latents]
+    theta = params.theta[latents]
+    near = codes.values < theta + settings.bandwidth / 2
+    slope = -(theta * d_z + l0_pull(codes, k, settings.l0_coef)) / settings.bandwidth
+    return loss, grads._replace(theta=torch.zeros_like(params.theta).index_add_(0, latents[near], slope[near]))
+
+
+def l0_pull(codes: Codes, k: int, l0_coef: float) -> float:
+    """Derivative of l0_coef (L0 / k - 1)² with respect to one pair's being active."""
+    n_rows = len(codes.offsets) - 1
+    l0 = int((codes.values > 0).sum()) / n_rows
+    return 2 * l0_coef * (l0 / k - 1) / (k * n_rows)
+
+
 def auxk_gradients(params: Params, x: Tensor, codes: Codes, dead: Tensor, k: int) -> tuple[float, Params]:
     """AuxK's loss and its gradient, dense (arXiv:2406.04093, A.2): dead latents reconstruct what the code leaves over.
 
@@ -151,18 +200,21 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         The batch's mean squared error before the step, and the number of active (row, latent) pairs.
     """
     params = state.params
-    codes = encode(params, x, rule, settings.matmul)
-    if settings.prefixes:
-        loss, grads = matryoshka_gradients(params, x, codes, settings.prefixes)
+    if rule.kind == "jumprelu":
+        codes = above_theta(encode, params, x, settings.matmul, settings.bandwidth / 2)
+        loss, grads = jumprelu_gradients(params, x, codes, rule.k, settings)
     else:
-        loss, grads = gradients(params, x, codes)
+        codes = encode(params, x, rule, settings.matmul)
+        nested = settings.prefixes
+        loss, grads = matryoshka_gradients(params, x, codes, nested) if nested else gradients(params, x, codes)
+    active = codes.values > 0
     if settings.aux_coef:
         dead = state.quiet >= settings.dead_after
         if dead.any():
             _, extra = auxk_gradients(params, x, codes, dead, settings.aux_k)
             grads = Params(*(g + settings.aux_coef * more for g, more in zip(grads, extra, strict=True)))
         state.quiet += len(x)
-        state.quiet[codes.latents.long()] = 0
+        state.quiet[codes.latents[active].long()] = 0
     if settings.sink is not None:
         grads = grads._replace(W_enc=grads.W_enc - torch.outer(grads.W_enc @ settings.sink, settings.sink))
     if settings.project_grad:
@@ -175,14 +227,16 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     state.step += 1
     beta1, beta2 = BETAS
     correction1, correction2 = 1 - beta1**state.step, 1 - beta2**state.step
-    for p, g, m, v in zip(params, grads, state.m, state.v, strict=True):
+    for name, p, g, m, v in zip(Params._fields, params, grads, state.m, state.v, strict=True):
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        p.addcdiv_(m, (v / correction2).sqrt_().add_(EPS), value=-settings.lr / correction1)
+        rate = settings.lr / correction1 * (THETA_RATE if name == "theta" else 1.0)
+        p.addcdiv_(m, (v / correction2).sqrt_().add_(EPS), value=-rate)
     params.W_dec.div_(params.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
+    params.theta.clamp_min_(0.0)
     if settings.sink is not None:
         keep_apart(params.W_enc, settings.sink)
-    return loss, len(codes.values)
+    return loss, int(active.sum())
 
 
 def keep_apart(W_enc: Tensor, sink: Tensor) -> None:
@@ -199,7 +253,7 @@ def _through_pairs(params: Params, x: Tensor, codes: Codes, d_hat: Tensor) -> Pa
     rows, latents = _rows(codes), codes.latents.long()
     z = dense(codes, len(params.b_enc))
     d_z = torch.zeros_like(z)
-    d_z[rows, latents] = (d_hat @ params.W_dec.T)[rows, latents]
+    d_z[rows, latents] = (d_hat @ params.W_dec.T)[rows, latents] * (codes.values > 0)
     d_pre_sum = d_z.sum(0)  # (d_sae,)
     return Params(
         W_enc=d_z.T @ (x - params.b_pre),
@@ -207,6 +261,7 @@ def _through_pairs(params: Params, x: Tensor, codes: Codes, d_hat: Tensor) -> Pa
         W_dec=z.T @ d_hat,
         b_dec=torch.zeros_like(params.b_dec),
         b_pre=-(d_pre_sum @ params.W_enc),
+        theta=torch.zeros_like(params.theta),
     )
 
 

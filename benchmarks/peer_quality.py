@@ -1,0 +1,156 @@
+"""SAEs of this project beside its peers', at matched L0: the same rows, epochs, width and number of learning rates.
+
+    python benchmarks/peer_quality.py                     # hours on two cores; stopped, it goes on where it was
+    python benchmarks/peer_quality.py --ks 64 --rates 1
+
+Every SAE is judged by this project's metrics on the same held-out rows and prompts. Thresholds are calibrated to K on
+the validation rows for all alike, and each contender's learning rate is the one with the lowest FVU there. Writes
+`results/peers/runs.csv` and `prompts.csv`, a row as soon as it is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+
+from saegrid import kernels
+from saegrid.atomic import write_text
+from saegrid.config import RunConfig, make_config
+from saegrid.formats import load_sae
+from saegrid.kernels import cpu as kernel
+from saegrid.metrics import splice_metrics
+from saegrid.run import Run, evaluate_rows, prepare_store, spliced
+from saegrid.sae import SAE, TopK
+from saegrid.splice import mean_losses
+from saegrid.store import Store
+from saegrid.train import calibrated_factor
+
+ROOT = Path(__file__).resolve().parents[1]
+KS, RATES = (16, 32, 64, 128), (1.0, 1 / 3, 3.0)
+EXPANSION, TRAIN_TOKENS, VAL_TOKENS, EPOCHS, BATCH = 4, 40_000, 10_000, 5, 512
+CONTENDERS = {
+    ("saegrid", "BatchTopK"): 1e-3,
+    ("saegrid", "JumpReLU"): 1e-3,
+    ("saegrid", "Matryoshka"): 1e-3,
+    ("sae-lens", "BatchTopK"): 3e-4,
+    ("sae-lens", "TopK"): 3e-4,
+    ("dictionary_learning", "BatchTopK"): 2e-4,  # at 16,384 latents, as sparsify's
+    ("dictionary_learning", "TopK"): 2e-4,
+    ("sparsify", "TopK"): 5e-3,
+}
+"""Contenders and their own default learning rates, those of two peers to be scaled by (d_sae / 16,384)^-1/2."""
+SCALED = ("dictionary_learning", "sparsify")
+KEYS = ["peer", "arch", "k", "rate", "seed"]
+MEASURES = ["l0", "l0_eval", "fvu", "fvu_no_sink", "dead_pct", "delta_loss", "loss_recovered_mean", "ce_spliced"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--ks", default=",".join(map(str, KS)))
+    parser.add_argument("--rates", type=int, default=len(RATES), help="learning rates of each contender")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--peers", default=",".join(dict.fromkeys(peer for peer, _ in CONTENDERS)))
+    parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers/bin/python")
+    parser.add_argument("--out", type=Path, default=ROOT / "results/peers")
+    options = parser.parse_args()
+    base = make_config(
+        k=1, expansion=EXPANSION, train_tokens=TRAIN_TOKENS, val_tokens=VAL_TOKENS, epochs=EPOCHS, batch_size=BATCH
+    )
+    threads = kernels.choose("auto", "auto", 0).threads
+    kernels.set_threads(threads)
+    store = prepare_store(base)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_file({"x": store.rows("train").contiguous()}, folder / "rows.safetensors")
+        for k in map(int, options.ks.split(",")):
+            for rate in RATES[: options.rates]:
+                for (peer, arch), default in CONTENDERS.items():
+                    spec = {"peer": peer, "arch": arch, "k": k, "rate": rate, "seed": options.seed}
+                    if peer not in options.peers.split(",") or known(options.out, spec):
+                        continue
+                    scale = (EXPANSION * store.d_in / 2**14) ** -0.5 if peer in SCALED else 1.0
+                    spec |= {"lr": rate * default * scale, "threads": threads}
+                    sae, seconds = trained(spec, base, store, folder, options.peers_python)
+                    row, sums = measured(sae, spec["k"], base, store)
+                    add(options.out, {**spec, "seconds": seconds, **row}, sums)
+
+
+def trained(spec: dict, base: RunConfig, store: Store, folder: Path, python: Path) -> tuple[SAE, float]:
+    """One contender's SAE, and the seconds that its training took."""
+    if spec["peer"] == "saegrid":
+        names = ("arch", "k", "lr", "seed", "threads")
+        shared = base.model_dump(include={"train_tokens", "val_tokens", "expansion", "epochs", "batch_size"})
+        told = shared | {name: spec[name] for name in names}
+        run = Run(make_config(**told, recipe="improved", runs_dir=str(folder / "runs")))
+        sae = run.train()
+        run.close()
+        return sae, run.times["train_seconds"]
+    out = folder / "-".join(str(spec[name]) for name in KEYS)
+    told = spec | {"d_sae": EXPANSION * store.d_in, "epochs": EPOCHS, "batch": BATCH, "out": str(out)}
+    told |= {"rows": str(folder / "rows.safetensors")}
+    quiet = {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [str(python), str(ROOT / "benchmarks/peer_train.py"), json.dumps(told)]
+    done = subprocess.run(command, env=os.environ | quiet, stdout=subprocess.PIPE, text=True, check=True)
+    return load_sae(out), json.loads(done.stdout.splitlines()[-1])["seconds"]
+
+
+def measured(sae: SAE, k: int, base: RunConfig, store: Store) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Metrics of an SAE whose threshold, where it has one, is first calibrated to `k`; its losses by prompt."""
+    if not isinstance(sae, TopK):
+        sae = with_theta(sae, k)
+        sae.theta.mul_(calibrated_factor(sae, store, BATCH, kernel))
+    rows, _, _ = evaluate_rows(sae, store, BATCH, kernel)
+    sums, l0_eval = spliced(base, store, sae, kernel)
+    found = rows | {"l0_eval": l0_eval} | splice_metrics(**mean_losses(sums))
+    return {name: found[name] for name in MEASURES}, sums
+
+
+def with_theta(sae: SAE, k: int) -> SAE:
+    """The SAE as a JumpReLU with a threshold of its own for each latent."""
+    from saegrid.sae import JumpReLU
+
+    cut = sae.threshold if sae.inference_threshold is None else sae.inference_threshold
+    theta = sae.theta.data if len(sae.theta) else torch.full((sae.d_sae,), max(cut, 1e-6))
+    same = JumpReLU(sae.d_in, sae.d_sae, k=k, theta=theta)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec", "b_pre"):
+        getattr(same, name).data.copy_(getattr(sae, name))
+    return same
+
+
+def known(out: Path, spec: dict[str, Any]) -> bool:
+    path = out / "runs.csv"
+    if not path.exists():
+        return False
+    runs = pd.read_csv(path)
+    same = [
+        runs[name].round(6) == round(value, 6) if name == "rate" else runs[name] == value
+        for name, value in spec.items()
+    ]
+    return bool(pd.concat(same, axis=1).all(axis=1).any())
+
+
+def add(out: Path, row: dict[str, Any], sums: pd.DataFrame) -> None:
+    """Append a row to `runs.csv`, and its prompts to `prompts.csv`."""
+    key = {name: row[name] for name in KEYS}
+    tables = {"runs.csv": pd.DataFrame([row]), "prompts.csv": sums.assign(**key)}
+    out.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        path = out / name
+        old = [pd.read_csv(path)] if path.exists() else []
+        write_text(path, pd.concat([*old, table], ignore_index=True).to_csv(index=False, lineterminator="\n"))
+    print({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

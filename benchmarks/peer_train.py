@@ -1,0 +1,112 @@
+"""One SAE trained by a peer's own code, in the peers' environment: `peer_train.py '{"peer": ..., "arch": ..., ...}'`.
+
+Each with the settings that its authors recommend, by its released package, through its own trainer where that takes
+rows (SAELens, dictionary_learning) and else by the step inside it (sparsify). Warm-ups and decays, which are given in
+steps for long runs, take the same share of a short one: 5% and the last 20%. Written in the peer's own form.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+WARM_UP, DECAY = 0.05, 0.2
+NORM_BATCHES = 50
+
+
+def batches(x: Tensor, spec: dict) -> Iterator[Tensor]:
+    """The rows `epochs` times, each time in another order."""
+    generator = torch.Generator().manual_seed(spec["seed"])
+    for _ in range(spec["epochs"]):
+        for index in torch.randperm(len(x), generator=generator).split(spec["batch"]):
+            yield x[index]
+
+
+def sae_lens(spec: dict, x: Tensor, steps: int, out: Path) -> None:
+    import sae_lens
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    make = getattr(sae_lens, f"{spec['arch']}TrainingSAE")
+    configure = getattr(sae_lens, f"{spec['arch']}TrainingSAEConfig")
+    scaled = "expected_average_only_in"
+    sae = make(configure(d_in=x.shape[1], d_sae=spec["d_sae"], k=spec["k"], normalize_activations=scaled))
+    samples = spec["epochs"] * len(x)
+    config = SAETrainerConfig(
+        total_training_samples=samples,
+        train_batch_size_samples=spec["batch"],
+        lr=spec["lr"],
+        lr_end=0.0,
+        lr_warm_up_steps=int(WARM_UP * steps),
+        lr_decay_steps=int(DECAY * steps),
+        n_batches_for_norm_estimate=NORM_BATCHES,
+    )
+    longer = spec | {"epochs": spec["epochs"] + 1}  # the estimate takes some
+    SAETrainer(cfg=config, sae=sae, data_provider=batches(x, longer)).fit()
+    sae.save_inference_model(out)
+
+
+def dictionary_learning(spec: dict, x: Tensor, steps: int, out: Path) -> None:
+    from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    make = {"TopK": TopKTrainer, "BatchTopK": BatchTopKTrainer}[spec["arch"]]
+    trainer = make(
+        steps=steps, activation_dim=x.shape[1], dict_size=spec["d_sae"], k=spec["k"], layer=0, lm_name="none",
+        lr=spec["lr"], warmup_steps=int(WARM_UP * steps), decay_start=int((1 - DECAY) * steps),
+        threshold_start_step=steps // 10, seed=spec["seed"], device="cpu",
+    )  # fmt: skip
+    first = list(batches(x, spec | {"epochs": 1}))[:NORM_BATCHES]
+    norm = torch.stack([batch.square().sum(1).mean() for batch in first]).mean().sqrt().item()
+    trainer.ae.scale_biases(1.0)
+    for step, batch in enumerate(batches(x, spec)):
+        trainer.update(step, batch / norm)
+    trainer.ae.scale_biases(norm)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.save(trainer.ae.state_dict(), out / "ae.pt")
+    (out / "config.json").write_text(json.dumps({"trainer": trainer.config}, default=str))
+
+
+def sparsify(spec: dict, x: Tensor, steps: int, out: Path) -> None:
+    from schedulefree import ScheduleFreeWrapper
+    from sparsify import SparseCoder, SparseCoderConfig
+    from sparsify.sign_sgd import SignSGD
+
+    sae = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=spec["d_sae"], k=spec["k"]), dtype=torch.float32)
+    optimizer = ScheduleFreeWrapper(SignSGD(sae.parameters(), lr=spec["lr"]), momentum=0.95)
+    optimizer.train()
+    for step, batch in enumerate(batches(x, spec)):
+        if step == 0:
+            sae.b_dec.data.copy_(batch.mean(0))
+        sae.set_decoder_norm_to_unit_norm()
+        sae(batch).fvu.backward()
+        sae.remove_gradient_parallel_to_decoder_directions()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.eval()  # the averaged weights, as its trainer saves them
+    sae.set_decoder_norm_to_unit_norm()
+    sae.save_to_disk(out)
+
+
+PEERS = {"sae-lens": sae_lens, "dictionary_learning": dictionary_learning, "sparsify": sparsify}
+
+
+def main(spec: dict) -> None:
+    torch.set_num_threads(spec["threads"])
+    torch.manual_seed(spec["seed"])
+    x = load_file(spec["rows"])["x"]
+    started = time.perf_counter()
+    steps = spec["epochs"] * -(-len(x) // spec["batch"])
+    PEERS[spec["peer"]](spec, x, steps, Path(spec["out"]))
+    print(json.dumps({"seconds": time.perf_counter() - started, "steps": steps}))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,64 @@
+"""The run to take for a budget of active latents and dictionary size, and what its neighbours would cost. No torch."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from saegrid import intervals
+from saegrid.findings import signed
+from saegrid.tables import html_table, markdown
+
+BUDGETS = (16, 32, 64, 128, 256, 512)
+"""Latents a token that a reader may want to look at, at most."""
+SLACK = 1.05
+"""A run up to 5% over a budget is within it: K is a target, and L0 what was measured."""
+COLUMNS = ["name", "budget", "l0", "d_sae", "delta_loss", "smaller", "sparser"]
+
+
+def by_budget(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> pd.DataFrame:
+    """The run with the lowest delta loss within each budget of L0, once each, with the columns of its row and:
+
+    `budget`, the smallest one that it is best for; `smaller`, what the best run with half its latents or fewer costs
+    within that budget; `sparser`, what the best run of the next smaller budget costs. Differences of delta loss in
+    nats/token, with 95% intervals where the runs' per-prompt sums are given; "" where there is no such run.
+    """
+    drawn = None if prompts is None else intervals.draws(prompts)
+    picks = {budget: best for budget in BUDGETS if (best := _best(df, budget)) is not None}
+    rows, before = [], None
+    for budget, best in picks.items():
+        if before is None or best["run_id"] != before["run_id"]:
+            smaller = _best(df[df["d_sae"] <= best["d_sae"] / 2], budget)
+            costs = {"smaller": _cost(best, smaller, drawn), "sparser": _cost(best, before, drawn)}
+            rows.append({**best, "budget": budget, **costs})
+            before = best
+    return pd.DataFrame(rows)
+
+
+def budget_section(df: pd.DataFrame, prompts: pd.DataFrame | None = None, links: str = "") -> str:
+    """The table as a section of a page; empty where there is nothing to choose between."""
+    table = by_budget(df, prompts)
+    if len(table) < 2:
+        return ""
+    caption = "The lowest delta loss within each budget of L0, and what a neighbour costs against it" + (
+        ", with 95% intervals." if prompts is not None else "."
+    )
+    return markdown(
+        "## Choose by budget",
+        "People who read latents want few a token, 20 to 50; whoever needs the model's loss takes what it costs.",
+        html_table(table, COLUMNS, caption=caption, links=links, mark_best=False),
+    )
+
+
+def _best(df: pd.DataFrame, budget: float) -> pd.Series | None:
+    within = df[df["l0"] <= SLACK * budget]
+    return None if within.empty else within.nsmallest(1, "delta_loss").iloc[0]
+
+
+def _cost(best: pd.Series, other: pd.Series | None, drawn: pd.DataFrame | None) -> str:
+    if other is None:
+        return ""
+    text = signed(other["delta_loss"] - best["delta_loss"])
+    if drawn is None:
+        return text
+    low, high = intervals.interval(drawn, {other["run_id"]: 1.0, best["run_id"]: -1.0})
+    return f"{text} [{signed(low)}, {signed(high)}]"

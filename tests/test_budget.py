@@ -1,0 +1,36 @@
+import pandas as pd
+
+from saegrid import card, results
+from saegrid.budget import budget_section, by_budget
+
+
+def rows(*runs):
+    names = ["run_id", "l0", "d_sae", "delta_loss"]
+    return pd.DataFrame([dict(zip(names, run, strict=True)) for run in runs]).assign(name=lambda df: df["run_id"])
+
+
+def test_the_best_run_within_each_budget_and_its_neighbours():
+    df = rows(
+        ("a", 16.5, 512, 0.9), ("b", 33, 1024, 0.5), ("c", 33, 512, 0.75), ("d", 60, 1024, 0.6), ("e", 120, 256, 0.2)
+    )
+    table = by_budget(df)
+    assert list(table["run_id"]) == ["a", "b", "e"]  # 16.5 is within 16 and 5%; d is denser than b and worse
+    assert list(table["budget"]) == [16, 32, 128]
+    assert list(table["smaller"]) == ["", "+0.250", ""]
+    assert list(table["sparser"]) == ["", "+0.400", "+0.300"]
+
+
+def test_nothing_within_a_budget():
+    assert by_budget(rows(("a", 900, 512, 0.9))).empty
+    assert budget_section(rows(("a", 20, 512, 0.9))) == ""
+
+
+def test_the_card_has_the_table_with_intervals(fake_grid, fake_runs):
+    df = results.tidy(fake_grid, fake_runs / "runs")
+    prompts = results.load_prompts(df, fake_runs / "runs")
+    table = by_budget(df, prompts)
+    for row in table.to_dict("records"):
+        within = df[df["l0"] <= 1.05 * row["budget"]]
+        assert row["delta_loss"] == within["delta_loss"].min()
+    assert table["sparser"].iloc[1].count("[") == 1
+    assert budget_section(df, prompts) in card.model_card(df, prompts)
