@@ -98,7 +98,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=3, help="turns of each contender in a race")
     parser.add_argument("--turn-seconds", type=float, default=2.0, help="length of a turn; one step at least")
     parser.add_argument("--train-steps", type=int, default=500, help="steps behind the weights")
-    parser.add_argument("--quick", action="store_true", help="one shape, batch 512, BatchTopK, default and bf16 only")
+    parser.add_argument("--quick", action="store_true", help="one shape, batch 512, BatchTopK, two settings of a peer")
     parser.add_argument("--keep", action="store_true", help="keep what the results file has of other races")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results.json")
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))

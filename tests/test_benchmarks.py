@@ -42,9 +42,9 @@ def test_a_race_has_a_ratio_to_the_plain_torch_loop(results):
     (race,) = results["races"]
     shape = {"d_in": 24, "expansion": 2, "d_sae": 48, "k": 4, "batch": 32, "arch": "JumpReLU", "peer": "torch"}
     assert race.items() >= shape.items()
-    own, default, bf16 = race["contenders"]
-    assert (own["contender"], default["setting"], bf16["setting"]) == ("saegrid", "default", "bf16")
-    fastest = min(default["step_ms"], bf16["step_ms"])
+    own, default, fused = race["contenders"]
+    assert (own["contender"], default["setting"], fused["setting"]) == ("saegrid", "default", "fused")
+    fastest = min(default["step_ms"], fused["step_ms"])
     assert race["ratio"] == pytest.approx(fastest / own["step_ms"])
     assert race["ratio_default"] == pytest.approx(default["step_ms"] / own["step_ms"])
 
@@ -131,3 +131,12 @@ def test_a_contender_that_fails_is_recorded_and_the_race_goes_on(tmp_path, monke
     spec |= {"threads": 1, "warm_steps": 1, "inputs": str(tmp_path / "missing.safetensors")}
     (record,) = race([spec], {}, 2, 0.01, {"default"})
     assert record["contender"] == "torch" and "missing.safetensors" in record["failure"]
+
+
+def test_bf16_is_tried_where_the_processor_has_it():
+    sys.path.append(str(BENCHMARKS))
+    from peers import settings_of
+
+    assert settings_of("sae-lens", "TopK", bf16=True) == ("default", "bf16", "compile", "bf16+compile", "sparse")
+    assert settings_of("sae-lens", "TopK", bf16=False) == ("default", "compile", "sparse")
+    assert settings_of("torch", "JumpReLU", bf16=False) == ("default", "fused", "fused+compile")
