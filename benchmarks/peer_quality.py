@@ -4,8 +4,8 @@
     python benchmarks/peer_quality.py --ks 64 --rates 1
 
 Every SAE is judged by this project's metrics on the same held-out rows and prompts. Thresholds are calibrated to K on
-the validation rows for all alike, and each contender's learning rate is the one with the lowest FVU there. Writes
-`results/peers/runs.csv` and `prompts.csv`, a row as soon as it is known.
+the validation rows for all alike, and each contender's learning rate is the one with the lowest FVU without sinks
+there. Writes `results/peers/runs.csv` and `prompts.csv`, a row as soon as it is known.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ EXPANSION, TRAIN_TOKENS, VAL_TOKENS, EPOCHS, BATCH = 4, 40_000, 10_000, 5, 512
 CONTENDERS = {
     ("saegrid", "BatchTopK"): 1e-3,
     ("saegrid", "JumpReLU"): 1e-3,
-    ("saegrid", "Matryoshka"): 1e-3,
     ("sae-lens", "BatchTopK"): 3e-4,
     ("sae-lens", "TopK"): 3e-4,
     ("dictionary_learning", "BatchTopK"): 2e-4,  # at 16,384 latents, as sparsify's
@@ -109,7 +108,7 @@ def measured(sae: SAE, k: int, base: RunConfig, store: Store) -> tuple[dict[str,
     """Metrics of an SAE whose threshold, where it has one, is first calibrated to `k`; its losses by prompt."""
     if not isinstance(sae, TopK):
         sae = with_theta(sae, k)
-        sae.theta.mul_(calibrated_factor(sae, store, BATCH, kernel))
+        sae.theta.mul_(calibrated_factor(sae.params, k, store, BATCH, kernel))
     rows, _, _ = evaluate_rows(sae, store, BATCH, kernel)
     sums, l0_eval = spliced(base, store, sae, kernel)
     found = rows | {"l0_eval": l0_eval} | splice_metrics(**mean_losses(sums))
@@ -145,10 +144,12 @@ def add(out: Path, row: dict[str, Any], sums: pd.DataFrame) -> None:
     key = {name: row[name] for name in KEYS}
     tables = {"runs.csv": pd.DataFrame([row]), "prompts.csv": sums.assign(**key)}
     out.mkdir(parents=True, exist_ok=True)
-    for name, table in tables.items():
+    for name, table in reversed(tables.items()):  # runs.csv says what is done
         path = out / name
         old = [pd.read_csv(path)] if path.exists() else []
-        write_text(path, pd.concat([*old, table], ignore_index=True).to_csv(index=False, lineterminator="\n"))
+        both = pd.concat([*old, table], ignore_index=True)
+        both = both.drop_duplicates([*KEYS, *(["prompt"] if "prompt" in both else [])], keep="last")
+        write_text(path, both.to_csv(index=False, lineterminator="\n"))
     print({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}, flush=True)
 
 

@@ -1,8 +1,9 @@
 """One SAE trained by a peer's own code, in the peers' environment: `peer_train.py '{"peer": ..., "arch": ..., ...}'`.
 
 Each with the settings that its authors recommend, by its released package, through its own trainer where that takes
-rows (SAELens, dictionary_learning) and else by the step inside it (sparsify). Warm-ups and decays, which are given in
-steps for long runs, take the same share of a short one: 5% and the last 20%. Written in the peer's own form.
+rows (SAELens, dictionary_learning) and else by the step inside it (sparsify). What is given in steps or tokens for long
+runs takes the same share of a short one: warm-up 5%, decay the last 20%, dead latents behind 5%. Attention sinks are
+left out of dictionary_learning's scale, which they would otherwise make up. Written in the peer's own form.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-WARM_UP, DECAY = 0.05, 0.2
+WARM_UP, DECAY, DEAD = 0.05, 0.2, 0.05
 NORM_BATCHES = 50
+SINK_RATIO = 10.0
 
 
 def batches(x: Tensor, spec: dict) -> Iterator[Tensor]:
@@ -46,6 +48,7 @@ def sae_lens(spec: dict, x: Tensor, steps: int, out: Path) -> None:
         lr_end=0.0,
         lr_warm_up_steps=int(WARM_UP * steps),
         lr_decay_steps=int(DECAY * steps),
+        dead_feature_window=int(DEAD * steps),
         n_batches_for_norm_estimate=NORM_BATCHES,
     )
     longer = spec | {"epochs": spec["epochs"] + 1}  # the estimate takes some
@@ -63,8 +66,9 @@ def dictionary_learning(spec: dict, x: Tensor, steps: int, out: Path) -> None:
         lr=spec["lr"], warmup_steps=int(WARM_UP * steps), decay_start=int((1 - DECAY) * steps),
         threshold_start_step=steps // 10, seed=spec["seed"], device="cpu",
     )  # fmt: skip
-    first = list(batches(x, spec | {"epochs": 1}))[:NORM_BATCHES]
-    norm = torch.stack([batch.square().sum(1).mean() for batch in first]).mean().sqrt().item()
+    trainer.dead_feature_threshold = int(DEAD * spec["epochs"] * len(x))
+    norms = x.norm(dim=1)
+    norm = norms[norms <= SINK_RATIO * norms.median()].square().mean().sqrt().item()
     trainer.ae.scale_biases(1.0)
     for step, batch in enumerate(batches(x, spec)):
         trainer.update(step, batch / norm)

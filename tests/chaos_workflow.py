@@ -23,7 +23,7 @@ from saegrid.config import make_config
 from saegrid.grid import load_grid
 
 SOURCES = ["lib", "benchmarks", "notebooks", "workflow"]
-SOURCES += ["_quarto.yml", "index.qmd", "method.qmd", "reproduce.qmd", "speed.qmd"]
+SOURCES += ["_quarto.yml", "index.qmd", "method.qmd", "recipes.qmd", "reproduce.qmd", "speed.qmd"]
 VICTIMS = {"snakemake": "snakemake", "papermill": "papermill", "kernel": "ipykernel_launcher"}
 ORPHAN_SECONDS = 30.0
 """A child of a killed workflow must be gone by then."""

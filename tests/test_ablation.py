@@ -25,7 +25,7 @@ def test_means_over_seeds_and_their_range(mixed):
     table = by_recipe(mixed)
     assert list(table["recipe"]) == ["published", "improved", "improved but aux_coef = 0.0"]
     assert list(table["delta_loss"]) == pytest.approx([2.5, 0.15, 0.5])
-    assert list(table["delta_between"]) == ["2.000 to 3.000", "0.100 to 0.200", ""]
+    assert list(table["delta_range"]) == ["2.000 to 3.000", "0.100 to 0.200", ""]
     assert list(table["seeds"]) == [2, 2, 1]
 
 

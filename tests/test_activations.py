@@ -1,5 +1,6 @@
 """The activation store: rows, shards, statistics, integrity, shuffling, resume; and the published files."""
 
+import hashlib
 import json
 import pickle
 import threading
@@ -375,3 +376,10 @@ def test_changed_published_files_are_noticed(sources, tmp_path):
 
 def test_store_opens_by_its_folder_alone(config):
     assert Store(collected(config).folder).n_val == 130
+
+
+def test_the_identity_of_the_prompts_is_the_hash_of_their_json(sources, tmp_path):
+    config = config_for(sources, tmp_path)
+    prompts = make_prompts(config, AutoTokenizer.from_pretrained(sources["model"]))
+    text = json.dumps({split: [vars(prompt) for prompt in some] for split, some in prompts.items()})
+    assert collected(config).manifest["data"]["sha256"] == hashlib.sha256(text.encode()).hexdigest()

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saegrid.config import STORE_FIELDS, RunConfig, config_from_namespace, make_config
+from saegrid.config import STORE_FIELDS, RunConfig, make_config
 from saegrid.errors import ConfigError
+from saegrid.notebook import check_names, config_from_namespace
 from saegrid.recipes import RECIPES
 
 NOTEBOOK = "notebooks/train.ipynb"
@@ -101,6 +102,15 @@ def test_a_namespace_may_hold_only_parameters():
     assert config_from_namespace(names) == make_config(k=4)
     with pytest.raises(ConfigError, match="kk = 4: no such parameter"):
         config_from_namespace(names | {"kk": 4})
+
+
+def test_a_page_of_the_report_refuses_what_it_does_not_know():
+    names = {"results_dir": "a", "check_names": check_names, "math": math, "In": [], "_1": 2}
+    check_names(names, "results_dir", "runs_dir")
+    with pytest.raises(ConfigError, match="run_dir = 'b': no such parameter; known are results_dir, runs_dir"):
+        check_names(names | {"run_dir": "b"}, "results_dir", "runs_dir")
+    with pytest.raises(ConfigError, match="results_dir = 3: must be a text"):
+        check_names({"results_dir": 3}, "results_dir")
 
 
 changes = {

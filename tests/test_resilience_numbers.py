@@ -10,7 +10,7 @@ from tiny import D_IN, save_dataset, save_model
 from saegrid import results
 from saegrid.config import make_config
 from saegrid.errors import ConfigError, SaegridError, StoreError
-from saegrid.preflight import available, check_fits, needed
+from saegrid.preflight import available, check_chat, check_fits, needed
 from saegrid.run import Run
 
 SMALL = {"layer": 1, "max_tokens": 64, "train_tokens": 600, "val_tokens": 200, "eval_prompts": 4, "epochs": 2}
@@ -132,3 +132,11 @@ def test_a_finished_run_with_a_number_changed_by_hand_is_made_again(config):
         results.tidy([run.run_id], run.folder.parent)
     assert not Run(config()).finished
     assert finish(config()).finished and path.read_bytes() == before
+
+
+def test_a_missing_chat_template_is_told_before_the_model_is_loaded(tmp_path):
+    config = make_config(k=4, text="chat", model=save_model(tmp_path / "plain"), layer=1)
+    with pytest.raises(ConfigError, match=r"text = 'chat': the tokenizer of .*plain has no chat template"):
+        check_chat(config)
+    check_chat(make_config(k=4, text="chat", model=save_model(tmp_path / "chat", chat=True), layer=1))
+    check_chat(make_config(k=4, text="chat"))

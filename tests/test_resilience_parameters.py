@@ -34,6 +34,8 @@ POINTS = [
     ({"arch": "JumpReLU", "k": 0}, ["threshold = 0.0", "above 0"]),
     ({"arch": "JumpReLU", "k": 0, "threshold": -0.5}, ["threshold = -0.5", "greater than or equal to 0"]),
     ({"arch": "JumpReLU", "k": 0, "threshold": float("inf")}, ["threshold = inf", "finite"]),
+    ({"bandwidth": 0.0}, ["bandwidth = 0.0", "greater than 0"]),
+    ({"l0_coef": -1.0}, ["l0_coef = -1.0", "greater than or equal to 0"]),
     ({"threshold_unit": "furlong"}, ["threshold_unit = 'furlong'", "'absolute' or 'rms'"]),
     ({"expansion": 0}, ["expansion = 0", "greater than or equal to 1"]),
     ({"expansion": 0.5}, ["expansion = 0.5", "integer"]),
@@ -184,6 +186,18 @@ def test_papermill(tmp_path, parameters, words):
     outputs = [o for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in cell.get("outputs", [])]
     assert [output["traceback"] for output in outputs if output.output_type == "error"] == [[last]]
     assert not (tmp_path / "runs").exists() and not (tmp_path / "activations").exists()
+    assert seconds < PAPERMILL_SECONDS
+
+
+@pytest.mark.parametrize("name", ["findings", "latents"])
+def test_a_page_of_the_report_refuses_what_it_does_not_know(tmp_path, name):
+    out = tmp_path / "out.ipynb"
+    command = [sys.executable, "-m", "papermill", f"notebooks/{name}.ipynb", str(out), "-p", "run_dir", "x"]
+    done, seconds = called([*command, "--no-progress-bar"], env=ENVIRONMENT)
+    last = [line for line in done.stderr.splitlines() if line.strip()][-1]
+    assert done.returncode != 0 and "run_dir = 'x': no such parameter; known are" in last, done.stderr[-2000:]
+    outputs = [o for cell in nbformat.read(out, 4).cells for o in cell.get("outputs", [])]
+    assert [output["traceback"] for output in outputs if output.output_type == "error"] == [[last]]
     assert seconds < PAPERMILL_SECONDS
 
 

@@ -10,8 +10,8 @@ from saegrid.tables import html_table, markdown, number
 
 SETTING = ["arch", "expansion", "k", "threshold"]
 MEANS = ["l0", "fvu_no_sink", "dead_pct", "dead_pct_no_sink", "delta_loss"]
-BETWEEN = "delta_between"
-"""Column with the interval of the mean delta loss, or its range over the seeds."""
+BETWEEN = ["delta_interval", "delta_range"]
+"""How sure the mean delta loss is: its interval where it can be told, else its range over the seeds."""
 
 
 def named(df: pd.DataFrame) -> pd.DataFrame:
@@ -22,8 +22,8 @@ def named(df: pd.DataFrame) -> pd.DataFrame:
 def by_recipe(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> pd.DataFrame:
     """One row a setting and recipe, in the table's order: means over the seeds, their number, how sure delta loss is.
 
-    Columns: `SETTING`, `recipe` in words, `seeds`, `MEANS`, `BETWEEN`: the 95% interval over templates and seeds where
-    the runs' per-prompt sums are given, else the range over seeds.
+    Columns: `SETTING`, `recipe` in words, `seeds`, `MEANS`, and one of `BETWEEN`: `delta_interval` (95%, over templates
+    and seeds) where the runs' per-prompt sums are given, else `delta_range` (over the seeds).
     """
     groups = named(df).groupby([*SETTING, "recipe"], sort=False, dropna=False)
     table = groups[MEANS].mean().assign(seeds=groups["seed"].nunique())
@@ -32,7 +32,7 @@ def by_recipe(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> pd.DataF
     else:
         drawn = intervals.draws(prompts)
         bounds = groups["run_id"].agg(lambda ids: _between(*intervals.central(intervals.over_seeds(drawn, list(ids)))))
-    return table.assign(**{BETWEEN: bounds}).reset_index()
+    return table.assign(**{BETWEEN[prompts is None]: bounds}).reset_index()
 
 
 def recipe_section(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> str:
@@ -41,7 +41,7 @@ def recipe_section(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> str
     if table["recipe"].nunique() < 2:
         return ""
     keys = [name for name in SETTING if table[name].nunique() > 1]
-    columns = ["recipe", *keys, "seeds", *MEANS, BETWEEN]
+    columns = ["recipe", *keys, "seeds", *MEANS, *BETWEEN]
     caption = "Means over seeds by recipe; “but” names the choices that differ from it."
     return markdown("## Recipes", html_table(table, columns, caption=caption, mark_best=not keys))
 

@@ -127,16 +127,27 @@ def _add_collected(config: RunConfig, writers: dict[str, ShardWriter], device: s
                     positions = torch.tensor(prompt.positions)
                     tokens = torch.tensor(prompt.tokens)[positions]
                     writer.add(acts, tokens, positions, torch.full_like(positions, first + index))
-    identity = json.dumps({split: [vars(prompt) for prompt in some] for split, some in prompts.items()})
     data = {
         "dataset": config.dataset,
         "revision": config.dataset_revision,
-        "sha256": hashlib.sha256(identity.encode()).hexdigest(),
+        "sha256": _identity(prompts),
         "prompts": {split: len(some) for split, some in prompts.items()},
         "templates": {split: len({prompt.template for prompt in some}) for split, some in prompts.items()},
         "shared_prefix": prompts["eval"][0].prefix,
     }
     return {"model": {**lm.identity, "device": lm.model.device.type}, "data": data}
+
+
+def _identity(prompts: dict[str, list[Prompt]]) -> str:
+    """SHA-256 of all prompts as one JSON text, which is never held as a whole."""
+    digest = hashlib.sha256(b"{")
+    for n, (split, some) in enumerate(prompts.items()):
+        digest.update(f"{', ' if n else ''}{json.dumps(split)}: [".encode())
+        for i, prompt in enumerate(some):
+            digest.update(f"{', ' if i else ''}{json.dumps(vars(prompt))}".encode())
+        digest.update(b"]")
+    digest.update(b"}")
+    return digest.hexdigest()
 
 
 def _residuals(lm: LM, prompts: list[Prompt], layer: int, bar: tqdm) -> list[torch.Tensor]:

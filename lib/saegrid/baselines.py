@@ -16,12 +16,12 @@ MEASURES = ["fvu", "fvu_no_sink", "delta_loss", "frac_rec_pct", "loss_recovered_
 COLUMNS = ["store_id", "components", *MEASURES]
 
 
-def load(grid: Grid) -> pd.DataFrame:
+def load(grid: Grid, root: str | Path = ".") -> pd.DataFrame:
     """The records of the `pca.json` of each of the grid's stores; none for a store that has no such file.
 
     Raises `ResultsError` for a damaged one.
     """
-    folders = {run.store_id: Path(run.store_dir) / run.store_id for run in grid.runs()}
+    folders = {run.store_id: Path(root) / run.store_dir / run.store_id for run in grid.runs()}
     records = []
     for path in (folder / "pca.json" for folder in folders.values()):
         try:

@@ -6,6 +6,7 @@ import pandas as pd
 
 from saegrid import intervals
 from saegrid.findings import signed
+from saegrid.results import candidates
 from saegrid.tables import html_table, markdown
 
 BUDGETS = (16, 32, 64, 128, 256, 512)
@@ -18,18 +19,20 @@ COLUMNS = ["name", "budget", "l0", "d_sae", "delta_loss", "smaller", "sparser"]
 def by_budget(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> pd.DataFrame:
     """The run with the lowest delta loss within each budget of L0, once each, with the columns of its row and:
 
-    `budget`, the smallest one that it is best for; `smaller`, what the best run with half its latents or fewer costs
+    `budget`, which ones it is best for; `smaller`, what the best run with half its latents or fewer costs
     within that budget; `sparser`, what the best run of the next smaller budget costs. Differences of delta loss in
     nats/token, with 95% intervals where the runs' per-prompt sums are given; "" where there is no such run.
     """
-    drawn = None if prompts is None else intervals.draws(prompts)
+    df, drawn = candidates(df), None if prompts is None else intervals.draws(prompts)
     picks = {budget: best for budget in BUDGETS if (best := _best(df, budget)) is not None}
     rows, before = [], None
     for budget, best in picks.items():
-        if before is None or best["run_id"] != before["run_id"]:
+        if before is not None and best["run_id"] == before["run_id"]:
+            rows[-1]["budget"] = f"{rows[-1]['budget'].split()[0]} to {budget}"
+        else:
             smaller = _best(df[df["d_sae"] <= best["d_sae"] / 2], budget)
             costs = {"smaller": _cost(best, smaller, drawn), "sparser": _cost(best, before, drawn)}
-            rows.append({**best, "budget": budget, **costs})
+            rows.append({**best, "budget": f"{budget}", **costs})
             before = best
     return pd.DataFrame(rows)
 

@@ -229,9 +229,9 @@ def files_text(best: pd.Series) -> Markdown:
     """What a run's folder holds."""
     return Markdown(
         f"Each run has a folder `runs/<run id>/`: the weights under the published name (`{best['name']}.pt`, a bare "
-        "state dict for `load_state_dict`), the same as `sae.safetensors` with `cfg.json`, the metrics "
-        "(`metrics.json`), the learning curve (`metrics.jsonl`), tables by prompt, latent and position, and the "
-        "executed notebook.\n"
+        "state dict for `load_state_dict`; a JumpReLU's with a K has its `threshold` besides), the same as "
+        "`sae.safetensors` with `cfg.json`, the metrics (`metrics.json`), the learning curve (`metrics.jsonl`), tables "
+        "by prompt, latent and position, and the executed notebook.\n"
     )
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 from saegrid import captions, plots
 from saegrid.atomic import write_text
 from saegrid.results import candidates
-from saegrid.style import MARKERS, PALE, PALETTE, WIDE
+from saegrid.style import MARKERS, PALE, PALETTE
 from saegrid.tables import COLUMNS, Markdown, header, number
 
 LIBRARY = "scripts/vega.js"
@@ -100,7 +100,8 @@ def frontier(
         *(f"{name}_text" for name in shown),
     ]
     rows = rows[list(dict.fromkeys(keep))].sort_values("expansion", ascending=False)
-    logarithmic = df[y].min() > 0 and df[y].max() / df[y].min() > WIDE
+    beside = plots.pca_line(df, y, baseline).rename(columns={"components": "l0"})
+    logarithmic = plots.spans_widely(df, y, beside)
     x_axis = alt.X("l0:Q", title=header("l0") + ", log scale", scale=LOG_2)
     title = header(y) + (", log scale" if logarithmic else "")
     y_axis = alt.Y(f"{y}:Q", title=title, scale=alt.Scale(type="log") if logarithmic else alt.Scale(zero=False))
@@ -122,7 +123,6 @@ def frontier(
         href="page:N",
         description="label:N",
     )
-    beside = plots.pca_line(df, y, baseline).rename(columns={"components": "l0"})
     dashes = alt.Chart(beside).mark_line(color="currentColor", opacity=0.45, strokeDash=[4, 4], aria=False)
     lines = [part.encode(x=x_axis, y=y_axis) for part in ((line, dashes) if len(beside) else (line,))]
     chart = alt.layer(*lines, marks.encode(x=x_axis, y=y_axis))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import types
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -281,23 +280,6 @@ def make_config(**parameters: Any) -> RunConfig:
         return RunConfig(**parameters)
     except ValidationError as error:
         raise ConfigError(explain(error, RunConfig.model_fields)) from None
-
-
-def config_from_namespace(namespace: dict[str, Any]) -> RunConfig:
-    """The config of a notebook whose parameters are the variables of `namespace` (its `globals()`).
-
-    Modules, functions, classes and IPython's own names are passed over; anything else must be a parameter.
-    """
-    ipython = {"In", "Out"}
-    parameters = {
-        name: value
-        for name, value in namespace.items()
-        if not name.startswith("_")
-        and name not in ipython
-        and not isinstance(value, types.ModuleType)
-        and not callable(value)
-    }
-    return make_config(**parameters)
 
 
 def explain(error: ValidationError, known_fields: Iterable[str] = ()) -> str:

@@ -22,12 +22,12 @@ def page(root: str | Path = ".") -> Markdown:
 
 
 def _section(folder: Path, name: str, title: str) -> str:
-    if not folder.exists():
+    if not (folder / "results_tidy.csv").exists():
         return f"## {title}\n\nNot measured yet: `make {name}` does it."
     df, prompts = results.read_tidy(folder), results.read_prompts(folder)
     table = ablation.by_recipe(df, prompts)
     keys = [key for key in ablation.SETTING if table[key].nunique() > 1]
-    columns = [*(["arch"] if "arch" in keys else []), "recipe", "seeds", *ablation.MEANS, ablation.BETWEEN]
+    columns = [*(["arch"] if "arch" in keys else []), "recipe", "seeds", *ablation.MEANS, *ablation.BETWEEN]
     caption = f"Means over seeds, made by `make {name}`; “but” names the choice that differs from the recipe."
     return markdown(
         f"## {title}", _what(df), claim(df, prompts), html_table(table, columns, caption=caption, mark_best=True)
@@ -40,7 +40,8 @@ def _what(df: pd.DataFrame) -> str:
         f"{len(df)} runs on layer {one['layer']} of {one['model'].removeprefix('embedded:')}: "
         f"{one['n_train_rows']:,} tokens, {one['epochs']} epochs, {one['expansion']}x, K = {one['k']}, "
         f"{df['seed'].nunique()} seeds; judged on {one['n_val_rows']:,} held-out tokens and {one['n_eval_prompts']} "
-        "prompts. Intervals: 95%, by a paired bootstrap over prompt templates and seeds."
+        "prompts. Intervals: 95%, by a paired bootstrap over prompt templates and seeds; few seeds make them narrower "
+        "than they should be."
     )
 
 

@@ -48,7 +48,8 @@ def from_published(state: dict[str, Tensor], arch: str, k: int = 0, threshold: f
     `formats.load_sae` reads files, and checks what they hold.
     """
     d_sae, d_in = state["encoder.weight"].shape
-    sae = ARCHITECTURES[arch](d_in, d_sae, k=k, threshold=threshold, theta=state.get(THETA))
+    theta = state[THETA].float().clone() if THETA in state else None
+    sae = ARCHITECTURES[arch](d_in, d_sae, k=k, threshold=threshold, theta=theta)
     sae.b_pre.data.copy_(state["b_pre"])
     sae.W_enc.data.copy_(state["encoder.weight"])
     sae.b_enc.data.copy_(state["encoder.bias"])

@@ -138,7 +138,7 @@ def _write_sae(run_dir: Path, row: dict[str, Any], part: Path, place: str) -> No
     lens = export(sae, part / "saelens" / place, "saelens", facts)
     for path in (written, lens):
         again = load_sae(str(path))
-        if not all(torch.equal(getattr(again, name), getattr(sae, name)) for name in ("W_enc", "W_dec")):
+        if not all(torch.equal(getattr(again, name), getattr(sae, name)) for name in ("W_enc", "W_dec", "theta")):
             raise HubError(f"{path.relative_to(part)}: does not read back as it was written; is the disk sound?")
 
 

@@ -63,6 +63,12 @@ def _store_faults(folder: Path) -> Iterator[tuple[str, list[str]]]:
             _check_baseline(folder, data)
         except DamagedError as error:
             yield str(error), ["baseline.json"]
+    if (folder / "pca.json").exists():
+        try:
+            if read_sealed(folder / "pca.json").get("data_sha256") != data:
+                raise DamagedError(f"{folder / 'pca.json'}: damaged (another store's)")
+        except DamagedError as error:
+            yield str(error), ["pca.json"]
 
 
 def _check_manifest(folder: Path) -> str:

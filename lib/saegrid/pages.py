@@ -42,7 +42,7 @@ def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None)
     write_run_pages(df, runs_dir, report / "runs")
     charts.write_library(report)
     (report / "data").mkdir(exist_ok=True)
-    for name in results.TABLES:
+    for name in (name for name in results.TABLES if (root / grid.results_dir / name).exists()):
         shutil.copyfile(root / grid.results_dir / name, report / "data" / name)
 
 

@@ -1,7 +1,7 @@
-"""Principal components in the place of an SAE: with as many numbers a token as an SAE has active latents, what is lost?
+"""Principal components in the place of an SAE: with as many coefficients as an SAE has active latents, what is lost?
 
-A dictionary that does no better than PCA at its L0 has found nothing. The components are those of the training rows,
-centred; the metrics are the SAEs' own, on the same held-out rows and prompts.
+The components are those of the training rows, centred, and the same for every token, where an SAE chooses among its
+latents; the metrics are the SAEs' own, on the same held-out rows and prompts.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def _measured(config: RunConfig, store: Store, mean: Tensor, directions: Tensor)
     """FVU on the validation rows and losses on the prompts with only these directions (n, d_in) kept."""
 
     def replace(x: Tensor) -> Tensor:
+        x = x.to(mean.device)  # the language model's may be a GPU
         return (x - mean) @ directions.T @ directions + mean
 
     limit = SINK_RATIO * median_norm(store.batches("val", BATCH))

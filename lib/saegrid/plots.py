@@ -70,11 +70,17 @@ def frontier(
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.set_xlabel("L0 (latents/token, log scale)")
     ax.set_ylabel(header(y))
-    if df[y].min() > 0 and df[y].max() / df[y].min() > WIDE:
+    if spans_widely(df, y, beside):
         ax.set_yscale("log")
         ax.set_ylabel(f"{header(y)}, log scale")
     _frontier_legend(df, ax, len(beside) > 0)
     return ax
+
+
+def spans_widely(df: pd.DataFrame, y: str, beside: pd.DataFrame) -> bool:
+    """Whether the frontier of `y`, PCA's line (`pca_line`) included, needs a logarithmic axis."""
+    values = pd.concat([df[y], beside[y]])
+    return values.min() > 0 and values.max() / values.min() > WIDE
 
 
 def pca_line(df: pd.DataFrame, y: str, baseline: pd.DataFrame | None) -> pd.DataFrame:

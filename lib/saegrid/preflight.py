@@ -8,6 +8,7 @@ from pathlib import Path
 
 from saegrid.config import RunConfig
 from saegrid.errors import ConfigError
+from saegrid.fetch import local_folder
 from saegrid.lm import lm_shape
 from saegrid.manifest import BUFFER_SHARDS, SHARD_ROWS
 from saegrid.prompts import check_dataset
@@ -26,7 +27,19 @@ def check(config: RunConfig) -> None:
     config.check_shape(d_in, n_layers)
     config.check_training()
     check_dataset(config)
+    check_chat(config)
     check_fits(config, d_in)
+
+
+def check_chat(config: RunConfig) -> None:
+    """Whether a model on this machine has a chat template, where the run wants one. Raises `ConfigError`."""
+    folder = None if config.model.startswith("embedded:") else local_folder("model", config.model)
+    if config.text != "chat" or not folder or (folder / "chat_template.jinja").exists():
+        return
+    with contextlib.suppress(OSError):
+        if '"chat_template"' in (folder / "tokenizer_config.json").read_text(encoding="utf-8"):
+            return
+    raise ConfigError(f"text = 'chat': the tokenizer of {config.model} has no chat template")
 
 
 def check_fits(config: RunConfig, d_in: int) -> None:

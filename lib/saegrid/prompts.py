@@ -111,6 +111,7 @@ def _draw(
 ) -> list[Prompt]:
     """Prompts for at least `amount` rows (training, validation), or `amount` prompts (evaluation)."""
     prompts: list[Prompt] = []
+    same: dict[int, int] = {}  # equal token ids are one object
     have = 0
     while have < amount:
         problem = next(problems, None)
@@ -120,7 +121,7 @@ def _draw(
         tokens = encode(problem.question, problem.answer)
         if len(tokens) < 2:  # nothing to predict
             continue
-        prompts.append(Prompt(tokens, problem.template, prefix))
+        prompts.append(Prompt([same.setdefault(token, token) for token in tokens], problem.template, prefix))
         have += 1 if split == "eval" else len(prompts[-1].positions)
     return prompts
 

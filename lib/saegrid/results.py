@@ -125,7 +125,7 @@ def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None)
     runs_dir = root / (runs_dir or grid.constants.get("runs_dir", "runs"))
     results_dir = root / grid.results_dir
     df = tidy(grid, runs_dir)
-    write_tables(df, results_dir, load_prompts(df, runs_dir), baselines.load(grid))
+    write_tables(df, results_dir, load_prompts(df, runs_dir), baselines.load(grid, root))
     return results_dir
 
 

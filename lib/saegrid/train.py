@@ -111,7 +111,7 @@ def train(
     if isinstance(sae, BatchTopK):
         sae.inference_threshold = calibrated_threshold(sae, store, config.batch_size, kernel)
     elif config.trains_theta:
-        sae.theta.mul_(calibrated_factor(sae, store, config.batch_size, kernel))
+        sae.theta.mul_(calibrated_factor(sae.params, config.k, store, config.batch_size, kernel))
     progress.lap()
     return sae, progress
 
@@ -192,6 +192,9 @@ def _read_loss(config, progress: Progress, seen: int) -> None:
 def _validate(config, store, kernel, sae, progress: Progress, scale: float) -> None:
     """Close the epoch: validation MSE with the training rule, the learning curve, the best weights."""
     params = progress.state.params
+    if config.trains_theta:
+        factor = calibrated_factor(params, config.k, store, config.batch_size, kernel, scale)
+        params = params._replace(theta=params.theta * factor)
     sq_error, active = 0.0, 0
     fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.device)
     for x in store.batches("val", config.batch_size, device=sae.device):
@@ -219,7 +222,8 @@ def _validate(config, store, kernel, sae, progress: Progress, scale: float) -> N
         }
     )
     if val_mse < progress.best_val_mse:
-        progress.best, progress.best_val_mse, progress.best_epoch = _copy(params), val_mse, progress.epoch
+        progress.best, progress.best_val_mse = _copy(progress.state.params), val_mse
+        progress.best_epoch = progress.epoch
     progress.epoch, progress.batch, progress.sq_error, progress.rows = progress.epoch + 1, 0, 0.0, 0
 
 
@@ -255,22 +259,28 @@ def _held_out_values(sae, store, batch_size, kernel, k: int) -> list[tuple[int, 
     return kept
 
 
-def calibrated_factor(sae: JumpReLU, store: Store, batch_size: int, kernel: ModuleType) -> float:
+def calibrated_factor(
+    params: Params, k: int, store: Store, batch_size: int, kernel: ModuleType, scale: float = 1.0
+) -> float:
     """What all thetas are to be multiplied by, so that `k` latents a row are active on average over validation rows.
 
     The middle between the ratios pre / theta of the last pair kept and of the first one left out.
+
+    Args:
+        scale: of the rows x / scale that the weights are for.
     """
     share = 1.0
     while True:
-        lower = sae.params._replace(theta=sae.theta * share)
+        lower = params._replace(theta=params.theta * share)
         ratios, rows = [], 0
-        for x in store.batches("val", batch_size, device=sae.device):
-            codes = kernel.encode(lower, x[: CALIBRATION_ROWS - rows], sae.training_rule)
-            ratios.append(codes.values / sae.theta[codes.latents.long()].clamp_min(TINY))
-            rows += len(codes.offsets) - 1
+        for x in store.batches("val", batch_size, device=params.theta.device.type):
+            x = x[: CALIBRATION_ROWS - rows]
+            codes = kernel.encode(lower, x / scale if scale != 1 else x, Rule("jumprelu", k=k))
+            ratios.append(codes.values / params.theta[codes.latents.long()].clamp_min(TINY))
+            rows += len(x)
             if rows >= CALIBRATION_ROWS:
                 break
-        ratio, count = torch.cat(ratios), rows * sae.k
+        ratio, count = torch.cat(ratios), rows * k
         if count < len(ratio):
             kept = ratio.topk(count + 1, sorted=True).values
             return ((kept[-2] + kept[-1]) / 2).item()

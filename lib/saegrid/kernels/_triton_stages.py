@@ -238,10 +238,10 @@ def update(
     if settings.grad_clip:
         grads, squares = gradients(state.params, centred, d_hat, lists, by_latent, may_be_dense,
                                     settings.project_grad, buffers)  # fmt: skip
-        norm = (squares.sum() + sum(g.double().square().sum() for g in grads[3:])).sqrt()
+        norm = (squares.sum() + sum(g.double().square().sum() for g in grads[3:5])).sqrt()
         hyper[2].copy_((settings.grad_clip / (norm + 1e-6)).clamp(max=1.0))
         _latents(weights, *common, None, buffers, from_pairs=False, from_memory=True, project=False, apply=True)
-        of_decoder, of_centre = grads[3:]
+        of_decoder, of_centre = grads[3:5]
     else:
         pull = _latents(
             weights, *common, None, buffers, from_pairs=True, from_memory=may_be_dense,
