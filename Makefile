@@ -1,4 +1,4 @@
-# make report · test · lint · bench · peers · full · recipes · ablation · chaos · fuzz · clean — each sets up what it needs.
+# make report · test · lint · bench · peers · full · recipes · ablation · scaling · chaos · fuzz · clean — each sets up what it needs.
 PYTHON ?= python3
 CORES ?= all
 FUZZ ?= activation_file dictionary_folder grid published_sae run_files sae_folder store
@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := PASSIVE
 SNAKEMAKE = snakemake -s workflow/Snakefile --cores $(CORES) --rerun-incomplete --quiet rules
 
 .DEFAULT_GOAL := report
-.PHONY: report full recipes ablation test lint bench peers chaos fuzz clean setup
+.PHONY: report full recipes ablation scaling test lint bench peers chaos fuzz clean setup
 
 setup: $(VENV)/.ready
 
@@ -29,8 +29,14 @@ full: setup  ## the published axes on the embedded model
 	$(SNAKEMAKE) --config grid=params/full.yaml
 	@echo "open _site/index.html"
 
-recipes ablation: setup  ## what a recipe, and each of its choices, buys: tables under results/
-	$(SNAKEMAKE) --config grid=params/$@.yaml -- results/$@/results_tidy.csv
+recipes: setup  ## the published recipe and the improved one over three seeds: results/recipes
+	$(SNAKEMAKE) --config grid=params/recipes.yaml -- results/recipes/results_tidy.csv
+
+scaling: setup  ## how loss follows dictionary size, K and tokens; hours: results/scaling
+	$(SNAKEMAKE) --config grid=params/scaling.yaml -- results/scaling/results_tidy.csv
+
+ablation: setup  ## the improved recipe without each of its choices: results/ablation
+	$(SNAKEMAKE) --config grid=params/ablation.yaml -- results/ablation/results_tidy.csv
 
 test: setup
 	pytest -n auto --dist loadfile -rs

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 from saegrid import kernels
 from saegrid.atomic import write_text
+from saegrid.calibration import calibrated_factor
 from saegrid.config import RunConfig, make_config
 from saegrid.formats import load_sae
 from saegrid.kernels import cpu as kernel
@@ -34,7 +35,6 @@ from saegrid.run import Run, evaluate_rows, prepare_store, spliced
 from saegrid.sae import SAE, TopK
 from saegrid.splice import mean_losses
 from saegrid.store import Store
-from saegrid.train import calibrated_factor
 
 ROOT = Path(__file__).resolve().parents[1]
 KS, RATES = (16, 32, 64, 128), (1.0, 1 / 3, 3.0)

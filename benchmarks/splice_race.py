@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saegrid import kernels
+from saegrid.calibration import calibrated_threshold
 from saegrid.config import RunConfig, make_config
 from saegrid.files import save_sae
 from saegrid.formats import export
@@ -21,7 +22,6 @@ from saegrid.lm import load_lm, model_folder
 from saegrid.prompts import make_prompts
 from saegrid.sae import ARCHITECTURES, SAE
 from saegrid.store import Store
-from saegrid.train import calibrated_threshold
 
 KS = (16, 32, 64, 128, 256)
 ARCHS = ("TopK", "BatchTopK")

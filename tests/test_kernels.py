@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saegrid import kernels
+from saegrid.calibration import start_of_theta
 from saegrid.errors import ConfigError
 from saegrid.kernels import cpu, reference
 from saegrid.kernels.reference import Codes, Params, Rule, StepSettings, TrainState
-from saegrid.train import start_of_theta
 
 D_IN, D_SAE = 48, 192
 

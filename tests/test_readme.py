@@ -5,7 +5,9 @@ import re
 import subprocess
 from pathlib import Path
 
-from saegrid import findings, results
+from saegrid import baselines, findings, results
+from saegrid.ablation import by_recipe
+from saegrid.recipes import RECIPES
 
 README = Path("README.md").read_text()
 TREE = re.search(r"## What is where\n\n```\n(.*?)```", README, re.S)[1]
@@ -65,6 +67,20 @@ def test_the_readmes_numbers_are_those_of_the_committed_table():
     assert f"by {first.effect:.3f} nats/token on average" in text
     assert "lower delta loss in 0" in first.sentence and "in all 9 settings" in text
     assert (verdicts.count("holds"), verdicts.count("fails")) == (1, 4)
+
+
+def test_the_readmes_recipes_are_those_of_the_committed_table():
+    table = by_recipe(results.read_tidy("results/recipes")).set_index(["arch", "recipe"])
+    lines = [line.strip("| ").split(" | ") for line in README.splitlines() if line.count("|") == 7]
+    shown = {(cells[0].split(",")[0], cells[1]): cells[2:] for cells in lines if len(cells) > 1 and cells[1] in RECIPES}
+    assert set(shown) == set(table.index)
+    for key, (l0, fvu, dead, delta) in shown.items():
+        row = table.loc[key]
+        assert [l0, fvu, dead, delta] == [
+            f"{row['l0']:.1f}", f"{row['fvu_no_sink']:.3f}", f"{row['dead_pct']:.1f}%", f"{row['delta_loss']:.3f}"
+        ]  # fmt: skip
+    pca = baselines.read("results/recipes").set_index("components").loc[64]
+    assert f"| 64 | {pca['fvu_no_sink']:.3f} | | {pca['delta_loss']:.3f} |" in README
 
 
 def test_the_readmes_speed_is_that_of_the_committed_benchmark():

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from saegrid.activations import collect, open_store
+from saegrid.calibration import calibrated_threshold
 from saegrid.config import make_config
 from saegrid.errors import DamagedError, SaegridError
 from saegrid.estimates import estimate
 from saegrid.kernels import reference
 from saegrid.sae import initial_sae
 from saegrid.store import Store
-from saegrid.train import CHECKPOINT, calibrated_threshold, learning_rate, load_checkpoint, train
+from saegrid.train import CHECKPOINT, learning_rate, load_checkpoint, train
 
 
 def rows(n, heavy=1.0):

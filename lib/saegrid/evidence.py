@@ -9,16 +9,35 @@ from pathlib import Path
 
 import pandas as pd
 
-from saegrid import ablation, intervals, results
-from saegrid.tables import Markdown, html_table, markdown, number
+from saegrid import ablation, baselines, intervals, plots, results, scaling
+from saegrid.tables import Markdown, header, html_table, markdown, number
 
 GRIDS = {"recipes": "Two recipes", "ablation": "What each choice buys"}
 """Folders under `results/`, made by the grid files of the same names, and the titles of their sections."""
 
+VARIED = ("n_train_rows", "expansion", "k")
+SEEDS = (
+    "Intervals: 95%, by a paired bootstrap over prompt templates and seeds; few seeds make them narrower than they "
+    "should be."
+)
+
 
 def page(root: str | Path = ".") -> Markdown:
     """All sections; one whose tables are missing says by which command they are made."""
-    return markdown(*(_section(Path(root) / "results" / name, name, title) for name, title in GRIDS.items()))
+    sections = [_section(Path(root) / "results" / name, name, title) for name, title in GRIDS.items()]
+    return markdown(*sections, _scaling(Path(root) / "results/scaling"))
+
+
+def _scaling(folder: Path) -> str:
+    if not (folder / "results_tidy.csv").exists():
+        return "## Scaling\n\nNot measured yet: `make scaling` does it."
+    df = results.read_tidy(folder)
+    panels = [("fvu_no_sink", "d_sae", "k"), ("delta_loss", "d_sae", "k"), ("delta_loss", "k", "n_train_rows")]
+    figures = []
+    for y, x, by in panels:
+        text = f"{header(y)} over {header(x)}, a line for each {header(by)}; means over the other sizes."
+        figures.append(plots.figure(scaling.curves(df, y=y, x=x, by=by), alt=text, caption=text))
+    return markdown("## Scaling", _what(df), scaling.exponent_table(df), plots.side_by_side(figures))
 
 
 def _section(folder: Path, name: str, title: str) -> str:
@@ -28,20 +47,36 @@ def _section(folder: Path, name: str, title: str) -> str:
     table = ablation.by_recipe(df, prompts)
     keys = [key for key in ablation.SETTING if table[key].nunique() > 1]
     columns = [*(["arch"] if "arch" in keys else []), "recipe", "seeds", *ablation.MEANS, *ablation.BETWEEN]
-    caption = f"Means over seeds, made by `make {name}`; “but” names the choice that differs from the recipe."
-    return markdown(
-        f"## {title}", _what(df), claim(df, prompts), html_table(table, columns, caption=caption, mark_best=True)
-    )
+    but = "; “but” names the choice that differs" if table["recipe"].str.contains(" but ").any() else ""
+    caption = f"Means over {df['seed'].nunique()} seeds, from `make {name}`{but}."
+    said = [_what(df), claim(df, prompts), _beside_pca(df, baselines.read(folder))]
+    return markdown(f"## {title}", *filter(None, said), html_table(table, columns, caption=caption))
 
 
 def _what(df: pd.DataFrame) -> str:
-    one = df.iloc[0]
+    one, seeds = df.iloc[0], df["seed"].nunique()
+    shown = {name: " and ".join(f"{value:,}" for value in sorted(df[name].unique())) for name in VARIED}
+    text = (
+        f"{len(df)} runs on layer {one['layer']} of {one['model'].removeprefix('embedded:')}: {shown['n_train_rows']} "
+        f"tokens, {one['epochs']} epochs, expansion {shown['expansion']}, K = {shown['k']}, {seeds} "
+        f"{'seed' if seeds == 1 else 'seeds'}; judged on {one['n_val_rows']:,} held-out tokens and "
+        f"{one['n_eval_prompts']} prompts."
+    )
+    return text if seeds == 1 else f"{text} {SEEDS}"
+
+
+def _beside_pca(df: pd.DataFrame, pca: pd.DataFrame) -> str:
+    """What as many principal components lose, and which settings lose more; empty where that was not measured."""
+    same = pca[pca["components"].isin(df["k"].unique())]
+    if len(same) != 1 or df["k"].nunique() != 1:
+        return ""
+    row, means = same.iloc[0], ablation.by_recipe(df)
+    worse = means[means["delta_loss"] > row["delta_loss"]]
+    names = ", ".join(f"{arch} ({recipe})" for arch, recipe in zip(worse["arch"], worse["recipe"], strict=True))
     return (
-        f"{len(df)} runs on layer {one['layer']} of {one['model'].removeprefix('embedded:')}: "
-        f"{one['n_train_rows']:,} tokens, {one['epochs']} epochs, {one['expansion']}x, K = {one['k']}, "
-        f"{df['seed'].nunique()} seeds; judged on {one['n_val_rows']:,} held-out tokens and {one['n_eval_prompts']} "
-        "prompts. Intervals: 95%, by a paired bootstrap over prompt templates and seeds; few seeds make them narrower "
-        "than they should be."
+        f"PCA with {row['components']} components has an FVU without sinks of "
+        f"{number(row['fvu_no_sink'], 'fvu_no_sink')} and a delta loss of {number(row['delta_loss'], 'delta_loss')} "
+        "nats/token. " + (f"More is lost by {names}." if names else "Every setting here loses less.")
     )
 
 

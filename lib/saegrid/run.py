@@ -22,6 +22,7 @@ import saegrid
 from saegrid import kernels
 from saegrid.activations import collect, open_store
 from saegrid.atomic import sweep, write_bytes, write_text
+from saegrid.calibration import rms_pre_acts
 from saegrid.config import RunConfig, make_config
 from saegrid.errors import SaegridError, StoreError
 from saegrid.fetch import waiting_lock
@@ -37,11 +38,11 @@ from saegrid.sealed import write_sealed, write_sums
 from saegrid.splice import evaluate, load_baseline, make_baseline, mean_losses, save_baseline
 from saegrid.store import Store
 from saegrid.tied import die_with_papermill
-from saegrid.train import CHECKPOINT, rms_pre_acts, train
+from saegrid.train import CHECKPOINT, train
 
 CODE = (
-    *("activations.py", "embedded.py", "estimates.py", "fetch.py", "files.py", "lm.py", "metrics.py", "prompts.py"),
-    "published.py",
+    *("activations.py", "calibration.py", "embedded.py", "estimates.py", "fetch.py", "files.py", "lm.py"),
+    *("metrics.py", "prompts.py", "published.py"),
     *("recipes.py", "run.py", "sae.py", "splice.py", "store.py", "train.py", "transfer.py", "kernels"),
 )
 """Sources whose change can change a run's result: their hash is the run's code version."""

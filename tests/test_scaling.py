@@ -1,0 +1,51 @@
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from saegrid import scaling
+from saegrid.grid import load_grid
+
+
+@pytest.fixture
+def runs():
+    """Runs that follow power laws up to 5%."""
+    points = [(d, k, n) for d in (1024, 2048, 4096) for k in (16, 32, 64) for n in (10_000, 40_000)]
+    df = pd.DataFrame(points, columns=["d_sae", "k", "n_train_rows"])
+    noise = np.exp(0.05 * np.random.default_rng(0).standard_normal((2, len(df))))
+    df["fvu_no_sink"] = 8.0 * df["d_sae"] ** -0.25 * df["k"] ** -0.5 * noise[0]
+    df["delta_loss"] = 50.0 * df["k"] ** -1.0 * df["n_train_rows"] ** -0.3 * noise[1]
+    return df.astype({"k": "Int64"})
+
+
+def test_exponents_are_those_that_the_runs_follow(runs):
+    table = scaling.exponents(runs).set_index("measure")
+    for measure, expected in (
+        ("FVU without sinks", (-0.25, -0.5, 0.0)),
+        ("Delta loss (nats/token)", (0.0, -1.0, -0.3)),
+    ):
+        for name, true in zip(scaling.SIZES, expected, strict=True):
+            slope, low, high = (float(part.strip("[],").replace("−", "-")) for part in table.loc[measure, name].split())
+            assert slope == pytest.approx(true, abs=0.05) and low - 0.02 <= true <= high + 0.02
+    assert table["spread"].str.fullmatch(r"1\.0[3-7]x").all()
+
+
+def test_sizes_that_do_not_vary_are_left_out(runs):
+    assert "n_train_rows" not in scaling.exponents(runs[runs["n_train_rows"] == 10_000])
+    with pytest.raises(ValueError, match="too few runs"):
+        scaling.exponents(runs.iloc[:5])
+
+
+def test_curves_have_a_line_a_value(runs):
+    ax = scaling.curves(runs, y="delta_loss", x="k", by="d_sae")
+    assert [line.get_label() for line in ax.lines] == ["1,024", "2,048", "4,096"]
+    first = runs[runs["d_sae"] == 1024].groupby("k")["delta_loss"].mean()
+    assert list(ax.lines[0].get_ydata()) == pytest.approx(list(first))
+    plt.close(ax.figure)
+
+
+def test_the_grid_moves_each_size():
+    grid = load_grid("params/scaling.yaml").runs()
+    assert len(grid) == 24 and {run.recipe for run in grid} == {"improved"}
+    for name in ("expansion", "k", "train_tokens"):
+        assert len({getattr(run, name) for run in grid}) > 1
