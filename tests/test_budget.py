@@ -6,7 +6,9 @@ from saegrid.budget import budget_section, by_budget
 
 def rows(*runs):
     names = ["run_id", "l0", "d_sae", "delta_loss"]
-    return pd.DataFrame([dict(zip(names, run, strict=True)) for run in runs]).assign(name=lambda df: df["run_id"])
+    return pd.DataFrame([dict(zip(names, run, strict=True)) for run in runs]).assign(
+        name=lambda df: df["run_id"], recipe="published"
+    )
 
 
 def test_the_best_run_within_each_budget_and_its_neighbours():
@@ -18,6 +20,13 @@ def test_the_best_run_within_each_budget_and_its_neighbours():
     assert list(table["budget"]) == ["16", "32 to 64", "128 to 512"]
     assert list(table["smaller"]) == ["", "+0.250", "+0.300"]
     assert list(table["sparser"]) == ["", "+0.400", "+0.300"]
+
+
+def test_half_the_latents_are_compared_within_one_recipe():
+    df = rows(("a", 16, 1024, 0.5), ("b", 16, 512, 0.9), ("c", 16, 512, 0.7))
+    assert list(by_budget(df)["smaller"]) == ["+0.200"]
+    mixed = df.assign(recipe=["improved", "improved", "published"])
+    assert list(by_budget(mixed)["smaller"]) == ["+0.400"]
 
 
 def test_nothing_within_a_budget():

@@ -19,9 +19,9 @@ COLUMNS = ["name", "budget", "l0", "d_sae", "delta_loss", "smaller", "sparser"]
 def by_budget(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> pd.DataFrame:
     """The run with the lowest delta loss within each budget of L0, once each, with the columns of its row and:
 
-    `budget`, which ones it is best for; `smaller`, what the best run with half its latents or fewer costs
-    within that budget; `sparser`, what the best run of the next smaller budget costs. Differences of delta loss in
-    nats/token, with 95% intervals where the runs' per-prompt sums are given; "" where there is no such run.
+    `budget`, which ones it is best for; `smaller`, what the best run of its recipe with half its latents or fewer
+    costs within that budget; `sparser`, what the best run of the next smaller budget costs. Differences of delta loss
+    in nats/token, with 95% intervals where the runs' per-prompt sums are given; "" where there is no such run.
     """
     df, drawn = candidates(df), None if prompts is None else intervals.draws(prompts)
     picks = {budget: best for budget in BUDGETS if (best := _best(df, budget)) is not None}
@@ -30,7 +30,8 @@ def by_budget(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> pd.DataF
         if before is not None and best["run_id"] == before["run_id"]:
             rows[-1]["budget"] = f"{rows[-1]['budget'].split()[0]} to {budget}"
         else:
-            smaller = _best(df[df["d_sae"] <= best["d_sae"] / 2], budget)
+            small = df["d_sae"] <= best["d_sae"] / 2
+            smaller = _best(df[small & (df["recipe"] == best["recipe"])], budget)
             costs = {"smaller": _cost(best, smaller, drawn), "sparser": _cost(best, before, drawn)}
             rows.append({**best, "budget": f"{budget}", **costs})
             before = best

@@ -48,7 +48,7 @@ def _section(folder: Path, name: str, title: str) -> str:
     keys = [key for key in ablation.SETTING if table[key].nunique() > 1]
     columns = [*(["arch"] if "arch" in keys else []), "recipe", "seeds", *ablation.MEANS, *ablation.BETWEEN]
     but = "; “but” names the choice that differs" if table["recipe"].str.contains(" but ").any() else ""
-    caption = f"Means over {df['seed'].nunique()} seeds, from `make {name}`{but}."
+    caption = f"Means over {df['seed'].nunique()} seeds, from make {name}{but}."
     said = [_what(df), claim(df, prompts), _beside_pca(df, baselines.read(folder))]
     return markdown(f"## {title}", *filter(None, said), html_table(table, columns, caption=caption))
 

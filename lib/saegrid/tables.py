@@ -75,7 +75,7 @@ COLUMNS = {
     "delta_loss": Column("Delta loss", "nats/token", ".3f", "min"),
     "delta_interval": Column("Delta loss, 95% interval", "nats/token"),
     "delta_range": Column("Delta loss, range over seeds", "nats/token"),
-    "budget": Column("Best for L0 up to", "latents/token"),
+    "budget": Column("Best within an L0 of", "latents/token"),
     "smaller": Column("Half the latents costs", "nats/token"),
     "sparser": Column("The sparser budget costs", "nats/token"),
     "frac_rec_pct": Column("frac_rec", "%", ".1f", "max"),
