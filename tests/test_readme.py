@@ -1,6 +1,7 @@
 """The README's tree is what lies on the disk, and its commands exist."""
 
 import json
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -84,5 +85,10 @@ def test_the_readmes_recipes_are_those_of_the_committed_table():
 
 
 def test_the_readmes_speed_is_that_of_the_committed_benchmark():
-    ratios = [race["ratio"] for race in json.loads(Path("benchmarks/results.json").read_text())["races"]]
+    races = json.loads(Path("benchmarks/results.json").read_text())["races"]
+    ratios, fastest = [race["ratio"] for race in races], {}
+    for race in races:
+        key = tuple(race[name] for name in ("d_in", "expansion", "k", "batch", "arch"))
+        fastest[key] = min(race["ratio"], fastest.get(key, math.inf))
     assert f"{min(ratios):.1f}x to {max(ratios):.1f}x faster" in README
+    assert f"{min(fastest.values()):.1f}x to {max(fastest.values()):.1f}x faster than the fastest of them" in README
