@@ -32,7 +32,7 @@ from saegrid.formats import load_sae
 from saegrid.kernels import cpu as kernel
 from saegrid.metrics import splice_metrics
 from saegrid.run import Run, evaluate_rows, prepare_store, spliced
-from saegrid.sae import SAE, TopK
+from saegrid.sae import SAE, JumpReLU, TopK
 from saegrid.splice import mean_losses
 from saegrid.store import Store
 
@@ -117,8 +117,6 @@ def measured(sae: SAE, k: int, base: RunConfig, store: Store) -> tuple[dict[str,
 
 def with_theta(sae: SAE, k: int) -> SAE:
     """The SAE as a JumpReLU with a threshold of its own for each latent."""
-    from saegrid.sae import JumpReLU
-
     cut = sae.threshold if sae.inference_threshold is None else sae.inference_threshold
     theta = sae.theta.data if len(sae.theta) else torch.full((sae.d_sae,), max(cut, 1e-6))
     same = JumpReLU(sae.d_in, sae.d_sae, k=k, theta=theta)

@@ -22,8 +22,9 @@ import yaml
 from saegrid.config import make_config
 from saegrid.grid import load_grid
 
+ROOT = Path(__file__).parent.parent
 SOURCES = ["lib", "benchmarks", "notebooks", "workflow"]
-SOURCES += ["_quarto.yml", "index.qmd", "method.qmd", "recipes.qmd", "reproduce.qmd", "speed.qmd"]
+SOURCES += ["_quarto.yml", *(path.name for path in ROOT.glob("*.qmd"))]
 VICTIMS = {"snakemake": "snakemake", "papermill": "papermill", "kernel": "ipykernel_launcher"}
 ORPHAN_SECONDS = 30.0
 """A child of a killed workflow must be gone by then."""
@@ -33,7 +34,7 @@ def checkout(folder: Path, parameters: dict) -> Path:
     """The sources, and a grid of two tiny runs."""
     folder.mkdir()
     for name in SOURCES:
-        source = Path(__file__).parent.parent / name
+        source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy2)(source, folder / name)
     constants = {name: value for name, value in parameters.items() if name not in ("arch", "k")}
     grid = {

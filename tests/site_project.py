@@ -11,7 +11,7 @@ from saegrid import findings, latents_page, pages, results, site
 from saegrid.atomic import write_json
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ["_quarto.yml", "index.qmd", "method.qmd", "recipes.qmd", "reproduce.qmd", "speed.qmd", "notebooks", "lib"]
+SOURCES = ["_quarto.yml", *(path.name for path in ROOT.glob("*.qmd")), "notebooks", "lib"]
 NOTEBOOKS = ["findings", "results", "frontier", "latents"]
 HOSTILE = ["$x$", "{{< include gone.md >}}", "</script><script>document.title='broken'</script>", '"><b>', "&lt;"]
 """Texts of tokens that must come out as text."""

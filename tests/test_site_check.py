@@ -42,8 +42,8 @@ def test_the_hook_runs_without_packages_and_leaves_what_is_there(tmp_path):
 def test_placeholders_are_what_the_config_and_the_sources_name():
     config = yaml.safe_load((ROOT / "_quarto.yml").read_text())
     named = {entry["href"] for entry in config["website"]["navbar"]["left"]}
-    for source in ("index.qmd", "method.qmd", "recipes.qmd", "reproduce.qmd", "speed.qmd"):
-        named |= set(re.findall(r"\{\{< include (\S+) >\}\}", (ROOT / source).read_text()))
+    for source in ROOT.glob("*.qmd"):
+        named |= set(re.findall(r"\{\{< include (\S+) >\}\}", source.read_text()))
     assert {name for name in named if not (ROOT / name).exists() or name.startswith("report/")} == set(
         site.PLACEHOLDERS
     )

@@ -18,7 +18,7 @@ from saegrid.grid import load_grid
 
 ROOT = Path.cwd()
 SOURCES = ["lib", "benchmarks", "notebooks", "params", "workflow"]
-SOURCES += ["_quarto.yml", "index.qmd", "method.qmd", "recipes.qmd", "reproduce.qmd", "speed.qmd"]
+SOURCES += ["_quarto.yml", *(path.name for path in ROOT.glob("*.qmd"))]
 GRID = load_grid("params/smoke.yaml")
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 

@@ -12,7 +12,7 @@ import pandas as pd
 from saegrid import ablation, baselines, intervals, plots, results, scaling
 from saegrid.tables import Markdown, header, html_table, markdown, number
 
-GRIDS = {"recipes": "Two recipes", "ablation": "What each choice buys"}
+GRIDS = {"recipes": "Two recipes", "ablation": "What each choice buys", "scaling": "Scaling"}
 """Folders under `results/`, made by the grid files of the same names, and the titles of their sections."""
 
 VARIED = ("n_train_rows", "expansion", "k")
@@ -24,33 +24,34 @@ SEEDS = (
 
 def page(root: str | Path = ".") -> Markdown:
     """All sections; one whose tables are missing says by which command they are made."""
-    sections = [_section(Path(root) / "results" / name, name, title) for name, title in GRIDS.items()]
-    return markdown(*sections, _scaling(Path(root) / "results/scaling"))
+    sections = []
+    for name, title in GRIDS.items():
+        folder, made = Path(root) / "results" / name, f"Not measured yet: `make {name}` does it."
+        if (folder / "results_tidy.csv").exists():
+            made = _scaling(folder) if name == "scaling" else _comparison(folder, name)
+        sections += [f"## {title}", made]
+    return markdown(*sections)
 
 
 def _scaling(folder: Path) -> str:
-    if not (folder / "results_tidy.csv").exists():
-        return "## Scaling\n\nNot measured yet: `make scaling` does it."
     df = results.read_tidy(folder)
     panels = [("fvu_no_sink", "d_sae", "k"), ("delta_loss", "d_sae", "k"), ("delta_loss", "k", "n_train_rows")]
     figures = []
     for y, x, by in panels:
         text = f"{header(y)} over {header(x)}, a line for each {header(by)}; means over the other sizes."
         figures.append(plots.figure(scaling.curves(df, y=y, x=x, by=by), alt=text, caption=text))
-    return markdown("## Scaling", _what(df), scaling.exponent_table(df), plots.side_by_side(figures))
+    return markdown(_what(df), scaling.exponent_table(df), plots.side_by_side(figures))
 
 
-def _section(folder: Path, name: str, title: str) -> str:
-    if not (folder / "results_tidy.csv").exists():
-        return f"## {title}\n\nNot measured yet: `make {name}` does it."
+def _comparison(folder: Path, name: str) -> str:
     df, prompts = results.read_tidy(folder), results.read_prompts(folder)
     table = ablation.by_recipe(df, prompts)
     keys = [key for key in ablation.SETTING if table[key].nunique() > 1]
     columns = [*(["arch"] if "arch" in keys else []), "recipe", "seeds", *ablation.MEANS, *ablation.BETWEEN]
     but = "; “but” names the choice that differs" if table["recipe"].str.contains(" but ").any() else ""
     caption = f"Means over {df['seed'].nunique()} seeds, from make {name}{but}."
-    said = [_what(df), claim(df, prompts), _beside_pca(df, baselines.read(folder))]
-    return markdown(f"## {title}", *filter(None, said), html_table(table, columns, caption=caption))
+    said = [_what(df), claim(df, prompts), _beside_pca(table, baselines.read(folder))]
+    return markdown(*filter(None, said), html_table(table, columns, caption=caption))
 
 
 def _what(df: pd.DataFrame) -> str:
@@ -65,12 +66,12 @@ def _what(df: pd.DataFrame) -> str:
     return text if seeds == 1 else f"{text} {SEEDS}"
 
 
-def _beside_pca(df: pd.DataFrame, pca: pd.DataFrame) -> str:
+def _beside_pca(means: pd.DataFrame, pca: pd.DataFrame) -> str:
     """What as many principal components lose, and which settings lose more; empty where that was not measured."""
-    same = pca[pca["components"].isin(df["k"].unique())]
-    if len(same) != 1 or df["k"].nunique() != 1:
+    same = pca[pca["components"].isin(means["k"].unique())]
+    if len(same) != 1 or means["k"].nunique() != 1:
         return ""
-    row, means = same.iloc[0], ablation.by_recipe(df)
+    row = same.iloc[0]
     worse = means[means["delta_loss"] > row["delta_loss"]]
     names = ", ".join(f"{arch} ({recipe})" for arch, recipe in zip(worse["arch"], worse["recipe"], strict=True))
     return (

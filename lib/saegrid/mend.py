@@ -58,17 +58,12 @@ def _store_faults(folder: Path) -> Iterator[tuple[str, list[str]]]:
     except DamagedError as error:
         yield str(error), ["manifest.json", "baseline.json"]
         return
-    if (folder / "baseline.json").exists():
-        try:
-            _check_baseline(folder, data)
-        except DamagedError as error:
-            yield str(error), ["baseline.json"]
-    if (folder / "pca.json").exists():
-        try:
-            if read_sealed(folder / "pca.json").get("data_sha256") != data:
-                raise DamagedError(f"{folder / 'pca.json'}: damaged (another store's)")
-        except DamagedError as error:
-            yield str(error), ["pca.json"]
+    for name in ("baseline.json", "pca.json"):
+        if (folder / name).exists():
+            try:
+                _check_made_of(folder / name, data)
+            except DamagedError as error:
+                yield str(error), [name]
 
 
 def _check_manifest(folder: Path) -> str:
@@ -85,13 +80,14 @@ def _check_manifest(folder: Path) -> str:
         raise DamagedError(f"{path}: damaged ({error!r})") from None
 
 
-def _check_baseline(folder: Path, data_sha256: str) -> None:
-    path = folder / "baseline.json"
+def _check_made_of(path: Path, data_sha256: str) -> None:
+    """Hold a file that was made from a store's rows, and for the baseline its tensors, against their hashes."""
     content = read_sealed(path)
     if content.get("data_sha256") != data_sha256:
         raise DamagedError(f"{path}: damaged (another store's)")
-    if file_sha256(folder / "baseline.safetensors") != content.get("x_sha256"):
-        raise DamagedError(f"{folder / 'baseline.safetensors'}: damaged (not the SHA-256 in {path.name})")
+    tensors = path.with_suffix(".safetensors")
+    if path.name == "baseline.json" and file_sha256(tensors) != content.get("x_sha256"):
+        raise DamagedError(f"{tensors}: damaged (not the SHA-256 in {path.name})")
 
 
 def _run_faults(folder: Path, run_id: str) -> Iterator[tuple[str, list[str]]]:

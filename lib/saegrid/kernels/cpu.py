@@ -77,10 +77,11 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     if rule.kind == "jumprelu":
         lists = functools.partial(_encode, workspace=workspace)
         codes = above_theta(lists, params, centred, settings.matmul, settings.bandwidth / 2)
-        pull = l0_pull(codes, rule.k, settings.l0_coef)
+        active = int((codes.values > 0).sum())
+        pull = l0_pull(active, len(x), rule.k, settings.l0_coef)
     else:
-        codes, pull = _encode(params, centred, rule, settings.matmul, workspace), 0.0
-    active = int((codes.values > 0).sum())
+        codes = _encode(params, centred, rule, settings.matmul, workspace)
+        active, pull = len(codes.values), 0.0
     g_theta = buffer(workspace, "grad theta", params.theta.shape)
     jump = _jump(params, g_theta, len(x), settings.bandwidth, pull)
     beta1, beta2 = BETAS
@@ -97,7 +98,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         codes, d_hat = _with_auxk(state, centred, codes, d_hat, settings)
     if settings.sink is not None:  # W_enc's gradient is a sum of these rows
         centred.addr_(centred @ settings.sink, settings.sink, alpha=-1)
-    if settings.grad_clip or (_is_dense(codes, params) and not len(params.theta)):
+    if settings.grad_clip or _is_dense(codes, params):
         grads = Params(*(buffer(workspace, f"grad {name}", p.shape) for name, p in params._asdict().items()))
         grads.b_dec.copy_(g_dec_bias)
         _gradients(params, centred, codes, d_hat, grads, workspace, jump)
@@ -211,7 +212,8 @@ def _list_block(
 
 
 def _is_dense(codes: Codes, params: Params) -> bool:
-    return len(codes.values) > DENSE_ABOVE * (len(codes.offsets) - 1) * len(params.b_enc)
+    """Whether plain products pay. Never where thetas are trained: their gradient comes from loops over pairs."""
+    return not len(params.theta) and len(codes.values) > DENSE_ABOVE * (len(codes.offsets) - 1) * len(params.b_enc)
 
 
 def _dense(codes: Codes, d_sae: int, workspace: dict) -> Tensor:
@@ -259,7 +261,7 @@ def _gradients(
     params: Params, centred: Tensor, codes: Codes, d_hat: Tensor, grads: Params, workspace: dict, jump: tuple
 ) -> None:
     """Write the gradients, that of b_dec being there already, to `grads`. Codes and d_hat may be stacked."""
-    if len(d_hat) == len(centred) and not len(params.theta) and _is_dense(codes, params):
+    if len(d_hat) == len(centred) and _is_dense(codes, params):
         z = buffer(workspace, "z", (len(centred), len(params.b_enc)))  # filled by _decode
         torch.mm(z.T, d_hat, out=grads.W_dec)
         d_z = torch.mm(d_hat, params.W_dec.T, out=buffer(workspace, "d_z", z.shape)).masked_fill_(z == 0, 0)

@@ -161,15 +161,14 @@ def jumprelu_gradients(params: Params, x: Tensor, codes: Codes, k: int, settings
     d_z = (d_hat @ params.W_dec.T)[_rows(codes), latents]
     theta = params.theta[latents]
     near = codes.values < theta + settings.bandwidth / 2
-    slope = -(theta * d_z + l0_pull(codes, k, settings.l0_coef)) / settings.bandwidth
+    pull = l0_pull(int((codes.values > 0).sum()), len(x), k, settings.l0_coef)
+    slope = -(theta * d_z + pull) / settings.bandwidth
     return loss, grads._replace(theta=torch.zeros_like(params.theta).index_add_(0, latents[near], slope[near]))
 
 
-def l0_pull(codes: Codes, k: int, l0_coef: float) -> float:
-    """Derivative of l0_coef (L0 / k - 1)² with respect to one pair's being active."""
-    n_rows = len(codes.offsets) - 1
-    l0 = int((codes.values > 0).sum()) / n_rows
-    return 2 * l0_coef * (l0 / k - 1) / (k * n_rows)
+def l0_pull(active: int, n_rows: int, k: int, l0_coef: float) -> float:
+    """Derivative of l0_coef (L0 / k - 1)² with respect to one more of the `active` pairs of `n_rows` rows."""
+    return 2 * l0_coef * (active / n_rows / k - 1) / (k * n_rows)
 
 
 def auxk_gradients(params: Params, x: Tensor, codes: Codes, dead: Tensor, k: int) -> tuple[float, Params]:
