@@ -49,6 +49,7 @@ SHAPES = "896x8x220,896x16x64,576x8x128,2048x16x64"
 ARCHS = ("TopK", "BatchTopK", "JumpReLU")
 WARM_STEPS = 2  # of each contender, before it is timed
 PARTS = ("steps", "floor", "splice", "grid", "scaling", "quality")
+SETTINGS = ("turns", "turn_seconds", "train_steps", "quick")
 STORE = {"train_tokens": 40_000, "val_tokens": 10_000}
 SCALING_BASE = Shape(d_in=0, expansion=8, k=128, batch=512)
 SCALING = {"expansion": (4, 8, 16, 32), "k": (32, 64, 128, 256), "batch": (256, 512, 1024, 2048, 4096)}
@@ -145,7 +146,7 @@ class Bench:
             "machine": found,
             "versions": {"python": platform.python_version(), "saegrid": code_version()} | old.get("versions", {}),
             "units": UNITS,
-            "settings": {name: getattr(options, name) for name in ("turns", "turn_seconds", "train_steps", "quick")},
+            "settings": old.get("settings") or {name: getattr(options, name) for name in SETTINGS},
             "rows": rows | {"median_norm": statistics["median_norm"], "max_norm": statistics["max_norm"]},
             "races": old.get("races", []),
             "floors": old.get("floors", []),
@@ -219,6 +220,7 @@ class Bench:
         """Cost of a BatchTopK step over d_sae, K and rows, this project's and the plain torch loop's."""
         base = SCALING_BASE._replace(d_in=self.rows.shape[1])
         found: dict[str, Any] = {"base": {**base._asdict(), "d_sae": base.d_sae, "arch": "BatchTopK"}, "points": {}}
+        found["train_steps"] = self.options.train_steps
         states: dict[tuple[int, int], Any] = {}
         for axis, values in ({"batch": SCALING["batch"][:2]} if self.options.quick else SCALING).items():
             points = []
