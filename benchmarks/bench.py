@@ -40,7 +40,7 @@ from torch import Tensor
 from saegrid import kernels
 from saegrid.atomic import write_json
 from saegrid.config import RunConfig, make_config
-from saegrid.kernels.reference import TrainState
+from saegrid.kernels.state import TrainState
 from saegrid.run import code_version, prepare_store, processor
 from saegrid.store import Store
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from saegrid import kernels
-from saegrid.kernels.reference import Params, Rule, StepSettings, TrainState
+from saegrid.kernels.state import Params, Rule, StepSettings, TrainState
 
 LR = 1e-4
 RULES = {"TopK": "topk", "BatchTopK": "batchtopk", "JumpReLU": "threshold"}

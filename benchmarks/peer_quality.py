@@ -31,13 +31,14 @@ from saegrid.config import RunConfig, make_config
 from saegrid.formats import load_sae
 from saegrid.kernels import cpu as kernel
 from saegrid.metrics import splice_metrics
+from saegrid.peers import KEYS
 from saegrid.run import Run, evaluate_rows, prepare_store, spliced
 from saegrid.sae import SAE, JumpReLU, TopK
 from saegrid.splice import mean_losses
 from saegrid.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
-KS, RATES = (16, 32, 64, 128), (1.0, 1 / 3, 3.0)
+KS, RATES = (16, 32, 64, 128), (1.0, 0.333333, 3.0)
 EXPANSION, TRAIN_TOKENS, VAL_TOKENS, EPOCHS, BATCH = 4, 40_000, 10_000, 5, 512
 CONTENDERS = {
     ("saegrid", "BatchTopK"): 1e-3,
@@ -50,7 +51,6 @@ CONTENDERS = {
 }
 """Contenders and their own default learning rates, those of two peers to be scaled by (d_sae / 16,384)^-1/2."""
 SCALED = ("dictionary_learning", "sparsify")
-KEYS = ["peer", "arch", "k", "rate", "seed"]
 MEASURES = ["l0", "l0_eval", "fvu", "fvu_no_sink", "dead_pct", "delta_loss", "loss_recovered_mean", "ce_spliced"]
 
 

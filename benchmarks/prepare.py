@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saegrid import kernels
 from saegrid.config import make_config
-from saegrid.kernels.reference import Params, Rule, StepSettings, TrainState
+from saegrid.kernels.state import Params, Rule, StepSettings, TrainState
 from saegrid.sae import initial_sae
 from saegrid.store import Store
 

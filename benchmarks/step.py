@@ -18,7 +18,7 @@ import torch
 
 from saegrid import kernels
 from saegrid.kernels import cpu, reference
-from saegrid.kernels.reference import Params, Rule, StepSettings, TrainState
+from saegrid.kernels.state import Params, Rule, StepSettings, TrainState
 
 SHAPES = [(896, 8, 220), (576, 8, 128), (576, 4, 64), (576, 16, 64)]  # d_in, expansion, k
 BATCH, WARM_UP, LR = 512, 50, 1e-4

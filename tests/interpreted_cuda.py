@@ -17,7 +17,7 @@ from saegrid.config import make_config
 from saegrid.errors import ConfigError, SaegridError
 from saegrid.kernels import _triton_stages as stages
 from saegrid.kernels import cuda, reference
-from saegrid.kernels.reference import Rule, StepSettings
+from saegrid.kernels.state import Rule, StepSettings
 from saegrid.run import evaluate_rows
 from saegrid.train import CHECKPOINT, load_checkpoint, train
 
@@ -253,3 +253,6 @@ def test_what_the_kernel_lacks_is_refused():
     for lacking in ({"aux_coef": 0.03}, {"sink": torch.ones(D_IN)}, {"prefixes": (D_SAE // 2, D_SAE)}):
         with pytest.raises(ConfigError, match="kernel = 'cuda': has no AuxK"):
             cuda.train_step(start(params), x, Rule("topk", 4), StepSettings(1e-3)._replace(**lacking))
+    for kind in ("jumprelu", "relu", "gated"):
+        with pytest.raises(ConfigError, match="no trained thresholds and no L1"):
+            cuda.train_step(start(params), x, Rule(kind, 4), StepSettings(1e-3))

@@ -193,6 +193,10 @@ def test_a_store_of_other_parameters_or_changed_sources_is_refused(sources, tmp_
     (folder / "manifest.json").write_text("{")
     with pytest.raises(StoreError, match=r"manifest\.json: not JSON"):
         open_store(config)
+    older = {name: value for name, value in json.loads(manifest).items() if name != "sha256"} | {"format": 1}
+    (folder / "manifest.json").write_text(json.dumps(older))
+    with pytest.raises(StoreError, match=r"a store of format 1, where this version reads 2; delete the folder"):
+        open_store(config)
     (folder / "manifest.json").write_text(manifest)
     assert open_store(config).n_train == 500
     save_model(tmp_path / "model", "qwen2")

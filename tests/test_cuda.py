@@ -15,7 +15,7 @@ from saegrid import kernels
 from saegrid.config import make_config
 from saegrid.errors import ConfigError
 from saegrid.kernels import reference
-from saegrid.kernels.reference import Params, Rule, StepSettings, TrainState
+from saegrid.kernels.state import Params, Rule, StepSettings, TrainState
 from saegrid.run import Run
 from saegrid.transfer import received, sent
 

@@ -43,8 +43,10 @@ def make(arch: str) -> SAE:
         sae = filled(JumpReLU(D_IN, D_SAE, k=K, theta=torch.zeros(D_SAE)))
         sae.theta.copy_(torch.linspace(0, 6, D_SAE))
         return sae
-    sae = filled(ARCHITECTURES[arch](D_IN, D_SAE, k=K))
-    sae.inference_threshold = None if arch == "TopK" else 4.3
+    sae = filled(ARCHITECTURES[arch](D_IN, D_SAE, k=K, theta=torch.zeros(D_SAE) if arch == "Gated" else None))
+    if arch == "Gated":
+        sae.theta.copy_(torch.linspace(0, 6, D_SAE))
+    sae.inference_threshold = 4.3 if arch in BATCH_CUT else None
     return sae
 
 
@@ -62,6 +64,7 @@ def assert_same(ours: SAE, theirs: SAE):
 
 CELLS = [
     *((arch, "published", arch) for arch in ARCHITECTURES),
+    *((arch, format, "JumpReLU") for arch in ("ReLU", "Gated") for format in ("saelens", "dictionary_learning")),
     *((TRAINED, format, "JumpReLU") for format in ("published", "saelens", "dictionary_learning")),
     *(("Matryoshka", "saelens", "JumpReLU"), ("Matryoshka", "dictionary_learning", "BatchTopK")),
     *(("TopK", "saelens", "TopK"), ("BatchTopK", "saelens", "JumpReLU"), ("JumpReLU", "saelens", "JumpReLU")),
@@ -86,7 +89,7 @@ def test_out_and_back(arch, format, back_as, tmp_path):
         assert path.read_bytes() == (tmp_path / "c" / path.name).read_bytes()
 
 
-@pytest.mark.parametrize("arch", [*BATCH_CUT, TRAINED])
+@pytest.mark.parametrize("arch", [*BATCH_CUT, TRAINED, "ReLU", "Gated"])
 def test_a_run_folder_and_each_of_its_files(arch, tmp_path):
     sae = make(arch)
     save_sae(sae, tmp_path, f"{sae.arch}_exp4x_k7", {"expansion": 4})
@@ -184,7 +187,8 @@ def test_a_renamed_file_needs_to_be_told(tmp_path):
         ({"arch": "TopK", "k": 97}, "k = 97: from 1 to d_sae = 96"),
         ({"arch": "TopK", "k": 7, "threshold": 0.5}, "threshold = 0.5: not a parameter of TopK"),
         ({"arch": "JumpReLU", "k": 7, "threshold": 0.5}, "k = 7: not a parameter of JumpReLU"),
-        ({"arch": "Gated"}, "arch = 'Gated': one of TopK, BatchTopK, JumpReLU"),
+        ({"arch": "Relu"}, "arch = 'Relu': one of TopK, BatchTopK, JumpReLU"),
+        ({"arch": "Gated"}, "nothing tells Gated's theta for each latent"),
         ({"arch": "TopK", "k": -1}, "k = -1: a whole number"),
         ({"arch": "JumpReLU", "threshold": float("nan")}, "threshold = nan: a number above 0"),
     ):

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from saegrid import kernels
 from saegrid.calibration import start_of_theta
 from saegrid.errors import ConfigError
-from saegrid.kernels import cpu, reference
-from saegrid.kernels.reference import Codes, Params, Rule, StepSettings, TrainState
+from saegrid.kernels import _cpu_encode, cpu, reference
+from saegrid.kernels.state import Codes, Params, Rule, StepSettings, TrainState
 
 D_IN, D_SAE = 48, 192
 
@@ -274,7 +274,66 @@ def test_reference_jumprelu_is_autograd():
     loss, grads = reference.jumprelu_gradients(single, x.float(), wide, k, told)
     assert loss == pytest.approx(error.item(), rel=1e-5)
     for name, grad in grads._asdict().items():
+        if name == "gain":
+            continue
         assert grad.any() and apart(grad, getattr(params, name).grad) < 1e-5, name
+
+
+def test_reference_l1_is_autograd():
+    """Squared error and the weighted sum of ReLU's latents, by autograd in float64."""
+    params = Params(*(p.double().requires_grad_() for p in make_params()))
+    x, told = make_rows(40).double(), StepSettings(0.0, l1_coef=700.0)
+    z = ((x - params.b_pre) @ params.W_enc.T + params.b_enc).relu()
+    error = torch.nn.functional.mse_loss(z @ params.W_dec + params.b_dec + params.b_pre, x)
+    (error + told.l1_coef / D_IN * z.sum(1).mean()).backward()
+
+    single = Params(*(p.detach().float() for p in params))
+    codes = reference.encode(single, x.float(), Rule("relu", 9))
+    assert apart(dense(codes), z.detach()) < 1e-5
+    push = start(single).l1_push(x, Rule("relu", 9), told)
+    loss, grads = reference.gradients(single, x.float(), codes, push)
+    assert loss == pytest.approx(error.item(), rel=1e-5)
+    for name, grad in grads._asdict().items():
+        assert apart(grad, slope(getattr(params, name))) < 1e-5, name
+    kernel_loss, kernel_grads = cpu.gradients(single, x.float(), codes, push)
+    assert kernel_loss == pytest.approx(loss, rel=1e-5)
+    assert all(apart(mine, theirs) < 1e-5 for mine, theirs in zip(kernel_grads, grads, strict=True))
+
+
+def gated_params(seed: int = 0) -> Params:
+    return make_params(seed)._replace(theta=torch.linspace(-10.0, 20.0, D_SAE), gain=torch.linspace(-0.5, 0.5, D_SAE))
+
+
+def test_reference_gated_is_autograd():
+    """The paper's three losses in its own parameters (W_gate, r_mag, b_gate, b_mag), by autograd in float64."""
+    params = Params(*(p.double().requires_grad_() for p in gated_params()))
+    x, push = make_rows(40).double(), 0.03
+    product = (x - params.b_pre) @ params.W_enc.T
+    gate = product + params.b_enc
+    b_mag = params.gain.exp() * params.b_enc + params.theta
+    z = (gate > 0) * (params.gain.exp() * product + b_mag).relu()
+    bias = params.b_dec + params.b_pre
+    error = torch.nn.functional.mse_loss(z @ params.W_dec + bias, x)
+    frozen = torch.nn.functional.mse_loss(gate.relu() @ params.W_dec.detach() + bias.detach(), x)
+    (error + frozen + push * gate.relu().sum()).backward()
+
+    single = Params(*(p.detach().float() for p in params))
+    opened = reference.encode(single, x.float(), Rule("relu"))
+    codes = reference.magnitudes(single, opened)
+    assert apart(dense(codes), z.detach()) < 1e-5 and (codes.values == 0).any()
+    loss, grads = reference.gated_gradients(single, x.float(), opened, codes, push)
+    assert loss == pytest.approx(error.item(), rel=1e-5)
+    for name, grad in grads._asdict().items():
+        assert grad.any() and apart(grad, getattr(params, name).grad) < 1e-5, name
+
+
+@pytest.mark.parametrize("kernel", [reference, cpu])
+def test_a_gated_sae_is_a_jumprelu(kernel):
+    params, x = gated_params(), make_rows(60)
+    trained = reference.magnitudes(params, kernel.encode(params, x, Rule("relu")))
+    used = kernel.encode(reference.folded_gate(params), x, Rule("jumprelu"))
+    assert_same_codes(used, reference._sparse(dense(trained), dense(trained) > 0), params, x)
+    assert_same_codes(kernel.encode(params, x, Rule("gated")), used, params, x)
 
 
 # --- the cpu kernel against the definition ---
@@ -312,6 +371,54 @@ def test_cpu_train_step_with_trained_thresholds(grad_clip, project_grad, aux_coe
     told = StepSettings(1e-2, grad_clip, project_grad, "fp32", aux_coef, 20, 150, bandwidth=3.0, l0_coef=500.0)
     expected, _ = stepped(jump_params(), Rule("jumprelu", 20), told)
     assert (expected.params.theta != THETA).any() and expected.params.theta.min() >= 0
+
+
+@pytest.mark.parametrize(("grad_clip", "project_grad"), [(0.0, False), (1.0, True)])
+@pytest.mark.parametrize("aux_coef", [0.0, 1 / 32])
+@pytest.mark.parametrize("kind", ["relu", "gated"])
+def test_cpu_train_step_under_l1(kind, grad_clip, project_grad, aux_coef):
+    told = StepSettings(1e-2, grad_clip, project_grad, "fp32", aux_coef, 20, 150, l1_coef=500.0)
+    expected, actual = stepped(gated_params() if kind == "gated" else make_params(), Rule(kind, 20), told)
+    assert expected.l1 == pytest.approx(actual.l1) != 1.0
+    if kind == "gated":
+        assert (expected.params.gain != gated_params().gain).any() and (expected.params.theta < 0).any()
+
+
+@pytest.mark.parametrize("kind", ["relu", "gated"])
+@pytest.mark.parametrize("matmul", ["fp32", "bf16"])
+def test_cpu_train_step_under_l1_with_sinks_apart(kind, matmul):
+    """Three steps with a blind direction; a dense start (half of the latents) takes plain products for relu."""
+    sink = torch.nn.functional.normalize(torch.ones(D_IN), dim=0)
+    told = StepSettings(1e-2, matmul=matmul, l1_coef=500.0, sink=sink)
+    params = gated_params() if kind == "gated" else make_params()
+    params = params._replace(b_enc=params.b_enc + 100.0)  # nearly all of them
+    expected, actual = start(params), start(params)
+    for step in range(3):
+        x = make_rows(100, step)
+        loss, active = reference.train_step(expected, x, Rule(kind, 20), told._replace(matmul="fp32"))
+        assert cpu.train_step(actual, x, Rule(kind, 20), told) == (
+            pytest.approx(loss, rel=1e-3),
+            pytest.approx(active, 0.01),
+        )
+        assert active > 0.5 * 100 * D_SAE
+    for mine, theirs in zip(actual.params, expected.params, strict=True):
+        assert apart(mine, theirs) < 1e-2 if len(theirs) else not len(mine)
+    assert (actual.params.W_enc[1:] @ sink).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["relu", "gated"])
+def test_l1_finds_its_weight(kind):
+    """L0 comes to k from a weight that is too small, and from one that is too large."""
+    x = make_rows(512) / 145 * D_IN**0.5
+    for coef in (0.05, 5.0):
+        params, told = make_params(), StepSettings(3e-3, l1_coef=coef)
+        cut = start_of_theta(params, x, 16)
+        params = params._replace(b_enc=params.b_enc - cut)
+        if kind == "gated":
+            params = params._replace(theta=torch.full((D_SAE,), cut), gain=torch.zeros(D_SAE))
+        state = start(params)
+        counts = [cpu.train_step(state, x, Rule(kind, 16), told)[1] / len(x) for _ in range(1000)]
+        assert sum(counts[-200:]) / 200 == pytest.approx(16, rel=0.05), (coef, state.l1)
 
 
 def test_trained_thresholds_find_their_l0():
@@ -499,7 +606,7 @@ def test_rows_in_blocks_give_the_codes_of_the_whole(monkeypatch, rule, sinks_fir
     params, x = make_params(), make_rows(300, sinks=8)
     x = x if sinks_first else x.flip(0)
     whole = cpu.encode(params, x, rule, matmul)
-    monkeypatch.setattr(cpu, "BLOCK_VALUES", 37 * D_SAE)
+    monkeypatch.setattr(_cpu_encode, "BLOCK_VALUES", 37 * D_SAE)
     assert_same_codes(cpu.encode(params, x, rule, matmul), whole, params, x)
 
 
@@ -549,7 +656,7 @@ def test_same_bytes(rule, matmul):
 def test_bf16_selects_but_does_not_set_values(rule):
     """Nearly the same pairs are kept; the values of those that are kept are float32's."""
     params, x = make_params(5), make_rows(256, 5)
-    assert cpu._share_kept(params, x - params.b_pre, rule) <= cpu.BF16_BELOW
+    assert _cpu_encode._share_kept(params, x - params.b_pre, rule) <= _cpu_encode.BF16_BELOW
     exact, actual = reference.encode(params, x, rule), cpu.encode(params, x, rule, "bf16")
     assert_well_formed(actual)
     z, z_exact = dense(actual), dense(exact)

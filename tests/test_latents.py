@@ -22,6 +22,7 @@ from saegrid.run import Run
 
 VOCABULARY = 257  # tokens of the tokenizer; the model has room for three more
 SPARSITY = {"TopK": {"k": 4}, "BatchTopK": {"k": 4}, "JumpReLU": {"threshold": 0.5}}
+SPARSITY |= {arch: {"k": 4, "recipe": "improved"} for arch in ("ReLU", "Gated")}
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_a_missing_run_is_one_line(tmp_path):
         latents_page.load(tmp_path)
 
 
-@pytest.mark.parametrize("arch", ["TopK", "BatchTopK", "JumpReLU"])
+@pytest.mark.parametrize("arch", SPARSITY)
 def test_the_home_pages_code_runs_and_both_ways_agree(place, arch, monkeypatch):
     folder, _ = finished(place, "llama", arch)
     monkeypatch.chdir(place)

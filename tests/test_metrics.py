@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from saegrid.kernels.reference import Codes
+from saegrid.kernels.state import Codes
 from saegrid.metrics import Moments, Reconstruction, median_norm, splice_metrics
 
 X = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 3.0]])

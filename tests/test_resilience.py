@@ -16,7 +16,7 @@ import torch
 
 from saegrid import atomic, checkpoint
 from saegrid.errors import DamagedError, DiskError
-from saegrid.sealed import check_sums, read_sealed, write_sealed, write_sums
+from saegrid.sealed import check_sum, check_sums, read_sealed, write_sealed, write_sum, write_sums
 
 
 def test_a_short_chaos(tmp_path):
@@ -161,6 +161,18 @@ def test_every_bit_of_a_checkpoint_counts(tmp_path):
             assert str(path) in str(error)
         else:
             assert stated == facts and torch.equal(again["weights.a"], tensors["weights.a"])
+
+
+def test_a_file_with_a_sum_beside_it(tmp_path):
+    path = tmp_path / "a.ipynb"
+    path.write_text("{}")
+    check_sum(path)  # nothing is recorded
+    write_sum(path)
+    check_sum(path)
+    assert subprocess.run(["sha256sum", "-c", "a.ipynb.sha256"], cwd=tmp_path, check=False).returncode == 0
+    for _ in with_each_bit_flipped(path):
+        with pytest.raises(DamagedError, match=r"a.ipynb: damaged \(not the SHA-256 in a.ipynb.sha256\)"):
+            check_sum(path)
 
 
 def test_sums_have_the_form_of_sha256sum(tmp_path):

@@ -7,6 +7,7 @@ from saegrid.files import from_published, published_state_dict
 from saegrid.sae import ARCHITECTURES, BatchTopK, fold_scale, initial_sae
 
 SPARSITY = {arch: {"threshold": 0.4} if arch == "JumpReLU" else {"k": 5} for arch in ARCHITECTURES}
+SCALED = {"ReLU": {"recipe": "improved"}, "Gated": {"recipe": "improved"}}
 IN_USE = CLASSES | {"Matryoshka": CLASSES["BatchTopK"]}  # the published class that each one's file loads into
 
 
@@ -19,7 +20,7 @@ def published(arch):
     return IN_USE[arch](16, 48, **SPARSITY[arch])
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", IN_USE)
 def test_a_published_state_dict_gives_the_published_outputs(arch):
     theirs = published(arch)
     with torch.no_grad():
@@ -31,7 +32,7 @@ def test_a_published_state_dict_gives_the_published_outputs(arch):
     assert (ours.encode(x) > 0).any() and not (ours.encode(x) > 0).all()
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", IN_USE)
 def test_our_state_dict_loads_into_the_published_class(arch):
     ours = initial_sae(make_config(arch=arch, expansion=3, **SPARSITY[arch]), 16, torch.zeros(16))
     theirs = published(arch)
@@ -72,14 +73,29 @@ def test_the_start_is_set_by_the_seed_and_the_inits():
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_folded_scale_is_the_sae_of_scaled_rows(arch):
     torch.manual_seed(1)
-    sae = initial_sae(make_config(arch=arch, expansion=3, **SPARSITY[arch]), 16, torch.zeros(16))
-    for bias in (sae.b_pre, sae.b_enc, sae.b_dec):
+    config = make_config(arch=arch, expansion=3, **SPARSITY[arch], **SCALED.get(arch, {}))
+    sae = initial_sae(config, 16, torch.zeros(16))
+    for bias in (sae.b_pre, sae.b_enc, sae.b_dec, sae.theta, sae.gain):
         bias.data.normal_()
     x = rows(32)
     latent_acts, x_hat = sae.encode(x), sae(x)
     fold_scale(sae, 4.0)
     torch.testing.assert_close(sae.encode(4 * x), 4 * latent_acts)
     torch.testing.assert_close(sae(4 * x), 4 * x_hat)
+
+
+def test_a_folded_gate_is_the_same_sae():
+    torch.manual_seed(1)
+    config = make_config(arch="Gated", expansion=3, k=5, recipe="improved")
+    sae = initial_sae(config, 16, torch.zeros(16))
+    for vector in (sae.b_pre, sae.b_enc, sae.b_dec, sae.theta, sae.gain):
+        vector.data.normal_()
+    x = rows(32)
+    latent_acts, x_hat = sae.encode(x), sae(x)
+    sae.fold_gate()
+    assert len(sae.gain) == 0 and sae.theta.min() == 0 < sae.theta.max()
+    torch.testing.assert_close(sae.encode(x), latent_acts)
+    torch.testing.assert_close(sae(x), x_hat)
 
 
 def test_sinks_apart_have_one_latent():

@@ -14,6 +14,7 @@ from site_project import HOSTILE, NOTEBOOKS, build, execute
 
 from saegrid import captions, findings, pages, results, site
 from saegrid.errors import ResultsError
+from saegrid.mend import mend
 from saegrid.tables import number
 
 
@@ -130,12 +131,26 @@ def test_a_deleted_run_stops_the_report_with_one_line(built, fake_grid, tmp_path
     root = tmp_path / "project"
     shutil.copytree(built, root)
     run = fake_grid.runs()[0]
+    notebook = root / "runs" / run.run_id / "train.ipynb"
+    notebook.unlink()
+    with pytest.raises(ResultsError, match=f"{run.run_id}/train.ipynb"):
+        pages.make(fake_grid, root)
     (root / "runs" / run.run_id / "metrics.json").unlink()
     with pytest.raises(ResultsError, match=run.run_id):
         results.make(fake_grid, root)
-    (root / "runs" / run.run_id / "train.ipynb").unlink()
-    with pytest.raises(ResultsError, match=f"{run.run_id}/train.ipynb"):
+
+
+def test_a_damaged_notebook_stops_the_report_and_is_made_again(built, fake_grid, tmp_path):
+    root = tmp_path / "project"
+    shutil.copytree(built, root)
+    run = fake_grid.runs()[0]
+    notebook = root / "runs" / run.run_id / "train.ipynb"
+    notebook.write_text(notebook.read_text().replace("0", "1", 1))
+    with pytest.raises(ResultsError, match=f"{run.run_id}/train.ipynb: damaged .*mend"):
         pages.make(fake_grid, root)
+    assert any(f"{run.run_id}/train.ipynb: damaged" in line for line in mend(fake_grid, root))
+    assert not notebook.with_name("metrics.json").exists() and notebook.with_name("metrics.json.aside").exists()
+    assert not any(run.run_id in line for line in mend(fake_grid, root))
 
 
 @pytest.mark.skipif(

@@ -113,7 +113,7 @@ def test_the_weights_kept_are_those_of_the_best_epoch(make_store, tmp_path):
     [
         {},
         {"recipe": "improved", "dead_window": 0.1},
-        *({"recipe": "improved", "arch": a} for a in ("Matryoshka", "JumpReLU")),
+        *({"recipe": "improved", "arch": a} for a in ("Matryoshka", "JumpReLU", "ReLU", "Gated")),
     ],
 )
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(make_store, tmp_path, stop_after, changes):
@@ -215,6 +215,17 @@ def test_jumprelu_lands_on_its_target(make_store, tmp_path):
     assert active == 3 * store.n_val
     assert {point["val_l0"] for point in progress.curve} == {3.0}
     assert sae.theta.unique().numel() > 12 and sae.theta.min() >= 0 and sae.threshold == 0
+
+
+def test_gated_lands_on_its_target_and_relu_near_it(make_store, tmp_path):
+    store = make_store(sinks=5)
+    for arch in ("Gated", "ReLU"):
+        run = config(arch=arch, recipe="improved", lr=1e-2, epochs=60)
+        sae, progress = train(run, store, reference, tmp_path / arch)
+        l0 = (sae.encode(store.rows("val")) > 0).sum().item() / store.n_val
+        assert l0 == pytest.approx(3, rel=1e-9 if arch == "Gated" else 0.25), arch
+        assert progress.state.l1 != 1.0 and len(sae.gain) == 0
+    assert sae.threshold == 0 and not len(sae.theta)
 
 
 def test_auxk_leaves_fewer_latents_dead(make_store, tmp_path):

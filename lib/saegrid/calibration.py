@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from saegrid.kernels.reference import Params, Rule
+from saegrid.kernels.state import Params, Rule
 from saegrid.metrics import SINK_RATIO
 from saegrid.sae import SAE
 from saegrid.store import Store
@@ -54,7 +54,8 @@ def calibrated_factor(
 ) -> float:
     """What all thetas are to be multiplied by, so that `k` latents a row are active on average over validation rows.
 
-    The middle between the ratios pre / theta of the last pair kept and of the first one left out.
+    The middle between the ratios pre / theta of the last pair kept and of the first one left out. A latent without a
+    threshold (theta 0) keeps all that is positive; where those alone are k a row or more, the factor is 1.
 
     Args:
         scale: of the rows x / scale that the weights are for.
@@ -62,15 +63,19 @@ def calibrated_factor(
     share = 1.0
     while True:
         lower = params._replace(theta=params.theta * share)
-        ratios, rows = [], 0
+        ratios, rows, always = [], 0, 0
         for x in store.batches("val", batch_size, device=params.theta.device.type):
             x = x[: CALIBRATION_ROWS - rows]
             codes = kernel.encode(lower, x / scale if scale != 1 else x, Rule("jumprelu", k=k))
-            ratios.append(codes.values / params.theta[codes.latents.long()].clamp_min(TINY))
+            theta = params.theta[codes.latents.long()]
+            always += int((theta == 0).sum())
+            ratios.append((codes.values / theta)[theta > 0])
             rows += len(x)
             if rows >= CALIBRATION_ROWS:
                 break
-        ratio, count = torch.cat(ratios), rows * k
+        ratio, count = torch.cat(ratios), rows * k - always
+        if count <= 0:
+            return 1.0
         if count < len(ratio):
             kept = ratio.topk(count + 1, sorted=True).values
             return ((kept[-2] + kept[-1]) / 2).item()

@@ -14,7 +14,7 @@ from saegrid import captions, intervals, plots, published_table
 from saegrid import findings as claims
 from saegrid.ablation import recipe_section
 from saegrid.budget import budget_section
-from saegrid.config import BATCH_CUT
+from saegrid.config import BATCH_CUT, has_thetas
 from saegrid.findings import Finding
 from saegrid.tables import COLUMNS, MISSING, Markdown, html_block, html_table, markdown, number, pipe_table
 
@@ -229,7 +229,7 @@ def files_text(best: pd.Series) -> Markdown:
     """What a run's folder holds."""
     return Markdown(
         f"Each run has a folder `runs/<run id>/`: the weights under the published name (`{best['name']}.pt`, a bare "
-        "state dict for `load_state_dict`; a JumpReLU's with a K has its `threshold` besides), the same as "
+        "state dict for `load_state_dict`; with the `threshold` of a Gated, or of a JumpReLU with a K), the same as "
         "`sae.safetensors` with `cfg.json`, the metrics (`metrics.json`), the learning curve (`metrics.jsonl`), tables "
         "by prompt, latent and position, and the executed notebook.\n"
     )
@@ -247,7 +247,8 @@ def load_text(best: pd.Series) -> Markdown:
     elif best["arch"] in BATCH_CUT:
         keep = kept.replace("RULE", "inference_threshold")
     else:
-        keep = kept.replace("RULE", "threshold") if pd.isna(best["k"]) else 'z = pre * (pre > w["theta"])'
+        thetas = has_thetas(best["arch"], not pd.isna(best["k"]))
+        keep = 'z = pre * (pre > w["theta"])' if thetas else kept.replace("RULE", "threshold")
     plain = "import json\n\n" if "json" in keep else ""
     plain += f'import torch\nfrom safetensors.torch import load_file\n\nfolder = "{folder}"\n'
     plain += f'w = load_file(f"{{folder}}/sae.safetensors")\n{x}\n'

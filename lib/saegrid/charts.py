@@ -21,7 +21,7 @@ from saegrid.tables import COLUMNS, Markdown, header, number
 
 LIBRARY = "scripts/vega.js"
 """The script as seen from the report's pages."""
-SHAPES = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond"}
+SHAPES = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down", "P": "cross"}
 SHOWN = ["l0", "l0_share_pct", "delta_loss", "frac_rec_pct", "loss_recovered_mean", "fvu_no_sink", "dead_pct"]
 """Measures in a mark's tooltip."""
 LOG_2 = alt.Scale(type="log", base=2, nice=False, padding=24)

@@ -1,6 +1,7 @@
 """A training checkpoint: one safetensors file that carries its own SHA-256 and the run that it belongs to.
 
-The tensors are `{weights,m,v,best}.{W_enc,b_enc,W_dec,b_dec,b_pre,theta}`; its one metadata key holds the rest as JSON.
+The tensors are `{weights,m,v,best}.{W_enc,b_enc,W_dec,b_dec,b_pre,theta,gain}`; its one metadata key holds the rest as
+JSON.
 """
 
 from __future__ import annotations

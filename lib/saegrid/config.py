@@ -10,20 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from saegrid.errors import ConfigError
-from saegrid.recipes import BANDWIDTH, L0_COEF, YOUNGER, resolve
+from saegrid.errors import ConfigError, explain
+from saegrid.recipes import BANDWIDTH, L0_COEF, L1_COEF, YOUNGER, resolve
 
 EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
 EMBEDDED_DATASET = "embedded:gsm_symbolic"
 
-Arch = Literal["TopK", "BatchTopK", "JumpReLU", "Matryoshka"]
+Arch = Literal["TopK", "BatchTopK", "JumpReLU", "Matryoshka", "ReLU", "Gated"]
 BATCH_CUT = ("BatchTopK", "Matryoshka")
 """Architectures whose codes are cut by the batch in training, and by a calibrated threshold in use."""
+
+
+def has_thetas(arch: str, has_k: bool) -> bool:
+    """Whether an SAE of this architecture, for which a k was given or not, has a threshold a latent."""
+    return arch == "Gated" or (arch == "JumpReLU" and has_k)
 
 
 class RunConfig(BaseModel):
@@ -81,7 +85,7 @@ class RunConfig(BaseModel):
     """d_sae / d_in."""
     k: int = Field(0, ge=0)
     """Latents per row: kept by TopK; on average over the batch, by BatchTopK and Matryoshka; on average over held-out
-    rows, by JumpReLU, whose thresholds are then trained; 0: not given."""
+    rows, by Gated and by JumpReLU, whose thresholds are then trained; aimed at by ReLU; 0: not given."""
     threshold: float = Field(0.0, ge=0.0, allow_inf_nan=False)
     """JumpReLU's theta where it is to stay as it is, one for all latents; 0.0: not given."""
     threshold_unit: Literal["absolute", "rms"] = "absolute"
@@ -93,6 +97,8 @@ class RunConfig(BaseModel):
     """JumpReLU with k: width of the band around theta that tells its gradient, in scaled pre-activations."""
     l0_coef: float = Field(L0_COEF, ge=0.0, allow_inf_nan=False)
     """JumpReLU with k: weight of (L0 / k - 1)² beside the mean squared error of rows with a mean square of 1."""
+    l1_coef: float = Field(L1_COEF, gt=0.0, allow_inf_nan=False)
+    """ReLU, Gated: weight of L1 by d_in at the start, from where it is moved so that k latents a row are active."""
 
     # --- training ---
     recipe: Literal["published", "improved"] = "published"
@@ -178,15 +184,14 @@ class RunConfig(BaseModel):
                     "threshold = 0.0: JumpReLU needs a threshold above 0, such as 0.1 or 0.5, or a k to train them for"
                 )
             if self.k and self.act_scale != "unit":
-                raise ValueError(
-                    f"k = {self.k}: JumpReLU trains its thresholds on scaled rows only: act_scale = 'unit', "
-                    "as recipe = 'improved' has it"
-                )
+                raise ValueError(_scaled_only(self.k, "JumpReLU trains its thresholds"))
         else:
             if self.threshold:
                 raise ValueError(f"threshold = {self.threshold}: not a parameter of {self.arch}, which takes k")
             if not self.k:
                 raise ValueError(f"k = 0: {self.arch} needs a k of at least 1, such as 64, 128 or 220")
+            if self.presses_l1 and self.act_scale != "unit":
+                raise ValueError(_scaled_only(self.k, f"{self.arch} weighs its L1"))
         if self.prefixes and self.arch != "Matryoshka":
             raise ValueError(f"prefixes = {self.prefixes}: not a parameter of {self.arch}, but of Matryoshka")
         return self
@@ -218,12 +223,17 @@ class RunConfig(BaseModel):
     @property
     def trains_theta(self) -> bool:
         """Whether each latent has a threshold of its own, which training moves."""
-        return self.arch == "JumpReLU" and self.k > 0
+        return has_thetas(self.arch, self.k > 0)
+
+    @property
+    def presses_l1(self) -> bool:
+        """Whether an L1 penalty brings L0 to k."""
+        return self.arch in ("ReLU", "Gated")
 
     @property
     def not_on_cuda(self) -> str:
         """The first choice that the `cuda` kernel lacks; empty where it has all."""
-        if self.prefixes:
+        if self.prefixes or self.presses_l1:
             return f"arch = '{self.arch}'"
         if self.trains_theta:
             return f"k = {self.k} for JumpReLU"
@@ -270,6 +280,10 @@ STORE_FIELDS = {
 """Parameters that decide what is in an activation store, its evaluation prompts included."""
 
 
+def _scaled_only(k: int, what: str) -> str:
+    return f"k = {k}: {what} on scaled rows only: act_scale = 'unit', as recipe = 'improved' has it"
+
+
 def make_config(**parameters: Any) -> RunConfig:
     """`RunConfig` with every mistake told in one line.
 
@@ -279,34 +293,7 @@ def make_config(**parameters: Any) -> RunConfig:
     try:
         return RunConfig(**parameters)
     except ValidationError as error:
-        raise ConfigError(explain(error, RunConfig.model_fields)) from None
-
-
-def explain(error: ValidationError, known_fields: Iterable[str] = ()) -> str:
-    """The first mistake of a pydantic error as one line: parameter, value, what is allowed."""
-    first = error.errors()[0]
-    place = first["loc"]
-    if place and place[0] in RunConfig.model_fields:
-        place = place[:1]  # pydantic adds which of a parameter's types was tried
-    name = ".".join(str(part) for part in place)
-    if first["type"] == "extra_forbidden":
-        known = f"; known are {', '.join(known_fields)}" if known_fields else ""
-        return f"{name} = {shown(first['input'])}: no such parameter{known}"
-    if first["type"] == "value_error":
-        reason = str(first["ctx"]["error"])
-        return reason if not name or reason.startswith(f"{name} = ") else f"{name} = {shown(first['input'])}: {reason}"
-    if first["type"] == "missing":
-        return f"{name} is missing"
-    return f"{name} = {shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
-
-
-def shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, a list in itself
-        text = f"<{type(value).__name__}>"
-    return text if len(text) <= 200 else f"{text[:200]}…"
+        raise ConfigError(explain(error, RunConfig.model_fields, flat=True)) from None
 
 
 def check_place(path: str) -> str:

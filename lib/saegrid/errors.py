@@ -1,5 +1,13 @@
 """The project's own error type: a user's mistake or a damaged file, told in one line."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 MAX_CHARACTERS = 1000
 """A message is one line on a screen, whatever a file's content put into it."""
 
@@ -47,3 +55,35 @@ class ResultsError(SaegridError):
 
 class DamagedError(SaegridError):
     """A file that is not what was written: by its recorded SHA-256, or because it can't be read at all."""
+
+
+def explain(error: ValidationError, known_fields: Iterable[str] = (), flat: bool = False) -> str:
+    """The first mistake of a pydantic error as one line: parameter, value, what is allowed.
+
+    Args:
+        known_fields: what an unknown parameter might have been.
+        flat: whether parameters have no parts, so that what pydantic adds is which of a parameter's types it tried.
+    """
+    first = error.errors()[0]
+    place = first["loc"]
+    if flat:
+        place = place[:1]
+    name = ".".join(str(part) for part in place)
+    if first["type"] == "extra_forbidden":
+        known = f"; known are {', '.join(known_fields)}" if known_fields else ""
+        return f"{name} = {shown(first['input'])}: no such parameter{known}"
+    if first["type"] == "value_error":
+        reason = str(first["ctx"]["error"])
+        return reason if not name or reason.startswith(f"{name} = ") else f"{name} = {shown(first['input'])}: {reason}"
+    if first["type"] == "missing":
+        return f"{name} is missing"
+    return f"{name} = {shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a list in itself
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 200 else f"{text[:200]}…"

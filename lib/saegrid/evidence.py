@@ -1,4 +1,4 @@
-"""The page about recipes, from tables kept in the repository (`results/recipes`, `results/ablation`). Free of torch.
+"""The page about recipes, from tables kept in the repository (`results/recipes`, `results/peers`, …). Free of torch.
 
 It does not depend on the grid of the report that it stands in: these grids take longer than a quick look.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from saegrid import ablation, baselines, intervals, plots, results, scaling
+from saegrid import ablation, baselines, intervals, peers, plots, results, scaling
 from saegrid.tables import Markdown, header, html_table, markdown, number
 
 GRIDS = {"recipes": "Two recipes", "ablation": "What each choice buys", "scaling": "Scaling"}
@@ -30,7 +30,20 @@ def page(root: str | Path = ".") -> Markdown:
         if (folder / "results_tidy.csv").exists():
             made = _scaling(folder) if name == "scaling" else _comparison(folder, name)
         sections += [f"## {title}", made]
+    made = "Not measured yet: `make peer-quality` does it."
+    folder = Path(root) / "results/peers"
+    sections += ["## Beside other libraries", _peers(folder) if (folder / "runs.csv").exists() else made]
     return markdown(*sections)
+
+
+def _peers(folder: Path) -> str:
+    runs, prompts = peers.read(folder)
+    found = peers.compared(runs, prompts)
+    figures = []
+    for y in ("delta_loss", "fvu_no_sink"):
+        text = f"{header(y)} over the realised L0, a line for each library and architecture; lower is better."
+        figures.append(plots.figure(peers.curves(found, y=y), alt=text, caption=text))
+    return markdown(peers.verdict(found), plots.side_by_side(figures), peers.table(found))
 
 
 def _scaling(folder: Path) -> str:

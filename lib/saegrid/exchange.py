@@ -37,6 +37,8 @@ class Plain(NamedTuple):
 
 def _folded(sae: SAE, centred: bool) -> Plain:
     """The SAE's weights with its biases folded into two; sums in float64, as sink rows make for large terms."""
+    if len(sae.gain):
+        raise SaeFileError("Gated: this SAE is in its form for training; fold_gate() ends that")
     b_pre, b_dec, W_enc = sae.b_pre.data.double(), sae.b_dec.data.double(), sae.W_enc.data.double()
     shift = W_enc @ b_dec if centred else -(W_enc @ b_pre)
     b_enc = (sae.b_enc.data.double() + shift).float()
@@ -208,7 +210,7 @@ def read_dictionary(folder: Path) -> SAE:
 
 
 def write_dictionary(sae: SAE, folder: Path, facts: dict[str, Any]) -> None:
-    """TopK as AutoEncoderTopK, BatchTopK and Matryoshka as BatchTopKSAE with the threshold, JumpReLU as
+    """TopK as AutoEncoderTopK, BatchTopK and Matryoshka as BatchTopKSAE with the threshold, all others as
     JumpReluAutoEncoder."""
     name = "TopK" if isinstance(sae, TopK) else "BatchTopK" if isinstance(sae, BatchTopK) else "JumpRelu"
     classes = {"TopK": "AutoEncoderTopK", "BatchTopK": "BatchTopKSAE", "JumpRelu": "JumpReluAutoEncoder"}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saegrid.atomic import write_bytes, write_json
 from saegrid.errors import DamagedError, SaeFileError
-from saegrid.kernels.reference import Params
+from saegrid.kernels.state import Params
 from saegrid.sae import ARCHITECTURES, SAE
 from saegrid.sealed import SUMS, file_sha256, read_sums
 
@@ -28,11 +28,16 @@ PUBLISHED_SHAPES = {
 }
 """State dict of the published files; `decoder.weight` is the transpose of `W_dec`."""
 THETA = "threshold"
-"""Name, in a state dict, of the thetas of a JumpReLU that has one a latent, (d_sae,): the published ones have none."""
+"""Name, in a state dict, of JumpReLU's or Gated's thetas, one a latent, (d_sae,): the published files have none."""
 
 
 def published_state_dict(sae: SAE) -> dict[str, Tensor]:
-    """The SAE's weights under the published names and in the published layout, contiguous."""
+    """The SAE's weights under the published names and in the published layout, contiguous.
+
+    Raises `SaeFileError` for a Gated SAE that is still in its form for training.
+    """
+    if len(sae.gain):
+        raise SaeFileError("Gated: this SAE is in its form for training; fold_gate() ends that")
     return {
         "b_pre": sae.b_pre.data,
         "encoder.weight": sae.W_enc.data,

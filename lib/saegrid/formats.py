@@ -73,8 +73,8 @@ def export(sae: SAE, folder: str | Path, format: str, facts: dict[str, Any] | No
 
     Args:
         folder: made where missing; one folder per SAE, but for "published", which may hold many.
-        format: "published" (all), "saelens" (TopK as `topk`; BatchTopK and Matryoshka, by their calibrated threshold,
-            and JumpReLU as `jumprelu`), "dictionary_learning" (all) or "sparsify" (TopK).
+        format: "published" (all), "saelens" (TopK as `topk`; all others, BatchTopK and Matryoshka by their calibrated
+            threshold, as `jumprelu`), "dictionary_learning" (all) or "sparsify" (TopK).
         facts: what a reader should know, in JSON's types: `name` (of the published file), `model`, `layer`, `dataset`,
             `max_tokens` and any more. A run's `cfg.json` will do.
 

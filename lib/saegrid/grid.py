@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from saegrid.config import PLACES, RunConfig, check_place, explain, make_config, shown
-from saegrid.errors import ConfigError, DamagedError
+from saegrid.config import PLACES, RunConfig, check_place, make_config
+from saegrid.errors import ConfigError, DamagedError, explain, shown
 from saegrid.recipes import is_as_recipe_says
 from saegrid.sealed import read_bytes
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from saegrid import captions, card, plots, published_table, results
 from saegrid import findings as claims
-from saegrid.config import BATCH_CUT, EMBEDDED_DATASET, EMBEDDED_MODEL
+from saegrid.config import BATCH_CUT, EMBEDDED_DATASET, EMBEDDED_MODEL, has_thetas
 from saegrid.fetch import HUB_ID
 from saegrid.tables import Markdown, header, html_table, markdown, pipe_table
 
@@ -35,6 +35,9 @@ KEPT = {
     "JumpReLU": "z = pre where pre > θ, 0 elsewhere; one fixed θ for all latents, or, in runs with a K, one a latent, "
     "trained so that K latents a row are active on average.",
     "Matryoshka": "as BatchTopK, trained so that its first half, quarter, … of latents reconstruct on their own.",
+    "ReLU": "z = ReLU(pre), trained under an L1 penalty whose weight was moved so that K latents a row are active.",
+    "Gated": "z = pre where pre > θ, 0 elsewhere, one θ a latent: a Gated SAE (arXiv:2404.16014), its gate and "
+    "magnitude folded into one encoder, trained under an L1 penalty so that K latents a row are active on average.",
 }
 PUBLISHED_CLASS = '''\
 import json
@@ -194,10 +197,13 @@ def load_text(best: pd.Series, file: str, repo: str = "") -> Markdown:
     own += f"latent_acts, x_hat = sae.encode(x), sae(x)  # (4, {best['d_sae']}), (4, {best['d_in']})"
     fetched = [f'hf_hub_download("{repo}", "{file}.{kind}")' if repo else f'"{file}.{kind}"' for kind in ("json", "pt")]
     used = PUBLISHED_CLASS if repo else PUBLISHED_CLASS.replace("from huggingface_hub import hf_hub_download\n", "")
-    theta = {"TopK": "None", "JumpReLU": 'cfg["threshold"]'}.get(best["arch"], 'cfg["inference_threshold"]')
-    if best["arch"] == "JumpReLU" and not pd.isna(best["k"]):
+    theta, batch = 'cfg["threshold"]', ", batch=True" if best["arch"] in BATCH_CUT else ""
+    if best["arch"] == "TopK":
+        theta = "None"
+    elif best["arch"] in BATCH_CUT:
+        theta = 'cfg["inference_threshold"]'
+    elif has_thetas(best["arch"], not pd.isna(best["k"])):
         theta = 'state.pop("threshold")'  # one a latent
-    batch = ", batch=True" if best["arch"] in BATCH_CUT else ""
     class_code = (
         f"{used}\n\nwith open({fetched[0]}) as sidecar:\n    cfg = json.load(sidecar)\n"
         f"state = torch.load({fetched[1]}, weights_only=True)\n"

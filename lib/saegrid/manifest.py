@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from saegrid.config import explain
-from saegrid.errors import DamagedError, StoreError
-from saegrid.sealed import read_sealed
+from saegrid.errors import DamagedError, StoreError, explain
+from saegrid.sealed import read_json, read_sealed
 
 FORMAT = 2
 SHARD_ROWS = 16_384
@@ -68,7 +67,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = read_sealed(path)
         if manifest.get("format") != FORMAT:
-            raise StoreError(f"{path}: store format {manifest.get('format')}, where this version reads {FORMAT}")
+            raise StoreError(_of_format(path, manifest.get("format")))
         _Manifest.model_validate(manifest)
         for entry in [*manifest["shards"]["train"], *manifest["shards"]["val"], manifest["mean"]]:
             size = (folder / entry["file"]).stat().st_size
@@ -77,7 +76,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise StoreError(f"{error.filename}: {error.strerror}; {MEND}") from None
     except DamagedError as error:
-        raise StoreError(f"{error}; {MEND}") from None
+        raise StoreError(_older(path) or f"{error}; {MEND}") from None
     except ValidationError as error:
         raise StoreError(f"{path}: damaged ({explain(error)}); {MEND}") from None
     return manifest
+
+
+def _older(path: Path) -> str:
+    """What to say of a store from before manifests were sealed; empty for any other."""
+    try:
+        found = read_json(path).get("format")
+    except DamagedError:
+        return ""
+    return _of_format(path, found) if isinstance(found, int) and 0 < found < FORMAT else ""
+
+
+def _of_format(path: Path, found: Any) -> str:
+    return f"{path}: a store of format {found!r}, where this version reads {FORMAT}; {MEND}"

@@ -15,7 +15,7 @@ from saegrid import results
 from saegrid.atomic import disk_errors
 from saegrid.errors import DamagedError, SaegridError
 from saegrid.grid import Grid
-from saegrid.sealed import SUMS, check_sums, file_sha256, read_sealed
+from saegrid.sealed import SUMS, check_sum, check_sums, file_sha256, read_sealed, sum_of
 
 
 def mend(grid: Grid, root: str | Path = ".") -> list[str]:
@@ -96,6 +96,13 @@ def _run_faults(folder: Path, run_id: str) -> Iterator[tuple[str, list[str]]]:
             results.check_run(folder, run_id)
         except SaegridError as error:
             yield str(error).removesuffix(f"; {results.MEND}"), ["metrics.json"]
+            return
+        try:
+            check_sum(folder / results.NOTEBOOK)
+        except DamagedError as error:
+            with disk_errors(folder):
+                (folder / "metrics.json").rename(folder / results.SET_ASIDE)
+            yield str(error), [sum_of(folder / results.NOTEBOOK).name]
 
 
 def _table_faults(folder: Path) -> Iterator[tuple[str, list[str]]]:

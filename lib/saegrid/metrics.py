@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from saegrid.kernels.reference import Codes
+from saegrid.kernels.state import Codes
 
 SINK_RATIO = 10.0
 """Rows whose norm is above this many times the median norm are attention sinks (left out of `*_no_sink`)."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import types
 from typing import Any
 
-from saegrid.config import RunConfig, make_config, shown
-from saegrid.errors import ConfigError
+from saegrid.config import RunConfig, make_config
+from saegrid.errors import ConfigError, shown
 
 
 def config_from_namespace(namespace: dict[str, Any]) -> RunConfig:

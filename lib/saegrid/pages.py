@@ -12,10 +12,11 @@ import pandas as pd
 
 from saegrid import baselines, card, charts, evidence, plots, results
 from saegrid.atomic import write_text
-from saegrid.errors import ResultsError
+from saegrid.errors import DamagedError, ResultsError
 from saegrid.grid import Grid
 from saegrid.plots import setting
 from saegrid.recipes import described
+from saegrid.sealed import check_sum, read_json, sum_of
 from saegrid.tables import Markdown, html_block, html_table, markdown, number
 
 INDEX_COLUMNS = ["name", "recipe", "seed", "l0", "fvu_no_sink", "dead_pct", "delta_loss", "frac_rec_pct"]
@@ -54,13 +55,13 @@ def write_run_pages(df: pd.DataFrame, runs_dir: str | Path, folder: Path) -> Non
             page.unlink()
     rows = df.to_dict("records")
     for n, row in enumerate(rows):
-        path = Path(runs_dir) / row["run_id"] / "train.ipynb"
+        path = Path(runs_dir) / row["run_id"] / results.NOTEBOOK
         try:
-            notebook = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ResultsError(f"{path}: {error.strerror}; delete the folder and run it again") from None
-        except ValueError as error:
-            raise ResultsError(f"{path}: no notebook: {error}") from None
+            check_sum(path)
+            notebook = read_json(path)
+        except DamagedError as error:
+            advice = results.MEND if sum_of(path).exists() else "delete the folder and run it again"
+            raise ResultsError(f"{error}; {advice}") from None
         page = run_page(notebook, title(row), markdown(summary(row, df), navigation(rows, n)))
         write_text(folder / f"{row['run_id']}.ipynb", json.dumps(page, ensure_ascii=False, indent=1) + "\n")
     write_text(folder / "index.qmd", index_page(df))

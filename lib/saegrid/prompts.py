@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from saegrid.config import EMBEDDED_DATASET, RunConfig, shown
-from saegrid.errors import ConfigError
+from saegrid.config import EMBEDDED_DATASET, RunConfig
+from saegrid.errors import ConfigError, shown
 from saegrid.fetch import hub_errors, local_folder
 
 TEMPLATE_SHARES = {"eval": 0.2, "val": 0.2}

@@ -18,8 +18,8 @@ from saegrid.sae import ARCHITECTURES, SAE, BatchTopK, JumpReLU
 from saegrid.untrusted import as_model, check_sizes, check_tensors, read_json, read_pt
 
 PUBLISHED_NAME = re.compile(
-    r"(?P<arch>TopK|BatchTopK|JumpReLU|Matryoshka)_exp(?P<expansion>\d{1,6})x_(k(?P<k>\d{1,9})|t(?P<threshold>\d[\d.e+-]*))"
-    r"(_improved)?"
+    r"(?P<arch>TopK|BatchTopK|JumpReLU|Matryoshka|ReLU|Gated)_exp(?P<expansion>\d{1,6})x_"
+    r"(k(?P<k>\d{1,9})|t(?P<threshold>\d[\d.e+-]*))(_improved)?"
 )
 SAME_THRESHOLD = 1e-5
 """Relative; a published name has six digits."""
@@ -128,12 +128,13 @@ def check_sparsity(
     """Raises `SaeFileError` where an architecture lacks its k or threshold, or is given the other's.
 
     Args:
-        theta: thresholds of the latents (d_sae,), where the file has them: a JumpReLU needs nothing else then.
+        theta: thresholds of the latents (d_sae,), where the file has them: a JumpReLU or Gated needs nothing else then.
     """
     if theta is not None:
-        if arch != "JumpReLU" or threshold is not None:
-            what = f"threshold = {threshold}" if arch == "JumpReLU" else f"arch = {arch!r}"
-            raise SaeFileError(f"{where}: {what}: the file has a JumpReLU's theta for each latent")
+        own = arch in ("JumpReLU", "Gated")
+        if not own or threshold is not None:
+            what = f"threshold = {threshold}" if own else f"arch = {arch!r}"
+            raise SaeFileError(f"{where}: {what}: the file has a theta for each latent, as JumpReLU or Gated have")
         if (theta < 0).any():
             raise SaeFileError(f"{where}: a theta below 0")
         return
@@ -143,9 +144,11 @@ def check_sparsity(
         if threshold is None:
             raise SaeFileError(f"{where}: nothing tells JumpReLU's theta: give threshold=")
         return
-    if k is None:
+    if arch == "Gated":
+        raise SaeFileError(f"{where}: nothing tells Gated's theta for each latent")
+    if k is None and arch != "ReLU":
         raise SaeFileError(f"{where}: nothing tells {arch}'s k: give k=")
-    if k > d_sae:
+    if k is not None and k > d_sae:
         raise SaeFileError(f"{where}: k = {k}: from 1 to d_sae = {d_sae}")
     if threshold is not None:
         raise SaeFileError(f"{where}: threshold = {threshold}: not a parameter of {arch}, which takes k")

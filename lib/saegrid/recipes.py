@@ -25,7 +25,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 BANDWIDTH, L0_COEF = 0.3, 0.1
 """Of JumpReLU's trained thresholds, beside rows with a mean square of 1 (measured: LOG.md)."""
 
-YOUNGER = {"recipe": "published", "prefixes": 0, "bandwidth": BANDWIDTH, "l0_coef": L0_COEF} | {
+L1_COEF = 1.0
+"""Of ReLU and Gated at the start, beside rows with a mean square of 1, by d_in."""
+
+YOUNGER = {"recipe": "published", "prefixes": 0, "bandwidth": BANDWIDTH, "l0_coef": L0_COEF, "l1_coef": L1_COEF} | {
     name: RECIPES["published"][name]
     for name in ("act_scale", "sinks", "aux_coef", "dead_window", "lr_schedule", "warmup")
 }

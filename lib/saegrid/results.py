@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock, Timeout
 
 from saegrid import baselines
 from saegrid.atomic import write_text
@@ -28,6 +29,8 @@ from saegrid.sealed import (
     read_json,
     read_json_lines,
     read_sealed,
+    sum_of,
+    write_sum,
     write_sums,
 )
 
@@ -54,6 +57,10 @@ PROMPT_SUMS = ["run_id", "prompt", "template", "n_tokens", "ce_clean_sum", "ce_s
 TABLES = ["results.csv", "results_full.csv", "results_tidy.csv", "results_prompts.csv", baselines.FILE]
 RUN_FILES = ["metrics.jsonl", "latents.csv", "positions.csv", "prompts.csv"]
 """Files of a run, besides `metrics.json`, that the report reads."""
+NOTEBOOK = "train.ipynb"
+"""A run's executed notebook, in its folder; the workflow puts it there."""
+SET_ASIDE = "metrics.json.aside"
+"""A whole run's metrics whose notebook is to be executed again; the run takes them back."""
 MEND = "`python -m saegrid mend GRID` drops it, and the next run makes it again"
 _HEX = re.compile(r"[0-9a-f]{8,64}")
 
@@ -120,12 +127,19 @@ def tidy(runs: Grid | Iterable[str], runs_dir: str | Path = "runs") -> pd.DataFr
 
 
 def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None) -> Path:
-    """Read all runs of a grid and write its CSV files. Returns the folder that they are in."""
+    """Read all runs of a grid and write its CSV files. Returns the folder that they are in.
+
+    The executed notebooks, which nothing writes to any more, get their SHA-256 beside them.
+    """
     root = Path(root)
     runs_dir = root / (runs_dir or grid.constants.get("runs_dir", "runs"))
     results_dir = root / grid.results_dir
     df = tidy(grid, runs_dir)
     write_tables(df, results_dir, load_prompts(df, runs_dir), baselines.load(grid, root))
+    for folder in (runs_dir / run_id for run_id in df["run_id"]):
+        with contextlib.suppress(Timeout), FileLock(folder / ".lock", timeout=0):  # else it is being executed
+            if (folder / NOTEBOOK).exists() and not sum_of(folder / NOTEBOOK).exists():
+                write_sum(folder / NOTEBOOK)
     return results_dir
 
 

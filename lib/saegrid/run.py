@@ -32,9 +32,9 @@ from saegrid.metrics import SINK_RATIO, Reconstruction, median_norm, splice_metr
 from saegrid.preflight import check
 from saegrid.prompts import make_prompts
 from saegrid.published import published_files
-from saegrid.results import MEND, METRICS, check_run, load_config, load_run
+from saegrid.results import MEND, METRICS, NOTEBOOK, SET_ASIDE, check_run, load_config, load_run
 from saegrid.sae import SAE, JumpReLU
-from saegrid.sealed import write_sealed, write_sums
+from saegrid.sealed import sum_of, write_sealed, write_sums
 from saegrid.splice import evaluate, load_baseline, make_baseline, mean_losses, save_baseline
 from saegrid.store import Store
 from saegrid.tied import die_with_papermill
@@ -101,6 +101,7 @@ class Run:
         self._lock = contextlib.ExitStack()  # held until the process ends, or `close`
         self._lock.enter_context(waiting_lock(self.folder / ".lock"))
         sweep(self.folder)
+        sum_of(self.folder / NOTEBOOK).unlink(missing_ok=True)  # papermill is writing it, maybe
         self.run_id = config.run_id
         self.finished = self._is_whole()
         self.config = self._resolved(config)
@@ -115,7 +116,9 @@ class Run:
 
     def _is_whole(self) -> bool:
         """Whether the run has finished and its files are as it left them; what is damaged is named and made again."""
-        path = self.folder / "metrics.json"
+        path, aside = self.folder / "metrics.json", self.folder / SET_ASIDE
+        if aside.exists() and not path.exists():
+            aside.rename(path)
         if not path.exists():
             return False
         try:

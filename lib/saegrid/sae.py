@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from saegrid.config import RunConfig
 from saegrid.kernels import reference
-from saegrid.kernels.reference import Codes, Params, Rule, keep_apart
+from saegrid.kernels.reference import keep_apart
+from saegrid.kernels.state import Codes, Params, Rule
 
 
 class SAE(nn.Module):
@@ -22,10 +23,10 @@ class SAE(nn.Module):
     Args:
         d_in: width of the activations.
         d_sae: number of latents.
-        k: latents a row (TopK) or a row on average (BatchTopK; JumpReLU where its thetas were trained).
+        k: latents a row (TopK) or a row on average (all others, but a JumpReLU whose threshold was given).
         threshold: JumpReLU's theta, in the activations' unit, where all latents have one.
         inference_threshold: scalar cut that BatchTopK uses once calibrated; None: it cuts per batch.
-        theta: JumpReLU's thetas (d_sae,), at least 0, where each latent has its own.
+        theta: JumpReLU's and Gated's thetas (d_sae,), at least 0, where each latent has its own.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class SAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_in), requires_grad=False)
         self.b_pre = nn.Parameter(torch.zeros(d_in), requires_grad=False)
         self.theta = nn.Parameter(torch.zeros(0) if theta is None else theta, requires_grad=False)
+        self.gain = nn.Parameter(torch.zeros(0), requires_grad=False)  # Gated's, while it is trained
 
     @property
     def arch(self) -> str:
@@ -133,7 +135,47 @@ class JumpReLU(SAE):
         return Rule("jumprelu", k=self.k) if len(self.theta) else Rule("threshold", threshold=self.threshold)
 
 
-ARCHITECTURES: dict[str, type[SAE]] = {cls.__name__: cls for cls in (TopK, BatchTopK, JumpReLU, Matryoshka)}
+class ReLU(JumpReLU):
+    """z = ReLU(pre), under an L1 penalty whose weight is moved so that k latents a row are active: the baseline.
+
+    That is a JumpReLU with a theta of 0. In training, the loss has l1 / d_in times the mean over rows of Σ z besides,
+    for decoder rows of unit norm (arXiv:2309.08600).
+    """
+
+    @property
+    def training_rule(self) -> Rule:
+        return Rule("relu", k=self.k)
+
+    @property
+    def rule(self) -> Rule:
+        return Rule("threshold")
+
+
+class Gated(JumpReLU):
+    """z = ReLU(exp(gain) pre + theta) where pre > 0, 0 elsewhere: gate and magnitude of one encoder (arXiv:2404.16014).
+
+    L1 presses on the gates alone, so that it shrinks no magnitude; its weight is moved so that k latents a row are
+    active. `fold_gate` ends training: in use it is a JumpReLU with one theta a latent.
+    """
+
+    @property
+    def training_rule(self) -> Rule:
+        return Rule("gated", k=self.k)
+
+    @property
+    def rule(self) -> Rule:
+        return self.training_rule if len(self.gain) else Rule("jumprelu", k=self.k)
+
+    def fold_gate(self) -> None:
+        """Turn the SAE from its form in training into that in use, in place."""
+        folded = reference.folded_gate(self.params)
+        for name, tensor in folded._asdict().items():
+            getattr(self, name).data = tensor.clone()
+
+
+ARCHITECTURES: dict[str, type[SAE]] = {
+    cls.__name__: cls for cls in (TopK, BatchTopK, JumpReLU, Matryoshka, ReLU, Gated)
+}
 
 
 def initial_sae(config: RunConfig, d_in: int, mean: Tensor, sink: Tensor | None = None) -> SAE:
@@ -149,6 +191,8 @@ def initial_sae(config: RunConfig, d_in: int, mean: Tensor, sink: Tensor | None 
     d_sae = config.expansion * d_in
     theta = torch.zeros(d_sae) if config.trains_theta else None
     sae = ARCHITECTURES[config.arch](d_in, d_sae, k=config.k, threshold=config.threshold, theta=theta)
+    if config.arch == "Gated":
+        sae.gain.data = torch.zeros(d_sae)
     generator = torch.Generator().manual_seed(config.seed)
     for tensor, fan_in in (
         (sae.W_enc, d_in),

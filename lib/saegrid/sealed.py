@@ -107,6 +107,22 @@ def checked_bytes(path: Path) -> bytes:
     return content
 
 
+def write_sum(path: Path) -> None:
+    """Record a file's SHA-256 in `NAME.sha256` beside it, for what is done after its folder's `SHA256SUMS`."""
+    write_text(sum_of(path), f"{file_sha256(path)}  {path.name}\n")
+
+
+def check_sum(path: Path) -> None:
+    """Hold a file against the `NAME.sha256` beside it, where there is one. Raises `DamagedError`."""
+    stated = sum_of(path)
+    if stated.exists() and read_bytes(stated, 1 << 12) != f"{file_sha256(path)}  {path.name}\n".encode():
+        raise DamagedError(f"{path}: damaged (not the SHA-256 in {stated.name})")
+
+
+def sum_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file. Raises `DamagedError` where it can't be read."""
     try:

@@ -19,8 +19,9 @@ from saegrid.calibration import calibrated_factor, calibrated_threshold, rms_pre
 from saegrid.config import RunConfig
 from saegrid.errors import ConfigError, DamagedError, SaegridError
 from saegrid.estimates import Estimates, estimate
-from saegrid.kernels.reference import Params, StepSettings, TrainState
-from saegrid.sae import SAE, BatchTopK, JumpReLU, fold_scale, initial_sae
+from saegrid.kernels.reference import folded_gate
+from saegrid.kernels.state import Params, Rule, StepSettings, TrainState
+from saegrid.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, fold_scale, initial_sae
 from saegrid.store import Store
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -64,10 +65,11 @@ def train(
     """Train one SAE, from the run's last checkpoint where there is one.
 
     Adam, the learning rate set per step; mean squared error; unit-norm decoder rows after each step; the weights of
-    the epoch with the lowest validation MSE are kept (with the training rule: BatchTopK cuts each validation batch).
-    BatchTopK's scalar threshold, or what JumpReLU's trained thetas are multiplied by, is then calibrated on validation
-    rows. With `act_scale` all of this, checkpoints too,
-    is in the units of the scaled rows, and the scale is folded into the weights at the end.
+    the epoch with the lowest validation MSE are kept (with the training rule: BatchTopK cuts each validation batch), of
+    ReLU, whose L0 is free, those of the last.
+    BatchTopK's scalar threshold, or what trained thetas are multiplied by, is then calibrated on validation rows. With
+    `act_scale` all of this, checkpoints too, is in the units of the scaled rows, and the scale is folded into the
+    weights at the end, as Gated's two encoders are into one.
 
     Args:
         report: called with the number of rows of each step, and once with those done before a resume.
@@ -88,9 +90,12 @@ def train(
     if isinstance(sae, JumpReLU) and config.threshold_unit == "rms":
         rows = next(store.batches("train", config.batch_size))
         sae.threshold = config.threshold * rms_pre_acts(sae.params, rows / found.scale)
-    if config.trains_theta:
+    if config.trains_theta or config.presses_l1:
         rows = next(store.batches("train", config.batch_size, config.seed))
-        sae.theta.fill_(start_of_theta(sae.params, rows / found.scale, config.k))
+        cut = start_of_theta(sae.params, rows / found.scale, config.k)
+        sae.theta.fill_(cut)
+        if config.presses_l1:
+            sae.b_enc.sub_(cut)
     sae.to(device)
     if found.sink is not None:
         found = found._replace(sink=found.sink.to(device))
@@ -104,6 +109,8 @@ def train(
         save_checkpoint(path, progress, config.run_id)
     for weights, best in zip(sae.params, progress.best, strict=True):
         weights.copy_(best)
+    if isinstance(sae, Gated):
+        sae.fold_gate()
     fold_scale(sae, found.scale)
     if isinstance(sae, BatchTopK):
         sae.inference_threshold = calibrated_threshold(sae, store, config.batch_size, kernel)
@@ -174,6 +181,7 @@ def step_settings(config: RunConfig, store: Store, matmul: str) -> StepSettings:
         prefixes=tuple(d_sae >> halvings for halvings in reversed(range(config.prefixes))),
         bandwidth=config.bandwidth,
         l0_coef=config.l0_coef,
+        l1_coef=config.l1_coef,
     )
 
 
@@ -188,7 +196,9 @@ def _read_loss(config, progress: Progress, seen: int) -> None:
 
 def _validate(config, store, kernel, sae, progress: Progress, scale: float) -> None:
     """Close the epoch: validation MSE with the training rule, the learning curve, the best weights."""
-    params = progress.state.params
+    params, rule = progress.state.params, sae.training_rule
+    if isinstance(sae, Gated):
+        params, rule = folded_gate(params), Rule("jumprelu")
     if config.trains_theta:
         factor = calibrated_factor(params, config.k, store, config.batch_size, kernel, scale)
         params = params._replace(theta=params.theta * factor)
@@ -196,7 +206,7 @@ def _validate(config, store, kernel, sae, progress: Progress, scale: float) -> N
     fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.device)
     for x in store.batches("val", config.batch_size, device=sae.device):
         x = x / scale if scale != 1 else x
-        codes = kernel.encode(params, x, sae.training_rule)
+        codes = kernel.encode(params, x, rule)
         sq_error += (kernel.decode(params, codes) - x).double().square().sum().item() * scale**2
         active += len(codes.values)
         fired[codes.latents.long()] = True
@@ -218,7 +228,7 @@ def _validate(config, store, kernel, sae, progress: Progress, scale: float) -> N
             "val_dead_pct": 100 * (~fired).double().mean().item(),
         }
     )
-    if val_mse < progress.best_val_mse:
+    if val_mse < progress.best_val_mse or isinstance(sae, ReLU):  # its L0 is free: the lowest error is the densest's
         progress.best, progress.best_val_mse = _copy(progress.state.params), val_mse
         progress.best_epoch = progress.epoch
     progress.epoch, progress.batch, progress.sq_error, progress.rows = progress.epoch + 1, 0, 0.0, 0
@@ -232,7 +242,7 @@ def save_checkpoint(path: Path, progress: Progress, run_id: str) -> None:
     tensors = {f"{part}.{name}": t for part, params in parts.items() for name, t in params._asdict().items()}
     tensors["quiet"] = state.quiet
     plain = {name: value for name, value in vars(progress).items() if name not in ("state", "best", "_since")}
-    checkpoint.write(path, tensors, {"run_id": run_id, "step": state.step, "plain": plain})
+    checkpoint.write(path, tensors, {"run_id": run_id, "step": state.step, "l1": state.l1, "plain": plain})
 
 
 def load_checkpoint(path: Path, sae: SAE, run_id: str) -> Progress | None:
@@ -249,11 +259,16 @@ def load_checkpoint(path: Path, sae: SAE, run_id: str) -> Progress | None:
             raise DamagedError(f"{path}: damaged checkpoint (of the run {facts['run_id']})")
         targets = sae.params._asdict().items()
         parts = {
-            part: Params(**{name: tensors[f"{part}.{name}"].reshape(t.shape).to(t.device) for name, t in targets})
+            part: Params(
+                **{
+                    name: tensors[f"{part}.{name}"].reshape(t.shape).to(t.device) if t.numel() else t.clone()
+                    for name, t in targets
+                }
+            )
             for part in ("weights", "m", "v", "best")
         }
         quiet = tensors["quiet"].reshape(sae.b_enc.shape).to(sae.device)
-        state = TrainState(sae.params, parts["m"], parts["v"], facts["step"], quiet)
+        state = TrainState(sae.params, parts["m"], parts["v"], facts["step"], quiet, facts.get("l1", 1.0))
         progress = Progress(state, parts["best"])
         for name, value in facts["plain"].items():
             setattr(progress, name, value)

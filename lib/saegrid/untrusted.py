@@ -13,8 +13,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saegrid.config import explain
-from saegrid.errors import SaeFileError
+from saegrid.errors import SaeFileError, explain
 
 MAX_JSON_BYTES = 1 << 22
 """No SAE's configuration is larger; a larger file is not parsed."""

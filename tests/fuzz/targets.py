@@ -201,7 +201,7 @@ def _run_seeds(folder: Path) -> list[bytes]:
     found += [b't{"run_id": "run", "train_seconds": 1.5}', b"s" + b"ab" * 32 + b"  metrics.json\n"]
     found += [b"clatent,fired,mean_act,max_act\n0,1,2.0,3.0\n", b"xprompt,template,n_tokens\n0,0,12\n"]
     folder.mkdir(parents=True)
-    facts = {"run_id": "r", "step": 3, "plain": {"epoch": 1, "curve": []}}
+    facts = {"run_id": "r", "step": 3, "l1": 1.0, "plain": {"epoch": 1, "curve": []}}
     checkpoint.write(folder / "c", _checkpoint_tensors(), facts)
     return [*found, b"p" + json.dumps(facts).encode() + SPLIT + (folder / "c").read_bytes()]
 

@@ -8,6 +8,8 @@ Four pairs are taken at a time: the sum's row is then loaded and stored once for
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 
@@ -17,6 +19,20 @@ compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"
 ZERO = np.float32(0)
 TINY = np.float32(1e-30)  # a first moment below is 0: those of dead latents would end as subnormals, which are slow
 GROUP_FLOATS = 2**19  # weights that a core's second cache about holds
+
+
+class Slopes(NamedTuple):
+    """What pairs have besides the error's slope, and where gradients of theta and gain go."""
+
+    theta: np.ndarray  # (d_sae,) or (0,), as all four
+    g_theta: np.ndarray
+    gain: np.ndarray
+    g_gain: np.ndarray
+    half_band: np.float32 = ZERO  # half of JumpReLU's bandwidth
+    pull: np.float32 = ZERO  # an active pair's on L0's loss
+    push: np.float32 = ZERO  # an active pair's slope in L1
+    n_rows: int = 0  # N; rows from there on are another loss's
+    gate_rows: int = 0  # the first row of the gates' own reconstruction
 
 
 @compiled
@@ -218,25 +234,54 @@ def project_row(gradient, w_dec):
 
 
 @compiled
-def theta_gradient(j, start, stop, rows, values, d_z, jump):
+def theta_gradient(j, start, stop, rows, values, d_z, slopes):
     """Gradient of latent j's theta, from the pairs of its band; those that are not active have no part in W_enc's.
 
-    jump: (theta, its gradient, (d_sae,) both; half the bandwidth; an active pair's pull on L0's loss; N).
-    See `reference.jumprelu_gradients`. Rows from N on are another loss's.
+    See `reference.jumprelu_gradients`.
     """
-    theta, g_theta, half, pull, n_rows = jump
-    total = ZERO
+    theta, half, total = slopes.theta[j], slopes.half_band, ZERO
     for i in range(start, stop):
-        if rows[i] < n_rows and values[i] < theta[j] + half:
-            total += theta[j] * d_z[i] + pull
+        if rows[i] < slopes.n_rows and values[i] < theta + half:
+            total += theta * d_z[i] + slopes.pull
         if values[i] == ZERO:
             d_z[i] = ZERO
-    g_theta[j] = -total / (half + half) if half > ZERO else ZERO
+    slopes.g_theta[j] = -total / (half + half) if half > ZERO else ZERO
+
+
+@compiled
+def gate_gradient(j, start, stop, rows, values, d_z, slopes):
+    """Gradients of latent j's theta and gain; d_z of its magnitudes becomes that of their gates, L1 on the gates' own.
+
+    See `reference.gated_gradients`.
+    """
+    scale, of_theta, of_gain = np.exp(slopes.gain[j]), ZERO, ZERO
+    for i in range(start, stop):
+        if rows[i] < slopes.n_rows:
+            slope = d_z[i] if values[i] > ZERO else ZERO
+            of_theta += slope
+            of_gain += slope * (values[i] - slopes.theta[j])
+            d_z[i] = slope * scale
+        elif rows[i] >= slopes.gate_rows:
+            d_z[i] += slopes.push
+    slopes.g_theta[j], slopes.g_gain[j] = of_theta, of_gain
+
+
+@compiled
+def other_slopes(j, start, stop, rows, values, d_z, slopes):
+    """Make of latent j's d_z, the error's slope, the slope of its pre-activations; gradients of its theta and gain."""
+    if len(slopes.gain) > 0:
+        gate_gradient(j, start, stop, rows, values, d_z, slopes)
+    elif len(slopes.theta) > 0:
+        theta_gradient(j, start, stop, rows, values, d_z, slopes)
+    elif slopes.push != ZERO:
+        for i in range(start, stop):
+            if rows[i] < slopes.n_rows:
+                d_z[i] += slopes.push
 
 
 @compiled
 def step_latents(
-    first, last, edges, starts, rows, x_rows, values, d_hat, centred, params, m, v, pull, project, jump, adam
+    first, last, edges, starts, rows, x_rows, values, d_hat, centred, params, m, v, pull, project, slopes, adam
 ):
     """Gradient and Adam of each latent while its rows are in cache; chunk c's part of b_pre's gradient in pull[c].
 
@@ -254,8 +299,7 @@ def step_latents(
             start, stop = starts[j] - begin, starts[j + 1] - begin
             gradient[:] = ZERO
             decoder_gradient(j, start, stop, its_rows, its_values, d_hat, w_dec, gradient, d_z)
-            if len(jump[0]) > 0:
-                theta_gradient(j, start, stop, its_rows, its_values, d_z, jump)
+            other_slopes(j, start, stop, its_rows, its_values, d_z, slopes)
             if project:
                 project_row(gradient, w_dec[j])
             apply_decoder(j, gradient, params, m, v, adam)
@@ -273,7 +317,7 @@ def step_latents(
 
 @compiled
 def gradient_latents(
-    first, last, edges, starts, rows, x_rows, values, d_hat, centred, w_enc, w_dec, g_enc, g_bias, g_dec, pull, jump
+    first, last, edges, starts, rows, x_rows, values, d_hat, centred, w_enc, w_dec, g_enc, g_bias, g_dec, pull, slopes
 ):
     """As `step_latents`, but writes the gradients out instead of applying them."""
     width = w_enc.shape[1]
@@ -285,8 +329,7 @@ def gradient_latents(
             g_enc[j] = ZERO
             g_dec[j] = ZERO
             decoder_gradient(j, start, stop, rows, values, d_hat, w_dec, g_dec[j], d_z)
-            if len(jump[0]) > 0:
-                theta_gradient(j, start, stop, rows, values, d_z, jump)
+            other_slopes(j, start, stop, rows, values, d_z, slopes)
             g_bias[j] = add_rows(start, stop, x_rows, d_z, centred, g_enc[j])
             for c in range(width):
                 pull[chunk, c] += g_bias[j] * w_enc[j, c]

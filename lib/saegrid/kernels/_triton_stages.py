@@ -13,7 +13,7 @@ from saegrid.errors import ConfigError
 from saegrid.kernels import _triton_pairs as pairs
 from saegrid.kernels import _triton_select as select
 from saegrid.kernels._triton_dense import product_if_dense
-from saegrid.kernels.reference import Params, Rule, StepSettings, TrainState
+from saegrid.kernels.state import Params, Rule, StepSettings, TrainState
 
 DENSE_ABOVE = 1 / 16  # share of active pairs above which products beat lists: estimated from an H100's rates
 BLOCK = 1024  # pre-activations of a row at a time

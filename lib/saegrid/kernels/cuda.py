@@ -28,13 +28,18 @@ from torch import Tensor
 from saegrid.errors import ConfigError
 from saegrid.kernels import _triton_stages as stages
 from saegrid.kernels._triton_stages import Buffers, Lists
-from saegrid.kernels.reference import BETAS, Codes, Params, Rule, StepSettings, TrainState, above_theta
+from saegrid.kernels.reference import BETAS, above_theta, folded_gate
+from saegrid.kernels.state import Codes, Params, Rule, StepSettings, TrainState
 
 
 def encode(params: Params, x: Tensor, rule: Rule, matmul: str = "fp32") -> Codes:
     """Codes of the rows x (N, d_in). See `reference.encode`. Waits for the device: it alone knows their number."""
+    if rule.kind == "gated":
+        params, rule = folded_gate(params), Rule("jumprelu")
     if rule.kind == "jumprelu":
         return above_theta(encode, params, x, matmul)
+    if rule.kind == "relu":
+        rule = Rule("threshold")
     buffers, d_sae = Buffers(x.device), len(params.b_enc)
     centred = (x - params.b_pre).contiguous()
     pre = stages.pre_acts(params, centred, matmul, buffers)
@@ -59,7 +64,7 @@ def decode(params: Params, codes: Codes) -> Tensor:
 
 
 def gradients(params: Params, x: Tensor, codes: Codes) -> tuple[Tensor, Params]:
-    """Loss and its gradient through the active pairs, dense. See `reference.gradients`."""
+    """Loss and its gradient through the active pairs, dense. See `reference.gradients`; there is no `push` here."""
     buffers, (n_rows, d_sae) = Buffers(x.device), (len(x), len(params.b_enc))
     x, capacity = x.contiguous(), len(codes.values)
     facts = torch.tensor([capacity, 0, 0], dtype=torch.int32, device=x.device)
@@ -86,10 +91,11 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         dimensions on the device of x.
 
     Raises:
-        ConfigError: AuxK, sinks apart, Matryoshka's prefixes or trained thresholds, which this kernel has not.
+        ConfigError: AuxK, sinks apart, Matryoshka's prefixes, trained thresholds or L1, which this kernel has not.
     """
-    if settings.aux_coef or settings.sink is not None or settings.prefixes or rule.kind == "jumprelu":
-        missing = "no AuxK, no sinks apart, no Matryoshka and no trained thresholds"
+    other = rule.kind not in ("topk", "batchtopk", "threshold")
+    if other or settings.aux_coef or settings.sink is not None or settings.prefixes:
+        missing = "no AuxK, no sinks apart, no Matryoshka, no trained thresholds and no L1"
         raise ConfigError(f"kernel = 'cuda': has {missing} yet; take 'cpu'")
     if "cuda" not in state.workspace:
         state.workspace["cuda"] = Buffers(x.device)

@@ -13,11 +13,11 @@ Codes are sparse: only kept latents above zero are listed, and only they carry a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from saegrid.kernels.state import NONE, Codes, Params, Rule, StepSettings, TrainState
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
@@ -25,79 +25,10 @@ THETA_RATE = 10.0
 """Theta's learning rate by the others': at theirs it does not follow the pre-activations (measured: LOG.md)."""
 
 
-NONE = torch.empty(0)
-
-
-class Params(NamedTuple):
-    """Weights (or their gradients, or Adam's moments), float32, contiguous."""
-
-    W_enc: Tensor  # (d_sae, d_in)
-    b_enc: Tensor  # (d_sae,)
-    W_dec: Tensor  # (d_sae, d_in), rows of unit norm
-    b_dec: Tensor  # (d_in,)
-    b_pre: Tensor  # (d_in,)
-    theta: Tensor = NONE  # (d_sae,), at least 0: JumpReLU's thresholds where there is one a latent; (0,) elsewhere
-
-
-class Rule(NamedTuple):
-    """Which pre-activations a code keeps.
-
-    topk: the k largest of each row. batchtopk: the int(N * k) largest of the whole batch (arXiv:2412.06410, and
-    the published class). threshold: all above `threshold` (JumpReLU; BatchTopK once calibrated). jumprelu: all above
-    their latent's theta, which training moves so that k a row are (arXiv:2407.14435).
-    """
-
-    kind: Literal["topk", "batchtopk", "threshold", "jumprelu"]
-    k: int = 0
-    threshold: float = 0.0
-
-
-class Codes(NamedTuple):
-    """Sparse latent activations, row by row (CSR): row n holds entries offsets[n] to offsets[n + 1]."""
-
-    offsets: Tensor  # (N + 1,) int64
-    latents: Tensor  # (nnz,) int32, ascending within a row
-    values: Tensor  # (nnz,) float32, above 0
-
-
-class StepSettings(NamedTuple):
-    """What a training step needs besides weights and rows."""
-
-    lr: float
-    grad_clip: float = 0.0  # largest global gradient norm; 0: none
-    project_grad: bool = False  # drop the part of W_dec's gradient along each decoder row
-    matmul: Literal["fp32", "bf16"] = "fp32"  # precision of the encoder's product
-    aux_coef: float = 0.0  # weight of AuxK's loss; 0: none
-    aux_k: int = 0  # dead latents a row that AuxK uses, at most
-    dead_after: int = 0  # a latent that has not fired for so many rows is dead
-    sink: Tensor | None = None  # (d_in,) of norm 1: a direction that only the first latent's encoder row has
-    prefixes: tuple[int, ...] = ()  # Matryoshka's dictionaries, each the first so many latents; the last is d_sae
-    bandwidth: float = 0.0  # width of the band around theta whose pairs tell theta's gradient
-    l0_coef: float = 0.0  # weight of (L0 / k - 1)², for the rule jumprelu
-
-
-@dataclass
-class TrainState:
-    """Weights and Adam's moments, changed in place by `train_step`."""
-
-    params: Params
-    m: Params
-    v: Params
-    step: int = 0
-    quiet: Tensor | None = None  # (d_sae,) int64: rows since a latent fired; counted only for AuxK
-    workspace: dict = field(default_factory=dict, repr=False)  # a kernel's own buffers; never saved
-
-    def __post_init__(self):
-        if self.quiet is None:
-            self.quiet = torch.zeros_like(self.params.b_enc, dtype=torch.int64)
-
-    @classmethod
-    def start(cls, params: Params) -> TrainState:
-        return cls(params, Params(*map(torch.zeros_like, params)), Params(*map(torch.zeros_like, params)))
-
-
 def encode(params: Params, x: Tensor, rule: Rule, matmul: str = "fp32") -> Codes:
     """Codes of the rows x (N, d_in)."""
+    if rule.kind == "gated":
+        params, rule = folded_gate(params), Rule("jumprelu")
     if rule.kind == "jumprelu":
         return above_theta(encode, params, x, matmul)
     pre = _pre_acts(params, x, matmul)  # (N, d_sae)
@@ -115,6 +46,27 @@ def above_theta(encode: Callable[..., Codes], params: Params, x: Tensor, matmul:
     return codes._replace(values=values if not below else values.masked_fill_(codes.values <= below, 0.0))
 
 
+def magnitudes(params: Params, gate: Codes) -> Codes:
+    """Codes of a Gated SAE in training, from the pairs whose gate pi = (x - b_pre) W_encᵀ + b_enc is above 0.
+
+    z = exp(gain) pi + theta (arXiv:2404.16014, §3, with b_mag = exp(gain) b_enc + theta, W_mag = exp(gain) W_enc).
+    Where that is below 0, a pair is listed with the value 0.
+    """
+    latents = gate.latents.long()
+    return gate._replace(values=(params.gain.exp()[latents] * gate.values + params.theta[latents]).clamp_min_(0.0))
+
+
+def folded_gate(params: Params) -> Params:
+    """The JumpReLU that a Gated SAE is (arXiv:2404.16014, appendix H): its gate opens where z is above theta."""
+    scale = params.gain.exp()
+    return params._replace(
+        W_enc=params.W_enc * scale[:, None],
+        b_enc=params.b_enc * scale + params.theta,
+        theta=params.theta.clamp_min(0.0),
+        gain=NONE,
+    )
+
+
 def decode(params: Params, codes: Codes) -> Tensor:
     """Reconstruction x_hat (N, d_in) of sparse codes."""
     return dense(codes, len(params.b_enc)) @ params.W_dec + params.b_dec + params.b_pre
@@ -127,12 +79,12 @@ def dense(codes: Codes, d_sae: int) -> Tensor:
     return z
 
 
-def gradients(params: Params, x: Tensor, codes: Codes) -> tuple[float, Params]:
-    """Loss (mean squared error) and its gradient through the active pairs, dense."""
+def gradients(params: Params, x: Tensor, codes: Codes, push: float = 0.0) -> tuple[float, Params]:
+    """Loss (mean squared error) and its gradient through the active pairs, dense; `push`: each one's slope besides."""
     error = decode(params, codes) - x  # (N, d_in)
     loss = error.double().square().mean().item()
     d_hat = error * (2.0 / error.numel())  # (N, d_in)
-    grads = _through_pairs(params, x, codes, d_hat)
+    grads = _through_pairs(params, x, codes, d_hat, push)
     bias = d_hat.sum(0)  # (d_in,)
     return loss, grads._replace(b_dec=bias, b_pre=grads.b_pre + bias)
 
@@ -171,6 +123,31 @@ def l0_pull(active: int, n_rows: int, k: int, l0_coef: float) -> float:
     return 2 * l0_coef * (active / n_rows / k - 1) / (k * n_rows)
 
 
+def gated_gradients(params: Params, x: Tensor, gate: Codes, codes: Codes, push: float = 0.0) -> tuple[float, Params]:
+    """Loss (mean squared error), and the gradients of that, of L1 on the gates, and of the gates' own reconstruction.
+
+    The gate's step has no slope. What trains it is x_gate = ReLU(pi) W_dec + b_dec + b_pre, whose mean squared error
+    counts too, decoder and biases taken as given (arXiv:2404.16014, §3.2).
+
+    Args:
+        codes: the `magnitudes` of `gate`.
+    """
+    d_hat = (decode(params, codes) - x) * (2.0 / x.numel())
+    loss, _ = gradients(params, x, codes)
+    louder = params._replace(W_dec=params.gain.exp()[:, None] * params.W_dec)  # dz / dpi = exp(gain)
+    grads = _through_pairs(louder, x, codes, d_hat)
+    latents, bias = codes.latents.long(), d_hat.sum(0)
+    d_z = (d_hat @ params.W_dec.T)[_rows(codes), latents] * (codes.values > 0)
+    of_theta = torch.zeros_like(params.theta).index_add_(0, latents, d_z)
+    of_gain = torch.zeros_like(params.gain).index_add_(0, latents, d_z * (codes.values - params.theta[latents]))
+    d_gate = (decode(params, gate) - x) * (2.0 / x.numel())
+    own = _through_pairs(params, x, gate, d_gate, push)
+    return loss, Params(
+        grads.W_enc + own.W_enc, grads.b_enc + own.b_enc, grads.W_dec, bias, grads.b_pre + own.b_pre + bias,
+        of_theta, of_gain,
+    )  # fmt: skip
+
+
 def auxk_gradients(params: Params, x: Tensor, codes: Codes, dead: Tensor, k: int) -> tuple[float, Params]:
     """AuxK's loss and its gradient, dense (arXiv:2406.04093, A.2): dead latents reconstruct what the code leaves over.
 
@@ -199,14 +176,10 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         The batch's mean squared error before the step, and the number of active (row, latent) pairs.
     """
     params = state.params
-    if rule.kind == "jumprelu":
-        codes = above_theta(encode, params, x, settings.matmul, settings.bandwidth / 2)
-        loss, grads = jumprelu_gradients(params, x, codes, rule.k, settings)
-    else:
-        codes = encode(params, x, rule, settings.matmul)
-        nested = settings.prefixes
-        loss, grads = matryoshka_gradients(params, x, codes, nested) if nested else gradients(params, x, codes)
+    codes, loss, grads = _codes_and_gradients(params, x, rule, settings, state.l1_push(x, rule, settings))
     active = codes.values > 0
+    if rule.kind in ("relu", "gated"):
+        state.move_l1(int(active.sum()), len(x), rule.k)
     if settings.aux_coef:
         dead = state.quiet >= settings.dead_after
         if dead.any():
@@ -232,10 +205,28 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         rate = settings.lr / correction1 * (THETA_RATE if name == "theta" else 1.0)
         p.addcdiv_(m, (v / correction2).sqrt_().add_(EPS), value=-rate)
     params.W_dec.div_(params.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
-    params.theta.clamp_min_(0.0)
+    if rule.kind == "jumprelu":
+        params.theta.clamp_min_(0.0)
     if settings.sink is not None:
         keep_apart(params.W_enc, settings.sink)
     return loss, int(active.sum())
+
+
+def _codes_and_gradients(
+    params: Params, x: Tensor, rule: Rule, settings: StepSettings, push: float
+) -> tuple[Codes, float, Params]:
+    """A step's codes, its loss, and its gradients but AuxK's."""
+    if rule.kind == "jumprelu":
+        codes = above_theta(encode, params, x, settings.matmul, settings.bandwidth / 2)
+        return codes, *jumprelu_gradients(params, x, codes, rule.k, settings)
+    if rule.kind == "gated":
+        gate = encode(params, x, Rule("relu"), settings.matmul)
+        codes = magnitudes(params, gate)
+        return codes, *gated_gradients(params, x, gate, codes, push)
+    codes = encode(params, x, rule, settings.matmul)
+    if settings.prefixes:
+        return codes, *matryoshka_gradients(params, x, codes, settings.prefixes)
+    return codes, *gradients(params, x, codes, push)
 
 
 def keep_apart(W_enc: Tensor, sink: Tensor) -> None:
@@ -247,12 +238,15 @@ def keep_apart(W_enc: Tensor, sink: Tensor) -> None:
     others.addr_(others @ sink, sink, alpha=-1)
 
 
-def _through_pairs(params: Params, x: Tensor, codes: Codes, d_hat: Tensor) -> Params:
-    """Gradients through the active pairs, from that of the sum of decoder rows, d_hat (N, d_in); b_dec has none."""
+def _through_pairs(params: Params, x: Tensor, codes: Codes, d_hat: Tensor, push: float = 0.0) -> Params:
+    """Gradients through the active pairs, from that of the sum of decoder rows, d_hat (N, d_in); b_dec has none.
+
+    `push` is what each active pair's own value has besides.
+    """
     rows, latents = _rows(codes), codes.latents.long()
     z = dense(codes, len(params.b_enc))
     d_z = torch.zeros_like(z)
-    d_z[rows, latents] = (d_hat @ params.W_dec.T)[rows, latents] * (codes.values > 0)
+    d_z[rows, latents] = ((d_hat @ params.W_dec.T)[rows, latents] + push) * (codes.values > 0)
     d_pre_sum = d_z.sum(0)  # (d_sae,)
     return Params(
         W_enc=d_z.T @ (x - params.b_pre),
@@ -261,6 +255,7 @@ def _through_pairs(params: Params, x: Tensor, codes: Codes, d_hat: Tensor) -> Pa
         b_dec=torch.zeros_like(params.b_dec),
         b_pre=-(d_pre_sum @ params.W_enc),
         theta=torch.zeros_like(params.theta),
+        gain=torch.zeros_like(params.gain),
     )
 
 
@@ -273,7 +268,7 @@ def _pre_acts(params: Params, x: Tensor, matmul: str) -> Tensor:
 
 def _kept(pre: Tensor, rule: Rule) -> Tensor:
     """Mask (N, d_sae) of the pre-activations that the rule keeps and that are above 0."""
-    if rule.kind == "threshold":
+    if rule.kind in ("threshold", "relu"):
         return pre > max(rule.threshold, 0.0)
     kept = torch.zeros_like(pre, dtype=torch.bool)
     if rule.kind == "topk":
