@@ -5,7 +5,7 @@
 
 Every SAE is judged by this project's metrics on the same held-out rows and prompts. Thresholds are calibrated to K on
 the validation rows for all alike, and each contender's learning rate is the one with the lowest FVU without sinks
-there. Writes `results/peers/runs.csv` and `prompts.csv`, a row as soon as it is known.
+there, which alone is spliced. Writes `results/peers/runs.csv` and `prompts.csv` behind each contender.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ CONTENDERS = {
 }
 """Contenders and their own default learning rates, those of two peers to be scaled by (d_sae / 16,384)^-1/2."""
 SCALED = ("dictionary_learning", "sparsify")
-MEASURES = ["l0", "l0_eval", "fvu", "fvu_no_sink", "dead_pct", "delta_loss", "loss_recovered_mean", "ce_spliced"]
+ON_ROWS = ["l0", "fvu", "fvu_no_sink", "dead_pct"]
+ON_PROMPTS = ["delta_loss", "loss_recovered_mean", "ce_spliced"]
 
 
 def main() -> None:
@@ -73,16 +74,30 @@ def main() -> None:
         folder = Path(name)
         save_file({"x": store.rows("train").contiguous()}, folder / "rows.safetensors")
         for k in map(int, options.ks.split(",")):
-            for rate in RATES[: options.rates]:
-                for (peer, arch), default in CONTENDERS.items():
-                    spec = {"peer": peer, "arch": arch, "k": k, "rate": rate, "seed": options.seed}
-                    if peer not in options.peers.split(",") or known(options.out, spec):
-                        continue
+            for (peer, arch), default in CONTENDERS.items():
+                spec = {"peer": peer, "arch": arch, "k": k, "seed": options.seed, "threads": threads}
+                if peer in options.peers.split(",") and not known(options.out, spec):
                     scale = (EXPANSION * store.d_in / 2**14) ** -0.5 if peer in SCALED else 1.0
-                    spec |= {"lr": rate * default * scale, "threads": threads}
-                    sae, seconds = trained(spec, base, store, folder, options.peers_python)
-                    row, sums = measured(sae, spec["k"], base, store)
-                    add(options.out, {**spec, "seconds": seconds, **row}, sums)
+                    rates = {rate: rate * default * scale for rate in RATES[: options.rates]}
+                    add(options.out, *tuned(spec, rates, base, store, folder, options.peers_python))
+
+
+def tuned(
+    spec: dict, rates: dict[float, float], base: RunConfig, store: Store, folder: Path, python: Path
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A contender at all learning rates, one row each; the best one's losses by prompt, which its row has alone."""
+    rows, saes = [], []
+    for rate, lr in rates.items():
+        told = spec | {"rate": rate, "lr": lr}
+        sae, seconds = trained(told, base, store, folder, python)
+        saes.append(calibrated(sae, spec["k"], store))
+        found, _, _ = evaluate_rows(saes[-1], store, BATCH, kernel)
+        rows.append({**told, "seconds": seconds, **{name: found[name] for name in ON_ROWS}})
+    best = min(range(len(rows)), key=lambda n: rows[n]["fvu_no_sink"])
+    sums, l0_eval = spliced(base, store, saes[best], kernel)
+    found = splice_metrics(**mean_losses(sums))
+    rows[best] |= {"l0_eval": l0_eval, **{name: found[name] for name in ON_PROMPTS}}
+    return pd.DataFrame(rows), sums.assign(**{name: rows[best][name] for name in KEYS})
 
 
 def trained(spec: dict, base: RunConfig, store: Store, folder: Path, python: Path) -> tuple[SAE, float]:
@@ -104,15 +119,12 @@ def trained(spec: dict, base: RunConfig, store: Store, folder: Path, python: Pat
     return load_sae(out), json.loads(done.stdout.splitlines()[-1])["seconds"]
 
 
-def measured(sae: SAE, k: int, base: RunConfig, store: Store) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Metrics of an SAE whose threshold, where it has one, is first calibrated to `k`; its losses by prompt."""
+def calibrated(sae: SAE, k: int, store: Store) -> SAE:
+    """The SAE, its threshold, where it has one, such that its L0 is `k` on the validation rows."""
     if not isinstance(sae, TopK):
         sae = with_theta(sae, k)
         sae.theta.mul_(calibrated_factor(sae.params, k, store, BATCH, kernel))
-    rows, _, _ = evaluate_rows(sae, store, BATCH, kernel)
-    sums, l0_eval = spliced(base, store, sae, kernel)
-    found = rows | {"l0_eval": l0_eval} | splice_metrics(**mean_losses(sums))
-    return {name: found[name] for name in MEASURES}, sums
+    return sae
 
 
 def with_theta(sae: SAE, k: int) -> SAE:
@@ -130,25 +142,16 @@ def known(out: Path, spec: dict[str, Any]) -> bool:
     if not path.exists():
         return False
     runs = pd.read_csv(path)
-    same = [
-        runs[name].round(6) == round(value, 6) if name == "rate" else runs[name] == value
-        for name, value in spec.items()
-    ]
-    return bool(pd.concat(same, axis=1).all(axis=1).any())
+    return bool((runs[[*spec]] == pd.Series(spec)).all(axis=1).any())
 
 
-def add(out: Path, row: dict[str, Any], sums: pd.DataFrame) -> None:
-    """Append a row to `runs.csv`, and its prompts to `prompts.csv`."""
-    key = {name: row[name] for name in KEYS}
-    tables = {"runs.csv": pd.DataFrame([row]), "prompts.csv": sums.assign(**key)}
+def add(out: Path, rows: pd.DataFrame, sums: pd.DataFrame) -> None:
+    """Append rows to `runs.csv`, and the best one's losses to `prompts.csv`."""
     out.mkdir(parents=True, exist_ok=True)
-    for name, table in reversed(tables.items()):  # runs.csv says what is done
-        path = out / name
-        old = [pd.read_csv(path)] if path.exists() else []
-        both = pd.concat([*old, table], ignore_index=True)
-        both = both.drop_duplicates([*KEYS, *(["prompt"] if "prompt" in both else [])], keep="last")
-        write_text(path, both.to_csv(index=False, lineterminator="\n"))
-    print({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}, flush=True)
+    for name, table in (("prompts.csv", sums), ("runs.csv", rows)):  # the latter says what is done
+        old = [pd.read_csv(out / name)] if (out / name).exists() else []
+        write_text(out / name, pd.concat([*old, table], ignore_index=True).to_csv(index=False, lineterminator="\n"))
+    print(rows.drop(columns=["threads", "lr"]).round(4).to_string(index=False), flush=True)
 
 
 if __name__ == "__main__":
