@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import itertools
 import json
 import logging
@@ -27,9 +26,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a race of processors, also where there is a GPU
 
 import grid_time
-import numpy as np
-import torch
 import yaml
+from facts import ARCHS, BATCHES, NO_BF16, NOT_MEASURED, SHAPES, UNITS, exponent, machine, now, unraced
 from peers import ARCHITECTURES, settings_of
 from prepare import ROWS, Shape, real_rows, rows_of_width, theta_for, trained, write_inputs
 from quality import compare
@@ -41,28 +39,16 @@ from saegrid import kernels
 from saegrid.atomic import write_json
 from saegrid.config import RunConfig, make_config
 from saegrid.kernels.state import TrainState
-from saegrid.run import code_version, prepare_store, processor
+from saegrid.run import code_version, prepare_store
 from saegrid.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPES = "896x8x220,896x16x64,576x8x128,2048x16x64"
-ARCHS = ("TopK", "BatchTopK", "JumpReLU")
 WARM_STEPS = 2  # of each contender, before it is timed
 PARTS = ("steps", "floor", "splice", "grid", "scaling", "quality")
 SETTINGS = ("turns", "turn_seconds", "train_steps", "quick")
 STORE = {"train_tokens": 40_000, "val_tokens": 10_000}
 SCALING_BASE = Shape(d_in=0, expansion=8, k=128, batch=512)
 SCALING = {"expansion": (4, 8, 16, 32), "k": (32, 64, 128, 256), "batch": (256, 512, 1024, 2048, 4096)}
-UNITS = {
-    "*_ms": "milliseconds of wall clock, one training step; median, and the quartiles as _low and _high",
-    "*_rss_mib": "MiB of resident memory of the contender's process: behind its imports, and at the steps' peak",
-    "mse": "mean squared error of the first batch, act²; l0: active latents a row",
-    "ratio*": "the peer's median over this project's, of one race; above 1: this project is faster",
-    "bandwidth_gb_s": "10⁹ bytes a second, read and written",
-    "exponents": "slope of log(step) over log(size), least squares",
-}
-NOT_MEASURED = ("GPU: no GPU has been measured; every number here is a processor's.",)
-NO_BF16 = "The peers' bf16 settings: this processor has no bf16 instructions, and a step of theirs takes seconds."
 
 
 def main() -> None:
@@ -107,7 +93,9 @@ def parse() -> argparse.Namespace:
     first = SHAPES.split(",", maxsplit=1)[0]
     shapes = options.shapes or (first if options.quick else SHAPES)
     options.shapes = [tuple(map(int, shape.split("x"))) for shape in shapes.split(",")]
-    options.batches = [int(b) for b in (options.batches or ("512" if options.quick else "512,4096")).split(",")]
+    options.batches = [
+        int(b) for b in (options.batches or ("512" if options.quick else ",".join(map(str, BATCHES)))).split(",")
+    ]
     options.archs = (options.archs or ("BatchTopK" if options.quick else ",".join(ARCHS))).split(",")
     options.parts = options.parts.split(",")
     options.peers = [peer for peer in options.peers.split(",") if peer]
@@ -264,6 +252,7 @@ class Bench:
     def put(self, part: str, shape: Shape, arch: str, content: dict) -> None:
         """Add a race's record, in place of an older one of the same race."""
         key = {**shape._asdict(), "d_sae": shape.d_sae, "arch": arch}
+        content = {"train_steps": self.options.train_steps, **content}
         if "peer" in content:
             key["peer"] = content["peer"]
         kept = [old for old in self.results[part] if {name: old.get(name) for name in key} != key]
@@ -271,38 +260,12 @@ class Bench:
         self.write()
 
     def write(self) -> None:
-        write_json(self.options.out, self.results | {"finished": now()})
-
-
-def exponent(points: list[dict], name: str) -> float | None:
-    """Slope of log(time) over log(size), least squares; None below two points."""
-    known = [(point["size"], point[name]) for point in points if point.get(name)]
-    if len(known) < 2:
-        return None
-    size, time_ms = np.log(np.array(known)).T
-    return float(np.polyfit(size, time_ms, 1)[0])
-
-
-def machine(threads: int) -> dict[str, Any]:
-    return {
-        "processor": processor(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "bf16_instructions": [n for n in ("avx512_bf16", "amx_tile") if getattr(torch.cpu, f"_is_{n}_supported")()],
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-        "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
-        "load_before": round(os.getloadavg()[0], 2),
-    }
+        left = [*self.results["not_measured"], *unraced(self.results["races"])]
+        write_json(self.options.out, self.results | {"not_measured": left, "finished": now()})
 
 
 def say(shape: Shape, arch: str, line: str) -> None:
     print(f"{shape} {arch:9}: {line}", flush=True)
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 if __name__ == "__main__":

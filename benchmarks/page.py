@@ -59,14 +59,27 @@ def introduction(results: dict[str, Any]) -> str:
         f"{machine['memory_gib']:g} GiB, {machine['instructions']}, bf16 instructions: {bf16}; {machine['system']}. "
         f"Measured {results['started'][:10]} with {versions}.\n\n"
         f"Rows: {rows['n']:,} of {rows['model']}, layer {rows['layer']}. {rows['made']} The weights have had "
-        f"{settings['train_steps']} steps of training; all contenders start from the same ones, and from the same "
+        f"{_span(results, 'train_steps', settings['train_steps'])} steps of training; all contenders start from the "
+        "same ones, and from the same "
         "moments where they use Adam. JumpReLU takes the BatchTopK weights with θ set so that L0 is K. Each contender "
-        f"runs in a process of its own; they take {settings['turns']} turns of {settings['turn_seconds']:g} s (one "
-        "step at least); medians. A peer is measured in its default and in faster settings (bf16 autocast, "
+        f"runs in a process of its own; they take turns of some seconds (one step at least), and a time is the "
+        f"median of {_steps(results)} steps. A peer is measured in its default and in faster settings (bf16 autocast, "
         "torch.compile, fused Adam), and the ratio is to the faster one: the one that is fastest with "
         "a shape's first number of rows is measured with the others. No latent counts as dead yet in any "
         "peer, so none of them computes its auxiliary loss."
     )
+
+
+def _span(results: dict[str, Any], name: str, otherwise: int) -> str:
+    """Smallest and largest value of a field over all races and floors."""
+    values = {record.get(name, otherwise) for record in [*results["races"], *results["floors"]]} or {otherwise}
+    return str(min(values)) if len(values) == 1 else f"{min(values)} to {max(values)}"
+
+
+def _steps(results: dict[str, Any]) -> str:
+    """How many steps the contenders' times are medians of."""
+    counts = {c["steps"] for race in results["races"] for c in race["contenders"] if "steps" in c}
+    return f"{min(counts)} to {max(counts)}" if counts else "all its"
 
 
 def not_measured(results: dict[str, Any]) -> str:
