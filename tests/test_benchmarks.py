@@ -106,6 +106,12 @@ def test_the_record_says_where_and_with_what(results):
     assert any(line.startswith("sae-lens") for line in results["not_measured"])
 
 
+def test_shapes_without_a_race_are_told(results):
+    line = next(line for line in results["not_measured"] if line.startswith("No race yet at: "))
+    assert "d_in 896, 8x, K 220, batch 512, TopK; " in line and "d_in 24," not in line
+    assert all(race["train_steps"] == 3 for race in [*results["races"], *results["floors"]])
+
+
 def test_keep_adds_to_what_the_file_has(bench, results):
     more = bench("--quick", "--keep", "--parts", "steps", "--shapes", "16x2x4", "--batches", "48", "--archs", "TopK")
     assert [race["batch"] for race in more["races"]] == [32, 48]
