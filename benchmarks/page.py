@@ -30,6 +30,7 @@ def make(results: Path, page: Path) -> None:
 
 def render(results: dict[str, Any]) -> Markdown:
     """The page as Markdown, from the content of results.json."""
+    results = results | {part: sorted(results[part], key=_place) for part in ("races", "floors")}
     parts = [section("Ratio to the peers", ratio_table(results), results["races"])]
     if results["races"]:
         parts += [step_plot(results), details(results)]
@@ -246,14 +247,23 @@ def memory_table(results: dict[str, Any]) -> str:
 SHAPE = ("d_in", "Expansion", "K", "Rows", "Architecture")
 
 
+TEXT = ("Architecture", "Peer", "Fastest peer", "Fastest setting", "Contender", "Setting")
+
+
 def shape_of(record: dict[str, Any]) -> tuple[str, ...]:
-    return str(record["d_in"]), f"{record['expansion']}x", str(record["k"]), str(record["batch"]), record["arch"]
+    return str(record["d_in"]), f"{record['expansion']}x", str(record["k"]), f"{record['batch']:,}", record["arch"]
+
+
+def _place(record: dict[str, Any]) -> tuple:
+    """Order of a race or a floor on the page."""
+    return *(record[name] for name in ("d_in", "expansion", "batch", "arch")), record.get("peer", "")
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Markdown:
     """A table that the keyboard, too, can scroll; `**text**` in a cell is strong."""
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
-    body = "\n".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    kinds = [' class="text"' if name in TEXT else "" for name in heads]
+    head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for name, kind in zip(heads, kinds, strict=True))
+    body = "\n".join(f"<tr>{''.join(map(cell, row, kinds))}</tr>" for row in rows)
     return html_block(
         f'<div class="table-scroll" role="region" tabindex="0" aria-label="{escape(", ".join(heads))}">\n'
         f'<table class="table results" data-quarto-disable-processing="true">\n<thead><tr>{head}</tr></thead>\n'
@@ -261,10 +271,10 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Markdown:
     )
 
 
-def cell(text: str) -> str:
+def cell(text: str, kind: str) -> str:
     strong = text.startswith("**")
     text = escape(text.strip("*"))
-    return f"<td><strong>{text}</strong></td>" if strong else f"<td>{text}</td>"
+    return f"<td{kind}><strong>{text}</strong></td>" if strong else f"<td{kind}>{text}</td>"
 
 
 def bold(value: float | None, form: str) -> str:

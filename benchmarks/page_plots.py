@@ -18,7 +18,7 @@ from saegrid.tables import Markdown
 
 MARKS = {  # contender: colour, shape, name; told apart by shape as well as by colour
     "saegrid": ("#d55e00", "o", "this project"),
-    "torch": ("#3a86c8", "s", "published class, plain torch"),
+    "torch": ("#3a86c8", "s", "plain torch loop"),
     "sae-lens": ("#009e73", "^", "sae-lens"),
     "sparsify": ("#b07aa1", "D", "sparsify"),
     "dictionary_learning": ("#a08000", "v", "dictionary_learning"),
