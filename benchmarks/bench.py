@@ -93,9 +93,8 @@ def parse() -> argparse.Namespace:
     first = SHAPES.split(",", maxsplit=1)[0]
     shapes = options.shapes or (first if options.quick else SHAPES)
     options.shapes = [tuple(map(int, shape.split("x"))) for shape in shapes.split(",")]
-    options.batches = [
-        int(b) for b in (options.batches or ("512" if options.quick else ",".join(map(str, BATCHES)))).split(",")
-    ]
+    batches = options.batches or ",".join(map(str, BATCHES[:1] if options.quick else BATCHES))
+    options.batches = [int(batch) for batch in batches.split(",")]
     options.archs = (options.archs or ("BatchTopK" if options.quick else ",".join(ARCHS))).split(",")
     options.parts = options.parts.split(",")
     options.peers = [peer for peer in options.peers.split(",") if peer]

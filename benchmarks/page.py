@@ -51,7 +51,7 @@ def section(title: str, body: str, numbers: Any) -> str:
 
 
 def introduction(results: dict[str, Any]) -> str:
-    machine, rows, settings = results["machine"], results["rows"], results["settings"]
+    machine, rows = results["machine"], results["rows"]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     bf16 = ", ".join(machine["bf16_instructions"]) or "none"
     return (
@@ -60,7 +60,7 @@ def introduction(results: dict[str, Any]) -> str:
         f"{machine['memory_gib']:g} GiB, {machine['instructions']}, bf16 instructions: {bf16}; {machine['system']}. "
         f"Measured {results['started'][:10]} with {versions}.\n\n"
         f"Rows: {rows['n']:,} of {rows['model']}, layer {rows['layer']}. {rows['made']} The weights have had "
-        f"{_span(results, 'train_steps', settings['train_steps'])} steps of training; all contenders start from the "
+        f"{_train_steps(results)} steps of training; all contenders start from the "
         "same ones, and from the same "
         "moments where they use Adam. JumpReLU takes the BatchTopK weights with θ set so that L0 is K. Each contender "
         f"runs in a process of its own; they take turns of some seconds (one step at least), and a time is the "
@@ -71,10 +71,10 @@ def introduction(results: dict[str, Any]) -> str:
     )
 
 
-def _span(results: dict[str, Any], name: str, otherwise: int) -> str:
-    """Smallest and largest value of a field over all races and floors."""
-    values = {record.get(name, otherwise) for record in [*results["races"], *results["floors"]]} or {otherwise}
-    return str(min(values)) if len(values) == 1 else f"{min(values)} to {max(values)}"
+def _train_steps(results: dict[str, Any]) -> str:
+    """How many steps are behind the weights of the races and floors."""
+    counts = {record["train_steps"] for record in [*results["races"], *results["floors"], results["settings"]]}
+    return str(min(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
 
 
 def _steps(results: dict[str, Any]) -> str:

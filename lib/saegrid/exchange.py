@@ -19,6 +19,7 @@ from torch import Tensor
 
 from saegrid.atomic import write_bytes, write_json
 from saegrid.errors import SaeFileError
+from saegrid.files import check_folded
 from saegrid.sae import SAE, BatchTopK, JumpReLU, TopK
 from saegrid.untrusted import as_model, check_sizes, check_tensors, number, read_json, read_pt, read_safetensors
 
@@ -37,8 +38,7 @@ class Plain(NamedTuple):
 
 def _folded(sae: SAE, centred: bool) -> Plain:
     """The SAE's weights with its biases folded into two; sums in float64, as sink rows make for large terms."""
-    if len(sae.gain):
-        raise SaeFileError("Gated: this SAE is in its form for training; fold_gate() ends that")
+    check_folded(sae)
     b_pre, b_dec, W_enc = sae.b_pre.data.double(), sae.b_dec.data.double(), sae.W_enc.data.double()
     shift = W_enc @ b_dec if centred else -(W_enc @ b_pre)
     b_enc = (sae.b_enc.data.double() + shift).float()

@@ -36,8 +36,7 @@ def published_state_dict(sae: SAE) -> dict[str, Tensor]:
 
     Raises `SaeFileError` for a Gated SAE that is still in its form for training.
     """
-    if len(sae.gain):
-        raise SaeFileError("Gated: this SAE is in its form for training; fold_gate() ends that")
+    check_folded(sae)
     return {
         "b_pre": sae.b_pre.data,
         "encoder.weight": sae.W_enc.data,
@@ -45,6 +44,12 @@ def published_state_dict(sae: SAE) -> dict[str, Tensor]:
         "decoder.weight": sae.W_dec.data.T.contiguous(),
         "decoder.bias": sae.b_dec.data,
     } | ({THETA: sae.theta.data} if len(sae.theta) else {})
+
+
+def check_folded(sae: SAE) -> None:
+    """Raises `SaeFileError` for a Gated SAE that is still in its form for training: no file can hold that."""
+    if len(sae.gain):
+        raise SaeFileError("Gated: this SAE is in its form for training; fold_gate() ends that")
 
 
 def from_published(state: dict[str, Tensor], arch: str, k: int = 0, threshold: float = 0.0) -> SAE:

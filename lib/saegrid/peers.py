@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from saegrid import intervals
-from saegrid.style import ABOVE, styled
+from saegrid.style import ABOVE, log_axes, styled
 from saegrid.tables import Markdown, header, html_table, number
 
 OWN = "saegrid"
@@ -51,7 +51,7 @@ def compared(runs: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
         own = group[group["peer"] == OWN].groupby("arch")["fvu_no_sink"].mean().idxmin()
         base = group[(group["peer"] == OWN) & (group["arch"] == own)]
         for (peer, arch), those in group.groupby(CONTENDER, sort=False):
-            means = those[["l0", "l0_eval", "fvu_no_sink", "dead_pct", "delta_loss", "seconds"]].mean()
+            means = those[["l0", "l0_eval", "fvu_no_sink", "dead_pct", "delta_loss"]].mean()
             over = [intervals.over_seeds(drawn, list(part["run_id"])) for part in (those, base)]
             low, high = intervals.central(over[0] - over[1])
             more = means["delta_loss"] - base["delta_loss"].mean()
@@ -65,22 +65,22 @@ def compared(runs: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
 def table(found: pd.DataFrame) -> Markdown:
     """All contenders at each K, as a table of a page."""
     tried = " to ".join(str(count) for count in sorted({found["tried"].min(), found["tried"].max()}))
-    shown = found.assign(
-        Contender=found["peer"] + " " + found["arch"],
-        Rate=found["rates"],
-        More=[
+    own = {
+        "Contender": found["peer"] + " " + found["arch"],
+        "Delta loss more than this project's": [
             "" if row.is_base else f"{number(row.more, 'delta_loss')} [{row.low:.3f}, {row.high:.3f}]".replace("-", "−")
             for row in found.itertuples()
         ],
-    ).rename(columns={"More": "Delta loss more than this project's", "Rate": "Learning rate by its default"})
-    columns = ["Contender", "k", "l0", "fvu_no_sink", "dead_pct", "delta_loss"]
-    columns += ["Delta loss more than this project's", "Learning rate by its default"]
+        "Learning rate by its default": found["rates"],
+    }
+    name, *others = own
+    columns = [name, "k", "l0", "fvu_no_sink", "dead_pct", "delta_loss", *others]
     caption = (
         f"Each library's own trainer and settings on the same rows, epochs and width; the best of {tried} learning "
         "rates each, by FVU without sinks on the validation rows. Thresholds are calibrated to K there for all. 95% "
         "intervals by a paired bootstrap over problem templates."
     )
-    return html_table(shown, columns, caption=caption, mark_best=False)
+    return html_table(found.assign(**own), columns, caption=caption, mark_best=False)
 
 
 def verdict(found: pd.DataFrame) -> str:
@@ -107,12 +107,7 @@ def curves(found: pd.DataFrame, *, y: str, ax: Axes | None = None) -> Axes:
         rows = found[(found["peer"] == contender[0]) & (found["arch"] == contender[1])].sort_values("l0")
         if len(rows):
             ax.plot(rows["l0"], rows[y], color=color, marker=marker, linestyle=line, label=" ".join(contender))
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.set_xticks(sorted(found["k"].unique()))
-    ax.minorticks_off()
+    log_axes(ax, sorted(found["k"].unique()))
     ax.set_xlabel(header("l0"))
     ax.set_ylabel(header(y))
     ax.legend(ncols=2, **ABOVE)

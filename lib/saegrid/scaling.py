@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from saegrid.intervals import DRAWS, SEED, central
-from saegrid.style import ABOVE, INK, styled
+from saegrid.style import ABOVE, INK, log_axes, styled
 from saegrid.tables import Markdown, header, html_table, number
 
 SIZES = {"d_sae": "dictionary size", "k": "K", "n_train_rows": "training tokens"}
@@ -61,12 +61,7 @@ def curves(df: pd.DataFrame, *, y: str, x: str, by: str, ax: Axes | None = None)
         line = group.groupby(x)[y].mean()
         shade = 0.35 + 0.65 * (n + 1) / len(groups)
         ax.plot(line.index, line, color=INK, alpha=shade, marker="osD^vP"[n % 6], label=f"{number(value, by)}")
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.set_xticks(sorted(df[x].unique()))
-    ax.minorticks_off()
+    log_axes(ax, sorted(df[x].unique()))
     ax.set_xlabel(header(x))
     ax.set_ylabel(header(y))
     ax.legend(title=header(by), ncols=4, **ABOVE)

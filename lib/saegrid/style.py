@@ -64,3 +64,13 @@ def styled(plot: Callable[..., Axes]) -> Callable[..., Axes]:
             return plot(df, ax=ax, **options)
 
     return drawn
+
+
+def log_axes(ax: Axes, ticks: list) -> None:
+    """Both axes logarithmic, plain numbers on them, the x axis to base 2 with these ticks."""
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.set_xticks(ticks)
+    ax.minorticks_off()

@@ -52,7 +52,7 @@ def gradients(params: Params, x: Tensor, codes: Codes, push: float = 0.0) -> tup
     """Loss and its gradient through the active pairs, dense; theta's and gain's are 0. See `reference.gradients`."""
     grads = Params(*map(torch.zeros_like, params))
     x, workspace = x.contiguous(), {}
-    loss, d_hat = _error(params, x, codes, workspace)
+    loss, d_hat = _error(params, x, codes, torch.empty_like(x), workspace)
     torch.sum(d_hat, 0, out=grads.b_dec)
     none = np.empty(0, np.float32)
     slopes = pairs.Slopes(none, none, none, none, push=np.float32(push), n_rows=len(x))
@@ -67,8 +67,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     codes, gate = _training_codes(params, centred, rule, settings, workspace)
     active = int((codes.values > 0).sum()) if len(params.theta) else len(codes.values)
     push = state.l1_push(x, rule, settings)
-    if rule.kind in ("relu", "gated"):
-        state.move_l1(active, len(x), rule.k)
+    state.move_l1(active, len(x), rule)
     beta1, beta2 = BETAS
     state.step += 1
     rate, correction = settings.lr / (1 - beta1**state.step), 1 / (1 - beta2**state.step)
@@ -77,7 +76,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     if settings.prefixes:
         loss, codes, d_hat = _prefix_errors(params, x, codes, settings.prefixes, workspace)
     else:
-        loss, d_hat = _error(params, x, codes, workspace)
+        loss, d_hat = _error(params, x, codes, buffer(workspace, "d_hat", x.shape), workspace)
     g_dec_bias = d_hat[: len(x)].sum(0)
     if settings.aux_coef:
         codes, d_hat = _with_auxk(state, centred, codes, d_hat, settings)
@@ -164,9 +163,8 @@ def _decode(params: Params, codes: Codes, out: Tensor, workspace: dict) -> None:
         run(pairs.decode_rows, by_weight(codes.offsets.numpy()), *arrays((*codes, params.W_dec, bias, out)))
 
 
-def _error(params: Params, x: Tensor, codes: Codes, workspace: dict) -> tuple[float, Tensor]:
-    """Loss, and its gradient d_hat (N, d_in) with respect to x_hat."""
-    d_hat = buffer(workspace, "d_hat", x.shape)
+def _error(params: Params, x: Tensor, codes: Codes, d_hat: Tensor, workspace: dict) -> tuple[float, Tensor]:
+    """Loss, and its gradient with respect to x_hat, which `d_hat` (N, d_in) becomes."""
     _decode(params, codes, d_hat, workspace)
     square_sums = np.empty(len(x))
     run(pairs.error_rows, even(len(x)), *arrays((x, d_hat)), np.float32(2 / x.numel()), square_sums)
@@ -271,9 +269,8 @@ def _with_gate(
 ) -> tuple[Codes, Tensor]:
     """Codes and d_hat with those of the gates stacked behind, with values of 0: W_dec has no part in their loss."""
     silent = gate._replace(values=torch.zeros_like(gate.values))
-    stacked, d_hat, error = _stacked(codes, d_hat, silent, workspace)
-    _decode(params, gate, error, workspace)
-    run(pairs.error_rows, even(len(x)), *arrays((x, error)), np.float32(2 / x.numel()), np.empty(len(x)))
+    stacked, d_hat, room = _stacked(codes, d_hat, silent, workspace)
+    _error(params, x, gate, room, workspace)
     return stacked, d_hat
 
 

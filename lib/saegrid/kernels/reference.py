@@ -132,8 +132,8 @@ def gated_gradients(params: Params, x: Tensor, gate: Codes, codes: Codes, push: 
     Args:
         codes: the `magnitudes` of `gate`.
     """
-    d_hat = (decode(params, codes) - x) * (2.0 / x.numel())
-    loss, _ = gradients(params, x, codes)
+    error = decode(params, codes) - x
+    loss, d_hat = error.double().square().mean().item(), error * (2.0 / x.numel())
     louder = params._replace(W_dec=params.gain.exp()[:, None] * params.W_dec)  # dz / dpi = exp(gain)
     grads = _through_pairs(louder, x, codes, d_hat)
     latents, bias = codes.latents.long(), d_hat.sum(0)
@@ -178,8 +178,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     params = state.params
     codes, loss, grads = _codes_and_gradients(params, x, rule, settings, state.l1_push(x, rule, settings))
     active = codes.values > 0
-    if rule.kind in ("relu", "gated"):
-        state.move_l1(int(active.sum()), len(x), rule.k)
+    state.move_l1(int(active.sum()), len(x), rule)
     if settings.aux_coef:
         dead = state.quiet >= settings.dead_after
         if dead.any():

@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+UNDER_L1 = ("relu", "gated")
+"""Kinds of rules under an L1 penalty."""
 L1_RATE = 0.1
 """By how much the logarithm of L1's weight moves in a step, at most (measured: LOG.md)."""
 
@@ -89,9 +91,10 @@ class TrainState:
 
     def l1_push(self, x: Tensor, rule: Rule, settings: StepSettings) -> float:
         """L1's slope at an active pair: the loss has l1_coef * l1 / d_in times the mean sum of a row's latents."""
-        return self.l1 * settings.l1_coef / x.numel() if rule.kind in ("relu", "gated") else 0.0
+        return self.l1 * settings.l1_coef / x.numel() if rule.kind in UNDER_L1 else 0.0
 
-    def move_l1(self, active: int, n_rows: int, k: int) -> None:
+    def move_l1(self, active: int, n_rows: int, rule: Rule) -> None:
         """More weight to L1 where more than k latents a row were active, less where fewer were."""
-        moved = self.l1 * math.exp(L1_RATE * max(-1.0, min(1.0, active / n_rows / k - 1)))
-        self.l1 = max(1e-6, min(1e6, moved))
+        if rule.kind in UNDER_L1:
+            moved = self.l1 * math.exp(L1_RATE * max(-1.0, min(1.0, active / n_rows / rule.k - 1)))
+            self.l1 = max(1e-6, min(1e6, moved))
