@@ -43,10 +43,13 @@ EXPANSION, TRAIN_TOKENS, VAL_TOKENS, EPOCHS, BATCH = 4, 40_000, 10_000, 5, 512
 CONTENDERS = {
     ("saegrid", "BatchTopK"): 1e-3,
     ("saegrid", "JumpReLU"): 1e-3,
+    ("saegrid", "Matryoshka"): 1e-3,
     ("sae-lens", "BatchTopK"): 3e-4,
     ("sae-lens", "TopK"): 3e-4,
+    ("sae-lens", "Matryoshka"): 3e-4,
     ("dictionary_learning", "BatchTopK"): 2e-4,  # at 16,384 latents, as sparsify's
     ("dictionary_learning", "TopK"): 2e-4,
+    ("dictionary_learning", "Matryoshka"): 2e-4,
     ("sparsify", "TopK"): 5e-3,
 }
 """Contenders and their own default learning rates, those of two peers to be scaled by (d_sae / 16,384)^-1/2."""

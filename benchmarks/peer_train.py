@@ -8,6 +8,7 @@ left out of dictionary_learning's scale, which they would otherwise make up. Wri
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -21,6 +22,7 @@ from torch import Tensor
 WARM_UP, DECAY, DEAD = 0.05, 0.2, 0.05
 NORM_BATCHES = 50
 SINK_RATIO = 10.0
+PREFIXES = 5
 
 
 def batches(x: Tensor, spec: dict) -> Iterator[Tensor]:
@@ -31,15 +33,22 @@ def batches(x: Tensor, spec: dict) -> Iterator[Tensor]:
             yield x[index]
 
 
+def widths(d_sae: int) -> list[int]:
+    """Matryoshka's nested dictionaries, as this project has them by default."""
+    return [d_sae >> halvings for halvings in reversed(range(PREFIXES))]
+
+
 def sae_lens(spec: dict, x: Tensor, steps: int, out: Path) -> None:
     import sae_lens
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    make = getattr(sae_lens, f"{spec['arch']}TrainingSAE")
-    configure = getattr(sae_lens, f"{spec['arch']}TrainingSAEConfig")
+    nested = spec["arch"] == "Matryoshka"
+    name = "MatryoshkaBatchTopK" if nested else spec["arch"]
+    make, configure = getattr(sae_lens, f"{name}TrainingSAE"), getattr(sae_lens, f"{name}TrainingSAEConfig")
+    more = {"matryoshka_widths": widths(spec["d_sae"])} if nested else {}
     scaled = "expected_average_only_in"
-    sae = make(configure(d_in=x.shape[1], d_sae=spec["d_sae"], k=spec["k"], normalize_activations=scaled))
+    sae = make(configure(d_in=x.shape[1], d_sae=spec["d_sae"], k=spec["k"], normalize_activations=scaled, **more))
     samples = spec["epochs"] * len(x)
     config = SAETrainerConfig(
         total_training_samples=samples,
@@ -58,13 +67,17 @@ def sae_lens(spec: dict, x: Tensor, steps: int, out: Path) -> None:
 
 def dictionary_learning(spec: dict, x: Tensor, steps: int, out: Path) -> None:
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+    from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
     from dictionary_learning.trainers.top_k import TopKTrainer
 
-    make = {"TopK": TopKTrainer, "BatchTopK": BatchTopKTrainer}[spec["arch"]]
+    trainers = {"TopK": TopKTrainer, "BatchTopK": BatchTopKTrainer, "Matryoshka": MatryoshkaBatchTopKTrainer}
+    make, sizes = trainers[spec["arch"]], [0, *widths(spec["d_sae"])]
+    shares = [(b - a) / spec["d_sae"] for a, b in itertools.pairwise(sizes)]
+    more = {"group_fractions": shares} if spec["arch"] == "Matryoshka" else {}
     trainer = make(
         steps=steps, activation_dim=x.shape[1], dict_size=spec["d_sae"], k=spec["k"], layer=0, lm_name="none",
         lr=spec["lr"], warmup_steps=int(WARM_UP * steps), decay_start=int((1 - DECAY) * steps),
-        threshold_start_step=steps // 10, seed=spec["seed"], device="cpu",
+        threshold_start_step=steps // 10, seed=spec["seed"], device="cpu", **more,
     )  # fmt: skip
     trainer.dead_feature_threshold = int(DEAD * spec["epochs"] * len(x))
     norms = x.norm(dim=1)

@@ -32,7 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from tiny import save_dataset, save_model
 
-from saegrid import results
+from saegrid import records, results
 from saegrid.config import RunConfig, make_config
 from saegrid.errors import SaegridError
 from saegrid.grid import Grid
@@ -366,8 +366,8 @@ def spoiled_run(bench: Bench, place: Path, dice: random.Random) -> tuple[str, st
 
 def _tables(run_id: str, runs_dir: Path) -> list[str]:
     df = results.tidy([run_id], runs_dir)
-    loaders = (results.load_prompts, results.load_latents, results.load_positions, results.load_curves)
-    return [df.to_csv(), *(load(df, runs_dir).to_csv() for load in loaders), str(results.load_timing(df, runs_dir))]
+    loaders = (records.load_prompts, records.load_latents, records.load_positions, records.load_curves)
+    return [df.to_csv(), *(load(df, runs_dir).to_csv() for load in loaders), str(records.load_timing(df, runs_dir))]
 
 
 def spoiled_store(bench: Bench, place: Path, dice: random.Random) -> tuple[str, str]:

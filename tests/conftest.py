@@ -16,7 +16,7 @@ import pytest
 
 from saegrid.config import RunConfig
 from saegrid.grid import Grid
-from saegrid.results import RUN_FILES, TIDY
+from saegrid.records import RUN_FILES, TIDY
 from saegrid.sealed import write_sealed, write_sums
 
 D_IN = 256

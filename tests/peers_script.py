@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from dictionary_learning.dictionary import JumpReluAutoEncoder
 from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
+from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
 from dictionary_learning.trainers.top_k import AutoEncoderTopK
 from dictionary_learning.utils import load_dictionary
 from sae_lens import (
@@ -66,6 +67,7 @@ def own_saes(d_in):
     yield "saelens", "batchtopk", BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**shape, k=K))
     yield "dictionary_learning", "topk", AutoEncoderTopK(d_in, d_sae, K)
     yield "dictionary_learning", "batchtopk", BatchTopKSAE(d_in, d_sae, K)
+    yield "dictionary_learning", "matryoshka", MatryoshkaBatchTopKSAE(d_in, d_sae, K, [d_sae // 2, d_sae // 2])
     yield "dictionary_learning", "jumprelu", JumpReluAutoEncoder(d_in, d_sae)
     yield "sparsify", "topk", SparseCoder(d_in, SparseCoderConfig(expansion_factor=FACTOR, k=K))
 

@@ -1,6 +1,6 @@
 import pytest
 
-from saegrid import card, evidence, findings, intervals, results
+from saegrid import card, evidence, findings, intervals, records, results
 from saegrid.ablation import by_recipe, recipe_section
 from saegrid.errors import ResultsError
 from saegrid.recipes import RECIPES
@@ -45,7 +45,7 @@ def test_the_published_findings_are_tested_on_the_published_recipe_alone(mixed):
 def test_intervals_over_templates_and_seeds(fake_grid, fake_runs):
     """Seeds that differ more than prompts do make the interval wider than the prompts alone would."""
     df = results.tidy(fake_grid, fake_runs / "runs")
-    drawn = intervals.draws(results.load_prompts(df, fake_runs / "runs"))
+    drawn = intervals.draws(records.load_prompts(df, fake_runs / "runs"))
     ids = list(df.sort_values("delta_loss")["run_id"].iloc[[0, -1]])
     low, high = intervals.central(intervals.over_seeds(drawn, ids))
     alone = [intervals.interval(drawn, {run_id: 1.0}) for run_id in ids]
@@ -63,7 +63,7 @@ def test_the_recipes_page_is_made_from_kept_tables(mixed, fake_grid, fake_runs, 
         name: [(row | new)[name] for row, new in zip(pairs.to_dict("records"), recipes, strict=True)] for name in df
     }
     kept = pairs.assign(**values).assign(arch="BatchTopK", expansion=8, seed=[0, 1, 0, 1])
-    prompts = results.load_prompts(df, fake_runs / "runs")
+    prompts = records.load_prompts(df, fake_runs / "runs")
     folder = tmp_path / "results/recipes"
     results.write_tables(kept, folder, prompts[prompts["run_id"].isin(kept["run_id"])])
     page = evidence.page(tmp_path)

@@ -1,6 +1,6 @@
 import pandas as pd
 
-from saegrid import card, results
+from saegrid import card, records, results
 from saegrid.budget import budget_section, by_budget
 
 
@@ -36,7 +36,7 @@ def test_nothing_within_a_budget():
 
 def test_the_card_has_the_table_with_intervals(fake_grid, fake_runs):
     df = results.tidy(fake_grid, fake_runs / "runs")
-    prompts = results.load_prompts(df, fake_runs / "runs")
+    prompts = records.load_prompts(df, fake_runs / "runs")
     table = by_budget(df, prompts)
     for row in table.to_dict("records"):
         for budget in map(int, row["budget"].split(" to ")):

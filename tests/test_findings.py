@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saegrid import findings, intervals, published_table, results
+from saegrid import findings, intervals, published_table, records, results
 from saegrid.findings import FAILS, HOLDS, NOT_TESTABLE
 
 
@@ -92,7 +92,7 @@ def test_nothing_is_testable_on_an_empty_table(fake_grid, fake_runs):
 
 def test_sentences_follow_the_rows(fake_grid, fake_runs):
     df = results.tidy(fake_grid, fake_runs / "runs")
-    prompts = results.load_prompts(df, fake_runs / "runs")
+    prompts = records.load_prompts(df, fake_runs / "runs")
     before = findings.all_findings(df, prompts)
     after = findings.all_findings(df.assign(delta_loss=df["delta_loss"] * 1.5, l0=df["l0"] * 0.9), prompts)
     for old, new in zip(before, after, strict=True):

@@ -134,6 +134,19 @@ def test_the_batch_cut_and_the_thresholded_form_are_told_apart(tmp_path):
     assert load_sae(tmp_path / "d", threshold=4.3).inference_threshold == 4.3
 
 
+def test_a_nested_dictionary_is_read_as_batchtopk(tmp_path):
+    """MatryoshkaBatchTopKSAE names and turns its tensors in its own way, and has its groups' sizes besides."""
+    folder = export(make("BatchTopK"), tmp_path, "dictionary_learning")
+    expected = load_sae(folder)
+    old = torch.load(folder / "ae.pt", weights_only=True)
+    new = {"W_enc": old["encoder.weight"].T, "b_enc": old["encoder.bias"], "W_dec": old["decoder.weight"].T}
+    new |= {name: old[name] for name in ("b_dec", "k", "threshold")} | {"group_sizes": torch.tensor([48, 48])}
+    torch.save(new, folder / "ae.pt")
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace("BatchTopKSAE", "MatryoshkaBatchTopKSAE"))
+    assert_same(load_sae(folder), expected)
+
+
 def test_a_theta_with_more_digits_than_its_name(tmp_path):
     sae = make("JumpReLU")
     sae.threshold = 1.2345678901234567

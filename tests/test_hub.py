@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, SpaceCard
 from safetensors.torch import save_file
 from test_peers import peers_python
 
-from saegrid import hub, results
+from saegrid import hub, records, results
 from saegrid.errors import SaegridError
 from saegrid.files import save_sae
 from saegrid.formats import load_sae
@@ -165,7 +165,7 @@ def test_the_card_parses_and_its_model_index_holds_every_run(folder, finished):
     for run in Grid(**GRID).runs():
         stated = json.loads((finished / "runs" / run.run_id / "metrics.json").read_text())
         found = {r.metric_type: r.metric_value for r in card.data.eval_results if r.metric_args["run_id"] == run.run_id}
-        assert found == {name: stated[name] for name in results.METRICS}
+        assert found == {name: stated[name] for name in records.METRICS}
 
 
 def test_the_card_is_plain_markdown_with_the_verdicts_and_every_run(folder):

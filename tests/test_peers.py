@@ -26,7 +26,7 @@ EXPORTED = [
 SAVED = [
     *(f"saelens-topk-b_dec_{b_dec}-rescale_{rescale}" for b_dec in (False, True) for rescale in (False, True)),
     *("saelens-jumprelu-b_dec_False", "saelens-jumprelu-b_dec_True", "saelens-batchtopk"),
-    *(f"dictionary_learning-{name}" for name in ("topk", "batchtopk", "jumprelu")),
+    *(f"dictionary_learning-{name}" for name in ("topk", "batchtopk", "matryoshka", "jumprelu")),
     "sparsify-topk",
 ]
 

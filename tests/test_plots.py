@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from saegrid import captions, charts, plots, published_table, results
+from saegrid import captions, charts, plots, published_table, records, results
 from saegrid.tables import number
 
 
@@ -20,9 +20,9 @@ def df(fake_grid, fake_runs):
 @pytest.fixture
 def long(df, fake_runs):
     return {
-        "learning_curves": results.load_curves(df, fake_runs / "runs"),
-        "firing_histogram": results.load_latents(df, fake_runs / "runs"),
-        "error_by_position": results.load_positions(df, fake_runs / "runs"),
+        "learning_curves": records.load_curves(df, fake_runs / "runs"),
+        "firing_histogram": records.load_latents(df, fake_runs / "runs"),
+        "error_by_position": records.load_positions(df, fake_runs / "runs"),
         **dict.fromkeys(["frontier", "heatmap", "dead_latents"], df),
         "against_published": pd.concat([df, published_table.rows()], ignore_index=True),
     }

@@ -32,10 +32,10 @@ def test_a_short_chaos(tmp_path):
 def test_chaos_finds_what_it_looks_for(tmp_path):
     """Files that are written in place, and tables that believe what they read, do not pass."""
     broken = (
-        "import chaos, saegrid.atomic as atomic, saegrid.results as results, sys\n"
+        "import chaos, saegrid.atomic as atomic, saegrid.records as records, sys\n"
         "from pathlib import Path\n"
-        "results.check_sums = lambda *a: None\n"
-        "results.checked_bytes = lambda path: path.read_bytes()\n"
+        "records.check_sums = lambda *a: None\n"
+        "records.checked_bytes = lambda path: path.read_bytes()\n"
         "names = {'a finished run\\'s file damaged': chaos.FAULTS['a finished run\\'s file damaged']}\n"
         "chaos.FAULTS = names\n"
         "counts = chaos.chaos(12, 0, Path(sys.argv[1]))\n"

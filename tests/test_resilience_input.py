@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
 import targets
 
-from saegrid import card, grid, results
+from saegrid import card, grid, records, results
 from saegrid.config import make_config
 from saegrid.errors import SaegridError, StoreError
 from saegrid.manifest import read_manifest
@@ -109,6 +109,6 @@ def test_a_message_can_not_steer_a_terminal():
 def test_a_title_is_text_in_the_report(fake_grid, fake_runs):
     df = results.tidy(fake_grid, fake_runs / "runs")
     text = card.model_card(
-        df, results.load_prompts(df, fake_runs / "runs"), title="<script>alert(1)</script>", links="r/"
+        df, records.load_prompts(df, fake_runs / "runs"), title="<script>alert(1)</script>", links="r/"
     )
     assert "<script" not in str(text)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import D_IN, save_dataset, save_model
 
-from saegrid import results
+from saegrid import records, results
 from saegrid.config import make_config
 from saegrid.errors import ConfigError, SaegridError, StoreError
 from saegrid.preflight import available, check_chat, check_fits, needed
@@ -85,10 +85,10 @@ def test_a_loss_that_diverges_stops_the_run(config, tmp_path):
 @pytest.mark.parametrize("kernel", ["reference", "cpu"])
 def test_an_sae_of_dead_latents_has_finite_metrics(config, kernel):
     run = finish(config(arch="JumpReLU", k=0, threshold=1e9, kernel=kernel))
-    row = results.load_run(run.folder, run.run_id)
+    row = records.load_run(run.folder, run.run_id)
     assert row["l0"] == row["l0_eval"] == 0.0 and row["dead_pct"] == 100.0
     assert row["nmse"] > 0 and row["delta_loss"] == row["delta_loss"]
-    assert (results.load_latents(results.tidy([run.run_id], run.folder.parent), run.folder.parent)["fired"] == 0).all()
+    assert (records.load_latents(results.tidy([run.run_id], run.folder.parent), run.folder.parent)["fired"] == 0).all()
 
 
 @pytest.mark.parametrize("kernel", ["reference", "cpu"])
@@ -106,8 +106,8 @@ def test_the_same_run_twice_has_the_same_bytes(config, tmp_path, kernel, arch):
 @pytest.mark.parametrize("kernel", ["reference", "cpu"])
 def test_thread_counts_agree(config, kernel):
     """To 1e-4 of each metric after 20 steps: sums in another order; the cpu kernel's own loops have none."""
-    rows = [results.load_run(finish(config(kernel=kernel, threads=threads)).folder) for threads in (1, 2)]
-    for name in results.METRICS:
+    rows = [records.load_run(finish(config(kernel=kernel, threads=threads)).folder) for threads in (1, 2)]
+    for name in records.METRICS:
         assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-4, abs=1e-6), name
 
 

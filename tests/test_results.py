@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from conftest import reseal
 
-from saegrid import published_table, results
+from saegrid import published_table, records, results
 from saegrid.errors import ResultsError
 from saegrid.recipes import YOUNGER
 from saegrid.sealed import SUMS
@@ -23,7 +23,7 @@ def change(root, run, **changes):
 def test_a_row_a_run_in_the_order_of_the_grid(fake_grid, fake_runs):
     df = results.tidy(fake_grid, fake_runs / "runs")
     assert list(df["run_id"]) == [run.run_id for run in fake_grid.runs()]
-    assert list(df.columns) == [*results.TIDY, "source"]
+    assert list(df.columns) == [*records.TIDY, "source"]
     assert set(df["source"]) == {"own"}
     assert df.loc[df["arch"] == "JumpReLU", "k"].isna().all()
     assert df.loc[df["arch"] != "JumpReLU", "threshold"].isna().all()
@@ -39,17 +39,17 @@ def test_the_tidy_file_reads_back_as_it_was(fake_grid, fake_runs):
 def test_tables_from_before_there_were_recipes_are_read(fake_grid, fake_runs):
     folder = results.make(fake_grid, fake_runs)
     df = results.read_tidy(folder)
-    pd.read_csv(folder / "results_tidy.csv").drop(columns=[*YOUNGER, *results.NO_SINK]).to_csv(
+    pd.read_csv(folder / "results_tidy.csv").drop(columns=[*YOUNGER, *records.NO_SINK]).to_csv(
         folder / "results_tidy.csv", index=False
     )
     (folder / SUMS).unlink()
-    none = dict.fromkeys(results.NO_SINK, math.nan)
+    none = dict.fromkeys(records.NO_SINK, math.nan)
     pd.testing.assert_frame_equal(results.read_tidy(folder)[df.columns], df.assign(**none), check_exact=True)
     path = fake_runs / "runs" / df["run_id"][0] / "metrics.json"
     row = json.loads(path.read_text())
     path.write_text(json.dumps({name: value for name, value in row.items() if name not in YOUNGER}))
     reseal(path.parent)
-    assert results.load_run(path.parent) == row
+    assert records.load_run(path.parent) == row
 
 
 def test_published_files_hold_the_published_columns(fake_grid, fake_runs):
@@ -62,7 +62,7 @@ def test_published_files_hold_the_published_columns(fake_grid, fake_runs):
     assert set(short["arch"]) == {"BatchTopK", "TopK"}
     assert {"val_mse", "nmse", "dead_pct"} < set(short.columns)
     assert "delta_loss" not in short
-    assert set(results.METRICS) < set(full.columns)
+    assert set(records.METRICS) < set(full.columns)
     assert len(full) == len(fake_grid.runs())
     assert "BatchTopK,4,220,," in (folder / "results_full.csv").read_text()
 
@@ -123,18 +123,18 @@ def test_a_table_with_a_hole_is_refused(fake_grid, fake_runs):
 def test_long_form_files_carry_the_axes(fake_grid, fake_runs):
     df = results.tidy(fake_grid, fake_runs / "runs")
     for load, column in (
-        (results.load_prompts, "ce_spliced_sum"),
-        (results.load_latents, "fired"),
-        (results.load_positions, "sq_error"),
-        (results.load_curves, "val_mse"),
-        (results.load_timing, "train_seconds"),
+        (records.load_prompts, "ce_spliced_sum"),
+        (records.load_latents, "fired"),
+        (records.load_positions, "sq_error"),
+        (records.load_curves, "val_mse"),
+        (records.load_timing, "train_seconds"),
     ):
         long = load(df, fake_runs / "runs")
         assert set(long["run_id"]) == set(df["run_id"])
         assert {"arch", "expansion", "k", "threshold", "seed", column} <= set(long.columns)
     (fake_runs / "runs" / df["run_id"][0] / "prompts.csv").unlink()
     with pytest.raises(ResultsError, match=r"prompts\.csv: no such file"):
-        results.load_prompts(df, fake_runs / "runs")
+        records.load_prompts(df, fake_runs / "runs")
 
 
 def test_published_rows_by_hand():

@@ -12,7 +12,7 @@ import pytest
 from conftest import reseal
 from site_project import HOSTILE, NOTEBOOKS, build, execute
 
-from saegrid import captions, findings, pages, results, site
+from saegrid import captions, findings, pages, records, results, site
 from saegrid.errors import ResultsError
 from saegrid.mend import mend
 from saegrid.tables import number
@@ -239,12 +239,12 @@ def test_numbers_on_the_page_are_those_of_results_full(built, fake_grid, open_pa
     )
     checked = set()
     for href, column, value, shown in seen:
-        if column in results.METRICS:
+        if column in records.METRICS:
             expected = full.loc[href.removeprefix("runs/").removesuffix(".html"), column]
             assert float(value) == expected
             assert shown.strip("★ ") == number(expected, column)
             checked.add((href, column))
-    assert len(checked) == len(full) * len(results.METRICS)
+    assert len(checked) == len(full) * len(records.METRICS)
 
 
 def test_a_point_of_the_frontier_shows_its_run_and_leads_there(built, fake_grid, open_page):

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pandas as pd
 import pytest
 
-from saegrid import card, findings, published_table, results, tables
+from saegrid import card, findings, published_table, records, results, tables
 
 
 def parse(text):
@@ -93,7 +93,7 @@ def test_run_metrics_and_files(fake_grid, fake_runs):
 
 def test_the_card_holds_the_recommended_run_and_every_verdict(fake_grid, fake_runs):
     df = results.tidy(fake_grid, fake_runs / "runs")
-    prompts = results.load_prompts(df, fake_runs / "runs")
+    prompts = records.load_prompts(df, fake_runs / "runs")
     text = card.model_card(df, prompts)
     best = findings.recommend(df)
     assert f"**Recommended: `{best['name']}`**" in text

@@ -218,12 +218,13 @@ def test_jumprelu_lands_on_its_target(make_store, tmp_path):
 
 
 def test_gated_lands_on_its_target_and_relu_near_it(make_store, tmp_path):
+    """On held-out rows: Gated has a threshold to calibrate, ReLU aims lower on its training rows."""
     store = make_store(sinks=5)
     for arch in ("Gated", "ReLU"):
         run = config(arch=arch, recipe="improved", lr=1e-2, epochs=60)
         sae, progress = train(run, store, reference, tmp_path / arch)
         l0 = (sae.encode(store.rows("val")) > 0).sum().item() / store.n_val
-        assert l0 == pytest.approx(3, rel=1e-9 if arch == "Gated" else 0.25), arch
+        assert l0 == pytest.approx(3, rel=1e-9 if arch == "Gated" else 0.1), arch
         assert progress.state.l1 != 1.0 and len(sae.gain) == 0
     assert sae.threshold == 0 and not len(sae.theta)
 

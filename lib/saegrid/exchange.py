@@ -165,6 +165,9 @@ LINEAR_SHAPES = {
 }
 
 
+BY_K = ("AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE")
+
+
 class _Trainer(_Cfg):
     dict_class: str
     k: int | None = None
@@ -177,7 +180,8 @@ class _DictionaryCfg(_Cfg):
 
 
 def read_dictionary(folder: Path) -> SAE:
-    """The SAE of a dictionary_learning folder: AutoEncoderTopK, BatchTopKSAE or JumpReluAutoEncoder.
+    """The SAE of a dictionary_learning folder: AutoEncoderTopK, BatchTopKSAE, MatryoshkaBatchTopKSAE (as BatchTopK) or
+    JumpReluAutoEncoder.
 
     A BatchTopKSAE whose threshold was never set (below 0) cuts per batch here; its own `encode` keeps every positive
     latent then. Raises `SaeFileError`.
@@ -190,22 +194,27 @@ def read_dictionary(folder: Path) -> SAE:
         check_sizes(trainer, sizes, path)
         weights = Plain(state["W_enc"].T, state["b_enc"], state["W_dec"], state["b_dec"])
         return _filled(_jumprelu(state["threshold"], sizes["d_in"]), weights, centred=False)
-    if trainer.dict_class not in ("AutoEncoderTopK", "BatchTopKSAE"):
-        raise SaeFileError(
-            f"{path}: dict_class = {trainer.dict_class[:40]!r}: only AutoEncoderTopK, BatchTopKSAE and "
-            "JumpReluAutoEncoder can be read"
-        )
+    if trainer.dict_class not in BY_K:
+        known = f"only {', '.join(BY_K)} and JumpReluAutoEncoder can be read"
+        raise SaeFileError(f"{path}: dict_class = {trainer.dict_class[:40]!r}: {known}")
+    nested = trainer.dict_class == "MatryoshkaBatchTopKSAE"
     state = dict(state) if isinstance(state, dict) else state
-    cuts = {name: state.pop(name, None) for name in ("k", "threshold")} if isinstance(state, dict) else {}
-    sizes = check_tensors(state, LINEAR_SHAPES, weights_path)
+    facts = ("k", "threshold", *(["group_sizes"] if nested else []))
+    cuts = {name: state.pop(name, None) for name in facts} if isinstance(state, dict) else {}
+    sizes = check_tensors(state, SAELENS_SHAPES if nested else LINEAR_SHAPES, weights_path)
     check_sizes(trainer, sizes, path)
     k, theta = int(number(cuts["k"], "k", weights_path)), number(cuts["threshold"], "threshold", weights_path)
     if trainer.k not in (None, k):
         raise SaeFileError(f"{path}: k = {trainer.k}, and ae.pt has {k}")
     shape = {"d_in": sizes["d_in"], "d_sae": sizes["d_sae"], "k": _check_k(k, sizes["d_sae"], weights_path)}
-    batch = trainer.dict_class == "BatchTopKSAE"
-    sae = BatchTopK(**shape, inference_threshold=theta if theta >= 0 else None) if batch else TopK(**shape)
-    weights = Plain(state["encoder.weight"], state["encoder.bias"], state["decoder.weight"].T, state["b_dec"])
+    if trainer.dict_class == "AutoEncoderTopK":
+        sae = TopK(**shape)
+    else:
+        sae = BatchTopK(**shape, inference_threshold=theta if theta >= 0 else None)
+    if nested:
+        weights = Plain(state["W_enc"].T, state["b_enc"], state["W_dec"], state["b_dec"])
+    else:
+        weights = Plain(state["encoder.weight"], state["encoder.bias"], state["decoder.weight"].T, state["b_dec"])
     return _filled(sae, weights, centred=True)
 
 

@@ -2,7 +2,7 @@
 
 The same functions run on our own rows and on the published ones. No number in a sentence is typed: all are formatted
 from the rows. An effect is a delta loss or a difference of delta losses in nats/token; its 95% interval is a paired
-bootstrap over problem templates and needs the runs' per-prompt sums (`results.load_prompts`).
+bootstrap over problem templates and needs the runs' per-prompt sums (`records.load_prompts`).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from typing import Any
 
 import pandas as pd
 
-from saegrid import hub_card, results, site
+from saegrid import hub_card, records, results, site
 from saegrid.atomic import write_bytes, write_json, write_text
 from saegrid.errors import SaegridError
 from saegrid.fetch import replacing_folder, waiting_lock
@@ -96,7 +96,7 @@ def build(grid: Grid, folder: str | Path, repo: str = "", space: str = "", root:
         shutil.copytree(root / "_site", part / "site")
         write_text(part / "site" / "README.md", hub_card.space_readme(grid.title, repo))
         write_bytes(part / hub_card.PICTURE, hub_card.picture(df))
-        prompts = results.load_prompts(df, runs_dir)
+        prompts = records.load_prompts(df, runs_dir)
         write_text(part / "README.md", hub_card.readme(df, prompts, files, grid.title, repo, space))
         _check_card(part / "README.md", df)
         write_json(part / MANIFEST, {"published_grid": grid.name, "files": _contents(part)})
@@ -157,7 +157,7 @@ def _check_card(path: Path, df: pd.DataFrame) -> None:
     from huggingface_hub import ModelCard
 
     found = {(r.metric_args["run_id"], r.metric_type): r.metric_value for r in ModelCard.load(path).data.eval_results}
-    wanted = {(row["run_id"], name): row[name] for row in df.to_dict("records") for name in results.METRICS}
+    wanted = {(row["run_id"], name): row[name] for row in df.to_dict("records") for name in records.METRICS}
     if found != wanted:
         raise HubError(f"{path.name}: its model-index does not hold the metrics of every run")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from saegrid import captions, card, plots, published_table, results
+from saegrid import captions, card, plots, published_table, records
 from saegrid import findings as claims
 from saegrid.config import BATCH_CUT, EMBEDDED_DATASET, EMBEDDED_MODEL, has_thetas
 from saegrid.fetch import HUB_ID
@@ -123,7 +123,7 @@ def front_matter(df: pd.DataFrame, files: Mapping[str, str], title: str) -> str:
 
     metrics = []
     for row in df.to_dict("records"):
-        for name in results.METRICS:
+        for name in records.METRICS:
             spliced = name in SPLICED
             task = "Next-token loss with the SAE spliced in" if spliced else "Reconstruction of the residual stream"
             metrics.append(

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from saegrid import findings, latents_page, results
+from saegrid import findings, latents_page, records, results
 from saegrid.activations import open_store
 from saegrid.atomic import write_json
 from saegrid.files import load_folder
@@ -52,10 +52,10 @@ def make(grid: Grid, root: str | Path = ".") -> Path:
 
 def describe(run_dir: Path, store_dir: Path, size: int = SAMPLE) -> dict[str, Any]:
     """The run's facts and, for a sample of its latents, firing, contexts, unembedded tokens and neighbours."""
-    config = results.load_config(run_dir, run_dir.name, store_dir=str(store_dir))
-    facts = results.load_run(run_dir)
+    config = records.load_config(run_dir, run_dir.name, store_dir=str(store_dir))
+    facts = records.load_run(run_dir)
     sae, store, lm = load_folder(run_dir), open_store(config), load_lm(config)
-    fired = results.load_latents(pd.DataFrame([facts]), run_dir.parent)["fired"].to_numpy()
+    fired = records.load_latents(pd.DataFrame([facts]), run_dir.parent)["fired"].to_numpy()
     chosen = sample(fired, size)
     acts = activations(sae, store, chosen)  # (n_val, size)
     limit = SINK_RATIO * median_norm(store.batches("val", BATCH_ROWS))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from saegrid import results
+from saegrid import records, results
 from saegrid.atomic import disk_errors
 from saegrid.errors import DamagedError, SaegridError
 from saegrid.grid import Grid
@@ -93,16 +93,16 @@ def _check_made_of(path: Path, data_sha256: str) -> None:
 def _run_faults(folder: Path, run_id: str) -> Iterator[tuple[str, list[str]]]:
     if (folder / "metrics.json").exists():
         try:
-            results.check_run(folder, run_id)
+            records.check_run(folder, run_id)
         except SaegridError as error:
-            yield str(error).removesuffix(f"; {results.MEND}"), ["metrics.json"]
+            yield str(error).removesuffix(f"; {records.MEND}"), ["metrics.json"]
             return
         try:
-            check_sum(folder / results.NOTEBOOK)
+            check_sum(folder / records.NOTEBOOK)
         except DamagedError as error:
             with disk_errors(folder):
-                (folder / "metrics.json").rename(folder / results.SET_ASIDE)
-            yield str(error), [sum_of(folder / results.NOTEBOOK).name]
+                (folder / "metrics.json").rename(folder / records.SET_ASIDE)
+            yield str(error), [sum_of(folder / records.NOTEBOOK).name]
 
 
 def _table_faults(folder: Path) -> Iterator[tuple[str, list[str]]]:

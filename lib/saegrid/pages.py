@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from saegrid import baselines, card, charts, evidence, plots, results
+from saegrid import baselines, card, charts, evidence, plots, records, results
 from saegrid.atomic import write_text
 from saegrid.errors import DamagedError, ResultsError
 from saegrid.grid import Grid
@@ -34,12 +34,12 @@ def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None)
     runs_dir = root / (runs_dir or grid.constants.get("runs_dir", "runs"))
     report = root / "report"
     df = results.read_tidy(root / grid.results_dir)
-    prompts = results.load_prompts(df, runs_dir)
+    prompts = records.load_prompts(df, runs_dir)
     beside = baselines.read(root / grid.results_dir)
     write_text(report / "_home.md", card.model_card(df, prompts, title=grid.title, links="report/", baseline=beside))
     write_text(report / "_published.md", card.published_note())
     write_text(report / "_recipes.md", evidence.page(root))
-    write_text(report / "_setting.md", card.setting_note(df, results.load_timing(df, runs_dir)))
+    write_text(report / "_setting.md", card.setting_note(df, records.load_timing(df, runs_dir)))
     write_run_pages(df, runs_dir, report / "runs")
     charts.write_library(report)
     (report / "data").mkdir(exist_ok=True)
@@ -55,12 +55,12 @@ def write_run_pages(df: pd.DataFrame, runs_dir: str | Path, folder: Path) -> Non
             page.unlink()
     rows = df.to_dict("records")
     for n, row in enumerate(rows):
-        path = Path(runs_dir) / row["run_id"] / results.NOTEBOOK
+        path = Path(runs_dir) / row["run_id"] / records.NOTEBOOK
         try:
             check_sum(path)
             notebook = read_json(path)
         except DamagedError as error:
-            advice = results.MEND if sum_of(path).exists() else "delete the folder and run it again"
+            advice = records.MEND if sum_of(path).exists() else "delete the folder and run it again"
             raise ResultsError(f"{error}; {advice}") from None
         page = run_page(notebook, title(row), markdown(summary(row, df), navigation(rows, n)))
         write_text(folder / f"{row['run_id']}.ipynb", json.dumps(page, ensure_ascii=False, indent=1) + "\n")

@@ -17,10 +17,13 @@ CONTENDER = ["peer", "arch"]
 LOOKS = {
     ("saegrid", "BatchTopK"): ("#d55e00", "o", "-"),
     ("saegrid", "JumpReLU"): ("#009e73", "^", "-"),
+    ("saegrid", "Matryoshka"): ("#8d5a2b", "D", "-"),
     ("sae-lens", "BatchTopK"): ("#3a86c8", "o", "--"),
     ("sae-lens", "TopK"): ("#3a86c8", "s", ":"),
+    ("sae-lens", "Matryoshka"): ("#3a86c8", "D", "-."),
     ("dictionary_learning", "BatchTopK"): ("#b5609a", "o", "--"),
     ("dictionary_learning", "TopK"): ("#b5609a", "s", ":"),
+    ("dictionary_learning", "Matryoshka"): ("#b5609a", "D", "-."),
     ("sparsify", "TopK"): ("#7b7f87", "s", ":"),
 }
 """Colour by library, mark by architecture."""

@@ -1,53 +1,36 @@
-"""The runs' metrics as one tidy table, and the CSV files made of it: free of torch.
-
-A row is one run. Nothing is parsed back from a file name or a log: every value comes from `metrics.json`.
-"""
+"""The runs' metrics as one tidy table, a row a run, and the CSV files made of it: free of torch."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import math
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from filelock import FileLock, Timeout
 
 from saegrid import baselines
 from saegrid.atomic import write_text
-from saegrid.config import PLACES, RunConfig, make_config
-from saegrid.errors import DamagedError, ResultsError
+from saegrid.config import RunConfig
+from saegrid.errors import ResultsError
 from saegrid.grid import Grid
 from saegrid.recipes import YOUNGER
-from saegrid.sealed import (
-    SUMS,
-    check_sums,
-    checked_bytes,
-    read_json,
-    read_json_lines,
-    read_sealed,
-    sum_of,
-    write_sum,
-    write_sums,
+from saegrid.records import (
+    COUNTS,
+    METRICS,
+    NO_SINK,
+    NOTEBOOK,
+    OPTIONAL,
+    PARAMETERS,
+    TEXT,
+    TIDY,
+    advising,
+    load_prompts,
+    load_run,
 )
+from saegrid.sealed import SUMS, check_sums, sum_of, write_sum, write_sums
 
-PARAMETERS = [name for name in RunConfig.model_fields if name not in PLACES]
-COUNTS = ["d_in", "d_sae", "n_train_rows", "n_val_rows", "n_eval_prompts", "n_eval_tokens", "steps", "best_epoch"]
-METRICS = [
-    *("val_mse", "val_mse_batch", "nmse", "fvu", "fvu_no_sink", "sink_pct", "l0", "l0_eval", "dead_pct"),
-    *("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "delta_loss", "frac_rec_pct"),
-    *("loss_recovered_zero", "loss_recovered_mean"),
-]
-"""Numbers that every run must have; a row without one stops the tables."""
-NO_SINK = ["l0_no_sink", "dead_pct_no_sink"]
-OPTIONAL = ["inference_threshold", "theta_over_rms", *NO_SINK]
-"""Numbers that only some architectures, or only younger tables, have."""
-HASHES = ["data_sha256", "model_sha256", "weights_sha256"]
-TEXT = ["run_id", "name", "store_id", *HASHES, "code_version", "torch_version"]
-TIDY = ["run_id", "name", *PARAMETERS, *COUNTS, *OPTIONAL, *METRICS, *TEXT[2:]]
 PUBLISHED = ["arch", "expansion", "k", "threshold", "l0", "val_mse", "nmse", "dead_pct", "delta_loss", "frac_rec_pct"]
 """Columns of the published `results_full.csv`, in its order."""
 DENSE_SHARE_PCT = 10.0
@@ -55,61 +38,6 @@ DENSE_SHARE_PCT = 10.0
 latents" is what the published card calls not sparse). Fixed before the results."""
 PROMPT_SUMS = ["run_id", "prompt", "template", "n_tokens", "ce_clean_sum", "ce_spliced_sum"]
 TABLES = ["results.csv", "results_full.csv", "results_tidy.csv", "results_prompts.csv", baselines.FILE]
-RUN_FILES = ["metrics.jsonl", "latents.csv", "positions.csv", "prompts.csv"]
-"""Files of a run, besides `metrics.json`, that the report reads."""
-NOTEBOOK = "train.ipynb"
-"""A run's executed notebook, in its folder; the workflow puts it there."""
-SET_ASIDE = "metrics.json.aside"
-"""A whole run's metrics whose notebook is to be executed again; the run takes them back."""
-MEND = "`python -m saegrid mend GRID` drops it, and the next run makes it again"
-_HEX = re.compile(r"[0-9a-f]{8,64}")
-
-
-def load_run(run_dir: str | Path, run_id: str = "") -> dict[str, Any]:
-    """The tidy row of one run: its `metrics.json`, checked, and all of its files held against `SHA256SUMS`.
-
-    Args:
-        run_id: whose results they must be.
-
-    Raises:
-        ResultsError: the file is missing or no JSON object, a column is missing, a metric is no finite number, a
-            hash is none, it is another run's, or a file is not what the run left.
-    """
-    path = Path(run_dir) / "metrics.json"
-    row = YOUNGER | dict.fromkeys(NO_SINK) | _read_json(path)
-    missing = [name for name in TIDY if name not in row]
-    if missing:
-        raise ResultsError(f"{path}: lacks {', '.join(missing)}; delete the folder and run it again")
-    for name in [*COUNTS, *METRICS]:
-        if not _is_finite(row[name]):
-            raise ResultsError(f"{path}: {name} = {row[name]!r}, needs a finite number")
-    for name in HASHES:
-        if not isinstance(row[name], str) or not _HEX.fullmatch(row[name]):
-            raise ResultsError(f"{path}: {name} = {row[name]!r}, needs a SHA-256 in hexadecimal")
-    if run_id and row["run_id"] != run_id:
-        raise ResultsError(f"{path}: belongs to the run {row['run_id']!r}")
-    with _damage():
-        check_sums(path.parent, [path.name, *RUN_FILES])
-    return {name: row[name] for name in TIDY}
-
-
-def check_run(run_dir: str | Path, run_id: str) -> None:
-    """Hold all of a finished run's files against what it recorded, its times too. Raises `ResultsError`."""
-    load_run(run_dir, run_id)
-    _timing(Path(run_dir) / "timing.json", run_id)
-
-
-def load_config(run_dir: str | Path, run_id: str, **places: str) -> RunConfig:
-    """The config that a run began with, kernel, precision and threads chosen; `places` are where its folders are now.
-
-    Raises:
-        DamagedError: the file is missing, not as it was written, or another run's.
-    """
-    path = Path(run_dir) / "config.json"
-    recorded = read_sealed(path)
-    if recorded.pop("run_id", None) != run_id:
-        raise DamagedError(f"{path}: damaged (another run's)")
-    return make_config(**recorded | places)
 
 
 def tidy(runs: Grid | Iterable[str], runs_dir: str | Path = "runs") -> pd.DataFrame:
@@ -194,54 +122,23 @@ def read_tidy(path: str | Path) -> pd.DataFrame:
         if df[name].isna().any():
             raise ResultsError(f"{path}: {name} is missing for {df.loc[df[name].isna(), 'run_id'].iloc[0]}")
     if (path.parent / SUMS).exists():  # a table that was copied alone has none
-        with _damage("make it again with `python -m saegrid tables`"):
+        with advising("make it again with `python -m saegrid tables`"):
             check_sums(path.parent, [path.name])
     df[sorted(texts)] = df[sorted(texts)].fillna("")
     return typed(df.assign(source="own"))
-
-
-def load_prompts(df: pd.DataFrame, runs_dir: str | Path) -> pd.DataFrame:
-    """The per-prompt splice sums of all runs of `df`, long-form: `run_id` and the columns of `prompts.csv`."""
-    return _load_csvs(df, runs_dir, "prompts.csv")
 
 
 def read_prompts(results_dir: str | Path) -> pd.DataFrame:
     """Read `results_prompts.csv`. Raises `ResultsError` if it is missing or damaged."""
     path = Path(results_dir) / "results_prompts.csv"
     try:
-        with _damage("make it again with `python -m saegrid tables`"):
+        with advising("make it again with `python -m saegrid tables`"):
             check_sums(path.parent, [path.name])
         return pd.read_csv(path, dtype={"run_id": str, "template": str})[PROMPT_SUMS]
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror}; `python -m saegrid tables` makes it") from None
     except (KeyError, ValueError, pd.errors.ParserError) as error:
         raise ResultsError(f"{path}: not a table of prompts: {error}") from None
-
-
-def load_latents(df: pd.DataFrame, runs_dir: str | Path) -> pd.DataFrame:
-    """Firing counts and activations of all latents of all runs of `df`, long-form, with the run's `n_val_rows`."""
-    return _load_csvs(df, runs_dir, "latents.csv").merge(df[["run_id", "n_val_rows"]], on="run_id")
-
-
-def load_positions(df: pd.DataFrame, runs_dir: str | Path) -> pd.DataFrame:
-    """Squared reconstruction error by token position of all runs of `df`, long-form."""
-    return _load_csvs(df, runs_dir, "positions.csv")
-
-
-def load_curves(df: pd.DataFrame, runs_dir: str | Path) -> pd.DataFrame:
-    """Learning curves of all runs of `df`, long-form: one row an epoch."""
-    frames = []
-    for run_id, path in _files(df, runs_dir, "metrics.jsonl"):
-        with _damage():
-            lines = read_json_lines(path, checked_bytes(path))
-        frames.append(pd.DataFrame(lines).assign(run_id=run_id))
-    return _with_axes(pd.concat(frames, ignore_index=True), df)
-
-
-def load_timing(df: pd.DataFrame, runs_dir: str | Path) -> pd.DataFrame:
-    """Seconds, rows/s and machine of all runs of `df`: one row a run."""
-    rows = [_timing(path, run_id) for run_id, path in _files(df, runs_dir, "timing.json")]
-    return _with_axes(pd.DataFrame(rows), df)
 
 
 def candidates(df: pd.DataFrame) -> pd.DataFrame:
@@ -291,59 +188,3 @@ def typed(df: pd.DataFrame) -> pd.DataFrame:
             df[name] = pd.to_numeric(df[name]).astype(float)
     df["threshold"] = df["threshold"].replace(0.0, math.nan)
     return df
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise ResultsError(f"{path}: No such file; the run is not finished, `make report` finishes it")
-    with _damage():
-        return read_json(path)
-
-
-def _timing(path: Path, run_id: str) -> dict[str, Any]:
-    with _damage():
-        times = read_sealed(path)
-        if times.get("run_id") != run_id:
-            raise DamagedError(f"{path}: belongs to the run {times.get('run_id')!r}")
-    return times
-
-
-@contextlib.contextmanager
-def _damage(advice: str = "") -> Iterator[None]:
-    """A damaged file inside this block is told with what to do about it."""
-    try:
-        yield
-    except DamagedError as error:
-        raise ResultsError(f"{error}; {advice or MEND}") from None
-
-
-def _is_finite(value: Any) -> bool:
-    try:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer beyond every float
-        return False
-
-
-def _files(df: pd.DataFrame, runs_dir: str | Path, name: str) -> list[tuple[str, Path]]:
-    files = [(run_id, Path(runs_dir) / run_id / name) for run_id in df["run_id"]]
-    for _, path in files:
-        if not path.is_file():
-            raise ResultsError(f"{path}: no such file; {MEND}")
-    return files
-
-
-def _load_csvs(df: pd.DataFrame, runs_dir: str | Path, name: str) -> pd.DataFrame:
-    frames = []
-    for run_id, path in _files(df, runs_dir, name):
-        with _damage():
-            content = checked_bytes(path)
-        try:
-            frames.append(pd.read_csv(io.BytesIO(content)).assign(run_id=run_id))
-        except (ValueError, pd.errors.ParserError) as error:
-            raise ResultsError(f"{path}: not a table: {error}; {MEND}") from None
-    return _with_axes(pd.concat(frames, ignore_index=True), df)
-
-
-def _with_axes(long: pd.DataFrame, df: pd.DataFrame) -> pd.DataFrame:
-    axes = ["run_id", "name", "arch", "expansion", "k", "threshold", "seed"]
-    return df[axes].merge(long.drop(columns=[c for c in axes[1:] if c in long]), on="run_id")

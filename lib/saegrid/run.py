@@ -32,7 +32,7 @@ from saegrid.metrics import SINK_RATIO, Reconstruction, median_norm, splice_metr
 from saegrid.preflight import check
 from saegrid.prompts import make_prompts
 from saegrid.published import published_files
-from saegrid.results import MEND, METRICS, NOTEBOOK, SET_ASIDE, check_run, load_config, load_run
+from saegrid.records import MEND, METRICS, NOTEBOOK, SET_ASIDE, check_run, load_config, load_run
 from saegrid.sae import SAE, JumpReLU
 from saegrid.sealed import sum_of, write_sealed, write_sums
 from saegrid.splice import evaluate, load_baseline, make_baseline, mean_losses, save_baseline

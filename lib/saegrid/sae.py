@@ -136,10 +136,10 @@ class JumpReLU(SAE):
 
 
 class ReLU(JumpReLU):
-    """z = ReLU(pre), under an L1 penalty whose weight is moved so that k latents a row are active: the baseline.
+    """z = ReLU(pre), under an L1 penalty whose weight is moved so that about k latents a held-out row are active.
 
-    That is a JumpReLU with a theta of 0. In training, the loss has l1 / d_in times the mean over rows of Σ z besides,
-    for decoder rows of unit norm (arXiv:2309.08600).
+    The baseline, a JumpReLU with a theta of 0. In training, the loss has l1 / d_in times the mean over rows of Σ z
+    besides, for decoder rows of unit norm (arXiv:2309.08600).
     """
 
     @property

@@ -27,6 +27,8 @@ from saegrid.store import Store
 CHECKPOINT = "checkpoint.safetensors"
 DECAY = 0.2
 """Share of the steps, at the end, in which a "linear" learning rate falls."""
+LARGEST_AIM = 4.0
+"""ReLU is trained for K times or by this at most, whatever an epoch's rows say."""
 CHECK_STEPS = 100
 """On a GPU the loss is read back, and held to be finite, after so many steps: each look waits for the device."""
 
@@ -41,8 +43,10 @@ class Progress:
     batch: int = 0  # batches of this epoch already taken
     sq_error: float | Tensor = 0.0  # of this epoch so far; on the device until it is read
     rows: int = 0  # of this epoch so far
+    active: int | Tensor = 0  # pairs of row and latent of this epoch so far
     best_val_mse: float = math.inf
     best_epoch: int = -1
+    aim: float = 1.0  # L0 of training rows by that of held-out rows: ReLU is trained for so many times K
     curve: list[dict] = field(default_factory=list)
     seconds: float = 0.0  # of training, over all resumes
     _since: float = field(default_factory=time.perf_counter)
@@ -145,17 +149,19 @@ def _epoch(config, store, kernel, matmul, sae, progress: Progress, path: Path, r
     steps = config.epochs * math.ceil(store.n_train / config.batch_size)
     state, seen = progress.state, progress.state.step
     settings = step_settings(config, store, matmul)._replace(sink=found.sink)
+    rule = sae.training_rule
+    if isinstance(sae, ReLU):
+        rule = rule._replace(k=rule.k * progress.aim)
     batches = store.batches(
         "train", config.batch_size, config.seed, progress.epoch, start=progress.batch, device=sae.device
     )
     for x in batches:
         if found.scale != 1:
             x = x / found.scale
-        loss, _ = kernel.train_step(
-            state, x, sae.training_rule, settings._replace(lr=learning_rate(config, state.step, steps))
-        )
+        loss, active = kernel.train_step(state, x, rule, settings._replace(lr=learning_rate(config, state.step, steps)))
         progress.sq_error = progress.sq_error + loss * x.numel() * found.scale**2
         progress.rows += len(x)
+        progress.active = progress.active + active
         progress.batch += 1
         report(len(x))
         at_checkpoint = state.step % config.checkpoint_steps == 0
@@ -186,8 +192,8 @@ def step_settings(config: RunConfig, store: Store, matmul: str) -> StepSettings:
 
 
 def _read_loss(config, progress: Progress, seen: int) -> None:
-    """Wait for the device, and hold the loss of all steps behind step `seen` to be finite."""
-    progress.sq_error = float(progress.sq_error)
+    """Wait for the device's sums, and hold the loss of all steps behind step `seen` to be finite."""
+    progress.sq_error, progress.active = float(progress.sq_error), int(progress.active)
     if not math.isfinite(progress.sq_error):
         step = progress.state.step
         where = f"at step {step}" if step == seen + 1 else f"at one of the steps {seen + 1} to {step}"
@@ -210,6 +216,9 @@ def _validate(config, store, kernel, sae, progress: Progress, scale: float) -> N
         sq_error += (kernel.decode(params, codes) - x).double().square().sum().item() * scale**2
         active += len(codes.values)
         fired[codes.latents.long()] = True
+    train_l0, val_l0 = progress.active / progress.rows, active / store.n_val
+    if isinstance(sae, ReLU) and active:
+        progress.aim = min(LARGEST_AIM, max(1 / LARGEST_AIM, train_l0 / val_l0))
     steps = config.epochs * math.ceil(store.n_train / config.batch_size)
     val_mse = sq_error / (store.n_val * store.d_in)
     if not math.isfinite(val_mse):
@@ -224,14 +233,16 @@ def _validate(config, store, kernel, sae, progress: Progress, scale: float) -> N
             "lr": learning_rate(config, progress.state.step, steps),
             "train_mse": progress.sq_error / (progress.rows * store.d_in),
             "val_mse": val_mse,
-            "val_l0": active / store.n_val,
+            "train_l0": train_l0,
+            "val_l0": val_l0,
             "val_dead_pct": 100 * (~fired).double().mean().item(),
         }
     )
     if val_mse < progress.best_val_mse or isinstance(sae, ReLU):  # its L0 is free: the lowest error is the densest's
         progress.best, progress.best_val_mse = _copy(progress.state.params), val_mse
         progress.best_epoch = progress.epoch
-    progress.epoch, progress.batch, progress.sq_error, progress.rows = progress.epoch + 1, 0, 0.0, 0
+    progress.epoch, progress.batch = progress.epoch + 1, 0
+    progress.sq_error, progress.rows, progress.active = 0.0, 0, 0
 
 
 def save_checkpoint(path: Path, progress: Progress, run_id: str) -> None:

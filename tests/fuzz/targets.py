@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from safetensors.torch import save
 
-from saegrid import checkpoint, results
+from saegrid import checkpoint, records
 from saegrid.errors import SaegridError
 from saegrid.exchange import read_dictionary, read_saelens, read_sparsify
 from saegrid.files import save_sae
@@ -23,7 +23,7 @@ from saegrid.formats import export, load_sae
 from saegrid.grid import load_grid, papermill_arguments
 from saegrid.manifest import FORMAT
 from saegrid.published import _load
-from saegrid.results import RUN_FILES
+from saegrid.records import RUN_FILES
 from saegrid.sae import BatchTopK, JumpReLU, TopK
 from saegrid.sealed import SUMS, write_sealed, write_sums
 from saegrid.splice import load_baseline
@@ -88,11 +88,11 @@ def run_files(data: bytes, folder: Path) -> None:
         if stated := _object(facts):
             _quietly(checkpoint.write, path, _checkpoint_tensors(), stated)
             _quietly(load_checkpoint, path, TopK(2, 2, k=1), "r")
-    loaders = {b"l": results.load_curves, b"t": results.load_timing, b"c": results.load_latents}
+    loaders = {b"l": records.load_curves, b"t": records.load_timing, b"c": records.load_latents}
     if kind in b"ltcx":
-        _quietly(loaders.get(kind, results.load_prompts), pd.DataFrame([RUN]), folder)
+        _quietly(loaders.get(kind, records.load_prompts), pd.DataFrame([RUN]), folder)
     if kind in b"ms":
-        results.load_run(run_dir, "run")
+        records.load_run(run_dir, "run")
 
 
 def published_sae(data: bytes, folder: Path) -> None:
@@ -196,7 +196,7 @@ def _store_seed() -> bytes:
 
 
 def _run_seeds(folder: Path) -> list[bytes]:
-    row = {name: 1.0 for name in results.TIDY} | dict.fromkeys(results.HASHES, "ab" * 32) | {"run_id": "run"}
+    row = {name: 1.0 for name in records.TIDY} | dict.fromkeys(records.HASHES, "ab" * 32) | {"run_id": "run"}
     found = [b"m" + json.dumps(row).encode(), b'l{"epoch": 0, "val_mse": 1.5}\n{"epoch": 1, "val_mse": 0.5}\n']
     found += [b't{"run_id": "run", "train_seconds": 1.5}', b"s" + b"ab" * 32 + b"  metrics.json\n"]
     found += [b"clatent,fired,mean_act,max_act\n0,1,2.0,3.0\n", b"xprompt,template,n_tokens\n0,0,12\n"]

@@ -40,7 +40,7 @@ class Rule(NamedTuple):
     """
 
     kind: Literal["topk", "batchtopk", "threshold", "jumprelu", "relu", "gated"]
-    k: int = 0
+    k: float = 0  # a whole number but for relu
     threshold: float = 0.0
 
 
