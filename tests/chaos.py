@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from tiny import save_dataset, save_model
+from tqdm import tqdm
 
 from saegrid import records, results
 from saegrid.config import RunConfig, make_config
@@ -146,6 +148,7 @@ def start(task: Callable[[], None]) -> tuple[int, int]:
     os.close(reading)
     os.dup2(writing, 1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore that all forks share, and a killed one may have held it
     code = 3
     try:
         task()

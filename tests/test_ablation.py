@@ -1,7 +1,8 @@
+import pandas as pd
 import pytest
 
 from saegrid import card, evidence, findings, intervals, records, results
-from saegrid.ablation import by_recipe, recipe_section
+from saegrid.ablation import beside, by_recipe, forest, recipe_section, verdict
 from saegrid.errors import ResultsError
 from saegrid.recipes import RECIPES
 
@@ -52,6 +53,35 @@ def test_intervals_over_templates_and_seeds(fake_grid, fake_runs):
     assert low == pytest.approx(alone[0][0], abs=0.05) and high == pytest.approx(alone[1][1], abs=0.05)
     one = intervals.central(intervals.over_seeds(drawn, ids[:1]))
     assert one == pytest.approx(alone[0])
+
+
+def test_a_switched_choice_beside_the_whole_recipe(mixed, fake_grid, fake_runs):
+    """One that adds to every prompt's loss is told from the recipe, one that adds to half of them alike is not."""
+    prompts = records.load_prompts(results.tidy(fake_grid, fake_runs / "runs"), fake_runs / "runs")
+    one = prompts[prompts["run_id"] == prompts["run_id"].iloc[0]].reset_index(drop=True)
+    choices = [{}, {"aux_coef": 0.0}, {"warmup": 0.0}, {"sinks": "keep"}]
+    signs = one["template"].astype("category").cat.codes % 2 * 2 - 1
+    extra = [0.0, 0.2, 0.3 * signs, -0.1]
+    told = [mixed.iloc[2].to_dict() | choice | {"run_id": f"r{n}"} for n, choice in enumerate(choices)]
+    sums = [
+        one.assign(run_id=f"r{n}", ce_spliced_sum=one["ce_spliced_sum"] + add * one["n_tokens"])
+        for n, add in enumerate(extra)
+    ]
+    losses = [s.eval("(ce_spliced_sum - ce_clean_sum).sum() / n_tokens.sum()") for s in sums]
+    df = mixed.iloc[[2] * len(told)].assign(**{n: [row[n] for row in told] for n in mixed}).assign(delta_loss=losses)
+    found = beside(df, pd.concat(sums)).set_index("choice")
+    assert found.loc["aux_coef = 0.0", ["delta_more", "low", "high"]].to_list() == pytest.approx([0.2] * 3)
+    assert found.loc["sinks = keep", ["delta_more", "low", "high"]].to_list() == pytest.approx([-0.1] * 3)
+    assert found.loc["warmup = 0.0", "low"] < 0 < found.loc["warmup = 0.0", "high"]
+    lines = verdict(found.reset_index()).splitlines()
+    assert lines == [
+        "- More is lost with `aux_coef = 0.0` (+0.200) nats/token.",
+        "- Less is lost with `sinks = keep` (−0.100) nats/token.",
+        "- Not told from the whole recipe: `warmup = 0.0`.",
+    ]
+    ax = forest(found.reset_index())
+    assert [label.get_text() for label in ax.get_yticklabels()][-1] == found["delta_more"].idxmax()
+    assert beside(df.iloc[:1], sums[0]).empty
 
 
 def test_the_recipes_page_is_made_from_kept_tables(mixed, fake_grid, fake_runs, tmp_path):

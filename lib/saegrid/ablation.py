@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pandas as pd
+from matplotlib.axes import Axes
 
 from saegrid import intervals
 from saegrid.recipes import described
+from saegrid.style import INK, styled
 from saegrid.tables import html_table, markdown, number
 
 SETTING = ["arch", "expansion", "k", "threshold"]
@@ -33,6 +35,52 @@ def by_recipe(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> pd.DataF
         drawn = intervals.draws(prompts)
         bounds = groups["run_id"].agg(lambda ids: _between(*intervals.central(intervals.over_seeds(drawn, list(ids)))))
     return table.assign(**{BETWEEN[prompts is None]: bounds}).reset_index()
+
+
+def beside(df: pd.DataFrame, prompts: pd.DataFrame, base: str = "improved") -> pd.DataFrame:
+    """What switching one choice of a recipe does to delta loss: one row a switched choice, the costliest first.
+
+    Columns: `recipe` in words, `choice`, `delta_more` (mean over seeds, less that of `base` as it is), and `low` and
+    `high`, its central 95% interval, paired over templates and seeds. Empty where `base` or its variants are missing.
+    """
+    rows, whole = named(df), f"{base} but "
+    own = rows[rows["recipe"] == base]
+    drawn, found = intervals.draws(prompts), []
+    for recipe, those in rows[rows["recipe"].str.startswith(whole)].groupby("recipe", sort=False):
+        over = [intervals.over_seeds(drawn, list(part["run_id"])) for part in (those, own)]
+        low, high = intervals.central(over[0] - over[1])
+        more = those["delta_loss"].mean() - own["delta_loss"].mean()
+        choice = recipe.removeprefix(whole)
+        found.append({"recipe": recipe, "choice": choice, "delta_more": more, "low": low, "high": high})
+    columns = ["recipe", "choice", "delta_more", "low", "high"]
+    return pd.DataFrame(found, columns=columns).sort_values("delta_more", ascending=False, ignore_index=True)
+
+
+def verdict(found: pd.DataFrame) -> str:
+    """Which switched choices (`beside`) raise delta loss, which lower it, and which can't be told from the recipe."""
+    parts = {"More is lost": found["low"] > 0, "Less is lost": found["high"] < 0}
+    lines = []
+    for words, rows in parts.items():
+        if rows.any():
+            told = [f"`{row.choice}` ({number(row.delta_more, 'delta_more')})" for row in found[rows].itertuples()]
+            lines.append(f"- {words} with {', '.join(told)} nats/token.")
+    rest = found.loc[(found["low"] <= 0) & (found["high"] >= 0), "choice"]
+    if len(rest):
+        lines.append(f"- Not told from the whole recipe: {', '.join(f'`{choice}`' for choice in rest)}.")
+    return "\n".join(lines)
+
+
+@styled
+def forest(found: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Delta loss more than the recipe's with each choice switched (`beside`), with intervals; one row a choice."""
+    rows = found.iloc[::-1]
+    beyond = [rows["delta_more"] - rows["low"], rows["high"] - rows["delta_more"]]
+    ax.errorbar(rows["delta_more"], range(len(rows)), xerr=beyond, fmt="o", color=INK, capsize=3)
+    ax.axvline(0.0, color=INK, linewidth=0.8, linestyle="--")
+    ax.set_yticks(range(len(rows)), rows["choice"])
+    ax.set_xlabel("Delta loss more than the whole recipe's (nats/token)")
+    ax.grid(visible=False, axis="y")
+    return ax
 
 
 def recipe_section(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> str:

@@ -10,15 +10,13 @@ from html import escape
 
 import pandas as pd
 
-from saegrid import captions, intervals, plots, published_table
+from saegrid import captions, intervals, plots, published_table, verdicts
 from saegrid import findings as claims
 from saegrid.ablation import recipe_section
 from saegrid.budget import budget_section
 from saegrid.config import BATCH_CUT, has_thetas
-from saegrid.findings import Finding
 from saegrid.tables import COLUMNS, MISSING, Markdown, html_block, html_table, markdown, number, pipe_table
 
-SIGNS = {claims.HOLDS: ("✓", "holds"), claims.FAILS: ("✗", "fails"), claims.NOT_TESTABLE: ("○", "open")}
 MAIN = ["name", "l0", "val_mse", "nmse", "fvu_no_sink", "dead_pct", "delta_loss", "frac_rec_pct", "loss_recovered_mean"]
 """Columns of the results table on the home page."""
 
@@ -57,10 +55,10 @@ def model_card(
         "## Load the recommended SAE",
         load_text(best),
         "## The five published findings, tested again",
-        f"{verdicts_text(own)} The published sweep ran on Qwen2.5-0.5B-Instruct; its printed rows are "
+        f"{verdicts.verdicts_text(own)} The published sweep ran on Qwen2.5-0.5B-Instruct; its printed rows are "
         "tested by the same functions."
         + (f" [Evidence, rule and rows of each]({links}findings.ipynb)." if links else ""),
-        findings_table(own, published, f"{links}findings.html" if links else None),
+        verdicts.findings_table(own, published, f"{links}findings.html" if links else None),
         "## Results",
         html_table(df, MAIN, caption=f"All {len(df)} runs.", links=runs, tools="results" if links else ""),
         *filter(None, [recipe_section(df, prompts)]),
@@ -71,17 +69,6 @@ def model_card(
         "## Limits",
         limits_text(df),
     )
-
-
-def verdicts_text(own: list[Finding]) -> str:
-    """How many findings hold, fail and can't be tested, in a sentence."""
-    counts = {word: sum(finding.verdict == word for finding in own) for word in SIGNS}
-    parts = []
-    for word, count in counts.items():
-        text = word.removesuffix("s") if count > 1 and word != claims.NOT_TESTABLE else word
-        text = f"{'is' if count == 1 else 'are'} {word}" if word == claims.NOT_TESTABLE else text
-        parts += [f"{count} {text}"] if count else []
-    return f"On these rows, {', '.join(parts)}."
 
 
 def swept_text(df: pd.DataFrame) -> str:
@@ -137,68 +124,6 @@ def recommendation(df: pd.DataFrame, prompts: pd.DataFrame | None = None, runs: 
         f"mean {text['loss_recovered_mean']}, FVU without sinks {text['fvu_no_sink']}, dead latents "
         f"{text['dead_pct']}%.\n:::\n"
     )
-
-
-def findings_table(own: list[Finding], published: list[Finding], page: str | None = None) -> Markdown:
-    """One row a finding: the claim, the verdict on our rows with the effect, the verdict on the published rows.
-
-    `page` is the findings page as seen from this one, "" for this one itself; None: no links.
-    """
-    rows = []
-    for ours, theirs in zip(own, published, strict=True):
-        title = f"{ours.number}. {escape(ours.title)}"
-        title = title if page is None else f'<a href="{page}#finding-{ours.number}">{title}</a>'
-        rows.append(
-            f'<tr><th scope="row" class="wrap">{title}<span class="claim">{escape(ours.claim)}</span></th>'
-            f'<td class="text">{verdict(ours)}</td>'
-            f'<td class="text">{escape(ours.effect_text)}<span class="claim">{escape(ours.effect_name)}</span></td>'
-            f'<td class="text">{verdict(theirs)}{_their_effect(theirs)}</td></tr>'
-        )
-    heads = ["Published claim", "Verdict here", 'Effect, 95% interval <span class="unit">nats/token</span>']
-    heads += ['On the published rows <span class="unit">nats/token</span>']
-    caption = (
-        "Verdicts on this grid's rows and on the published ones. Intervals by paired bootstrap over templates; the "
-        "published rows allow none."
-    )
-    return html_block(
-        f'<div class="table-scroll" role="region" tabindex="0" aria-label="The five findings">\n'
-        f'<table class="table results" data-quarto-disable-processing="true">\n<caption>{caption}</caption>\n'
-        + "<thead><tr>"
-        + "".join(f'<th scope="col" class="text">{head}</th>' for head in heads)
-        + "</tr></thead>\n<tbody>\n"
-        + "\n".join(rows)
-        + "\n</tbody>\n</table>\n</div>"
-    )
-
-
-def _their_effect(finding: Finding) -> str:
-    """The effect on the published rows, which have no per-prompt losses and so no interval."""
-    return "" if finding.effect is None else f'<span class="claim">{escape(finding.effect_text)}</span>'
-
-
-def verdict(finding: Finding) -> str:
-    """A verdict as HTML: sign, word and colour."""
-    sign, mark = SIGNS[finding.verdict]
-    return f'<span class="verdict verdict-{mark}"><span aria-hidden="true">{sign}</span> {finding.verdict}</span>'
-
-
-def finding_section(own: Finding, published: Finding, links: str = "") -> Markdown:
-    """One finding at length: claim, verdict, numbers, rule, the rows it rests on, and the published rows' verdict."""
-    columns = ["name", "seed", "l0", "val_mse", "nmse", "dead_pct", "delta_loss", "frac_rec_pct"]
-    parts = [
-        f"> {own.claim}",
-        f"**On this grid: {SIGNS[own.verdict][0]} {own.verdict}.** {own.sentence}",
-        f"**On the published rows: {SIGNS[published.verdict][0]} {published.verdict}.** {published.sentence}",
-        f"*Rule, fixed before the results.* {own.rule}",
-    ]
-    if own.effect is not None:
-        interval = ", with its 95% interval" if own.interval else ""
-        parts.insert(2, f"{own.effect_name}: **{own.effect_text}** nats/token{interval}.")
-    for finding, source in ((own, "this grid"), (published, "the published table")):
-        if len(finding.evidence):
-            caption = f"Finding {own.number}: rows of {source}."
-            parts.append(html_table(finding.evidence, columns, caption=caption, links=links if finding is own else ""))
-    return markdown(*parts)
 
 
 def setting_table(df: pd.DataFrame) -> Markdown:

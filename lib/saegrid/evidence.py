@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from saegrid import ablation, baselines, intervals, peers, plots, results, scaling
-from saegrid.tables import Markdown, header, html_table, markdown, number
+from saegrid.tables import Markdown, change, header, html_table, markdown, number
 
 GRIDS = {"recipes": "Two recipes", "ablation": "What each choice buys", "scaling": "Scaling"}
 """Folders under `results/`, made by the grid files of the same names, and the titles of their sections."""
@@ -61,10 +61,22 @@ def _comparison(folder: Path, name: str) -> str:
     table = ablation.by_recipe(df, prompts)
     keys = [key for key in ablation.SETTING if table[key].nunique() > 1]
     columns = [*(["arch"] if "arch" in keys else []), "recipe", "seeds", *ablation.MEANS, *ablation.BETWEEN]
-    but = "; “but” names the choice that differs" if table["recipe"].str.contains(" but ").any() else ""
-    caption = f"Means over {df['seed'].nunique()} seeds, from make {name}{but}."
-    said = [_what(df), claim(df, prompts), _beside_pca(table, baselines.read(folder))]
-    return markdown(*filter(None, said), html_table(table, columns, caption=caption))
+    caption = f"Means over {df['seed'].nunique()} seeds, from make {name}."
+    if table["recipe"].str.contains(" but ").any():
+        found = ablation.beside(df, prompts)
+        said = [ablation.verdict(found), _forest(found)]
+        changes = [change(*row) for row in found[["delta_more", "low", "high"]].itertuples(index=False)]
+        table = table.merge(found.assign(delta_change=changes)[["recipe", "delta_change"]], how="left")
+        columns = [name for name in columns if name not in ablation.BETWEEN] + ["delta_change"]
+        caption = f"{caption[:-1]}; “but” names the choice that differs."
+    else:
+        said = [claim(df, prompts), _beside_pca(table, baselines.read(folder))]
+    return markdown(_what(df), *filter(None, said), html_table(table, columns, caption=caption))
+
+
+def _forest(found: pd.DataFrame) -> str:
+    text = "Delta loss with one choice of the recipe switched, less that of the whole recipe; bars are 95% intervals."
+    return plots.figure(ablation.forest(found), alt=text, caption=text)
 
 
 def _what(df: pd.DataFrame) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from saegrid import captions, card, plots, published_table, records
+from saegrid import captions, card, plots, published_table, records, verdicts
 from saegrid import findings as claims
 from saegrid.config import BATCH_CUT, EMBEDDED_DATASET, EMBEDDED_MODEL, has_thetas
 from saegrid.fetch import HUB_ID
@@ -98,7 +98,7 @@ def readme(
         "## The five published findings, tested again",
         f"They come from [{SWEEP}](https://huggingface.co/{SWEEP}), on Qwen2.5-0.5B-Instruct; the rows that its card "
         "prints are tested by the same functions.",
-        card.findings_table(own, published),
+        verdicts.findings_table(own, published),
         "## Results",
         html_table(named, [*card.MAIN, "seed"], caption=f"All {len(df)} runs."),
         "All columns: `results_tidy.csv`; as the published sweep has them: `results.csv` and `results_full.csv`.",

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from saegrid import intervals
 from saegrid.style import ABOVE, log_axes, styled
-from saegrid.tables import Markdown, header, html_table, number
+from saegrid.tables import Markdown, change, header, html_table, number
 
 OWN = "saegrid"
 KEYS = ["peer", "arch", "k", "rate", "seed"]
@@ -71,8 +71,7 @@ def table(found: pd.DataFrame) -> Markdown:
     own = {
         "Contender": found["peer"] + " " + found["arch"],
         "Delta loss more than this project's": [
-            "" if row.is_base else f"{number(row.more, 'delta_loss')} [{row.low:.3f}, {row.high:.3f}]".replace("-", "−")
-            for row in found.itertuples()
+            "" if row.is_base else change(row.more, row.low, row.high) for row in found.itertuples()
         ],
         "Learning rate by its default": found["rates"],
     }

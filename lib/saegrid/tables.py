@@ -74,6 +74,8 @@ COLUMNS = {
     "ce_mean": Column("CE mean", "nats/token", ".3f"),
     "delta_loss": Column("Delta loss", "nats/token", ".3f", "min"),
     "delta_interval": Column("Delta loss, 95% interval", "nats/token"),
+    "delta_more": Column("Delta loss more", "nats/token", "+.3f"),
+    "delta_change": Column("Delta loss more than the whole recipe's", "nats/token"),
     "delta_range": Column("Delta loss, range over seeds", "nats/token"),
     "budget": Column("Best within an L0 of", "latents/token"),
     "smaller": Column("Half the latents costs", "nats/token"),
@@ -107,6 +109,11 @@ def number(value: Any, name: str = "") -> str:
         return value
     text = format(int(value) if column.digits.endswith("d") else value, column.digits).removesuffix(".")
     return text.replace("-", "−") if "e" not in text else text
+
+
+def change(value: float, low: float, high: float) -> str:
+    """A difference with its interval: `+0.081 [+0.044, +0.120]`."""
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]".replace("-", "−")
 
 
 def header(name: str) -> str:
