@@ -38,7 +38,7 @@ from saegrid.splice import mean_losses
 from saegrid.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
-KS, RATES = (16, 32, 64, 128), (1.0, 0.333333, 3.0)
+KS, RATES = (16, 32, 64, 128), (1.0, 3.0, 10.0)
 EXPANSION, TRAIN_TOKENS, VAL_TOKENS, EPOCHS, BATCH = 4, 40_000, 10_000, 5, 512
 CONTENDERS = {
     ("saegrid", "BatchTopK"): 1e-3,

@@ -6,8 +6,8 @@ import re
 import subprocess
 from pathlib import Path
 
-from saegrid import baselines, findings, results
-from saegrid.ablation import by_recipe
+from saegrid import baselines, findings, results, scaling
+from saegrid.ablation import beside, by_recipe
 from saegrid.recipes import RECIPES
 
 README = Path("README.md").read_text()
@@ -82,6 +82,28 @@ def test_the_readmes_recipes_are_those_of_the_committed_table():
         ]  # fmt: skip
     pca = baselines.read("results/recipes").set_index("components").loc[64]
     assert f"| 64 | {pca['fvu_no_sink']:.3f} | | {pca['delta_loss']:.3f} |" in README
+
+
+def test_the_readmes_ablation_is_the_committed_one():
+    """The three costliest choices by name and number, and those that the intervals can't tell from none."""
+    folder = "results/ablation"
+    found = beside(results.read_tidy(folder), results.read_prompts(folder)).set_index("choice")
+    whole = by_recipe(results.read_tidy(folder)).set_index("recipe").loc["improved", "delta_loss"]
+    most = found["delta_more"].nlargest(3)
+    assert list(most.index) == ["lr = 0.0001", "sinks = keep", "act_scale = none"]
+    assert (
+        f"({most.iloc[0] + whole:.2f}, {most.iloc[2] + whole:.2f} and {most.iloc[1] + whole:.2f} nats/token" in README
+    )
+    none = found[(found["low"] <= 0) & (found["high"] >= 0)]
+    assert set(none.index) == {"aux_coef = 0.0", "grad_clip = 0.0", "project_grad = False", "warmup = 0.0"}
+
+
+def test_the_readmes_scaling_is_the_committed_one():
+    found = scaling.exponents(results.read_tidy("results/scaling"))
+    found = found[found["measure"] == "delta_loss"].set_index("size")
+    assert found.loc["d_sae", "low"] < 0 < found.loc["d_sae", "high"]
+    tokens, k = (2 ** found.loc[size, "slope"] for size in ("n_train_rows", "k"))
+    assert f"twice the tokens multiply delta loss by {tokens:.2f} and twice the K by {k:.2f}\n" in README
 
 
 def test_the_readmes_speed_is_that_of_the_committed_benchmark():

@@ -19,19 +19,21 @@ def runs():
 
 
 def test_exponents_are_those_that_the_runs_follow(runs):
-    table = scaling.exponents(runs).set_index("measure")
-    for measure, expected in (
-        ("FVU without sinks", (-0.25, -0.5, 0.0)),
-        ("Delta loss (nats/token)", (0.0, -1.0, -0.3)),
-    ):
+    found = scaling.exponents(runs)
+    rows = found.set_index(["measure", "size"])
+    for measure, expected in (("fvu_no_sink", (-0.25, -0.5, 0.0)), ("delta_loss", (0.0, -1.0, -0.3))):
         for name, true in zip(scaling.SIZES, expected, strict=True):
-            slope, low, high = (float(part.strip("[],").replace("−", "-")) for part in table.loc[measure, name].split())
-            assert slope == pytest.approx(true, abs=0.05) and low - 0.02 <= true <= high + 0.02
-    assert table["spread"].str.fullmatch(r"1\.0[3-7]x").all()
+            row = rows.loc[(measure, name)]
+            assert row["slope"] == pytest.approx(true, abs=0.05)
+            assert row["low"] - 0.02 <= true <= row["high"] + 0.02
+    assert found["spread"].between(1.025, 1.075).all()
+    slope = rows.loc[("fvu_no_sink", "k"), "slope"]
+    assert f"{slope:+.2f}".replace("-", "−") in scaling.exponent_table(found, len(runs))
+    assert f"- Twice the K multiplies FVU without sinks by {2**slope:.2f} [" in scaling.verdict(found)
 
 
 def test_sizes_that_do_not_vary_are_left_out(runs):
-    assert "n_train_rows" not in scaling.exponents(runs[runs["n_train_rows"] == 10_000])
+    assert "n_train_rows" not in set(scaling.exponents(runs[runs["n_train_rows"] == 10_000])["size"])
     with pytest.raises(ValueError, match="too few runs"):
         scaling.exponents(runs.iloc[:5])
 
@@ -41,6 +43,9 @@ def test_curves_have_a_line_a_value(runs):
     assert [line.get_label() for line in ax.lines] == ["1,024", "2,048", "4,096"]
     first = runs[runs["d_sae"] == 1024].groupby("k")["delta_loss"].mean()
     assert list(ax.lines[0].get_ydata()) == pytest.approx(list(first))
+    plt.close(ax.figure)
+    ax = scaling.curves(runs.assign(dead_pct=0.0), y="dead_pct", x="k", by="d_sae")
+    assert (ax.get_yscale(), ax.get_xscale()) == ("linear", "log")
     plt.close(ax.figure)
 
 

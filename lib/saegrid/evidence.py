@@ -48,12 +48,15 @@ def _peers(folder: Path) -> str:
 
 def _scaling(folder: Path) -> str:
     df = results.read_tidy(folder)
-    panels = [("fvu_no_sink", "d_sae", "k"), ("delta_loss", "d_sae", "k"), ("delta_loss", "k", "n_train_rows")]
+    panels = [("fvu_no_sink", "d_sae", "k"), ("delta_loss", "d_sae", "k")]
+    panels += [("delta_loss", "k", "n_train_rows"), ("dead_pct", "d_sae", "k")]
     figures = []
     for y, x, by in panels:
         text = f"{header(y)} over {header(x)}, a line for each {header(by)}; means over the other sizes."
         figures.append(plots.figure(scaling.curves(df, y=y, x=x, by=by), alt=text, caption=text))
-    return markdown(_what(df), scaling.exponent_table(df), plots.side_by_side(figures))
+    found = scaling.exponents(df)
+    table = scaling.exponent_table(found, len(df))
+    return markdown(_what(df), scaling.verdict(found), plots.side_by_side(figures), table)
 
 
 def _comparison(folder: Path, name: str) -> str:

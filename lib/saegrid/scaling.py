@@ -8,23 +8,23 @@ from matplotlib.axes import Axes
 
 from saegrid.intervals import DRAWS, SEED, central
 from saegrid.style import ABOVE, INK, log_axes, styled
-from saegrid.tables import Markdown, header, html_table, number
+from saegrid.tables import Markdown, change, header, html_table, number
 
-SIZES = {"d_sae": "dictionary size", "k": "K", "n_train_rows": "training tokens"}
-MEASURES = ["fvu_no_sink", "delta_loss"]
+SIZES = {"d_sae": "latents", "k": "K", "n_train_rows": "training tokens"}
+MEASURES = {"fvu_no_sink": "FVU without sinks", "delta_loss": "delta loss"}
 
 
 def exponents(df: pd.DataFrame) -> pd.DataFrame:
-    """One row a measure: the slopes of log(measure) over the logs of all sizes that vary, fitted together.
+    """One row a measure and size that varies: the slope of log(measure) over log(size), all sizes fitted together.
 
-    Least squares over the runs; the 95% intervals by a bootstrap over them. Columns: `measure`, the sizes that vary,
-    each as `slope [low, high]`, and `spread`, the typical factor by which a run misses the fit.
+    Least squares over the runs; `low` and `high` are the central 95% interval of a bootstrap over them, `spread` the
+    typical factor by which a run misses the fit.
 
     Raises:
         ValueError: fewer runs than two for each number that is fitted, or a measure that is not above 0.
     """
     sizes = [name for name in SIZES if df[name].nunique() > 1]
-    if len(df) < 2 * (len(sizes) + 1) or not (df[MEASURES] > 0).all(axis=None):
+    if len(df) < 2 * (len(sizes) + 1) or not (df[[*MEASURES]] > 0).all(axis=None):
         raise ValueError("scaling: too few runs, or a measure that is not above 0")
     x = np.column_stack([np.ones(len(df)), *(np.log(df[name].astype(float)) for name in sizes)])
     picks = np.random.default_rng(SEED).integers(len(df), size=(DRAWS, len(df)))
@@ -34,34 +34,54 @@ def exponents(df: pd.DataFrame) -> pd.DataFrame:
         slopes = _fit(x, y)
         drawn = np.array([_fit(x[pick], y[pick]) for pick in picks])
         spread = float(np.exp(np.std(y - x @ slopes)))
-        row = {"measure": header(measure)}
-        for n, name in enumerate(sizes, start=1):
+        for n, size in enumerate(sizes, start=1):
             low, high = central(drawn[:, n])
-            row[name] = f"{_signed(slopes[n])} [{_signed(low)}, {_signed(high)}]"
-        rows.append(row | {"spread": f"{spread:.2f}x"})
-    return pd.DataFrame(rows)
+            rows.append([measure, size, slopes[n], low, high, spread])
+    return pd.DataFrame(rows, columns=["measure", "size", "slope", "low", "high", "spread"])
 
 
-def exponent_table(df: pd.DataFrame) -> Markdown:
-    """The slopes as a table of a page."""
-    table = exponents(df).rename(columns={name: f"over {title}" for name, title in SIZES.items()})
-    table = table.rename(columns={"measure": "Measure", "spread": "A run misses the fit by"})
+def exponent_table(found: pd.DataFrame, runs: int) -> Markdown:
+    """The slopes (`exponents`) of so many runs as a table of a page."""
+    rows = []
+    for measure, those in found.groupby("measure", sort=False):
+        slopes = {f"over {SIZES[row.size]}": change(row.slope, row.low, row.high, 2) for row in those.itertuples()}
+        rows.append(
+            {"Measure": header(measure), **slopes, "A run misses the fit by": f"{those['spread'].iloc[0]:.2f}x"}
+        )
+    table = pd.DataFrame(rows)
     caption = (
-        f"Exponents fitted to {len(df)} runs, all sizes at once, with 95% intervals by a bootstrap over the runs: "
+        f"Exponents fitted to {runs} runs, all sizes at once, with 95% intervals by a bootstrap over the runs: "
         "−0.5 means that four times the size halves the measure."
     )
     return html_table(table, list(table.columns), caption=caption, mark_best=False)
 
 
+def verdict(found: pd.DataFrame) -> str:
+    """What twice each size does to the measures (`exponents`), in a line for each size."""
+    lines = []
+    for size, rows in found.groupby("size", sort=False):
+        told = [
+            f"{MEASURES[row.measure]} by {2**row.slope:.2f} [{2**row.low:.2f}, {2**row.high:.2f}]"
+            for row in rows.itertuples()
+        ]
+        lines.append(f"- Twice the {SIZES[size]} multiplies {' and '.join(told)}.")
+    return "\n".join(lines)
+
+
 @styled
 def curves(df: pd.DataFrame, *, y: str, x: str, by: str, ax: Axes | None = None) -> Axes:
-    """A measure over one size, one line for each value of another (means over all else), both axes logarithmic."""
+    """A measure over one size, one line for each value of another (means over all else), both axes logarithmic.
+
+    A measure that can be 0, such as dead latents, keeps a linear axis.
+    """
     groups = list(df.groupby(by))
     for n, (value, group) in enumerate(groups):
         line = group.groupby(x)[y].mean()
         shade = 0.35 + 0.65 * (n + 1) / len(groups)
         ax.plot(line.index, line, color=INK, alpha=shade, marker="osD^vP"[n % 6], label=f"{number(value, by)}")
     log_axes(ax, sorted(df[x].unique()))
+    if (df[y] <= 0).any():
+        ax.set_yscale("linear")
     ax.set_xlabel(header(x))
     ax.set_ylabel(header(y))
     ax.legend(title=header(by), ncols=4, **ABOVE)
@@ -70,7 +90,3 @@ def curves(df: pd.DataFrame, *, y: str, x: str, by: str, ax: Axes | None = None)
 
 def _fit(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.linalg.lstsq(x, y, rcond=None)[0]
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 INK = "#0a0b0c"
 PALETTE = {
@@ -70,7 +71,8 @@ def log_axes(ax: Axes, ticks: list) -> None:
     """Both axes logarithmic, plain numbers on them, the x axis to base 2 with these ticks."""
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
+    ax.set_xticks(ticks)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.set_xticks(ticks)
     ax.minorticks_off()

@@ -111,9 +111,9 @@ def number(value: Any, name: str = "") -> str:
     return text.replace("-", "−") if "e" not in text else text
 
 
-def change(value: float, low: float, high: float) -> str:
+def change(value: float, low: float, high: float, digits: int = 3) -> str:
     """A difference with its interval: `+0.081 [+0.044, +0.120]`."""
-    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]".replace("-", "−")
+    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]".replace("-", "−")
 
 
 def header(name: str) -> str:
