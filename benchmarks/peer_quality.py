@@ -1,20 +1,24 @@
-"""SAEs of this project beside its peers', at matched L0: the same rows, epochs, width and number of learning rates.
+"""SAEs of this project beside its peers', at matched L0: the same rows, epochs, width and search for a learning rate.
 
     python benchmarks/peer_quality.py                     # hours on two cores; stopped, it goes on where it was
     python benchmarks/peer_quality.py --ks 64 --rates 1
 
 Every SAE is judged by this project's metrics on the same held-out rows and prompts. Thresholds are calibrated to K on
-the validation rows for all alike, and each contender's learning rate is the one with the lowest FVU without sinks
-there, which alone is spliced. Writes `results/peers/runs.csv` and `prompts.csv` behind each contender.
+the validation rows for all alike. Each contender is trained at its default learning rate and at three times that, and
+on along `LADDER` until both neighbours of the best, by FVU without sinks on the validation rows, are worse; that one
+alone is spliced. Writes `results/peers/runs.csv` and `prompts.csv` behind each contender.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
 import os
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +42,9 @@ from saegrid.splice import mean_losses
 from saegrid.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
-KS, RATES = (16, 32, 64, 128), (1.0, 3.0, 10.0)
+KS = (16, 32, 64, 128)
+LADDER = (0.1, 0.333333, 1.0, 3.0, 10.0, 30.0)
+"""Learning rates that may be tried, by a contender's default."""
 EXPANSION, TRAIN_TOKENS, VAL_TOKENS, EPOCHS, BATCH = 4, 40_000, 10_000, 5, 512
 CONTENDERS = {
     ("saegrid", "BatchTopK"): 1e-3,
@@ -61,7 +67,7 @@ ON_PROMPTS = ["delta_loss", "loss_recovered_mean", "ce_spliced"]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ks", default=",".join(map(str, KS)))
-    parser.add_argument("--rates", type=int, default=len(RATES), help="learning rates of each contender")
+    parser.add_argument("--rates", type=int, default=len(LADDER), help="learning rates of each contender, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peers", default=",".join(dict.fromkeys(peer for peer, _ in CONTENDERS)))
     parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers/bin/python")
@@ -81,29 +87,40 @@ def main() -> None:
                 spec = {"peer": peer, "arch": arch, "k": k, "seed": options.seed, "threads": threads}
                 if peer in options.peers.split(",") and not known(options.out, spec):
                     scale = (EXPANSION * store.d_in / 2**14) ** -0.5 if peer in SCALED else 1.0
-                    rates = {rate: rate * default * scale for rate in RATES[: options.rates]}
-                    add(options.out, *tuned(spec, rates, base, store, folder, options.peers_python))
+                    train = functools.partial(
+                        trained, base=base, store=store, folder=folder, python=options.peers_python
+                    )
+                    add(options.out, *tuned(spec, default * scale, options.rates, base, store, train))
 
 
 def tuned(
-    spec: dict, rates: dict[float, float], base: RunConfig, store: Store, folder: Path, python: Path
+    spec: dict, default: float, most: int, base: RunConfig, store: Store, train: Callable[[dict], tuple[SAE, float]]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A contender at all learning rates, one row each; the best one's losses by prompt, which its row has alone."""
-    rows, saes = [], []
-    for rate, lr in rates.items():
-        told = spec | {"rate": rate, "lr": lr}
-        sae, seconds = trained(told, base, store, folder, python)
-        saes.append(calibrated(sae, spec["k"], store))
-        found, _, _ = evaluate_rows(saes[-1], store, BATCH, kernel)
-        rows.append({**told, "seconds": seconds, **{name: found[name] for name in ON_ROWS}})
-    best = min(range(len(rows)), key=lambda n: rows[n]["fvu_no_sink"])
+    """A contender at each learning rate tried, a row each; the best one's losses by prompt, which its row has alone."""
+    rows, saes = {}, {}
+    while (rate := next_rate({rate: row["fvu_no_sink"] for rate, row in rows.items()})) and len(rows) < most:
+        told = spec | {"rate": rate, "lr": rate * default}
+        sae, seconds = train(told)
+        saes[rate] = calibrated(sae, spec["k"], store)
+        found, _, _ = evaluate_rows(saes[rate], store, BATCH, kernel)
+        rows[rate] = {**told, "seconds": seconds, **{name: found[name] for name in ON_ROWS}}
+    best = min(rows, key=lambda rate: rows[rate]["fvu_no_sink"])
     sums, l0_eval = spliced(base, store, saes[best], kernel)
     found = splice_metrics(**mean_losses(sums))
     rows[best] |= {"l0_eval": l0_eval, **{name: found[name] for name in ON_PROMPTS}}
-    return pd.DataFrame(rows), sums.assign(**{name: rows[best][name] for name in KEYS})
+    return pd.DataFrame(rows.values()), sums.assign(**{name: rows[best][name] for name in KEYS})
 
 
-def trained(spec: dict, base: RunConfig, store: Store, folder: Path, python: Path) -> tuple[SAE, float]:
+def next_rate(tried: dict[float, float]) -> float | None:
+    """The rate of `LADDER` to try next, from the loss of each one tried; None where the best has worse neighbours."""
+    if len(tried) < 2:
+        return 3.0 if tried else 1.0
+    at = LADDER.index(min(tried, key=lambda rate: math.inf if math.isnan(tried[rate]) else tried[rate]))
+    beside = LADDER[max(0, at - 1) : at + 2]
+    return next((rate for rate in beside if rate not in tried), None)
+
+
+def trained(spec: dict, *, base: RunConfig, store: Store, folder: Path, python: Path) -> tuple[SAE, float]:
     """One contender's SAE, and the seconds that its training took."""
     if spec["peer"] == "saegrid":
         names = ("arch", "k", "lr", "seed", "threads")

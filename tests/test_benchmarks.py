@@ -146,3 +146,15 @@ def test_bf16_is_tried_where_the_processor_has_it():
     assert settings_of("sae-lens", "TopK", bf16=True) == ("default", "bf16", "compile", "bf16+compile", "sparse")
     assert settings_of("sae-lens", "TopK", bf16=False) == ("default", "compile", "sparse")
     assert settings_of("torch", "JumpReLU", bf16=False) == ("default", "fused", "fused+compile")
+
+
+def test_learning_rates_are_tried_until_the_best_has_worse_neighbours(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from peer_quality import LADDER, next_rate
+
+    for best in LADDER:
+        tried = {}
+        while rate := next_rate(tried):
+            tried[rate] = abs(math.log(rate / best)) if rate < 10 * best else math.nan
+        assert tried[best] == 0.0 and len(tried) <= 5
+        assert {1.0, 3.0} <= set(tried) and len(tried) >= 3

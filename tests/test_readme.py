@@ -6,7 +6,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from saegrid import baselines, findings, results, scaling
+from saegrid import baselines, findings, peers, results, scaling
 from saegrid.ablation import beside, by_recipe
 from saegrid.recipes import RECIPES
 
@@ -104,6 +104,16 @@ def test_the_readmes_scaling_is_the_committed_one():
     assert found.loc["d_sae", "low"] < 0 < found.loc["d_sae", "high"]
     tokens, k = (2 ** found.loc[size, "slope"] for size in ("n_train_rows", "k"))
     assert f"twice the tokens multiply delta loss by {tokens:.2f} and twice the K by {k:.2f}\n" in README
+
+
+def test_the_readmes_peers_are_those_of_the_committed_tables():
+    found = peers.compared(*peers.read(Path("results/peers")))
+    found = found[found["k"] == 64]
+    own, others = found[found["is_base"]].iloc[0], found[found["peer"] != peers.OWN]
+    best = others.loc[others["delta_loss"].idxmin()]
+    assert f"{own['fvu_no_sink']:.3f}\nagainst {others['fvu_no_sink'].min():.3f};" in README
+    assert (best["peer"], best["arch"]) == ("dictionary_learning", "Matryoshka") and best["low"] < 0 < best["high"]
+    assert f"{best['delta_loss']:.3f}, can't be told from its {own['delta_loss']:.3f}\n" in README
 
 
 def test_the_readmes_speed_is_that_of_the_committed_benchmark():
