@@ -104,7 +104,7 @@ def tuned(
         saes[rate] = calibrated(sae, spec["k"], store)
         found, _, _ = evaluate_rows(saes[rate], store, BATCH, kernel)
         rows[rate] = {**told, "seconds": seconds, **{name: found[name] for name in ON_ROWS}}
-    best = min(rows, key=lambda rate: rows[rate]["fvu_no_sink"])
+    best = min(rows, key=lambda rate: lost(rows[rate]["fvu_no_sink"]))
     sums, l0_eval = spliced(base, store, saes[best], kernel)
     found = splice_metrics(**mean_losses(sums))
     rows[best] |= {"l0_eval": l0_eval, **{name: found[name] for name in ON_PROMPTS}}
@@ -115,9 +115,14 @@ def next_rate(tried: dict[float, float]) -> float | None:
     """The rate of `LADDER` to try next, from the loss of each one tried; None where the best has worse neighbours."""
     if len(tried) < 2:
         return 3.0 if tried else 1.0
-    at = LADDER.index(min(tried, key=lambda rate: math.inf if math.isnan(tried[rate]) else tried[rate]))
+    at = LADDER.index(min(tried, key=lambda rate: lost(tried[rate])))
     beside = LADDER[max(0, at - 1) : at + 2]
     return next((rate for rate in beside if rate not in tried), None)
+
+
+def lost(fvu: float) -> float:
+    """A loss to choose by: one that is no number is the worst."""
+    return math.inf if math.isnan(fvu) else fvu
 
 
 def trained(spec: dict, *, base: RunConfig, store: Store, folder: Path, python: Path) -> tuple[SAE, float]:

@@ -3,7 +3,8 @@
 Each with the settings that its authors recommend, by its released package, through its own trainer where that takes
 rows (SAELens, dictionary_learning) and else by the step inside it (sparsify). What is given in steps or tokens for long
 runs takes the same share of a short one: warm-up 5%, decay the last 20%, dead latents behind 5%. Attention sinks are
-left out of dictionary_learning's scale, which they would otherwise make up. Written in the peer's own form.
+left out of SAELens' and dictionary_learning's scales, which they would otherwise make up; Matryoshka's widths are this
+project's for all. Written in the peer's own form.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 WARM_UP, DECAY, DEAD = 0.05, 0.2, 0.05
-NORM_BATCHES = 50
 SINK_RATIO = 10.0
 PREFIXES = 5
 
@@ -31,6 +31,12 @@ def batches(x: Tensor, spec: dict) -> Iterator[Tensor]:
     for _ in range(spec["epochs"]):
         for index in torch.randperm(len(x), generator=generator).split(spec["batch"]):
             yield x[index]
+
+
+def ordinary_norms(x: Tensor) -> Tensor:
+    """Norms of the rows of x (N, d_in) that are no attention sinks."""
+    norms = x.norm(dim=1)
+    return norms[norms <= SINK_RATIO * norms.median()]
 
 
 def widths(d_sae: int) -> list[int]:
@@ -58,10 +64,10 @@ def sae_lens(spec: dict, x: Tensor, steps: int, out: Path) -> None:
         lr_warm_up_steps=int(WARM_UP * steps),
         lr_decay_steps=int(DECAY * steps),
         dead_feature_window=int(DEAD * steps),
-        n_batches_for_norm_estimate=NORM_BATCHES,
     )
-    longer = spec | {"epochs": spec["epochs"] + 1}  # the estimate takes some
-    SAETrainer(cfg=config, sae=sae, data_provider=batches(x, longer)).fit()
+    trainer = SAETrainer(cfg=config, sae=sae, data_provider=batches(x, spec))
+    trainer.activation_scaler.scaling_factor = x.shape[1] ** 0.5 / ordinary_norms(x).mean().item()
+    trainer.fit()
     sae.save_inference_model(out)
 
 
@@ -80,8 +86,7 @@ def dictionary_learning(spec: dict, x: Tensor, steps: int, out: Path) -> None:
         threshold_start_step=steps // 10, seed=spec["seed"], device="cpu", **more,
     )  # fmt: skip
     trainer.dead_feature_threshold = int(DEAD * spec["epochs"] * len(x))
-    norms = x.norm(dim=1)
-    norm = norms[norms <= SINK_RATIO * norms.median()].square().mean().sqrt().item()
+    norm = ordinary_norms(x).square().mean().sqrt().item()
     trainer.ae.scale_biases(1.0)
     for step, batch in enumerate(batches(x, spec)):
         trainer.update(step, batch / norm)
@@ -108,7 +113,6 @@ def sparsify(spec: dict, x: Tensor, steps: int, out: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
     optimizer.eval()  # the averaged weights, as its trainer saves them
-    sae.set_decoder_norm_to_unit_norm()
     sae.save_to_disk(out)
 
 

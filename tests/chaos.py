@@ -32,7 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from tiny import save_dataset, save_model
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from saegrid import records, results
 from saegrid.config import RunConfig, make_config

@@ -82,6 +82,10 @@ def test_a_switched_choice_beside_the_whole_recipe(mixed, fake_grid, fake_runs):
     ax = forest(found.reset_index())
     assert [label.get_text() for label in ax.get_yticklabels()][-1] == found["delta_more"].idxmax()
     assert beside(df.iloc[:1], sums[0]).empty
+    with pytest.raises(ResultsError, match="more than one setting"):
+        beside(df.assign(k=[64, 64, 64, 32]), pd.concat(sums))
+    with pytest.raises(ResultsError, match="only the same ones can be paired"):
+        beside(df.assign(seed=[0, 0, 0, 1]), pd.concat(sums))
 
 
 def test_the_recipes_page_is_made_from_kept_tables(mixed, fake_grid, fake_runs, tmp_path):

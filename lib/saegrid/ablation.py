@@ -6,6 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from saegrid import intervals
+from saegrid.errors import ResultsError
 from saegrid.recipes import described
 from saegrid.style import INK, styled
 from saegrid.tables import html_table, markdown, number
@@ -41,14 +42,18 @@ def beside(df: pd.DataFrame, prompts: pd.DataFrame, base: str = "improved") -> p
     """What switching one choice of a recipe does to delta loss: one row a switched choice, the costliest first.
 
     Columns: `recipe` in words, `choice`, `delta_more` (mean over seeds, less that of `base` as it is), and `low` and
-    `high`, its central 95% interval, paired over templates and seeds. Empty where `base` or its variants are missing.
+    `high`, its central 95% interval, paired over templates and seeds.
+
+    Raises:
+        ResultsError: the runs are of more than one setting, or a choice has other seeds than `base`.
     """
     rows, whole = named(df), f"{base} but "
+    if len(rows[SETTING].drop_duplicates()) > 1:
+        raise ResultsError("ablation: runs of more than one setting; compare one at a time")
     own = rows[rows["recipe"] == base]
     drawn, found = intervals.draws(prompts), []
     for recipe, those in rows[rows["recipe"].str.startswith(whole)].groupby("recipe", sort=False):
-        over = [intervals.over_seeds(drawn, list(part["run_id"])) for part in (those, own)]
-        low, high = intervals.central(over[0] - over[1])
+        low, high = intervals.difference(drawn, those, own)
         more = those["delta_loss"].mean() - own["delta_loss"].mean()
         choice = recipe.removeprefix(whole)
         found.append({"recipe": recipe, "choice": choice, "delta_more": more, "low": low, "high": high})
@@ -74,7 +79,7 @@ def verdict(found: pd.DataFrame) -> str:
 def forest(found: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Delta loss more than the recipe's with each choice switched (`beside`), with intervals; one row a choice."""
     rows = found.iloc[::-1]
-    beyond = [rows["delta_more"] - rows["low"], rows["high"] - rows["delta_more"]]
+    beyond = [(rows["delta_more"] - rows["low"]).clip(lower=0), (rows["high"] - rows["delta_more"]).clip(lower=0)]
     ax.errorbar(rows["delta_more"], range(len(rows)), xerr=beyond, fmt="o", color=INK, capsize=3)
     ax.axvline(0.0, color=INK, linewidth=0.8, linestyle="--")
     ax.set_yticks(range(len(rows)), rows["choice"])

@@ -54,6 +54,17 @@ def over_seeds(drawn: pd.DataFrame, run_ids: Sequence[str]) -> np.ndarray:
     return np.take_along_axis(values, picked, axis=1).mean(axis=1)
 
 
+def difference(drawn: pd.DataFrame, runs: pd.DataFrame, base: pd.DataFrame) -> tuple[float, float]:
+    """The central 95% interval of the mean delta loss of `runs` less that of `base`, paired over templates and seeds.
+
+    Both have the columns `run_id` and `seed`. Raises `ResultsError` where their seeds are not the same.
+    """
+    runs, base = runs.sort_values("seed"), base.sort_values("seed")
+    if list(runs["seed"]) != list(base["seed"]):
+        raise ResultsError(f"seeds {list(runs['seed'])} and {list(base['seed'])}: only the same ones can be paired")
+    return central(over_seeds(drawn, list(runs["run_id"])) - over_seeds(drawn, list(base["run_id"])))
+
+
 def central(values: np.ndarray | pd.Series) -> tuple[float, float]:
     """The central 95% interval of what was drawn."""
     tail = (1 - COVERAGE) / 2

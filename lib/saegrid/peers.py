@@ -55,8 +55,7 @@ def compared(runs: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
         base = group[(group["peer"] == OWN) & (group["arch"] == own)]
         for (peer, arch), those in group.groupby(CONTENDER, sort=False):
             means = those[["l0", "l0_eval", "fvu_no_sink", "dead_pct", "delta_loss"]].mean()
-            over = [intervals.over_seeds(drawn, list(part["run_id"])) for part in (those, base)]
-            low, high = intervals.central(over[0] - over[1])
+            low, high = intervals.difference(drawn, those, base)
             more = means["delta_loss"] - base["delta_loss"].mean()
             rates = " and ".join(f"{rate:.2g}" for rate in sorted(those["rate"].unique()))
             row = {"k": k, "peer": peer, "arch": arch, "is_base": (peer, arch) == (OWN, own), "rates": rates}

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,7 +152,7 @@ def _epoch(config, store, kernel, matmul, sae, progress: Progress, path: Path, r
     settings = step_settings(config, store, matmul)._replace(sink=found.sink)
     rule = sae.training_rule
     if isinstance(sae, ReLU):
-        rule = rule._replace(k=rule.k * progress.aim)
+        rule = rule._replace(aim=progress.aim)
     batches = store.batches(
         "train", config.batch_size, config.seed, progress.epoch, start=progress.batch, device=sae.device
     )
@@ -252,8 +253,12 @@ def save_checkpoint(path: Path, progress: Progress, run_id: str) -> None:
     parts = {"weights": state.params, "m": state.m, "v": state.v, "best": progress.best}
     tensors = {f"{part}.{name}": t for part, params in parts.items() for name, t in params._asdict().items()}
     tensors["quiet"] = state.quiet
-    plain = {name: value for name, value in vars(progress).items() if name not in ("state", "best", "_since")}
-    checkpoint.write(path, tensors, {"run_id": run_id, "step": state.step, "l1": state.l1, "plain": plain})
+    checkpoint.write(path, tensors, {"run_id": run_id, "step": state.step, "l1": state.l1, "plain": plain(progress)})
+
+
+def plain(progress: Progress) -> dict[str, Any]:
+    """What a checkpoint holds of `progress` besides tensors."""
+    return {name: value for name, value in vars(progress).items() if name not in ("state", "best", "_since")}
 
 
 def load_checkpoint(path: Path, sae: SAE, run_id: str) -> Progress | None:
@@ -279,10 +284,10 @@ def load_checkpoint(path: Path, sae: SAE, run_id: str) -> Progress | None:
             for part in ("weights", "m", "v", "best")
         }
         quiet = tensors["quiet"].reshape(sae.b_enc.shape).to(sae.device)
-        state = TrainState(sae.params, parts["m"], parts["v"], facts["step"], quiet, facts.get("l1", 1.0))
+        state = TrainState(sae.params, parts["m"], parts["v"], facts["step"], quiet, facts["l1"])
         progress = Progress(state, parts["best"])
-        for name, value in facts["plain"].items():
-            setattr(progress, name, value)
+        for name in plain(progress):
+            setattr(progress, name, facts["plain"][name])
     except (KeyError, TypeError, RuntimeError) as error:
         raise DamagedError(f"{path}: damaged checkpoint ({error!r})") from None
     for target, saved in zip(sae.params, parts["weights"], strict=True):

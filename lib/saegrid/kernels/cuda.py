@@ -87,7 +87,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     Buffers and CUDA graphs are kept in `state.workspace`.
 
     Returns:
-        The batch's mean squared error before the step, float64, and the number of active pairs, int32: tensors without
+        The batch's mean squared error before the step, float64, and the number of active pairs, int64: tensors without
         dimensions on the device of x.
 
     Raises:
@@ -109,7 +109,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         _replay(state, len(x), rule, settings._replace(lr=0.0), buffers)
     else:
         _step(state, len(x), rule, settings, buffers)
-    return buffers["loss"][0].clone(), buffers["facts"][2].clone()
+    return buffers["loss"][0].clone(), buffers["facts"][2].long()
 
 
 # --- CUDA graphs ---

@@ -40,8 +40,9 @@ class Rule(NamedTuple):
     """
 
     kind: Literal["topk", "batchtopk", "threshold", "jumprelu", "relu", "gated"]
-    k: float = 0  # a whole number but for relu
+    k: int = 0
     threshold: float = 0.0
+    aim: float = 1.0  # relu: L1 presses until aim * k a row are active
 
 
 class Codes(NamedTuple):
@@ -96,5 +97,5 @@ class TrainState:
     def move_l1(self, active: int, n_rows: int, rule: Rule) -> None:
         """More weight to L1 where more than k latents a row were active, less where fewer were."""
         if rule.kind in UNDER_L1:
-            moved = self.l1 * math.exp(L1_RATE * max(-1.0, min(1.0, active / n_rows / rule.k - 1)))
+            moved = self.l1 * math.exp(L1_RATE * max(-1.0, min(1.0, active / n_rows / (rule.aim * rule.k) - 1)))
             self.l1 = max(1e-6, min(1e6, moved))
