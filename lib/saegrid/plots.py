@@ -307,5 +307,5 @@ def _frontier_legend(df: pd.DataFrame, ax: Axes, with_pca: bool) -> None:
     if with_pca:
         rest.append(Line2D([], [], color=INK, alpha=0.45, linewidth=1.2, linestyle="--", label="PCA"))
     if recipes_differ(df):
-        rest.append(Line2D([], [], color=INK, marker="o", alpha=PALE / 2, linestyle="", label="published recipe"))
+        rest.append(Line2D([], [], color=INK, marker="o", alpha=PALE / 2, linestyle="", label="published"))
     ax.legend(handles=[*_arch_handles(df), *sizes, *rest], ncols=4, **ABOVE)

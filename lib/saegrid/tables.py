@@ -75,7 +75,7 @@ COLUMNS = {
     "delta_loss": Column("Delta loss", "nats/token", ".3f", "min"),
     "delta_interval": Column("Delta loss, 95% interval", "nats/token"),
     "delta_more": Column("Delta loss more", "nats/token", "+.3f"),
-    "delta_change": Column("Delta loss more than the whole recipe's", "nats/token"),
+    "delta_change": Column("More than the whole recipe's", "nats/token"),
     "delta_range": Column("Delta loss, range over seeds", "nats/token"),
     "budget": Column("Best within an L0 of", "latents/token"),
     "smaller": Column("Half the latents costs", "nats/token"),
