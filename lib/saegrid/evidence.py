@@ -61,25 +61,29 @@ def _scaling(folder: Path) -> str:
 
 def _comparison(folder: Path, name: str) -> str:
     df, prompts = results.read_tidy(folder), results.read_prompts(folder)
+    caption = f"Means over {df['seed'].nunique()} seeds, from make {name}"
+    if ablation.named(df)["recipe"].str.contains(" but ").any():
+        return markdown(_what(df), *_switched(df, prompts, caption))
     table = ablation.by_recipe(df, prompts)
     keys = [key for key in ablation.SETTING if table[key].nunique() > 1]
     columns = [*(["arch"] if "arch" in keys else []), "recipe", "seeds", *ablation.MEANS, *ablation.BETWEEN]
-    caption = f"Means over {df['seed'].nunique()} seeds, from make {name}."
-    if table["recipe"].str.contains(" but ").any():
-        found = ablation.beside(df, prompts)
-        said = [ablation.verdict(found), _forest(found)]
-        changes = [change(*row) for row in found[["delta_more", "low", "high"]].itertuples(index=False)]
-        table = table.merge(found.assign(delta_change=changes)[["recipe", "delta_change"]], how="left")
-        columns = [name for name in columns if name not in ablation.BETWEEN] + ["delta_change"]
-        caption = f"{caption[:-1]}; “but” names the choice that differs."
-    else:
-        said = [claim(df, prompts), _beside_pca(table, baselines.read(folder))]
-    return markdown(_what(df), *filter(None, said), html_table(table, columns, caption=caption))
+    said = [_what(df), claim(df, prompts), _beside_pca(table, baselines.read(folder))]
+    return markdown(*filter(None, said), html_table(table, columns, caption=f"{caption}."))
 
 
-def _forest(found: pd.DataFrame) -> str:
+def _switched(df: pd.DataFrame, prompts: pd.DataFrame, caption: str) -> list[str]:
+    """What each choice of a recipe buys: in words, as a figure, and with the means in a table."""
+    found = ablation.beside(df, prompts)
     text = "Delta loss with one choice of the recipe switched, less that of the whole recipe; bars are 95% intervals."
-    return plots.figure(ablation.forest(found), alt=text, caption=text)
+    changes = [change(row.delta_more, row.low, row.high) for row in found.itertuples()]
+    changed = found[["recipe"]].assign(delta_change=changes)
+    table = ablation.by_recipe(df).merge(changed, how="left")
+    columns = ["recipe", "seeds", *ablation.MEANS, "delta_change"]
+    return [
+        ablation.verdict(found),
+        plots.figure(ablation.forest(found), alt=text, caption=text),
+        html_table(table, columns, caption=f"{caption}; “but” names the choice that differs."),
+    ]
 
 
 def _what(df: pd.DataFrame) -> str:

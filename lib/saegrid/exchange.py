@@ -192,8 +192,7 @@ def read_dictionary(folder: Path) -> SAE:
     if trainer.dict_class == "JumpReluAutoEncoder":
         sizes = check_tensors(state, SAELENS_SHAPES | {"threshold": ("d_sae",)}, weights_path)
         check_sizes(trainer, sizes, path)
-        weights = Plain(state["W_enc"].T, state["b_enc"], state["W_dec"], state["b_dec"])
-        return _filled(_jumprelu(state["threshold"], sizes["d_in"]), weights, centred=False)
+        return _filled(_jumprelu(state["threshold"], sizes["d_in"]), _turned(state), centred=False)
     if trainer.dict_class not in BY_K:
         known = f"only {', '.join(BY_K)} and JumpReluAutoEncoder can be read"
         raise SaeFileError(f"{path}: dict_class = {trainer.dict_class[:40]!r}: {known}")
@@ -212,10 +211,15 @@ def read_dictionary(folder: Path) -> SAE:
     else:
         sae = BatchTopK(**shape, inference_threshold=theta if theta >= 0 else None)
     if nested:
-        weights = Plain(state["W_enc"].T, state["b_enc"], state["W_dec"], state["b_dec"])
+        weights = _turned(state)
     else:
         weights = Plain(state["encoder.weight"], state["encoder.bias"], state["decoder.weight"].T, state["b_dec"])
     return _filled(sae, weights, centred=True)
+
+
+def _turned(state: dict[str, Tensor]) -> Plain:
+    """Weights in the names of `SAELENS_SHAPES`, whose encoder has the latents as columns."""
+    return Plain(state["W_enc"].T, state["b_enc"], state["W_dec"], state["b_dec"])
 
 
 def write_dictionary(sae: SAE, folder: Path, facts: dict[str, Any]) -> None:
