@@ -32,7 +32,7 @@ full: setup  ## the published axes on the embedded model
 recipes: setup  ## the published recipe and the improved one over three seeds: results/recipes
 	$(SNAKEMAKE) --config grid=params/recipes.yaml -- results/recipes/results_tidy.csv
 
-scaling: setup  ## how loss follows dictionary size, K and tokens; hours: results/scaling
+scaling: setup  ## how loss follows dictionary size, K and tokens: results/scaling
 	$(SNAKEMAKE) --config grid=params/scaling.yaml -- results/scaling/results_tidy.csv
 
 peer-quality: setup peers  ## SAEs beside other libraries' at matched L0: results/peers

@@ -5,7 +5,8 @@
     python benchmarks/bench.py --shapes 576x8x128 --batches 512 --keep
 
 Writes benchmarks/results.json after every race, so that a run which is stopped keeps what it has. Peers run in an
-environment of their own (`make peers`); without it only this project's own parts are measured.
+environment of their own (`make peers`); without it only this project's own parts and the plain torch loop are
+measured. Races of other machines stay in the file.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import itertools
 import json
 import logging
 import os
-import platform
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a race of processors, also where ther
 
 import grid_time
 import yaml
-from facts import ARCHS, BATCHES, NO_BF16, NOT_MEASURED, SHAPES, UNITS, exponent, machine, now, unraced
+from facts import ARCHS, BATCHES, SHAPES, UNITS, exponent, machine, not_measured, now
 from peers import ARCHITECTURES, settings_of
 from prepare import ROWS, Shape, real_rows, rows_of_width, theta_for, trained, write_inputs
 from quality import compare
@@ -39,7 +39,7 @@ from saegrid import kernels
 from saegrid.atomic import write_json
 from saegrid.config import RunConfig, make_config
 from saegrid.kernels.state import TrainState
-from saegrid.run import code_version, prepare_store
+from saegrid.run import prepare_store
 from saegrid.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,12 +63,14 @@ def main() -> None:
         bench.splice()
     if "grid" in options.parts:
         grid = "smoke" if options.quick else "full"
-        bench.results["grid"] = grid_time.measure(bench, ROOT / f"params/{grid}.yaml", options.quick)
+        measured = grid_time.measure(bench, ROOT / f"params/{grid}.yaml", options.quick)
+        bench.results["grid"] = bench.here | measured
         bench.write()
     if "scaling" in options.parts:
         bench.scaling()
     if "quality" in options.parts:
-        bench.results["quality"] = compare(bench.config, options.threads, epochs=1 if options.quick else 5)
+        records = compare(bench.config, options.threads, epochs=1 if options.quick else 5)
+        bench.results["quality"] = [bench.here | record for record in records]
         bench.write()
     print(f"{options.out}: written")
 
@@ -86,7 +88,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--turn-seconds", type=float, default=2.0, help="length of a turn; one step at least")
     parser.add_argument("--train-steps", type=int, default=500, help="steps behind the weights")
     parser.add_argument("--quick", action="store_true", help="one shape, batch 512, BatchTopK, two settings of a peer")
-    parser.add_argument("--keep", action="store_true", help="keep what the results file has of other races")
+    parser.add_argument("--keep", action="store_true", help="keep what the file has of this machine's races, too")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results.json")
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     options = parser.parse_args()
@@ -111,6 +113,8 @@ class Bench:
         self.config: RunConfig = make_config(k=64, **values)
         self.store: Store = prepare_store(self.config)
         self.rows = real_rows(self.store)
+        self.machine = machine(options.threads)
+        self.here = {"machine": self.machine["name"]}
         self.contending: dict[tuple[str, str], list[str]] = {}  # settings of (peer, architecture) that may be fastest
         python = options.peers_python
         self.peers = options.peers if python.exists() else [peer for peer in options.peers if peer == "torch"]
@@ -118,30 +122,33 @@ class Bench:
         self.results = self._start()
 
     def _start(self) -> dict[str, Any]:
-        options, old = self.options, {}
-        if options.keep and options.out.exists():
-            old = json.loads(options.out.read_text(encoding="utf-8"))
-        for kept in old.get("races", []):
-            self.contending.setdefault((kept["peer"], kept["arch"]), contending(kept["contenders"][1:]))
+        options, name = self.options, self.machine["name"]
+        old = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+        machines = {found["name"]: found for found in old.get("machines", [])}
+        self.machine["versions"] = machines.pop(name, {}).get("versions", {}) | self.machine["versions"]
+
+        def kept(part: str) -> list[dict]:
+            return [record for record in old.get(part, []) if options.keep or record["machine"] != name]
+
+        for record in kept("races"):
+            if record["machine"] == name:
+                self.contending.setdefault((record["peer"], record["arch"]), contending(record["contenders"][1:]))
         statistics = self.store.manifest["statistics"]["train"]
-        missing = [peer for peer in options.peers if peer not in self.peers]
-        notes = [f"{peer}: its environment is missing ({options.peers_python}); see `make peers`" for peer in missing]
+        if len(self.peers) < len(options.peers):
+            print(f"{options.peers_python} is missing, and with it the peers but torch; see `make peers`", flush=True)
         rows = {"made": ROWS, "model": self.config.model, "layer": self.config.layer, "n": len(self.rows)}
-        found = machine(options.threads)
         return {
             "started": now(),
-            "machine": found,
-            "versions": {"python": platform.python_version(), "saegrid": code_version()} | old.get("versions", {}),
+            "machines": [*machines.values(), self.machine],
             "units": UNITS,
             "settings": old.get("settings") or {name: getattr(options, name) for name in SETTINGS},
             "rows": rows | {"median_norm": statistics["median_norm"], "max_norm": statistics["max_norm"]},
-            "races": old.get("races", []),
-            "floors": old.get("floors", []),
+            "races": kept("races"),
+            "floors": kept("floors"),
             "splice": old.get("splice", {}),
             "grid": old.get("grid", {}),
             "scaling": old.get("scaling", {}),
             "quality": old.get("quality", []),
-            "not_measured": [*notes, *NOT_MEASURED, *([] if found["bf16_instructions"] else [NO_BF16])],
         }
 
     def shape(self, d_in: int, expansion: int, k: int) -> None:
@@ -163,7 +170,7 @@ class Bench:
 
     def against(self, peer: str, shape: Shape, arch: str, common: dict) -> None:
         """One race with one peer. The first tries all settings; later ones those that were close to the fastest."""
-        tried = settings_of(peer, arch, bool(self.results["machine"]["bf16_instructions"]))
+        tried = settings_of(peer, arch, bool(self.machine["bf16_instructions"]))
         settings = self.contending.get((peer, arch), tried[: 2 if self.options.quick else None])
         specs = [common | {"contender": "saegrid", "setting": "auto"}]
         specs += [common | {"contender": peer, "setting": setting} for setting in settings]
@@ -196,8 +203,8 @@ class Bench:
         options, python = self.options, self.pythons.get("sae-lens", "")
         found = measure_splice(self.config, self.store, self.rows, options.threads, python, options.quick)
         for record in found["contenders"]:
-            self.results["versions"] |= record.pop("versions", {})
-        self.results["splice"] = found | {"date": now()}
+            self.machine["versions"] |= record.pop("versions", {})
+        self.results["splice"] = self.here | found | {"date": now()}
         self.write()
         print(
             f"splice: { ({name: found.get(name) for name in ('saegrid_s', 'peer_s', 'ratio', 'apart')}) }", flush=True
@@ -207,7 +214,7 @@ class Bench:
         """Cost of a BatchTopK step over d_sae, K and rows, this project's and the plain torch loop's."""
         base = SCALING_BASE._replace(d_in=self.rows.shape[1])
         found: dict[str, Any] = {"base": {**base._asdict(), "d_sae": base.d_sae, "arch": "BatchTopK"}, "points": {}}
-        found["train_steps"] = self.options.train_steps
+        found |= self.here | {"train_steps": self.options.train_steps}
         states: dict[tuple[int, int], Any] = {}
         for axis, values in ({"batch": SCALING["batch"][:2]} if self.options.quick else SCALING).items():
             points = []
@@ -244,13 +251,12 @@ class Bench:
         stay = {"auto", "fp32", "reference", "default", "product", "memory"}
         records = race(specs, self.pythons, options.turns, options.turn_seconds, stay)
         for record in records:
-            versions = record.pop("versions", {})
-            self.results["versions"] |= versions
+            self.machine["versions"] |= record.pop("versions", {})
         return records
 
     def put(self, part: str, shape: Shape, arch: str, content: dict) -> None:
         """Add a race's record, in place of an older one of the same race."""
-        key = {**shape._asdict(), "d_sae": shape.d_sae, "arch": arch}
+        key = {**self.here, **shape._asdict(), "d_sae": shape.d_sae, "arch": arch}
         content = {"train_steps": self.options.train_steps, **content}
         if "peer" in content:
             key["peer"] = content["peer"]
@@ -259,7 +265,7 @@ class Bench:
         self.write()
 
     def write(self) -> None:
-        left = [*self.results["not_measured"], *unraced(self.results["races"])]
+        left = not_measured(self.results["machines"], self.results["races"])
         write_json(self.options.out, self.results | {"not_measured": left, "finished": now()})
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from peers import ARCHITECTURES
 from prepare import Shape
 
-from saegrid.run import processor
+from saegrid.run import code_version, processor
 
 SHAPES = "896x8x220,896x16x64,576x8x128,2048x16x64"
 BATCHES = (512, 4096)
@@ -25,25 +26,39 @@ UNITS = {
     "exponents": "slope of log(step) over log(size), least squares",
 }
 NOT_MEASURED = ("GPU: no GPU has been measured; every number here is a processor's.",)
-NO_BF16 = "The peers' bf16 settings: this processor has no bf16 instructions, and a step of theirs takes seconds."
+NO_BF16 = (
+    "The peers' bf16 settings on a processor without bf16 instructions ({}): a step of theirs takes seconds there."
+)
 
 
 def machine(threads: int) -> dict[str, Any]:
+    """What times depend on. Races of machines of different `name` stand beside each other."""
+    probes = {"avx512_bf16": "bf16", "amx_tile": "AMX"}
+    bf16 = [name for name in probes if getattr(torch.cpu, f"_is_{name}_supported")()]
+    instructions = " ".join([torch.backends.cpu.get_cpu_capability(), *(probes[name] for name in bf16)])
     return {
-        "processor": processor(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "bf16_instructions": [n for n in ("avx512_bf16", "amx_tile") if getattr(torch.cpu, f"_is_{n}_supported")()],
+        "name": f"{processor()}, {instructions}, {threads} threads",
+        "bf16_instructions": bf16,
         "cores": os.cpu_count(),
-        "threads": threads,
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
         "load_before": round(os.getloadavg()[0], 2),
+        "versions": {"python": platform.python_version(), "saegrid": code_version()},
     }
 
 
+def not_measured(machines: list[dict], races: list[dict]) -> list[str]:
+    """What a reader would look for in vain, a line each."""
+    without = [found["name"] for found in machines if not found["bf16_instructions"]]
+    settings = [NO_BF16.format("; ".join(without))] if without else []
+    raced = {"torch", *(race["peer"] for race in races)}
+    peers = [f"{peer}: no race yet; `make peers` makes its environment" for peer in ARCHITECTURES if peer not in raced]
+    return [*NOT_MEASURED, *settings, *peers, *unraced(races)]
+
+
 def unraced(races: list[dict]) -> list[str]:
-    """The default shapes that no race has had yet, in a line; none where there is no race at all."""
+    """The default shapes that no race has had yet on any machine, in a line; none where there is no race at all."""
     known = {tuple(race[name] for name in ("d_in", "expansion", "k", "batch", "arch")) for race in races}
     shapes = [tuple(map(int, shape.split("x"))) for shape in SHAPES.split(",")]
     wanted = [(*shape, batch, arch) for shape in shapes for batch in BATCHES for arch in ARCHS]

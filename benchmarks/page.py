@@ -51,14 +51,11 @@ def section(title: str, body: str, numbers: Any) -> str:
 
 
 def introduction(results: dict[str, Any]) -> str:
-    machine, rows = results["machine"], results["rows"]
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    bf16 = ", ".join(machine["bf16_instructions"]) or "none"
+    rows = results["rows"]
+    machines = "\n".join(machine_line(found, results) for found in results["machines"])
     return (
-        f"One training step, wall clock, of this project and of its peers' released packages, on one machine: "
-        f"**{machine['processor']}**, {machine['threads']} threads of {machine['cores']} cores, "
-        f"{machine['memory_gib']:g} GiB, {machine['instructions']}, bf16 instructions: {bf16}; {machine['system']}. "
-        f"Measured {results['started'][:10]} with {versions}.\n\n"
+        "One training step, wall clock, of this project and of its peers' released packages, all of a race on one "
+        f"machine:\n\n{machines}\n\n"
         f"Rows: {rows['n']:,} of {rows['model']}, layer {rows['layer']}. {rows['made']} The weights have had "
         f"{_train_steps(results)} steps of training; all contenders start from the "
         "same ones, and from the same "
@@ -69,6 +66,16 @@ def introduction(results: dict[str, Any]) -> str:
         "a shape's first number of rows is measured with the others. No latent counts as dead yet in any "
         "peer, so none of them computes its auxiliary loss."
     )
+
+
+def machine_line(machine: dict[str, Any], results: dict[str, Any]) -> str:
+    """A machine, when it was measured, and with what."""
+    records = [*results["races"], *results["floors"]]
+    dates = sorted(record["date"][:10] for record in records if record["machine"] == machine["name"])
+    when = " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else ""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    hardware = f"{machine['cores']} cores, {machine['memory_gib']:g} GiB, {machine['system']}"
+    return f"- **{machine['name']}**: {hardware}; {when} with {versions}"
 
 
 def _train_steps(results: dict[str, Any]) -> str:
@@ -104,17 +111,22 @@ def lowest(results: dict[str, Any]) -> str:
     """The ratio that counts, one line a shape and batch: to the fastest of all peers."""
     best: dict[tuple, dict] = {}
     for race in results["races"]:
-        key = race["d_in"], race["expansion"], race["k"], race["batch"], race["arch"]
+        key = shape_of(race)
         if "ratio" in race and race["ratio"] < best.get(key, {"ratio": float("inf")})["ratio"]:
             best[key] = race
     if not best:
         return ""
+    lines = []
+    for machine in dict.fromkeys(race["machine"] for race in best.values()):
+        ratios = [race["ratio"] for race in best.values() if race["machine"] == machine]
+        spread = " to ".join(dict.fromkeys(f"{ratio:.1f}" for ratio in (min(ratios), max(ratios))))
+        lines.append(f"- {machine}: **{spread} times**")
     rows = [(*shape_of(race), NAMES[race["peer"]], bold(race["ratio"], ".1f")) for race in best.values()]
-    ratios = [race["ratio"] for race in best.values()]
-    low, high = f"{min(ratios):.1f}", f"{max(ratios):.1f}"
-    spread = low if low == high else f"{low} to {high}"
-    line = f"A training step is **{spread} times** as fast as the fastest peer in its fastest setting."
-    return f"{line}\n\n{table([*SHAPE, 'Fastest peer', 'Ratio'], rows)}"
+    return (
+        "As fast as the fastest peer in its fastest setting is a training step here:\n\n"
+        + "\n".join(lines)
+        + f"\n\n{table([*SHAPE, 'Fastest peer', 'Ratio'], rows)}"
+    )
 
 
 def details(results: dict[str, Any]) -> str:
@@ -126,14 +138,14 @@ def details(results: dict[str, Any]) -> str:
             unlike.append(f"{' '.join(shape_of(race))}, {race['peer']}")
         for contender in race["contenders"]:
             if "failure" in contender:
-                failures[contender["contender"], contender["setting"]] = contender["failure"]
+                failures[race["machine"], contender["contender"], contender["setting"]] = contender["failure"]
     if unlike:
         same = f"The first batch's MSE differs by more than {ALIKE:.0%} between contenders at: {'; '.join(unlike)}."
     else:
         same = (
             f"On the first batch all contenders of a race have the same MSE within {ALIKE:.0%}: they solve one problem."
         )
-    lines = [f"- {NAMES[name]}, {setting}: `{reason}`" for (name, setting), reason in sorted(failures.items())]
+    lines = [f"- {where}: {NAMES[name]}, {flags}: `{why}`" for (where, name, flags), why in sorted(failures.items())]
     return same + ("\n\nSettings that did not run:\n\n" + "\n".join(lines) if lines else "")
 
 
@@ -172,7 +184,8 @@ def splice_table(results: dict[str, Any]) -> str:
         f"{splice['saes']} SAEs (d_sae {splice['d_sae']:,}) spliced into the model over the same {splice['tokens']:,} "
         f"tokens, in {splice['contexts']} contexts; loading is not timed. This project runs the blocks before the "
         "splice, and the clean and ablated passes, once for all SAEs, and restarts the model behind the hooked block "
-        f"for each; `run_evals` runs three whole passes an SAE.\n\n{table(heads, rows)}\n\n" + " ".join(lines)
+        "for each; `run_evals` runs three whole passes an SAE. Machine: "
+        f"{splice['machine']}.\n\n{table(heads, rows)}\n\n" + " ".join(lines)
     )
 
 
@@ -188,7 +201,8 @@ def grid_table(results: dict[str, Any]) -> str:
     return (
         f"Training all runs of `{grid['grid']}` one behind the other on one thread, by the measured step times: "
         f"**{grid['reference_hours']:.1f} h** with the reference kernel, **{grid['auto_hours']:.1f} h** with this "
-        f"machine's own, {grid['reference_hours'] / grid['auto_hours']:.1f} times less.\n\n{table(heads, rows)}"
+        f"machine's own, {grid['reference_hours'] / grid['auto_hours']:.1f} times less. Machine: "
+        f"{grid['machine']}.\n\n{table(heads, rows)}"
     )
 
 
@@ -205,8 +219,8 @@ def scaling_table(results: dict[str, Any]) -> str:
             rows.append((axis, NAMES[name], sizes, times, bold(scaling["exponents"][axis][name], ".2f")))
     return (
         f"BatchTopK at d_in {base['d_in']}, d_sae {base['d_sae']:,}, K {base['k']}, {base['batch']} rows, one size "
-        f"changed at a time; the exponent is the slope of log(step) over log(size).\n\n"
-        + table(["Size", "Contender", "Sizes", "Step (ms)", "Exponent"], rows)
+        f"changed at a time; the exponent is the slope of log(step) over log(size). Machine: "
+        f"{scaling['machine']}.\n\n" + table(["Size", "Contender", "Sizes", "Step (ms)", "Exponent"], rows)
     )
 
 
@@ -223,7 +237,7 @@ def quality_table(results: dict[str, Any]) -> str:
     heads = "Validation MSE (act²)", "L0 (latents/token)", "Dead (%)", "MSE ratio", "L0 ratio", "Dead ratio"
     return (
         "The reference kernel in fp32 → this machine's own kernel, by the precision of its product: same seed, rows, "
-        f"order and steps; measured {record['date']} on a processor with {record['instructions']}.\n\n"
+        f"order and steps; measured {record['date']}. Machine: {record['machine']}.\n\n"
         + table(["Architecture", "Kernel", *heads], rows)
     )
 
@@ -244,19 +258,20 @@ def memory_table(results: dict[str, Any]) -> str:
     )
 
 
-SHAPE = ("d_in", "Expansion", "K", "Rows", "Architecture")
-
-
-TEXT = ("Architecture", "Peer", "Fastest peer", "Fastest setting", "Contender", "Setting")
+SHAPE = ("Machine", "d_in", "Expansion", "K", "Rows", "Architecture")
+TEXT = ("Machine", "Architecture", "Peer", "Fastest peer", "Fastest setting", "Contender", "Setting")
 
 
 def shape_of(record: dict[str, Any]) -> tuple[str, ...]:
-    return str(record["d_in"]), f"{record['expansion']}x", str(record["k"]), f"{record['batch']:,}", record["arch"]
+    """Cells of `SHAPE`, of a race or a floor."""
+    sizes = str(record["d_in"]), f"{record['expansion']}x", str(record["k"]), f"{record['batch']:,}"
+    return record["machine"], *sizes, record["arch"]
 
 
 def _place(record: dict[str, Any]) -> tuple:
     """Order of a race or a floor on the page."""
-    return *(record[name] for name in ("d_in", "expansion", "batch", "arch")), record.get("peer", "")
+    names = "d_in", "expansion", "batch", "arch", "machine"
+    return *(record[name] for name in names), record.get("peer", "")
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Markdown:

@@ -88,4 +88,5 @@ def plain_numbers(axis: Axis) -> None:
 
 
 def label_of(record: dict[str, Any]) -> str:
-    return f"{record['d_in']}, {record['expansion']}x, K {record['k']}, {record['arch']}"
+    shape = f"{record['d_in']}, {record['expansion']}x, K {record['k']}, {record['arch']}"
+    return f"{shape} ({record['machine']})"

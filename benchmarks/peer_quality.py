@@ -3,10 +3,12 @@
     python benchmarks/peer_quality.py                     # hours on two cores; stopped, it goes on where it was
     python benchmarks/peer_quality.py --ks 64 --rates 1
 
-Every SAE is judged by this project's metrics on the same held-out rows and prompts. Thresholds are calibrated to K on
-the validation rows for all alike. Each contender is trained at its default learning rate and at three times that, and
-on along `LADDER` until both neighbours of the best, by FVU without sinks on the validation rows, are worse; that one
-alone is spliced. Writes `results/peers/runs.csv` and `prompts.csv` behind each contender.
+Every SAE is judged by this project's metrics on the same held-out rows and prompts, attention sinks left out of all of
+them: the other libraries have no means against sinks but to leave them out of training, so they get the rows without
+sinks, thresholds are calibrated to K on validation rows without sinks, and the splice leaves sinks as they are.
+Each contender is trained at its default learning rate and at three times that, and on along `LADDER` until both
+neighbours of the best, by FVU on the validation rows, are worse; that one alone is spliced. Writes
+`results/peers/runs.csv` and `prompts.csv` behind each contender.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import math
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +29,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pandas as pd
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from saegrid import kernels
 from saegrid.atomic import write_text
 from saegrid.calibration import calibrated_factor
 from saegrid.config import RunConfig, make_config
+from saegrid.evaluation import evaluate_rows, on_prompts, spliced
 from saegrid.formats import load_sae
 from saegrid.kernels import cpu as kernel
-from saegrid.metrics import splice_metrics
+from saegrid.metrics import SINK_RATIO
 from saegrid.peers import KEYS
-from saegrid.run import Run, evaluate_rows, prepare_store, spliced
+from saegrid.run import Run, prepare_store
 from saegrid.sae import SAE, JumpReLU, TopK
-from saegrid.splice import mean_losses
 from saegrid.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,8 +63,8 @@ CONTENDERS = {
 }
 """Contenders and their own default learning rates, those of two peers to be scaled by (d_sae / 16,384)^-1/2."""
 SCALED = ("dictionary_learning", "sparsify")
-ON_ROWS = ["l0", "fvu", "fvu_no_sink", "dead_pct"]
-ON_PROMPTS = ["delta_loss", "loss_recovered_mean", "ce_spliced"]
+ON_ROWS = ["l0_no_sink", "fvu_no_sink", "dead_pct_no_sink"]
+ON_PROMPTS = ["fvu_eval", "delta_loss", "loss_recovered_mean", "ce_spliced"]
 
 
 def main() -> None:
@@ -81,16 +84,18 @@ def main() -> None:
     store = prepare_store(base)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_file({"x": store.rows("train").contiguous()}, folder / "rows.safetensors")
+        save_file({"x": ordinary(store.rows("train"))}, folder / "rows.safetensors")
         for k in map(int, options.ks.split(",")):
             for (peer, arch), default in CONTENDERS.items():
-                spec = {"peer": peer, "arch": arch, "k": k, "seed": options.seed, "threads": threads}
-                if peer in options.peers.split(",") and not known(options.out, spec):
+                contender = {"peer": peer, "arch": arch, "k": k, "seed": options.seed}
+                spec = contender | {"threads": threads}
+                if peer in options.peers.split(",") and not is_done(options.out, contender, options.rates):
                     scale = (EXPANSION * store.d_in / 2**14) ** -0.5 if peer in SCALED else 1.0
                     train = functools.partial(
                         trained, base=base, store=store, folder=folder, python=options.peers_python
                     )
-                    add(options.out, *tuned(spec, default * scale, options.rates, base, store, train))
+                    found = tuned(spec, default * scale, options.rates, base, store, train)
+                    add(options.out, contender, *found)
 
 
 def tuned(
@@ -105,9 +110,9 @@ def tuned(
         found, _, _ = evaluate_rows(saes[rate], store, BATCH, kernel)
         rows[rate] = {**told, "seconds": seconds, **{name: found[name] for name in ON_ROWS}}
     best = min(rows, key=lambda rate: lost(rows[rate]["fvu_no_sink"]))
-    sums, l0_eval = spliced(base, store, saes[best], kernel)
-    found = splice_metrics(**mean_losses(sums))
-    rows[best] |= {"l0_eval": l0_eval, **{name: found[name] for name in ON_PROMPTS}}
+    sums = spliced(base, store, saes[best], kernel, leave_sinks=True)
+    found = on_prompts(sums)
+    rows[best] |= {name: found[name] for name in ON_PROMPTS}
     return pd.DataFrame(rows.values()), sums.assign(**{name: rows[best][name] for name in KEYS})
 
 
@@ -144,11 +149,27 @@ def trained(spec: dict, *, base: RunConfig, store: Store, folder: Path, python: 
     return load_sae(out), json.loads(done.stdout.splitlines()[-1])["seconds"]
 
 
+class OrdinaryRows:
+    """A store as calibration sees it, without its sinks."""
+
+    def __init__(self, store: Store):
+        self.store = store
+
+    def batches(self, split: str, batch_size: int, device: str) -> Iterator[Tensor]:
+        return iter(ordinary(self.store.rows(split)).to(device).split(batch_size))
+
+
+def ordinary(x: Tensor) -> Tensor:
+    """The rows of x (N, d_in) that are no attention sinks."""
+    norms = x.norm(dim=1)
+    return x[norms <= SINK_RATIO * norms.median()]
+
+
 def calibrated(sae: SAE, k: int, store: Store) -> SAE:
-    """The SAE, its threshold, where it has one, such that its L0 is `k` on the validation rows."""
+    """The SAE, its threshold, where it has one, such that its L0 is `k` on the validation rows without sinks."""
     if not isinstance(sae, TopK):
         sae = with_theta(sae, k)
-        sae.theta.mul_(calibrated_factor(sae.params, k, store, BATCH, kernel))
+        sae.theta.mul_(calibrated_factor(sae.params, k, OrdinaryRows(store), BATCH, kernel))
     return sae
 
 
@@ -162,21 +183,31 @@ def with_theta(sae: SAE, k: int) -> SAE:
     return same
 
 
-def known(out: Path, spec: dict[str, Any]) -> bool:
-    path = out / "runs.csv"
-    if not path.exists():
+def is_done(out: Path, contender: dict[str, Any], most: int) -> bool:
+    """Whether a contender's search for a learning rate has ended, with as many rates as may be tried now."""
+    runs = saved(out / "runs.csv")
+    if runs.empty:
         return False
-    runs = pd.read_csv(path)
-    return bool((runs[[*spec]] == pd.Series(spec)).all(axis=1).any())
+    tried = runs[is_of(runs, contender)].set_index("rate")["fvu_no_sink"].to_dict()
+    return bool(tried) and (len(tried) >= most or next_rate(tried) is None)
 
 
-def add(out: Path, rows: pd.DataFrame, sums: pd.DataFrame) -> None:
-    """Append rows to `runs.csv`, and the best one's losses to `prompts.csv`."""
+def add(out: Path, contender: dict[str, Any], rows: pd.DataFrame, sums: pd.DataFrame) -> None:
+    """Put a contender's rows into `runs.csv`, and its best one's losses into `prompts.csv`, in place of older ones."""
     out.mkdir(parents=True, exist_ok=True)
     for name, table in (("prompts.csv", sums), ("runs.csv", rows)):  # the latter says what is done
-        old = [pd.read_csv(out / name)] if (out / name).exists() else []
-        write_text(out / name, pd.concat([*old, table], ignore_index=True).to_csv(index=False, lineterminator="\n"))
+        old = saved(out / name)
+        others = [] if old.empty else [old[~is_of(old, contender)]]
+        write_text(out / name, pd.concat([*others, table], ignore_index=True).to_csv(index=False, lineterminator="\n"))
     print(rows.drop(columns=["threads", "lr"]).round(4).to_string(index=False), flush=True)
+
+
+def saved(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path) if path.exists() else pd.DataFrame()
+
+
+def is_of(table: pd.DataFrame, contender: dict[str, Any]) -> pd.Series:
+    return (table[[*contender]] == pd.Series(contender)).all(axis=1)
 
 
 if __name__ == "__main__":

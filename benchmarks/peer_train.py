@@ -2,9 +2,8 @@
 
 Each with the settings that its authors recommend, by its released package, through its own trainer where that takes
 rows (SAELens, dictionary_learning) and else by the step inside it (sparsify). What is given in steps or tokens for long
-runs takes the same share of a short one: warm-up 5%, decay the last 20%, dead latents behind 5%. Attention sinks are
-left out of SAELens' and dictionary_learning's scales, which they would otherwise make up; Matryoshka's widths are this
-project's for all. Written in the peer's own form.
+runs takes the same share of a short one: warm-up 5%, decay the last 20%, dead latents behind 5%. Matryoshka's widths
+are this project's for all. The rows hold no attention sinks. Written in the peer's own form.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 WARM_UP, DECAY, DEAD = 0.05, 0.2, 0.05
-SINK_RATIO = 10.0
 PREFIXES = 5
 
 
@@ -31,12 +29,6 @@ def batches(x: Tensor, spec: dict) -> Iterator[Tensor]:
     for _ in range(spec["epochs"]):
         for index in torch.randperm(len(x), generator=generator).split(spec["batch"]):
             yield x[index]
-
-
-def ordinary_norms(x: Tensor) -> Tensor:
-    """Norms of the rows of x (N, d_in) that are no attention sinks."""
-    norms = x.norm(dim=1)
-    return norms[norms <= SINK_RATIO * norms.median()]
 
 
 def widths(d_sae: int) -> list[int]:
@@ -66,7 +58,7 @@ def sae_lens(spec: dict, x: Tensor, steps: int, out: Path) -> None:
         dead_feature_window=int(DEAD * steps),
     )
     trainer = SAETrainer(cfg=config, sae=sae, data_provider=batches(x, spec))
-    trainer.activation_scaler.scaling_factor = x.shape[1] ** 0.5 / ordinary_norms(x).mean().item()
+    trainer.activation_scaler.scaling_factor = x.shape[1] ** 0.5 / x.norm(dim=1).mean().item()
     trainer.fit()
     sae.save_inference_model(out)
 
@@ -86,7 +78,7 @@ def dictionary_learning(spec: dict, x: Tensor, steps: int, out: Path) -> None:
         threshold_start_step=steps // 10, seed=spec["seed"], device="cpu", **more,
     )  # fmt: skip
     trainer.dead_feature_threshold = int(DEAD * spec["epochs"] * len(x))
-    norm = ordinary_norms(x).square().mean().sqrt().item()
+    norm = x.norm(dim=1).square().mean().sqrt().item()
     trainer.ae.scale_biases(1.0)
     for step, batch in enumerate(batches(x, spec)):
         trainer.update(step, batch / norm)

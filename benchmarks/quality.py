@@ -13,10 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from saegrid.config import RunConfig, make_config
-from saegrid.run import Run, evaluate_rows
+from saegrid.evaluation import evaluate_rows
+from saegrid.run import Run
 
 CASES = (
     {"arch": "TopK", "k": 64},
@@ -44,8 +43,10 @@ def compare(base: RunConfig, threads: int, epochs: int = 3, expansion: int = 4) 
                 for name in ("val_mse", "l0", "dead_pct")
             }
             print(f"{case['arch']:9}: {training['matmul']} / reference {training['ratios']}", flush=True)
-        facts = {"instructions": torch.backends.cpu.get_cpu_capability(), "date": str(datetime.date.today())}
-        records.append({**case, "expansion": expansion, "epochs": epochs, **facts, "reference": reference, "own": own})
+        date = str(datetime.date.today())
+        records.append(
+            {**case, "expansion": expansion, "epochs": epochs, "date": date, "reference": reference, "own": own}
+        )
     return records
 
 

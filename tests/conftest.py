@@ -73,7 +73,12 @@ def synthetic_row(run: RunConfig) -> dict:
         **{"inference_threshold": 0.7 if run.arch == "BatchTopK" else run.threshold or None},
         **{"theta_over_rms": run.threshold / 1.3 if run.threshold else None},
         **{"val_mse": nmse * 50, "val_mse_batch": nmse * 49, "nmse": nmse, "fvu": nmse * 1.01, "sink_pct": 0.5},
-        **{"fvu_no_sink": min(0.9, nmse * 700), "l0": float(l0), "l0_eval": l0 * 1.02},
+        **{
+            "fvu_no_sink": min(0.9, nmse * 700),
+            "fvu_eval": min(0.9, nmse * 690),
+            "l0": float(l0),
+            "l0_eval": l0 * 1.02,
+        },
         **{"l0_no_sink": l0 * 0.97, "dead_pct_no_sink": 96.0},
         **{"dead_pct": min(95.0, 330 * run.expansion**0.5 / l0 + (3 if run.arch == "TopK" else 0))},
         **{"ce_clean": clean, "ce_spliced": spliced, "ce_zero": zero, "ce_mean": mean, "delta_loss": delta},

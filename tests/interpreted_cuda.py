@@ -15,10 +15,10 @@ from triton.runtime import interpreter
 from saegrid.activations import collect, open_store
 from saegrid.config import make_config
 from saegrid.errors import ConfigError, SaegridError
+from saegrid.evaluation import evaluate_rows
 from saegrid.kernels import _triton_stages as stages
 from saegrid.kernels import cuda, reference
 from saegrid.kernels.state import Rule, StepSettings
-from saegrid.run import evaluate_rows
 from saegrid.train import CHECKPOINT, load_checkpoint, train
 
 assert os.environ["TRITON_INTERPRET"] == "1"

@@ -30,6 +30,7 @@ def bench(tmp_path_factory):
         assert done.returncode == 0, done.stderr
         return json.loads(out.read_text())
 
+    run.out = out
     return run
 
 
@@ -100,8 +101,12 @@ def test_the_splice_race_counts_shared_passes_once(results):
 
 
 def test_the_record_says_where_and_with_what(results):
-    assert results["machine"]["processor"] and results["machine"]["threads"] == 1
-    assert {"torch", "numba", "python", "saegrid"} <= set(results["versions"])
+    (machine,) = results["machines"]
+    assert machine["name"].endswith(", 1 threads") and {"torch", "numba", "python", "saegrid"} <= set(
+        machine["versions"]
+    )
+    records = [*results["races"], *results["floors"], results["splice"], results["grid"], results["scaling"]]
+    assert {record["machine"] for record in [*records, *results["quality"]]} == {machine["name"]}
     assert any("no GPU has been measured" in line for line in results["not_measured"])
     assert any(line.startswith("sae-lens") for line in results["not_measured"])
 
@@ -116,6 +121,18 @@ def test_keep_adds_to_what_the_file_has(bench, results):
     more = bench("--quick", "--keep", "--parts", "steps", "--shapes", "16x2x4", "--batches", "48", "--archs", "TopK")
     assert [race["batch"] for race in more["races"]] == [32, 48]
     assert more["floors"] == results["floors"] and more["quality"] == results["quality"]
+
+
+def test_races_of_two_machines_stand_beside_each_other(bench, results):
+    before = bench.out.read_text()
+    bench.out.write_text(before.replace(results["machines"][0]["name"], "Zilog Z80"))
+    more = bench(
+        "--quick", "--keep", "--shapes", "24x2x4", "--batches", "32", "--archs", "JumpReLU", "--parts", "floor"
+    )
+    bench.out.write_text(before)
+    names = [found["name"] for found in more["machines"]]
+    assert names == ["Zilog Z80", results["machines"][0]["name"]] == [floor["machine"] for floor in more["floors"]]
+    assert {race["machine"] for race in more["races"]} == {more["splice"]["machine"]} == {"Zilog Z80"}
 
 
 def test_the_page_shows_the_ratios_and_says_what_is_not_measured(results, tmp_path):

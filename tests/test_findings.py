@@ -1,5 +1,7 @@
 """Verdicts on rows that are made so that each comes out one way, and intervals against a computation by hand."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -135,6 +137,14 @@ def test_pairing_takes_out_what_the_runs_share():
     assert (low, high) == (pytest.approx(0.1), pytest.approx(0.1))
     low, high = intervals.interval(drawn, {"a": 1.0})
     assert 0.15 < high - low < 0.6  # about 2 · 1.96 · 0.5 / √40
+
+
+def test_fvu_is_a_quotient_of_sums_under_each_draw():
+    errors, norms = np.array([1.0, 2.0, 6.0]), np.array([10.0, 4.0, 8.0])
+    frame = prompts_of("a", [0.0] * 3, range(3)).assign(sq_error=errors, sq_norm_centred=norms)
+    picks = itertools.product(range(3), repeat=3)
+    possible = {round(errors[list(pick)].sum() / norms[list(pick)].sum(), 9) for pick in picks}
+    assert {round(value, 9) for value in intervals.draws(frame, "fvu_eval")["a"]} == possible
 
 
 def test_prompts_without_a_template_stand_for_themselves():

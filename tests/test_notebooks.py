@@ -56,6 +56,8 @@ def test_the_metrics_follow_from_the_files(trained):
     assert metrics["delta_loss"] == pytest.approx(spliced - clean)
     assert metrics["frac_rec_pct"] == pytest.approx(100 * clean / spliced)
     assert metrics["ce_zero"] > clean and metrics["ce_mean"] > clean
+    assert metrics["l0_eval"] == pytest.approx(prompts["active"].sum() / tokens)
+    assert metrics["fvu_eval"] == pytest.approx(prompts["sq_error"].sum() / prompts["sq_norm_centred"].sum())
     latents = pd.read_csv(run_dir / "latents.csv")
     assert metrics["dead_pct"] == pytest.approx(100 * (latents["fired"] == 0).mean())
     assert metrics["l0"] == pytest.approx(latents["fired"].sum() / 600)

@@ -39,11 +39,11 @@ def test_the_tidy_file_reads_back_as_it_was(fake_grid, fake_runs):
 def test_tables_from_before_there_were_recipes_are_read(fake_grid, fake_runs):
     folder = results.make(fake_grid, fake_runs)
     df = results.read_tidy(folder)
-    pd.read_csv(folder / "results_tidy.csv").drop(columns=[*YOUNGER, *records.NO_SINK]).to_csv(
+    pd.read_csv(folder / "results_tidy.csv").drop(columns=[*YOUNGER, *records.YOUNGER_NUMBERS]).to_csv(
         folder / "results_tidy.csv", index=False
     )
     (folder / SUMS).unlink()
-    none = dict.fromkeys(records.NO_SINK, math.nan)
+    none = dict.fromkeys(records.YOUNGER_NUMBERS, math.nan)
     pd.testing.assert_frame_equal(results.read_tidy(folder)[df.columns], df.assign(**none), check_exact=True)
     path = fake_runs / "runs" / df["run_id"][0] / "metrics.json"
     row = json.loads(path.read_text())

@@ -7,10 +7,21 @@ import transformers
 
 from saegrid.config import make_config
 from saegrid.errors import StoreError
+from saegrid.evaluation import on_prompts, reconstructed
+from saegrid.kernels import cpu, reference
 from saegrid.lm import load_lm, take_apart
 from saegrid.metrics import splice_metrics
 from saegrid.prompts import Prompt, make_prompts
-from saegrid.splice import evaluate, load_baseline, make_baseline, mean_losses, save_baseline, scored_positions
+from saegrid.sae import TopK
+from saegrid.splice import (
+    Baseline,
+    evaluate,
+    load_baseline,
+    make_baseline,
+    mean_losses,
+    save_baseline,
+    scored_positions,
+)
 
 SIZES = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 48, "num_attention_heads": 3, "num_hidden_layers": 4}
 CONFIGS = {
@@ -123,3 +134,28 @@ def test_a_baseline_comes_back_as_it_was_saved(lm, tmp_path):
     (tmp_path / "baseline.safetensors").write_bytes(content[:-8])
     with pytest.raises(StoreError, match=r"baseline\.safetensors: damaged"):
         load_baseline(tmp_path)
+
+
+@pytest.mark.parametrize("kernel", [reference, cpu])
+def test_fvu_on_the_prompts_leaves_sinks_out_and_l0_does_not(kernel):
+    prompts = [*some_prompts(), Prompt([7], template=9, prefix=0)]
+    generator = torch.Generator().manual_seed(2)
+    x = [torch.randn(len(prompt.tokens), 24, generator=generator) for prompt in prompts]
+    for rows in x:
+        rows[0] *= 500
+    sae = TopK(24, 48, k=4)
+    for tensor in sae.params[:5]:
+        tensor.normal_(0, 0.3, generator=generator)
+    lengths = [len(scored_positions(prompt)) for prompt in prompts]
+    sums = reconstructed(Baseline(prompts, x, pd.DataFrame()), sae, kernel)
+    rows = torch.cat([acts[: len(acts) - 1][1:] for acts in x]).double()  # no last one, and no sink
+    assert sums["sq_norm_centred"].sum() == pytest.approx((rows - rows.mean(0)).square().sum().item())
+    assert sums["sq_error"].sum() == pytest.approx((rows - sae(rows.float())).square().sum().item(), rel=1e-5)
+    scored = torch.cat([acts[: len(acts) - 1] for acts in x])
+    assert sums["active"].sum() == (sae.encode(scored) > 0).sum() and list(sums["sq_error"] > 0)[-1] is False
+    losses = {f"ce_{name}_sum": 1.0 for name in ("clean", "spliced", "zero", "mean")}
+    found = on_prompts(sums.assign(n_tokens=lengths, **losses))
+    assert found["fvu_eval"] == pytest.approx(
+        (rows - sae(rows.float())).square().sum().item() / sums["sq_norm_centred"].sum(), rel=1e-5
+    )
+    assert found["l0_eval"] == pytest.approx((sae.encode(scored) > 0).sum().item() / len(scored))

@@ -1,11 +1,12 @@
-"""95% intervals of splice losses by a paired bootstrap over problem templates.
+"""95% intervals of what is measured on the evaluation prompts, by a paired bootstrap over problem templates.
 
 Prompts of one template are alike, so the template is what is drawn; all runs of a draw see the same templates, so the
-difference of two runs is free of the noise that they share. Losses are sums divided once by the number of tokens.
+difference of two runs is free of the noise that they share. A measure is a quotient of sums over prompts.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,36 +17,47 @@ from saegrid.errors import ResultsError
 DRAWS = 2000
 SEED = 0
 COVERAGE = 0.95
+MEASURES = {
+    "delta_loss": ("ce_spliced_sum - ce_clean_sum", "n_tokens"),
+    "fvu_eval": ("sq_error", "sq_norm_centred"),
+}
+"""What is summed over prompts above and below the quotient: nats/token; FVU without sinks on the prompts."""
 
 
-def draws(prompts: pd.DataFrame) -> pd.DataFrame:
-    """Delta losses of every run under every bootstrap draw: one row a draw, one column a run id, in nats/token.
+def draws(prompts: pd.DataFrame, measure: str = "delta_loss") -> pd.DataFrame:
+    """A measure of every run under every bootstrap draw: one row a draw, one column a run id.
 
-    `prompts` is long-form: `run_id, prompt, template, n_tokens, ce_clean_sum, ce_spliced_sum`. A prompt without a
-    template stands for itself. Raises `ResultsError` if the runs were not scored on the same prompts and tokens.
+    `prompts` is long-form: `run_id, prompt, template, n_tokens` and the sums that the measure needs (`MEASURES`). A
+    prompt without a template stands for itself. Raises `ResultsError` if the runs were not scored on the same prompts
+    and tokens, or if a sum is missing.
     """
     alone = "prompt " + prompts["prompt"].astype(str)
+    above, below = MEASURES[measure]
+    for name in re.findall(r"\w+", f"{above} {below}"):
+        if name not in prompts or prompts[name].isna().any():
+            raise ResultsError(f"prompts.csv: lacks {name}, of which {measure} is made; make the runs again")
     prompts = prompts.assign(
-        extra=prompts["ce_spliced_sum"] - prompts["ce_clean_sum"],
+        above=prompts.eval(above),
+        below=prompts.eval(below),
         group=prompts["template"].astype("object").where(prompts["template"].notna(), alone).astype(str),
     )
     tokens = prompts.pivot(index=["group", "prompt"], columns="run_id", values="n_tokens")
     if tokens.isna().any().any() or (tokens.nunique(axis=1) != 1).any():
         raise ResultsError("prompts.csv: the runs were scored on different prompts or tokens and can't be compared")
-    groups = prompts.groupby(["group", "run_id"], sort=True)[["extra", "n_tokens"]].sum().unstack("run_id")
+    groups = prompts.groupby(["group", "run_id"], sort=True)[["above", "below"]].sum().unstack("run_id")
     n_groups = len(groups)
     weights = np.random.default_rng(SEED).multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=DRAWS)
-    extra, counts = groups["extra"], groups["n_tokens"]
-    return pd.DataFrame((weights @ extra.to_numpy()) / (weights @ counts.to_numpy()), columns=extra.columns)
+    above, below = groups["above"], groups["below"]
+    return pd.DataFrame((weights @ above.to_numpy()) / (weights @ below.to_numpy()), columns=above.columns)
 
 
 def interval(drawn: pd.DataFrame, weights: Mapping[str, float]) -> tuple[float, float]:
-    """The central 95% interval of a weighted sum of runs' delta losses, such as `{"a": 1, "b": -1}` for a - b."""
+    """The central 95% interval of a weighted sum of runs' measures, such as `{"a": 1, "b": -1}` for a - b."""
     return central(sum(drawn[run_id] * weight for run_id, weight in weights.items()))
 
 
 def over_seeds(drawn: pd.DataFrame, run_ids: Sequence[str]) -> np.ndarray:
-    """Mean delta losses (`DRAWS`,) of the runs of one setting, their seeds drawn as well as the templates.
+    """Means (`DRAWS`,) over the runs of one setting, their seeds drawn as well as the templates.
 
     Two settings with as many seeds, in one order, get the same draws, so that their difference is paired.
     """
@@ -55,7 +67,7 @@ def over_seeds(drawn: pd.DataFrame, run_ids: Sequence[str]) -> np.ndarray:
 
 
 def difference(drawn: pd.DataFrame, runs: pd.DataFrame, base: pd.DataFrame) -> tuple[float, float]:
-    """The central 95% interval of the mean delta loss of `runs` less that of `base`, paired over templates and seeds.
+    """The central 95% interval of the mean over `runs` less that over `base`, paired over templates and seeds.
 
     Both have the columns `run_id` and `seed`. Raises `ResultsError` where their seeds are not the same.
     """

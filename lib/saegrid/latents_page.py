@@ -61,8 +61,8 @@ def how(data: Mapping[str, Any]) -> Markdown:
     """How each number on the page is made, and what it does not say."""
     return Markdown(
         "## How this is made\n\n"
-        f"- **Fires on.** The share of all {data['n_val_rows']:,} validation rows on which the latent is above 0; the "
-        "text of these rows comes from templates or prompts that training never saw.\n"
+        f"- **Fires on.** The share of all {data['n_val_rows']:,} validation rows on which the latent is above 0; "
+        "training saw none of them.\n"
         "- **Contexts.** Where it fires most, one context a prompt and none twice with the same last five tokens. "
         f"{data['n_sink_rows']:,} attention-sink rows (norm above 10 times the median, most of them first tokens) are "
         "left out: their norm would fill every list.\n"

@@ -13,6 +13,11 @@ from saegrid.tables import Markdown, change, header, html_table, number
 
 OWN = "saegrid"
 KEYS = ["peer", "arch", "k", "rate", "seed"]
+COMPARED = (
+    ("fvu_no_sink", "an FVU without sinks", "fvu_eval", "FVU on the prompts, more than this project's"),
+    ("delta_loss", "a delta loss", "delta_loss", "Delta loss, more than this project's"),
+)
+"""Measures, in words; what of theirs is compared on the prompts, with an interval; the title of its column."""
 CONTENDER = ["peer", "arch"]
 LOOKS = {
     ("saegrid", "BatchTopK"): ("#d55e00", "o", "-"),
@@ -44,23 +49,25 @@ def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def compared(runs: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
-    """One row a K and contender: means over seeds, and its delta loss less that of this project's SAE at that K.
+    """One row a K and contender: means over seeds, and what it has more than this project's SAE at that K.
 
-    That is the one of its architectures whose FVU without sinks is the lowest. `low` and `high` are the difference's
-    central 95% interval, over problem templates and seeds.
+    That is the one of its architectures whose FVU without sinks is the lowest. `delta_loss_more` and `fvu_eval_more`
+    are (difference, low, high): the bounds are its central 95% interval, over problem templates and seeds.
     """
-    drawn, rows = intervals.draws(prompts), []
+    drawn, rows = {measure: intervals.draws(prompts, measure) for measure in intervals.MEASURES}, []
     for k, group in runs.groupby("k"):
         own = group[group["peer"] == OWN].groupby("arch")["fvu_no_sink"].mean().idxmin()
         base = group[(group["peer"] == OWN) & (group["arch"] == own)]
         for (peer, arch), those in group.groupby(CONTENDER, sort=False):
-            means = those[["l0", "l0_eval", "fvu_no_sink", "dead_pct", "delta_loss"]].mean()
-            low, high = intervals.difference(drawn, those, base)
-            more = means["delta_loss"] - base["delta_loss"].mean()
+            means = those[["l0_no_sink", "fvu_no_sink", "fvu_eval", "dead_pct_no_sink", "delta_loss"]].mean()
+            more = {
+                f"{name}_more": (means[name] - base[name].mean(), *intervals.difference(drawn[name], those, base))
+                for name in drawn
+            }
             rates = " and ".join(f"{rate:.2g}" for rate in sorted(those["rate"].unique()))
             row = {"k": k, "peer": peer, "arch": arch, "is_base": (peer, arch) == (OWN, own), "rates": rates}
             row["tried"] = those["tried"].min()
-            rows.append(row | dict(means) | {"more": more, "low": low, "high": high})
+            rows.append(row | dict(means) | more)
     return pd.DataFrame(rows).sort_values(["k", "delta_loss"], ignore_index=True)
 
 
@@ -69,18 +76,22 @@ def table(found: pd.DataFrame) -> Markdown:
     tried = " to ".join(str(count) for count in sorted({found["tried"].min(), found["tried"].max()}))
     own = {
         "Contender": found["peer"] + " " + found["arch"],
-        "Delta loss more than this project's": [
-            "" if row.is_base else change(row.more, row.low, row.high) for row in found.itertuples()
-        ],
+        **{
+            head: found[f"{name}_more"].map(lambda more: change(*more)).mask(found["is_base"], "")
+            for _, _, name, head in COMPARED
+        },
         "Learning rate by its default": found["rates"],
     }
     name, *others = own
-    columns = [name, "k", "l0", "fvu_no_sink", "dead_pct", "delta_loss", *others]
+    columns = [name, "k", "l0_no_sink", "fvu_no_sink", "dead_pct_no_sink", "delta_loss", *others]
     caption = (
-        "Each library's own trainer and settings on the same rows, epochs and width: the best of "
-        f"{tried} learning rates, about three times apart, by FVU without sinks on the validation rows. Thresholds are "
-        "calibrated to K there, and attention sinks are among the rows, for all alike. 95% intervals by a paired "
-        "bootstrap over problem templates."
+        "Trained by each library's released code (sparsify by the step inside its trainer) with its recommended "
+        "settings, those in steps or tokens scaled to the run's length, at the same width, epochs and batch: the best "
+        f"of {tried} learning rates, about three times apart, by FVU on the validation rows. Attention sinks are left "
+        "out of the other libraries' rows (this project's recipe sets them apart), out of every measure and out of the "
+        "splice, and thresholds are calibrated to K without them. This project keeps the epoch of the lowest "
+        "validation MSE, as it always does, the others the last. 95% intervals by a paired bootstrap over problem "
+        "templates."
     )
     return html_table(found.assign(**own), columns, caption=caption, mark_best=False)
 
@@ -92,13 +103,17 @@ def verdict(found: pd.DataFrame) -> str:
         base, others = group[group["is_base"]].iloc[0], group[group["peer"] != OWN]
         if others.empty:
             continue
-        fvu, loss = (others.loc[others[name].idxmin()] for name in ("fvu_no_sink", "delta_loss"))
-        lines.append(
-            f"- K = {k}: {base['arch']} has an FVU without sinks of {number(base['fvu_no_sink'], 'fvu_no_sink')} "
-            f"against {number(fvu['fvu_no_sink'], 'fvu_no_sink')} of the best other one ({fvu['peer']} "
-            f"{fvu['arch']}), and a delta loss of {number(base['delta_loss'], 'delta_loss')} against "
-            f"{number(loss['delta_loss'], 'delta_loss')} ({loss['peer']} {loss['arch']}, {_more(loss)})."
-        )
+        told = []
+        for name, words, on_prompts, _ in COMPARED:
+            best = others.loc[others[name].idxmin()]
+            told.append(
+                f"{words} of {number(base[name], name)} against {number(best[name], name)} of the best other one "
+                f"({best['peer']} {best['arch']}; {change(*best[f'{on_prompts}_more'])} on the prompts)"
+            )
+        lines.append(f"- K = {k}: {base['arch']} has {' and '.join(told)}.")
+        absent = [" ".join(name) for name in LOOKS if name not in set(zip(group["peer"], group["arch"], strict=True))]
+        if absent:
+            lines[-1] += f" Not run: {', '.join(absent)}."
     return "\n".join(lines)
 
 
@@ -106,16 +121,11 @@ def verdict(found: pd.DataFrame) -> str:
 def curves(found: pd.DataFrame, *, y: str, ax: Axes | None = None) -> Axes:
     """A measure over the realised L0, one line a contender, both axes logarithmic."""
     for contender, (color, marker, line) in LOOKS.items():
-        rows = found[(found["peer"] == contender[0]) & (found["arch"] == contender[1])].sort_values("l0")
+        rows = found[(found["peer"] == contender[0]) & (found["arch"] == contender[1])].sort_values("l0_no_sink")
         if len(rows):
-            ax.plot(rows["l0"], rows[y], color=color, marker=marker, linestyle=line, label=" ".join(contender))
+            ax.plot(rows["l0_no_sink"], rows[y], color=color, marker=marker, linestyle=line, label=" ".join(contender))
     log_axes(ax, sorted(found["k"].unique()))
-    ax.set_xlabel(header("l0"))
+    ax.set_xlabel(header("l0_no_sink"))
     ax.set_ylabel(header(y))
     ax.legend(ncols=2, **ABOVE)
     return ax
-
-
-def _more(row: pd.Series) -> str:
-    words = f"{abs(row['more']):.3f} nats/token {'more' if row['more'] >= 0 else 'less'}"
-    return f"{words} [{row['low']:.3f}, {row['high']:.3f}]".replace("[-", "[−").replace(", -", ", −")

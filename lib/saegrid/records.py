@@ -28,8 +28,8 @@ METRICS = [
     *("loss_recovered_zero", "loss_recovered_mean"),
 ]
 """Numbers that every run must have; a row without one stops the tables."""
-NO_SINK = ["l0_no_sink", "dead_pct_no_sink"]
-OPTIONAL = ["inference_threshold", "theta_over_rms", *NO_SINK]
+YOUNGER_NUMBERS = ["l0_no_sink", "dead_pct_no_sink", "fvu_eval"]
+OPTIONAL = ["inference_threshold", "theta_over_rms", *YOUNGER_NUMBERS]
 """Numbers that only some architectures, or only younger tables, have."""
 HASHES = ["data_sha256", "model_sha256", "weights_sha256"]
 TEXT = ["run_id", "name", "store_id", *HASHES, "code_version", "torch_version"]
@@ -64,7 +64,7 @@ def load_run(run_dir: str | Path, run_id: str = "") -> dict[str, Any]:
             hash is none, it is another run's, or a file is not what the run left.
     """
     path = Path(run_dir) / "metrics.json"
-    row = YOUNGER | dict.fromkeys(NO_SINK) | _read_json(path)
+    row = YOUNGER | dict.fromkeys(YOUNGER_NUMBERS) | _read_json(path)
     missing = [name for name in TIDY if name not in row]
     if missing:
         raise ResultsError(f"{path}: lacks {', '.join(missing)}; delete the folder and run it again")

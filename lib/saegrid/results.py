@@ -19,12 +19,12 @@ from saegrid.recipes import YOUNGER
 from saegrid.records import (
     COUNTS,
     METRICS,
-    NO_SINK,
     NOTEBOOK,
     OPTIONAL,
     PARAMETERS,
     TEXT,
     TIDY,
+    YOUNGER_NUMBERS,
     advising,
     load_prompts,
     load_run,
@@ -113,7 +113,7 @@ def read_tidy(path: str | Path) -> pd.DataFrame:
         raise ResultsError(f"{path}: {error.strerror}; `make report` makes it") from None
     except (ValueError, pd.errors.ParserError) as error:
         raise ResultsError(f"{path}: not a table: {error}") from None
-    younger = YOUNGER | dict.fromkeys(NO_SINK, math.nan)
+    younger = YOUNGER | dict.fromkeys(YOUNGER_NUMBERS, math.nan)
     df = df.assign(**{name: value for name, value in younger.items() if name not in df})
     missing = [name for name in TIDY if name not in df]
     if missing:

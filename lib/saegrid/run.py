@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 import saegrid
@@ -25,24 +24,24 @@ from saegrid.atomic import sweep, write_bytes, write_text
 from saegrid.calibration import rms_pre_acts
 from saegrid.config import RunConfig, make_config
 from saegrid.errors import SaegridError, StoreError
+from saegrid.evaluation import evaluate_rows, on_prompts, spliced
 from saegrid.fetch import waiting_lock
 from saegrid.files import load_folder, save_sae
 from saegrid.lm import lm_shape, load_lm
-from saegrid.metrics import SINK_RATIO, Reconstruction, median_norm, splice_metrics
 from saegrid.preflight import check
 from saegrid.prompts import make_prompts
 from saegrid.published import published_files
 from saegrid.records import MEND, METRICS, NOTEBOOK, SET_ASIDE, check_run, load_config, load_run
 from saegrid.sae import SAE, JumpReLU
 from saegrid.sealed import sum_of, write_sealed, write_sums
-from saegrid.splice import evaluate, load_baseline, make_baseline, mean_losses, save_baseline
+from saegrid.splice import load_baseline, make_baseline, save_baseline
 from saegrid.store import Store
 from saegrid.tied import die_with_papermill
 from saegrid.train import CHECKPOINT, train
 
 CODE = (
-    *("activations.py", "calibration.py", "embedded.py", "estimates.py", "fetch.py", "files.py", "lm.py"),
-    *("metrics.py", "prompts.py", "published.py"),
+    *("activations.py", "calibration.py", "embedded.py", "estimates.py", "evaluation.py", "fetch.py", "files.py"),
+    *("lm.py", "metrics.py", "prompts.py", "published.py"),
     *("recipes.py", "run.py", "sae.py", "splice.py", "store.py", "train.py", "transfer.py", "kernels"),
 )
 """Sources whose change can change a run's result: their hash is the run's code version."""
@@ -188,7 +187,7 @@ class Run:
             return self.metrics
         started = time.perf_counter()
         rows, latents, positions = evaluate_rows(self.sae, self.store, self.config.batch_size, self.kernel)
-        sums, l0_eval = spliced(self.config, self.store, self.sae, self.kernel)
+        sums = spliced(self.config, self.store, self.sae, self.kernel)
         self.sae.cpu()
         cfg = {**self.config.identity(), "run_id": self.run_id, "code_version": code_version()}
         cfg = {name: value for name, value in cfg.items() if name not in ("arch", "k", "threshold")}
@@ -197,7 +196,7 @@ class Run:
             write_text(self.folder / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
         self.times["eval_seconds"] = time.perf_counter() - started
         self._write_times()
-        row = self._row(rows | {"l0_eval": l0_eval} | splice_metrics(**mean_losses(sums)), sums, weights)
+        row = self._row(rows | on_prompts(sums), sums, weights)
         self._commit(row)
         return self.metrics
 
@@ -257,43 +256,6 @@ class Run:
         resolved = make_config(**config.model_dump() | choice._asdict())
         write_sealed(path, {"run_id": self.run_id} | resolved.identity())
         return resolved
-
-
-def spliced(config: RunConfig, store: Store, sae: SAE, kernel) -> tuple[pd.DataFrame, float]:
-    """Losses of each evaluation prompt with the SAE spliced in (`splice.evaluate`), and L0 on these prompts."""
-    baseline = load_baseline(store.folder, store.data_sha256)
-    lm = load_lm(config)
-    active = rows = 0
-
-    def replace(x: Tensor) -> Tensor:
-        nonlocal active, rows
-        codes = sae.codes(x.to(sae.device), kernel)
-        active, rows = active + len(codes.values), rows + len(x)
-        return kernel.decode(sae.params, codes)
-
-    return evaluate(lm, baseline, config.layer, replace), active / rows
-
-
-def evaluate_rows(sae: SAE, store: Store, batch_size: int, kernel) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
-    """Metrics of the validation rows; firing of each latent; squared error by token position."""
-    sink_norm = SINK_RATIO * median_norm(store.batches("val", batch_size, device=sae.device))
-    sums = Reconstruction(sae.d_sae, sink_norm)
-    errors = []
-    for x in store.batches("val", batch_size, device=sae.device):
-        codes = sae.codes(x, kernel)
-        errors.append(sums.add(x, kernel.decode(sae.params, codes), codes))
-    mean_act = (sums.act_sum / sums.fired.clamp_min(1)).numpy()
-    latents = pd.DataFrame({"latent": range(sae.d_sae), "fired": sums.fired, "mean_act": mean_act})
-    latents["max_act"] = sums.act_max
-    mean = sums.every.mean
-    batches = store.batches("val", batch_size, device=sae.device)
-    centred = torch.cat([(x.double() - mean).square().sum(1) for x in batches])
-    rows = pd.DataFrame({"position": store.meta("val")["positions"], "sq_error": torch.cat(errors).cpu()})
-    rows["sq_norm_centred"] = centred.cpu()
-    positions = rows.groupby("position").agg(
-        n_rows=("sq_error", "size"), sq_error=("sq_error", "mean"), sq_norm_centred=("sq_norm_centred", "mean")
-    )
-    return sums.result(), latents, positions.reset_index()
 
 
 def code_version() -> str:

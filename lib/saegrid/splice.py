@@ -45,7 +45,8 @@ def scored_positions(prompt: Prompt) -> Tensor:
     All but the last (no token follows it) and but a chat prefix that every prompt shares, of which only position 0
     (the attention sink) stays. One mask for the clean, spliced, zero and mean passes.
     """
-    return torch.tensor([position for position in prompt.positions if position < len(prompt.tokens) - 1])
+    scored = [position for position in prompt.positions if position < len(prompt.tokens) - 1]
+    return torch.tensor(scored, dtype=torch.int64)
 
 
 def make_baseline(lm: LM, prompts: list[Prompt], layer: int, mean: Tensor) -> Baseline:

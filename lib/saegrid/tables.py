@@ -65,6 +65,7 @@ COLUMNS = {
     "nmse": Column("NMSE", "1", "#.3g", "min"),
     "fvu": Column("FVU", "1", "#.3g", "min"),
     "fvu_no_sink": Column("FVU without sinks", "1", ".3f", "min"),
+    "fvu_eval": Column("FVU on the prompts", "1", ".3f", "min"),
     "sink_pct": Column("Sink rows", "%", ".2f"),
     "dead_pct": Column("Dead latents", "%", ".1f", "min"),
     "dead_pct_no_sink": Column("Dead latents without sinks", "%", ".1f", "min"),

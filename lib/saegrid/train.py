@@ -1,4 +1,4 @@
-"""The training loop: the published recipe, resumable at any moment."""
+"""The training loop of all recipes, resumable at any moment."""
 
 from __future__ import annotations
 
