@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,14 @@ from saegrid.tables import MISSING, Markdown, html_block, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 QUALITY = {"val_mse": ".4g", "l0": ".1f", "dead_pct": ".1f"}
+FLOOR = (
+    "The floor is the encoder's product alone, in the step's own precision, and one read and write of the parameters "
+    "and of Adam's moments at the bandwidth that the machine gives."
+)
+MEMORY = (
+    "Resident memory of each contender's process. Weights, gradients and Adam's moments are in it, and four batches of "
+    "rows; what is loaded at the first use counts too."
+)
 ALIKE = 0.01  # first-batch MSE within this share: the contenders solve one problem
 
 
@@ -31,19 +39,29 @@ def make(results: Path, page: Path) -> None:
 def render(results: dict[str, Any]) -> Markdown:
     """The page as Markdown, from the content of results.json."""
     results = results | {part: sorted(results[part], key=_place) for part in ("races", "floors")}
-    parts = [section("Ratio to the peers", ratio_table(results), results["races"])]
+    parts = [section("Ratio to the peers", by_machine(ratio_table, results), results["races"])]
     if results["races"]:
         parts += [step_plot(results), details(results)]
     parts += [not_measured(results), f"## How it was measured\n\n{introduction(results)}"]
-    parts += [section("Over the floor", floor_table(results), results["floors"])]
+    parts += [section("Over the floor", f"{FLOOR}\n\n{by_machine(floor_table, results)}", results["floors"])]
     parts += [section("Splice evaluation", splice_table(results), results.get("splice"))]
     parts += [section("A whole grid", grid_table(results), results.get("grid"))]
     parts += [section("Cost against size", scaling_table(results), results["scaling"])]
     parts += [section("Equal quality", quality_table(results), results["quality"])]
     if results["quality"]:
         parts.append(curve_plot(results))
-    parts += [section("Peak memory of a step", memory_table(results), results["races"])]
+    parts += [section("Peak memory of a step", f"{MEMORY}\n\n{by_machine(memory_table, results)}", results["races"])]
     return markdown(*parts)
+
+
+def by_machine(part: Callable[[dict[str, Any]], str], results: dict[str, Any]) -> str:
+    """A part of the page once for each machine that has anything for it, under the machine's name."""
+    parts = []
+    for name in (found["name"] for found in results["machines"]):
+        own = {kind: [record for record in results[kind] if record["machine"] == name] for kind in ("races", "floors")}
+        if text := part(own):
+            parts.append(f"### {name}\n\n{text}")
+    return "\n\n".join(parts)
 
 
 def section(title: str, body: str, numbers: Any) -> str:
@@ -116,17 +134,11 @@ def lowest(results: dict[str, Any]) -> str:
             best[key] = race
     if not best:
         return ""
-    lines = []
-    for machine in dict.fromkeys(race["machine"] for race in best.values()):
-        ratios = [race["ratio"] for race in best.values() if race["machine"] == machine]
-        spread = " to ".join(dict.fromkeys(f"{ratio:.1f}" for ratio in (min(ratios), max(ratios))))
-        lines.append(f"- {machine}: **{spread} times**")
+    ratios = [race["ratio"] for race in best.values()]
+    spread = " to ".join(dict.fromkeys(f"{ratio:.1f}" for ratio in (min(ratios), max(ratios))))
     rows = [(*shape_of(race), NAMES[race["peer"]], bold(race["ratio"], ".1f")) for race in best.values()]
-    return (
-        "As fast as the fastest peer in its fastest setting is a training step here:\n\n"
-        + "\n".join(lines)
-        + f"\n\n{table([*SHAPE, 'Fastest peer', 'Ratio'], rows)}"
-    )
+    line = f"A training step is **{spread} times** as fast as the fastest peer in its fastest setting."
+    return f"{line}\n\n{table([*SHAPE, 'Fastest peer', 'Ratio'], rows)}"
 
 
 def details(results: dict[str, Any]) -> str:
@@ -135,7 +147,7 @@ def details(results: dict[str, Any]) -> str:
     for race in results["races"]:
         errors = [c.get("mse") for c in race["contenders"] if "mse" in c]
         if errors and max(errors) - min(errors) > ALIKE * min(errors):
-            unlike.append(f"{' '.join(shape_of(race))}, {race['peer']}")
+            unlike.append(f"{race['machine']}: {' '.join(shape_of(race))}, {race['peer']}")
         for contender in race["contenders"]:
             if "failure" in contender:
                 failures[race["machine"], contender["contender"], contender["setting"]] = contender["failure"]
@@ -156,11 +168,7 @@ def floor_table(results: dict[str, Any]) -> str:
         for record in results["floors"]
     ]
     heads = "Step (ms)", "Step, fp32 product (ms)", "Product (ms)", "Memory (ms)", "Floor (ms)", "Bandwidth (GB/s)"
-    return (
-        "The floor is the encoder's product alone, in the step's own precision, and one read and write of the "
-        "parameters and of Adam's moments at the bandwidth that the machine gives.\n\n"
-        + table([*SHAPE, *heads, "Step / floor"], rows)
-    )
+    return table([*SHAPE, *heads, "Step / floor"], rows) if rows else ""
 
 
 def splice_table(results: dict[str, Any]) -> str:
@@ -251,21 +259,16 @@ def memory_table(results: dict[str, Any]) -> str:
                 numbers = (text(value, ",.0f") for value in (step, c["peak_rss_mib"], c["imported_rss_mib"]))
                 rows.append((*shape_of(race), NAMES[c["contender"]], c["setting"], *numbers))
     heads = "Peak above the imports (MiB)", "Peak of the process (MiB)", "Behind its imports (MiB)"
-    return (
-        "Resident memory of each contender's process. Weights, gradients and Adam's moments are in it, and four "
-        "batches of rows; what is loaded at the first use counts too.\n\n"
-        + table([*SHAPE, "Contender", "Setting", *heads], rows)
-    )
+    return table([*SHAPE, "Contender", "Setting", *heads], rows) if rows else ""
 
 
-SHAPE = ("Machine", "d_in", "Expansion", "K", "Rows", "Architecture")
-TEXT = ("Machine", "Architecture", "Peer", "Fastest peer", "Fastest setting", "Contender", "Setting")
+SHAPE = ("d_in", "Expansion", "K", "Rows", "Architecture")
+TEXT = ("Architecture", "Peer", "Fastest peer", "Fastest setting", "Contender", "Setting")
 
 
 def shape_of(record: dict[str, Any]) -> tuple[str, ...]:
     """Cells of `SHAPE`, of a race or a floor."""
-    sizes = str(record["d_in"]), f"{record['expansion']}x", str(record["k"]), f"{record['batch']:,}"
-    return record["machine"], *sizes, record["arch"]
+    return str(record["d_in"]), f"{record['expansion']}x", str(record["k"]), f"{record['batch']:,}", record["arch"]
 
 
 def _place(record: dict[str, Any]) -> tuple:

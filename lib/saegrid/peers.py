@@ -14,8 +14,8 @@ from saegrid.tables import Markdown, change, header, html_table, number
 OWN = "saegrid"
 KEYS = ["peer", "arch", "k", "rate", "seed"]
 COMPARED = (
-    ("fvu_no_sink", "an FVU without sinks", "fvu_eval", "FVU on the prompts, more than this project's"),
-    ("delta_loss", "a delta loss", "delta_loss", "Delta loss, more than this project's"),
+    ("fvu_no_sink", "an FVU without sinks", "fvu_eval", "More FVU, on the prompts"),
+    ("delta_loss", "a delta loss", "delta_loss", "More delta loss"),
 )
 """Measures, in words; what of theirs is compared on the prompts, with an interval; the title of its column."""
 CONTENDER = ["peer", "arch"]
@@ -71,28 +71,32 @@ def compared(runs: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values(["k", "delta_loss"], ignore_index=True)
 
 
+def rules(found: pd.DataFrame) -> str:
+    """How the contenders were trained and measured."""
+    tried = " to ".join(str(count) for count in sorted({found["tried"].min(), found["tried"].max()}))
+    return (
+        "Trained by each library's released code (sparsify by the step inside its trainer) with its recommended "
+        "settings, those in steps or tokens scaled to the run's length, at the same width, epochs and batch: the best "
+        f"of {tried} learning rates, about three times apart, by FVU on the validation rows. Attention sinks are left "
+        "out of the other libraries' rows (this project's recipe sets them apart), out of every measure and out of the "
+        "splice, and thresholds are calibrated to K without them. This project keeps the epoch of the lowest "
+        "validation MSE, as it always does, the others the last. Intervals are a paired bootstrap over problem templates."
+    )
+
+
 def table(found: pd.DataFrame) -> Markdown:
     """All contenders at each K, as a table of a page."""
-    tried = " to ".join(str(count) for count in sorted({found["tried"].min(), found["tried"].max()}))
     own = {
         "Contender": found["peer"] + " " + found["arch"],
         **{
             head: found[f"{name}_more"].map(lambda more: change(*more)).mask(found["is_base"], "")
             for _, _, name, head in COMPARED
         },
-        "Learning rate by its default": found["rates"],
+        "Rate": found["rates"],
     }
     name, *others = own
-    columns = [name, "k", "l0_no_sink", "fvu_no_sink", "dead_pct_no_sink", "delta_loss", *others]
-    caption = (
-        "Trained by each library's released code (sparsify by the step inside its trainer) with its recommended "
-        "settings, those in steps or tokens scaled to the run's length, at the same width, epochs and batch: the best "
-        f"of {tried} learning rates, about three times apart, by FVU on the validation rows. Attention sinks are left "
-        "out of the other libraries' rows (this project's recipe sets them apart), out of every measure and out of the "
-        "splice, and thresholds are calibrated to K without them. This project keeps the epoch of the lowest "
-        "validation MSE, as it always does, the others the last. 95% intervals by a paired bootstrap over problem "
-        "templates."
-    )
+    columns = [name, "k", "fvu_no_sink", "dead_pct_no_sink", "delta_loss", *others]
+    caption = "More: than this project's SAE of the lowest FVU, 95% intervals. Rate: by the library's default."
     return html_table(found.assign(**own), columns, caption=caption, mark_best=False)
 
 
