@@ -80,7 +80,8 @@ def rules(found: pd.DataFrame) -> str:
         f"of {tried} learning rates, about three times apart, by FVU on the validation rows. Attention sinks are left "
         "out of the other libraries' rows (this project's recipe sets them apart), out of every measure and out of the "
         "splice, and thresholds are calibrated to K without them. This project keeps the epoch of the lowest "
-        "validation MSE, as it always does, the others the last. Intervals are a paired bootstrap over problem templates."
+        "validation MSE, as it always does, the others the last. Intervals are a paired bootstrap over problem "
+        "templates."
     )
 
 
