@@ -33,12 +33,11 @@ from torch import Tensor
 
 from saegrid import kernels
 from saegrid.atomic import write_text
-from saegrid.calibration import calibrated_factor
+from saegrid.calibration import calibrated_factor, ordinary
 from saegrid.config import RunConfig, make_config
 from saegrid.evaluation import evaluate_rows, on_prompts, spliced
 from saegrid.formats import load_sae
 from saegrid.kernels import cpu as kernel
-from saegrid.metrics import SINK_RATIO
 from saegrid.peers import KEYS
 from saegrid.run import Run, prepare_store
 from saegrid.sae import SAE, JumpReLU, TopK
@@ -150,19 +149,13 @@ def trained(spec: dict, *, base: RunConfig, store: Store, folder: Path, python: 
 
 
 class OrdinaryRows:
-    """A store as calibration sees it, without its sinks."""
+    """A store's validation rows as calibration sees them, without sinks."""
 
     def __init__(self, store: Store):
-        self.store = store
+        self.rows = ordinary(store.rows("val"))
 
     def batches(self, split: str, batch_size: int, device: str) -> Iterator[Tensor]:
-        return iter(ordinary(self.store.rows(split)).to(device).split(batch_size))
-
-
-def ordinary(x: Tensor) -> Tensor:
-    """The rows of x (N, d_in) that are no attention sinks."""
-    norms = x.norm(dim=1)
-    return x[norms <= SINK_RATIO * norms.median()]
+        return iter(self.rows.to(device).split(batch_size))
 
 
 def calibrated(sae: SAE, k: int, store: Store) -> SAE:

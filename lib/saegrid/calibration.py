@@ -86,18 +86,18 @@ def calibrated_factor(
 
 def start_of_theta(params: Params, x: Tensor, k: int) -> float:
     """The cut that leaves `k` pre-activations a row above it, on average over rows x (N, d_in) without sinks."""
-    x = _ordinary(x)
+    x = ordinary(x)
     pre = torch.addmm(params.b_enc, x - params.b_pre, params.W_enc.T).flatten()
     return max(pre.topk(min(len(x) * k, len(pre)), sorted=False).values.min().item(), TINY)
 
 
 def rms_pre_acts(params: Params, x: Tensor) -> float:
     """Root mean square of the pre-activations of rows x (N, d_in), attention sinks left out: the unit of "rms"."""
-    x = _ordinary(x)
+    x = ordinary(x)
     return torch.addmm(params.b_enc, x - params.b_pre, params.W_enc.T).double().square().mean().sqrt().item()
 
 
-def _ordinary(x: Tensor) -> Tensor:
+def ordinary(x: Tensor) -> Tensor:
     """The rows of x (N, d_in) that are no attention sinks."""
     norms = x.norm(dim=1)
     return x[norms <= SINK_RATIO * norms.median()]

@@ -47,7 +47,7 @@ def spliced(config: RunConfig, store: Store, sae: SAE, kernel: ModuleType, leave
     """
     baseline = load_baseline(store.folder, store.data_sha256)
     lm = load_lm(config)
-    limit = _sink_limit(baseline) if leave_sinks else float("inf")
+    limit = SINK_RATIO * median_norm(_scored(baseline)) if leave_sinks else float("inf")
 
     def replace(x: torch.Tensor) -> torch.Tensor:
         x = x.to(sae.device)
@@ -64,7 +64,8 @@ def reconstructed(baseline: Baseline, sae: SAE, kernel: ModuleType) -> pd.DataFr
     active: pairs of position and latent; sq_error: Σ ‖x - x_hat‖²; sq_norm_centred: Σ ‖x - mean‖², the mean that of
     all prompts. The latter two leave sinks out, so that their quotient of sums is FVU without sinks on the prompts.
     """
-    x, limit = _scored(baseline), _sink_limit(baseline)
+    x = _scored(baseline)
+    limit = SINK_RATIO * median_norm(x)
     ordinary = [rows.norm(dim=1) <= limit for rows in x]
     mean = torch.cat([rows[keep] for rows, keep in zip(x, ordinary, strict=True)]).double().mean(0)
     sums = []
@@ -87,8 +88,3 @@ def on_prompts(sums: pd.DataFrame) -> dict[str, float]:
 def _scored(baseline: Baseline) -> list[torch.Tensor]:
     """Rows of each prompt's scored positions, (n, d_in) float32."""
     return [rows[scored_positions(prompt)].float() for rows, prompt in zip(baseline.x, baseline.prompts, strict=True)]
-
-
-def _sink_limit(baseline: Baseline) -> float:
-    """The norm above which a row of the evaluation prompts is an attention sink."""
-    return SINK_RATIO * median_norm(_scored(baseline))
