@@ -4,11 +4,11 @@
     python benchmarks/peer_quality.py --ks 64 --rates 1
 
 Every SAE is judged by this project's metrics on the same held-out rows and prompts, attention sinks left out of all of
-them: the other libraries have no means against sinks but to leave them out of training, so they get the rows without
-sinks, thresholds are calibrated to K on validation rows without sinks, and the splice leaves sinks as they are.
+them: nobody trains on sinks (this project's recipe leaves them out itself, the other libraries get the rows without
+them), thresholds are calibrated to K on validation rows without sinks, and the splice leaves sinks as they are.
 Each contender is trained at its default learning rate and at three times that, and on along `LADDER` until both
-neighbours of the best, by FVU on the validation rows, are worse; that one alone is spliced. Writes
-`results/peers/runs.csv` and `prompts.csv` behind each contender.
+neighbours of the best, by FVU on the validation rows, are worse; then once between it and the better one of these. The
+best of all is spliced. Writes `results/peers/runs.csv` and `prompts.csv` behind each contender.
 """
 
 from __future__ import annotations
@@ -39,19 +39,20 @@ from saegrid.evaluation import evaluate_rows, on_prompts, spliced
 from saegrid.formats import load_sae
 from saegrid.kernels import cpu as kernel
 from saegrid.peers import KEYS
+from saegrid.recipes import RECIPES
 from saegrid.run import Run, prepare_store
 from saegrid.sae import SAE, JumpReLU, TopK
 from saegrid.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 KS = (16, 32, 64, 128)
-LADDER = (0.1, 0.333333, 1.0, 3.0, 10.0, 30.0)
-"""Learning rates that may be tried, by a contender's default."""
+LADDER = (0.033333, 0.1, 0.333333, 1.0, 3.0, 10.0, 30.0)
+"""Learning rates that may be tried, by a contender's default, besides those between two of them."""
 EXPANSION, TRAIN_TOKENS, VAL_TOKENS, EPOCHS, BATCH = 4, 40_000, 10_000, 5, 512
 CONTENDERS = {
-    ("saegrid", "BatchTopK"): 1e-3,
-    ("saegrid", "JumpReLU"): 1e-3,
-    ("saegrid", "Matryoshka"): 1e-3,
+    ("saegrid", "BatchTopK"): RECIPES["improved"]["lr"],
+    ("saegrid", "JumpReLU"): RECIPES["improved"]["lr"],
+    ("saegrid", "Matryoshka"): RECIPES["improved"]["lr"],
     ("sae-lens", "BatchTopK"): 3e-4,
     ("sae-lens", "TopK"): 3e-4,
     ("sae-lens", "Matryoshka"): 3e-4,
@@ -69,7 +70,7 @@ ON_PROMPTS = ["fvu_eval", "delta_loss", "loss_recovered_mean", "ce_spliced"]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ks", default=",".join(map(str, KS)))
-    parser.add_argument("--rates", type=int, default=len(LADDER), help="learning rates of each contender, at most")
+    parser.add_argument("--rates", type=int, default=len(LADDER) + 1, help="learning rates of each contender, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peers", default=",".join(dict.fromkeys(peer for peer, _ in CONTENDERS)))
     parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers/bin/python")
@@ -88,45 +89,74 @@ def main() -> None:
             for (peer, arch), default in CONTENDERS.items():
                 contender = {"peer": peer, "arch": arch, "k": k, "seed": options.seed}
                 spec = contender | {"threads": threads}
-                if peer in options.peers.split(",") and not is_done(options.out, contender, options.rates):
+                rows = known(options.out, contender)
+                if peer in options.peers.split(",") and not is_done(rows, options.rates):
                     scale = (EXPANSION * store.d_in / 2**14) ** -0.5 if peer in SCALED else 1.0
                     train = functools.partial(
                         trained, base=base, store=store, folder=folder, python=options.peers_python
                     )
-                    found = tuned(spec, default * scale, options.rates, base, store, train)
+                    found = tuned(spec, default * scale, rows, options.rates, base, store, train)
                     add(options.out, contender, *found)
 
 
 def tuned(
-    spec: dict, default: float, most: int, base: RunConfig, store: Store, train: Callable[[dict], tuple[SAE, float]]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A contender at each learning rate tried, a row each; the best one's losses by prompt, which its row has alone."""
-    rows, saes = {}, {}
-    while (rate := next_rate({rate: row["fvu_no_sink"] for rate, row in rows.items()})) and len(rows) < most:
+    spec: dict,
+    default: float,
+    rows: dict[float, dict],
+    most: int,
+    base: RunConfig,
+    store: Store,
+    train: Callable[[dict], tuple[SAE, float]],
+) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    """A contender at each learning rate tried, a row each; the best one's losses by prompt, which its row has alone.
+
+    Args:
+        rows: of the rates that were tried before. Where the best is one of them and has its losses, these stay (None).
+    """
+    rows, saes = dict(rows), {}
+
+    def try_rate(rate: float) -> None:
         told = spec | {"rate": rate, "lr": rate * default}
         sae, seconds = train(told)
         saes[rate] = calibrated(sae, spec["k"], store)
         found, _, _ = evaluate_rows(saes[rate], store, BATCH, kernel)
         rows[rate] = {**told, "seconds": seconds, **{name: found[name] for name in ON_ROWS}}
-    best = min(rows, key=lambda rate: lost(rows[rate]["fvu_no_sink"]))
+
+    while (rate := next_rate(losses(rows))) and len(rows) < most:
+        try_rate(rate)
+    best = best_of(losses(rows))
+    if "delta_loss" in rows[best]:
+        return pd.DataFrame(rows.values()), None
+    if best not in saes:
+        try_rate(best)
     sums = spliced(base, store, saes[best], kernel, leave_sinks=True)
     found = on_prompts(sums)
+    rows = {rate: {name: row[name] for name in row if name not in ON_PROMPTS} for rate, row in rows.items()}
     rows[best] |= {name: found[name] for name in ON_PROMPTS}
     return pd.DataFrame(rows.values()), sums.assign(**{name: rows[best][name] for name in KEYS})
 
 
+def losses(rows: dict[float, dict]) -> dict[float, float]:
+    """What learning rates are chosen by; one that is no number is the worst."""
+    return {rate: math.inf if math.isnan(row["fvu_no_sink"]) else row["fvu_no_sink"] for rate, row in rows.items()}
+
+
+def best_of(tried: dict[float, float]) -> float:
+    """The learning rate of the lowest loss, of several the lowest rate."""
+    return min(tried, key=lambda rate: (tried[rate], rate))
+
+
 def next_rate(tried: dict[float, float]) -> float | None:
-    """The rate of `LADDER` to try next, from the loss of each one tried; None where the best has worse neighbours."""
+    """The learning rate to try next, from the loss of each one tried; None where one between two has been."""
     if len(tried) < 2:
         return 3.0 if tried else 1.0
-    at = LADDER.index(min(tried, key=lambda rate: lost(tried[rate])))
-    beside = LADDER[max(0, at - 1) : at + 2]
-    return next((rate for rate in beside if rate not in tried), None)
-
-
-def lost(fvu: float) -> float:
-    """A loss to choose by: one that is no number is the worst."""
-    return math.inf if math.isnan(fvu) else fvu
+    if not set(tried) <= set(LADDER):
+        return None
+    best = best_of(tried)
+    at = LADDER.index(best)
+    beside = [rate for rate in LADDER[max(0, at - 1) : at + 2] if rate != best]
+    between = round(math.sqrt(best * min(beside, key=lambda rate: tried.get(rate, 0.0))), 6)
+    return next((rate for rate in beside if rate not in tried), between)
 
 
 def trained(spec: dict, *, base: RunConfig, store: Store, folder: Path, python: Path) -> tuple[SAE, float]:
@@ -176,19 +206,27 @@ def with_theta(sae: SAE, k: int) -> SAE:
     return same
 
 
-def is_done(out: Path, contender: dict[str, Any], most: int) -> bool:
-    """Whether a contender's search for a learning rate has ended, with as many rates as may be tried now."""
+def known(out: Path, contender: dict[str, Any]) -> dict[float, dict]:
+    """The rows of `runs.csv` of a contender, by its learning rates."""
     runs = saved(out / "runs.csv")
-    if runs.empty:
-        return False
-    tried = runs[is_of(runs, contender)].set_index("rate")["fvu_no_sink"].to_dict()
-    return bool(tried) and (len(tried) >= most or next_rate(tried) is None)
+    rows = [] if runs.empty else runs[is_of(runs, contender)].to_dict("records")
+    return {
+        row["rate"]: {name: row[name] for name in row if name == "fvu_no_sink" or row[name] == row[name]}
+        for row in rows
+    }
 
 
-def add(out: Path, contender: dict[str, Any], rows: pd.DataFrame, sums: pd.DataFrame) -> None:
+def is_done(rows: dict[float, dict], most: int) -> bool:
+    """Whether a contender's search for a learning rate has ended, with as many rates as may be tried now."""
+    return bool(rows) and (len(rows) >= most or next_rate(losses(rows)) is None)
+
+
+def add(out: Path, contender: dict[str, Any], rows: pd.DataFrame, sums: pd.DataFrame | None) -> None:
     """Put a contender's rows into `runs.csv`, and its best one's losses into `prompts.csv`, in place of older ones."""
     out.mkdir(parents=True, exist_ok=True)
     for name, table in (("prompts.csv", sums), ("runs.csv", rows)):  # the latter says what is done
+        if table is None:
+            continue
         old = saved(out / name)
         others = [] if old.empty else [old[~is_of(old, contender)]]
         write_text(out / name, pd.concat([*others, table], ignore_index=True).to_csv(index=False, lineterminator="\n"))

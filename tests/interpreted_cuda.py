@@ -250,7 +250,7 @@ def test_a_whole_run(tmp_path):
 def test_what_the_kernel_lacks_is_refused():
     """Silence would train another SAE than was asked for."""
     params, x = make_params(), make_rows(8)
-    for lacking in ({"aux_coef": 0.03}, {"sink": torch.ones(D_IN)}, {"prefixes": (D_SAE // 2, D_SAE)}):
+    for lacking in ({"aux_coef": 0.03}, {"sink": torch.ones(D_IN)}, {"tie": 1.0}, {"prefixes": (D_SAE // 2, D_SAE)}):
         with pytest.raises(ConfigError, match="kernel = 'cuda': has no AuxK"):
             cuda.train_step(start(params), x, Rule("topk", 4), StepSettings(1e-3)._replace(**lacking))
     for kind in ("jumprelu", "relu", "gated"):

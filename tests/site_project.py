@@ -68,7 +68,7 @@ def write_latents(root, grid):
             {"latent": 100 + n, "fired": n + 1, "fired_on_sinks": n % 2, "mean_act": 2.0, "max_act": 3.0 + n}
             | {"contexts": contexts, "promoted": pairs, "demoted": [[" down", -1.0]], "neighbours": near}
         )
-    facts = {name: best[name] for name in ("run_id", "name", "model")}
+    facts = {name: best[name] for name in ("run_id", "name", "model", "sinks")}
     facts |= {name: int(best[name]) for name in ("layer", "d_sae", "n_val_rows")}
     data = facts | {"n_alive": 60, "n_sink_rows": 2, "tokens_known": True, "latents": latents}
     latents_page.write_chunks(data, root / "report/latents")

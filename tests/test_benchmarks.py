@@ -165,13 +165,15 @@ def test_bf16_is_tried_where_the_processor_has_it():
     assert settings_of("torch", "JumpReLU", bf16=False) == ("default", "fused", "fused+compile")
 
 
-def test_learning_rates_are_tried_until_the_best_has_worse_neighbours(monkeypatch):
+def test_learning_rates_are_tried_until_the_best_has_worse_neighbours_and_once_between(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from peer_quality import LADDER, next_rate
+    from peer_quality import LADDER, losses, next_rate
 
-    for best in LADDER:
-        tried = {}
-        while rate := next_rate(tried):
-            tried[rate] = abs(math.log(rate / best)) if rate < 10 * best else math.nan
-        assert tried[best] == 0.0 and len(tried) <= 5
-        assert {1.0, 3.0} <= set(tried) and len(tried) >= 3
+    for best in (rate * lean for rate in LADDER for lean in (0.9, 1.0, 1.1)):
+        rows = {}
+        while rate := next_rate(losses(rows)):
+            rows[rate] = {"fvu_no_sink": abs(math.log(rate / best)) if rate < 10 * best else math.nan}
+        between = [rate for rate in rows if rate not in LADDER]
+        ladder = sorted(LADDER, key=lambda rate: abs(math.log(rate / best)))
+        assert len(between) == 1 and ladder[0] in rows and len(rows) <= 7
+        assert {1.0, 3.0} <= set(rows) and min(ladder[:2]) < between[0] < max(ladder[:2])

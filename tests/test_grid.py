@@ -103,6 +103,7 @@ def test_the_ablation_takes_each_choice_away_alone():
     improved, published = RECIPES["improved"], RECIPES["published"]
     switched = {name for name in improved if improved[name] != published[name]}
     words = {described(run.model_dump()) for run in runs}
-    single = {f"improved but {name} = {published[name]}" for name in switched} | {"improved but lr = 0.003"}
+    single = {f"improved but {name} = {published[name]}" for name in switched}
+    single |= {"improved but lr = 0.001", "improved but lr = 0.006"}
     assert words == {"published", "improved"} | single
     assert len(runs) == len(words) * 3

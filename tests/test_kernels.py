@@ -164,7 +164,8 @@ def test_reference_by_hand():
 
 
 @pytest.mark.parametrize(("grad_clip", "project_grad"), [(0.0, False), (1.0, False), (0.0, True), (1.0, True)])
-def test_reference_step_is_torch_adam(grad_clip, project_grad):
+@pytest.mark.parametrize("tie", [0.0, 3.0])
+def test_reference_step_is_torch_adam(grad_clip, project_grad, tie):
     """Against torch's own Adam and clipping, with unit norm decoder rows after each step."""
     state, rule = start(make_params()), Rule("batchtopk", 9)
     weights = [torch.nn.Parameter(p.clone()) for p in state.params]
@@ -184,7 +185,8 @@ def test_reference_step_is_torch_adam(grad_clip, project_grad):
         adam.step()
         with torch.no_grad():
             w_dec /= w_dec.norm(dim=1, keepdim=True)
-        reference.train_step(state, x, rule, StepSettings(1e-2, grad_clip, project_grad))
+            weights[0] += 1e-2 * tie * (w_dec - weights[0])
+        reference.train_step(state, x, rule, StepSettings(1e-2, grad_clip, project_grad, tie=tie))
     for mine, theirs in zip(state.params, weights, strict=True):
         assert apart(mine, theirs.detach()) < 1e-5
 
@@ -389,7 +391,7 @@ def test_cpu_train_step_under_l1(kind, grad_clip, project_grad, aux_coef):
 def test_cpu_train_step_under_l1_with_sinks_apart(kind, matmul):
     """Three steps with a blind direction; a dense start (half of the latents) takes plain products for relu."""
     sink = torch.nn.functional.normalize(torch.ones(D_IN), dim=0)
-    told = StepSettings(1e-2, matmul=matmul, l1_coef=500.0, sink=sink)
+    told = StepSettings(1e-2, matmul=matmul, l1_coef=500.0, sink=sink, tie=3.0)
     params = gated_params() if kind == "gated" else make_params()
     params = params._replace(b_enc=params.b_enc + 100.0)  # nearly all of them
     expected, actual = start(params), start(params)
@@ -403,7 +405,11 @@ def test_cpu_train_step_under_l1_with_sinks_apart(kind, matmul):
         assert active > 0.5 * 100 * D_SAE
     for mine, theirs in zip(actual.params, expected.params, strict=True):
         assert apart(mine, theirs) < 1e-2 if len(theirs) else not len(mine)
-    assert (actual.params.W_enc[1:] @ sink).abs().max() < 1e-5
+    assert (actual.params.W_enc[2:] @ sink).abs().max() < 1e-5
+    for params in (actual.params, expected.params):
+        for weights in (params.W_enc, params.W_dec):
+            assert torch.equal(weights[:2], torch.stack([sink, -sink]))
+        assert not params.gain[:2].any()
 
 
 @pytest.mark.parametrize("kind", ["relu", "gated"])
@@ -483,13 +489,16 @@ def test_cpu_train_step(rule, grad_clip, project_grad):
     assert actual.step == expected.step == 3
 
 
-def test_cpu_train_step_stays_close():
+@pytest.mark.parametrize(
+    "told", [StepSettings(1e-4), StepSettings(1e-4, tie=300.0), StepSettings(1e-4, 1.0, tie=300.0)]
+)
+def test_cpu_train_step_stays_close(told):
     """Ten steps with no near-ties: every tensor of the state to 1e-5."""
     expected, actual = start(make_params()), start(make_params())
     for step in range(10):
         x = make_rows(100, step)
-        reference.train_step(expected, x, Rule("threshold", 0, 20.0), StepSettings(1e-4))
-        cpu.train_step(actual, x, Rule("threshold", 0, 20.0), StepSettings(1e-4))
+        reference.train_step(expected, x, Rule("threshold", 0, 20.0), told)
+        cpu.train_step(actual, x, Rule("threshold", 0, 20.0), told)
     for part in ("params", "m", "v"):
         for name, mine, theirs in zip(Params._fields, getattr(actual, part), getattr(expected, part), strict=True):
             assert apart(mine, theirs) < 1e-4, (part, name)
@@ -503,10 +512,10 @@ def test_cpu_train_step_with_auxk_and_prefixes(rule, grad_clip, project_grad, au
     """A low threshold makes the code dense."""
     sink = torch.nn.functional.normalize(torch.randn(D_IN, generator=torch.Generator().manual_seed(0)), dim=0)
     sink = sink if aux_coef else None
-    told = StepSettings(1e-2, grad_clip, project_grad, "fp32", aux_coef, 20, 150, sink, prefixes)
+    told = StepSettings(1e-2, grad_clip, project_grad, "fp32", aux_coef, 20, 150, sink, prefixes, tie=3.0)
     expected, actual = stepped(make_params(), rule, told)
     if sink is not None:
-        for part in (expected.m.W_enc, expected.params.W_enc[1:], actual.m.W_enc):
+        for part in (expected.m.W_enc, expected.params.W_enc[2:], actual.m.W_enc):
             assert (part @ sink).abs().max() < 1e-4 * part.norm(dim=1).max()
     assert not aux_coef or ((expected.quiet >= 150).any() and (expected.quiet == 0).any())
 

@@ -171,7 +171,15 @@ def data():
     context = {"tokens": ["<b>", " &amp", "\n"], "acts": [0.0, 2.0, 1.0], "peak": 1, "whole": False}
     entry = {"fired": 3, "fired_on_sinks": 1, "mean_act": 1.5, "max_act": 2.0, "contexts": [context]}
     entry |= {"promoted": [["<script>", 2.0]], "demoted": [['"x', -1.0]], "neighbours": [[1, 0.5, 3], [9, -0.2, 0]]}
-    facts = {"name": "TopK_exp4x_k4", "run_id": "run", "layer": 1, "d_sae": 64, "n_val_rows": 100, "n_alive": 45}
+    facts = {
+        "name": "TopK_exp4x_k4",
+        "run_id": "run",
+        "layer": 1,
+        "sinks": "apart",
+        "d_sae": 64,
+        "n_val_rows": 100,
+        "n_alive": 45,
+    }
     rows = [entry | {"latent": n} for n in range(45)]
     return facts | {"n_sink_rows": 2, "tokens_known": True, "latents": rows}
 
@@ -200,6 +208,11 @@ def test_pieces_hand_over_every_card_once_and_old_ones_go(data, tmp_path):
     assert 'href="#latent-1"' in cards["0"] and 'href="#latent-9"' in cards["0"]
     rows = re.findall(r'data-latent="(\d+)" data-chunk="(\d\d)"', latents_page.browser(data, "latents/"))
     assert all(f'"{latent}": ' in (tmp_path / f"chunk-{chunk}.js").read_text() for latent, chunk in rows)
+
+
+def test_latents_that_were_not_learnt_are_named(data):
+    for changes, named in (({}, True), ({"sinks": "keep"}, False), ({"n_sink_rows": 0}, False)):
+        assert ("Latents 0 and 1 were not learnt" in latents_page.how(data | changes)) == named
 
 
 def test_what_can_not_be_shown_is_said(data):

@@ -9,9 +9,10 @@ import pytest
 from conftest import reseal
 
 from saegrid import published_table, records, results
+from saegrid.config import make_config
 from saegrid.errors import ResultsError
 from saegrid.recipes import YOUNGER
-from saegrid.sealed import SUMS
+from saegrid.sealed import SUMS, write_sealed
 
 
 def change(root, run, **changes):
@@ -50,6 +51,13 @@ def test_tables_from_before_there_were_recipes_are_read(fake_grid, fake_runs):
     path.write_text(json.dumps({name: value for name, value in row.items() if name not in YOUNGER}))
     reseal(path.parent)
     assert records.load_run(path.parent) == row
+
+
+def test_the_config_of_an_older_run_is_not_filled_from_todays_recipe(tmp_path):
+    then = make_config(k=4, recipe="improved", encoder_tie=0.0, lr=1e-3)
+    recorded = {name: value for name, value in then.identity().items() if name != "encoder_tie"}
+    write_sealed(tmp_path / "config.json", {"run_id": then.run_id} | recorded)
+    assert records.load_config(tmp_path, then.run_id) == then
 
 
 def test_published_files_hold_the_published_columns(fake_grid, fake_runs):

@@ -98,7 +98,7 @@ def test_a_folded_gate_is_the_same_sae():
     torch.testing.assert_close(sae(x), x_hat)
 
 
-def test_sinks_apart_have_one_latent():
+def test_sinks_apart_have_two_latents():
     """A sink of 100 times the rows' norm fires as many latents as any row, and is reconstructed from the start."""
     direction = torch.nn.functional.normalize(rows(1, seed=3)[0], dim=0)
     config = make_config(arch="BatchTopK", expansion=3, k=5, encoder_init="decoder")
@@ -108,5 +108,7 @@ def test_sinks_apart_have_one_latent():
         counts = (sae.encode(torch.cat([x, sinks])) > 0).sum(1)
         assert counts.sum() == 404 * 5
         assert (counts[-4:] <= most + 5).all() and (counts[-4:].float().mean() > 15) == (direction_known is None)
-    assert torch.equal(sae.W_enc[0], direction) and (sae.W_enc[1:] @ direction).abs().max() < 1e-6
+    for weights in (sae.W_enc, sae.W_dec):
+        assert torch.equal(weights[:2], torch.stack([direction, -direction]))
+    assert (sae.W_enc[2:] @ direction).abs().max() < 1e-6
     assert ((sae(sinks) - sinks).norm(dim=1) < 0.02 * sinks.norm(dim=1)).all()

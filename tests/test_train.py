@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,11 +171,13 @@ def test_estimates_leave_the_sinks_out(make_store):
     plain = estimate(config(b_pre_init="mean"), store)
     assert torch.equal(plain.mean, store.mean) and plain.scale == 1.0 and plain.sink is None
     found = estimate(config(recipe="improved"), store)
-    ordinary = x[x[:, 3] < 50].double()
+    ordinary_rows = x[:, 3] < 50
+    ordinary = x[ordinary_rows].double()
     assert len(ordinary) == 295
     assert found.scale == pytest.approx(ordinary.square().mean().sqrt().item())
     torch.testing.assert_close(found.mean, (ordinary.mean(0) / found.scale).float())
     assert found.sink.norm().item() == pytest.approx(1.0) and found.sink[3] > 0.999
+    assert x[ordinary_rows].norm(dim=1).max() <= found.limit < x[~ordinary_rows].norm(dim=1).min()
     assert estimate(config(recipe="improved"), store).sink.equal(found.sink)
 
 
@@ -188,9 +191,39 @@ def test_improved_reconstructs_better_and_keeps_the_sinks_apart(make_store, tmp_
         error[recipe] = (sae(x) - x)[5:].square().mean().item()
     assert error["improved"] < 0.5 * error["published"]
     sink = estimate(config(recipe="improved"), store).sink
-    assert (sae.W_enc[1:] @ sink).abs().max() < 1e-5
+    assert (sae.W_enc[2:] @ sink).abs().max() < 1e-5
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(24))
     assert ((sae(x) - x)[:5].norm(dim=1) < 0.1 * x[:5].norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("batch_size", [64, 1])
+def test_no_step_sees_a_sink_that_is_apart(make_store, tmp_path, batch_size):
+    """With batches of one row, those of a sink are no step; rows are reported all the same."""
+    store, largest, rows = make_store(sinks=5), [], []
+
+    def step(state, x, rule, settings):
+        largest.append(x.norm(dim=1).max().item())
+        assert settings.tie == 3.0
+        return reference.train_step(state, x, rule, settings)
+
+    kernel = SimpleNamespace(train_step=step, encode=reference.encode, decode=reference.decode)
+    for sinks, most in (("keep", 1000), ("apart", 20)):
+        run = config(recipe="improved", sinks=sinks, epochs=1, batch_size=batch_size)
+        _, progress = train(run, store, kernel, tmp_path / sinks, report=rows.append)
+        assert most / 20 < max(largest) < most
+        assert sum(rows) == 300 and progress.state.step == -(-(300 - 5 * (sinks == "apart")) // batch_size)
+        assert progress.curve[0]["rows"] == 300
+        largest.clear(), rows.clear()
+
+
+def test_sinks_of_another_direction_are_trained_on(make_store):
+    """What one direction does not hold is no ordinary row's remainder."""
+    store = make_store(sinks=5)
+    x = store.rows("train")
+    found = estimate(config(recipe="improved"), store)
+    assert len(found.to_train_on(x)) == 295
+    x[0] = torch.tensor([0, 0, 100.0, 0, 0, 0, 0, 0])
+    assert len(found.to_train_on(x)) == 296 and len(found._replace(sink=None).to_train_on(x)) == 300
 
 
 def test_matryoshka_has_its_best_latents_first(make_store, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saegrid.kernels.state import Params, Rule
-from saegrid.metrics import SINK_RATIO
+from saegrid.metrics import sink_norm
 from saegrid.sae import SAE
 from saegrid.store import Store
 
@@ -99,5 +99,4 @@ def rms_pre_acts(params: Params, x: Tensor) -> float:
 
 def ordinary(x: Tensor) -> Tensor:
     """The rows of x (N, d_in) that are no attention sinks."""
-    norms = x.norm(dim=1)
-    return x[norms <= SINK_RATIO * norms.median()]
+    return x[x.norm(dim=1) <= sink_norm([x])]

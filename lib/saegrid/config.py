@@ -106,7 +106,7 @@ class RunConfig(BaseModel):
     epochs: int = Field(10, ge=1)
     """Passes over the training rows."""
     batch_size: int = Field(512, ge=1)
-    """Rows a step."""
+    """Rows a step, before sinks are set apart."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the weights and of the order of the rows."""
     lr_final: float = Field(0.0, ge=0.0, le=1.0)
@@ -129,10 +129,12 @@ class RunConfig(BaseModel):
     """Start of `b_pre`: zeros, the training rows' mean (as the code behind the data did), or that without sinks."""
     encoder_init: Literal["recipe", "kaiming", "decoder"] = "recipe"
     """Start of the encoder: torch's `Linear` default, or the transposed decoder."""
+    encoder_tie: float = Field(-1.0, ge=0.0, allow_inf_nan=False)
+    """Weight decay of the encoder towards the transposed decoder, by learning rate; 0: none."""
     act_scale: Literal["recipe", "none", "unit"] = "recipe"
     """Train on rows as they are, or at a mean square of 1 (sinks left out); saved weights take rows as they are."""
     sinks: Literal["recipe", "keep", "apart"] = "recipe"
-    """Attention sinks: rows like all others, or their direction has one latent that no other latent's encoder sees."""
+    """Attention sinks: rows like all others, or left out of training, their direction for two latents alone."""
     aux_coef: float = Field(-1.0, ge=0.0, allow_inf_nan=False)
     """Weight of AuxK's loss, by which dead latents learn what the others leave over; 0: none."""
     dead_window: float = Field(-1.0, gt=0.0, le=1.0)
@@ -239,7 +241,8 @@ class RunConfig(BaseModel):
             return f"k = {self.k} for JumpReLU"
         if self.sinks == "apart":
             return "sinks = 'apart'"
-        return f"aux_coef = {self.aux_coef:g}" if self.aux_coef else ""
+        lacking = [name for name in ("aux_coef", "encoder_tie") if getattr(self, name)]
+        return f"{lacking[0]} = {getattr(self, lacking[0]):g}" if lacking else ""
 
     def check_training(self) -> None:
         """Hold a batch against the rows, where their number is known. Raises `ConfigError`."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from saegrid.config import RunConfig
-from saegrid.metrics import SINK_RATIO, median_norm
+from saegrid.metrics import sink_norm
 from saegrid.store import Store
 
 
@@ -18,16 +19,28 @@ class Estimates(NamedTuple):
     mean: Tensor  # (d_in,): where b_pre starts
     scale: float = 1.0
     sink: Tensor | None = None  # (d_in,) of norm 1: from the ordinary rows' mean to the sinks'; None: nothing apart
+    limit: float = math.inf  # norm of a row as it is above which it is a sink
+
+    def to_train_on(self, x: Tensor) -> Tensor:
+        """The rows x (N, d_in), as they are, but for sinks that are apart.
+
+        A sink that is not along `sink`, so that what is left of it is as large as a sink, has to be learnt.
+        """
+        if self.sink is None:
+            return x
+        left = x - self.scale * self.mean
+        left = torch.addr(left, left @ self.sink, self.sink, alpha=-1)
+        return x[(x.norm(dim=1) <= self.limit) | (left.norm(dim=1) > self.limit)]
 
 
 def estimate(config: RunConfig, store: Store) -> Estimates:
-    """What the run's choices need. Sinks are the rows of more than `SINK_RATIO` times the median norm.
+    """What the run's choices need.
 
     The same store and config give the same numbers, so that a resumed run goes on with its own.
     """
     if config.b_pre_init != "centre" and config.act_scale == "none" and config.sinks == "keep":
         return Estimates(store.mean)
-    limit = SINK_RATIO * median_norm(store.batches("train", config.batch_size))
+    limit = sink_norm(store.batches("train", config.batch_size))
     ordinary, sinks = (torch.zeros(store.d_in, dtype=torch.float64) for _ in range(2))
     n_sinks, square_sum = 0, 0.0
     for x in store.batches("train", config.batch_size):
@@ -46,4 +59,4 @@ def estimate(config: RunConfig, store: Store) -> Estimates:
         sink = sinks / n_sinks - centre
         sink = (sink / sink.norm()).float()
     mean = centre if config.b_pre_init == "centre" else store.mean.double()
-    return Estimates((mean / scale).float(), scale, sink)
+    return Estimates((mean / scale).float(), scale, sink, limit)

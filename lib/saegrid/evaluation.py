@@ -9,7 +9,7 @@ import torch
 
 from saegrid.config import RunConfig
 from saegrid.lm import load_lm
-from saegrid.metrics import SINK_RATIO, Reconstruction, median_norm, splice_metrics
+from saegrid.metrics import Reconstruction, sink_norm, splice_metrics
 from saegrid.sae import SAE
 from saegrid.splice import Baseline, evaluate, load_baseline, mean_losses, scored_positions
 from saegrid.store import Store
@@ -19,8 +19,7 @@ def evaluate_rows(
     sae: SAE, store: Store, batch_size: int, kernel: ModuleType
 ) -> tuple[dict[str, float], pd.DataFrame, pd.DataFrame]:
     """Metrics of the validation rows; firing of each latent; squared error by token position."""
-    sink_norm = SINK_RATIO * median_norm(store.batches("val", batch_size, device=sae.device))
-    sums = Reconstruction(sae.d_sae, sink_norm)
+    sums = Reconstruction(sae.d_sae, sink_norm(store.batches("val", batch_size, device=sae.device)))
     errors = []
     for x in store.batches("val", batch_size, device=sae.device):
         codes = sae.codes(x, kernel)
@@ -47,7 +46,7 @@ def spliced(config: RunConfig, store: Store, sae: SAE, kernel: ModuleType, leave
     """
     baseline = load_baseline(store.folder, store.data_sha256)
     lm = load_lm(config)
-    limit = SINK_RATIO * median_norm(_scored(baseline)) if leave_sinks else float("inf")
+    limit = sink_norm(_scored(baseline)) if leave_sinks else float("inf")
 
     def replace(x: torch.Tensor) -> torch.Tensor:
         x = x.to(sae.device)
@@ -65,7 +64,7 @@ def reconstructed(baseline: Baseline, sae: SAE, kernel: ModuleType) -> pd.DataFr
     all prompts. The latter two leave sinks out, so that their quotient of sums is FVU without sinks on the prompts.
     """
     x = _scored(baseline)
-    limit = SINK_RATIO * median_norm(x)
+    limit = sink_norm(x)
     ordinary = [rows.norm(dim=1) <= limit for rows in x]
     mean = torch.cat([rows[keep] for rows, keep in zip(x, ordinary, strict=True)]).double().mean(0)
     sums = []

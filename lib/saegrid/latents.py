@@ -20,7 +20,7 @@ from saegrid.atomic import write_json
 from saegrid.files import load_folder
 from saegrid.grid import Grid
 from saegrid.lm import LM, final_from, load_lm
-from saegrid.metrics import SINK_RATIO, median_norm
+from saegrid.metrics import sink_norm
 from saegrid.sae import SAE
 from saegrid.store import Store
 
@@ -58,7 +58,7 @@ def describe(run_dir: Path, store_dir: Path, size: int = SAMPLE) -> dict[str, An
     fired = records.load_latents(pd.DataFrame([facts]), run_dir.parent)["fired"].to_numpy()
     chosen = sample(fired, size)
     acts = activations(sae, store, chosen)  # (n_val, size)
-    limit = SINK_RATIO * median_norm(store.batches("val", BATCH_ROWS))
+    limit = sink_norm(store.batches("val", BATCH_ROWS))
     sinks = torch.cat([x.norm(dim=1) > limit for x in store.batches("val", BATCH_ROWS)])
     meta = {name: tensor.numpy() for name, tensor in store.meta("val").items()}
     tokens = Tokens(lm.tokenizer)
@@ -74,7 +74,8 @@ def describe(run_dir: Path, store_dir: Path, size: int = SAMPLE) -> dict[str, An
             | {"contexts": contexts(quiet.numpy(), meta, tokens), **_extremes(effects[n], tokens)}
             | {"neighbours": [[other, round(cosine, 3), int(fired[other])] for other, cosine in near[n]]}
         )
-    kept = {name: facts[name] for name in ("run_id", "name", "model", "layer", "d_sae", "n_val_rows", "dead_pct")}
+    names = ("run_id", "name", "model", "layer", "sinks", "d_sae", "n_val_rows", "dead_pct")
+    kept = {name: facts[name] for name in names}
     counts = {"n_alive": int((fired > 0).sum()), "n_sink_rows": int(sinks.sum())}
     return kept | counts | {"tokens_known": bool((meta["token_ids"] >= 0).all()), "latents": entries}
 

@@ -59,6 +59,8 @@ def introduction(data: Mapping[str, Any], runs: str) -> Markdown:
 
 def how(data: Mapping[str, Any]) -> Markdown:
     """How each number on the page is made, and what it does not say."""
+    apart = data["sinks"] == "apart" and data["n_sink_rows"]
+    given = "- Latents 0 and 1 were not learnt: they have the attention sinks' direction, up and down.\n"
     return Markdown(
         "## How this is made\n\n"
         f"- **Fires on.** The share of all {data['n_val_rows']:,} validation rows on which the latent is above 0; "
@@ -73,7 +75,7 @@ def how(data: Mapping[str, Any]) -> Markdown:
         "size.\n"
         "- **Nearest directions.** Cosine between decoder directions, over all latents of the dictionary. Those in "
         "this sample have a link.\n"
-        "- Latents were sampled by how often they fire, not by how well they read.\n"
+        "- Latents were sampled by how often they fire, not by how well they read.\n" + (given if apart else "")
     )
 
 

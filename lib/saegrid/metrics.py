@@ -47,9 +47,9 @@ class Moments:
         return (self.squares.sum() / elements - (self.total.sum() / elements).square()).item()
 
 
-def median_norm(batches: Iterable[Tensor]) -> float:
-    """Median of the rows' norms."""
-    return torch.cat([x.norm(dim=1) for x in batches]).median().item()
+def sink_norm(batches: Iterable[Tensor]) -> float:
+    """Norm above which a row of these is an attention sink: `SINK_RATIO` times the median."""
+    return SINK_RATIO * torch.cat([x.norm(dim=1) for x in batches]).median().item()
 
 
 @dataclass

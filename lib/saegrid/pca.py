@@ -15,7 +15,7 @@ from saegrid.baselines import COMPONENTS, MEASURES
 from saegrid.config import RunConfig
 from saegrid.errors import DamagedError
 from saegrid.lm import load_lm
-from saegrid.metrics import SINK_RATIO, Moments, median_norm, splice_metrics
+from saegrid.metrics import Moments, sink_norm, splice_metrics
 from saegrid.sealed import read_sealed, write_sealed
 from saegrid.splice import evaluate, load_baseline, mean_losses
 from saegrid.store import Store
@@ -54,7 +54,7 @@ def _measured(config: RunConfig, store: Store, mean: Tensor, directions: Tensor)
         x = x.to(mean.device)  # the language model's may be a GPU
         return (x - mean) @ directions.T @ directions + mean
 
-    limit = SINK_RATIO * median_norm(store.batches("val", BATCH))
+    limit = sink_norm(store.batches("val", BATCH))
     every, ordinary, errors = Moments(), Moments(), torch.zeros(2, dtype=torch.float64)
     for x in store.batches("val", BATCH):
         error, keep = (replace(x) - x).double().square().sum(1), x.norm(dim=1) <= limit

@@ -78,7 +78,7 @@ def rules(found: pd.DataFrame) -> str:
         "Trained by each library's released code (sparsify by the step inside its trainer) with its recommended "
         "settings, those in steps or tokens scaled to the run's length, at the same width, epochs and batch: the best "
         f"of {tried} learning rates, about three times apart, by FVU on the validation rows. Attention sinks are left "
-        "out of the other libraries' rows (this project's recipe sets them apart), out of every measure and out of the "
+        "out of everybody's training rows (this project's recipe does so itself), out of every measure and out of the "
         "splice, and thresholds are calibrated to K without them. This project keeps the epoch of the lowest "
         "validation MSE, as it always does, the others the last. Intervals are a paired bootstrap over problem "
         "templates."

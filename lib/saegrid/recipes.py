@@ -11,13 +11,13 @@ from typing import Any
 RECIPES: dict[str, dict[str, Any]] = {
     "published": {
         **{"b_pre_init": "zero", "encoder_init": "kaiming", "act_scale": "none", "sinks": "keep"},
-        **{"aux_coef": 0.0, "dead_window": 0.05},
+        **{"aux_coef": 0.0, "dead_window": 0.05, "encoder_tie": 0.0},
         **{"lr": 1e-4, "lr_schedule": "cosine", "warmup": 0.0, "grad_clip": 0.0, "project_grad": False},
     },
     "improved": {
         **{"b_pre_init": "centre", "encoder_init": "decoder", "act_scale": "unit", "sinks": "apart"},
-        **{"aux_coef": 1 / 32, "dead_window": 0.05},
-        **{"lr": 1e-3, "lr_schedule": "linear", "warmup": 0.05, "grad_clip": 1.0, "project_grad": True},
+        **{"aux_coef": 1 / 32, "dead_window": 0.05, "encoder_tie": 3.0},
+        **{"lr": 2e-3, "lr_schedule": "linear", "warmup": 0.05, "grad_clip": 1.0, "project_grad": True},
     },
 }
 """What the model card says, and what the field has learnt since (`saegrid/config.py` says what each choice does)."""
@@ -30,7 +30,7 @@ L1_COEF = 1.0
 
 YOUNGER = {"recipe": "published", "prefixes": 0, "bandwidth": BANDWIDTH, "l0_coef": L0_COEF, "l1_coef": L1_COEF} | {
     name: RECIPES["published"][name]
-    for name in ("act_scale", "sinks", "aux_coef", "dead_window", "lr_schedule", "warmup")
+    for name in ("act_scale", "sinks", "aux_coef", "dead_window", "encoder_tie", "lr_schedule", "warmup")
 }
 """Parameters younger than the first tables, and what runs did before: such runs keep their ids and their rows."""
 

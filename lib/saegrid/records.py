@@ -97,7 +97,7 @@ def load_config(run_dir: str | Path, run_id: str, **places: str) -> RunConfig:
     recorded = read_sealed(path)
     if recorded.pop("run_id", None) != run_id:
         raise DamagedError(f"{path}: damaged (another run's)")
-    return make_config(**recorded | places)
+    return make_config(**YOUNGER | recorded | places)
 
 
 def load_prompts(df: pd.DataFrame, runs_dir: str | Path) -> pd.DataFrame:

@@ -186,7 +186,7 @@ def initial_sae(config: RunConfig, d_in: int, mean: Tensor, sink: Tensor | None 
 
     Args:
         mean: where `b_pre` starts (d_in,), unless `b_pre_init` is "zero".
-        sink: direction of the attention sinks (d_in,), of norm 1, where one latent is to have it for itself.
+        sink: direction of the attention sinks (d_in,), of norm 1, where two latents are to have it for themselves.
     """
     d_sae = config.expansion * d_in
     theta = torch.zeros(d_sae) if config.trains_theta else None
@@ -208,8 +208,8 @@ def initial_sae(config: RunConfig, d_in: int, mean: Tensor, sink: Tensor | None 
         sae.b_enc.data.zero_()
         sae.b_dec.data.zero_()
     if sink is not None:
-        sae.W_enc.data[0], sae.b_enc.data[0], sae.W_dec.data[0] = sink, 0.0, sink
-        keep_apart(sae.W_enc.data, sink)
+        sae.b_enc.data[:2] = 0.0
+        keep_apart(sae.params, sink)
     if config.b_pre_init != "zero":
         sae.b_pre.data.copy_(mean)
     return sae

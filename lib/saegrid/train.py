@@ -43,7 +43,7 @@ class Progress:
     epoch: int = 0
     batch: int = 0  # batches of this epoch already taken
     sq_error: float | Tensor = 0.0  # of this epoch so far; on the device until it is read
-    rows: int = 0  # of this epoch so far
+    rows: int = 0  # of this epoch that steps have taken so far
     active: int | Tensor = 0  # pairs of row and latent of this epoch so far
     best_val_mse: float = math.inf
     best_epoch: int = -1
@@ -74,10 +74,10 @@ def train(
     ReLU, whose L0 is free, those of the last.
     BatchTopK's scalar threshold, or what trained thetas are multiplied by, is then calibrated on validation rows. With
     `act_scale` all of this, checkpoints too, is in the units of the scaled rows, and the scale is folded into the
-    weights at the end, as Gated's two encoders are into one.
+    weights at the end, as Gated's two encoders are into one. With sinks apart, no step sees a sink.
 
     Args:
-        report: called with the number of rows of each step, and once with those done before a resume.
+        report: called with the number of rows of each batch, and once with those done before a resume.
         device: where the kernel works (`kernels.device`), and where the SAE lies afterwards.
 
     Returns:
@@ -103,10 +103,10 @@ def train(
             sae.b_enc.sub_(cut)
     sae.to(device)
     if found.sink is not None:
-        found = found._replace(sink=found.sink.to(device))
+        found = found._replace(sink=found.sink.to(device), mean=found.mean.to(device))
     path = run_dir / CHECKPOINT
     progress = _resumed(path, sae, config.run_id) or Progress(TrainState.start(sae.params), _copy(sae.params))
-    report(progress.epoch * store.n_train + progress.rows)
+    report(progress.epoch * store.n_train + min(progress.batch * config.batch_size, store.n_train))
     while progress.epoch < config.epochs:
         _epoch(config, store, kernel, matmul, sae, progress, path, report, found)
         _validate(config, store, kernel, sae, progress, found.scale)
@@ -157,14 +157,17 @@ def _epoch(config, store, kernel, matmul, sae, progress: Progress, path: Path, r
         "train", config.batch_size, config.seed, progress.epoch, start=progress.batch, device=sae.device
     )
     for x in batches:
+        progress.batch += 1
+        report(len(x))
+        x = found.to_train_on(x)
+        if not len(x):
+            continue
         if found.scale != 1:
             x = x / found.scale
         loss, active = kernel.train_step(state, x, rule, settings._replace(lr=learning_rate(config, state.step, steps)))
         progress.sq_error = progress.sq_error + loss * x.numel() * found.scale**2
         progress.rows += len(x)
         progress.active = progress.active + active
-        progress.batch += 1
-        report(len(x))
         at_checkpoint = state.step % config.checkpoint_steps == 0
         if at_checkpoint or isinstance(loss, float) or state.step - seen >= CHECK_STEPS:
             _read_loss(config, progress, seen)
@@ -189,6 +192,7 @@ def step_settings(config: RunConfig, store: Store, matmul: str) -> StepSettings:
         bandwidth=config.bandwidth,
         l0_coef=config.l0_coef,
         l1_coef=config.l1_coef,
+        tie=config.encoder_tie,
     )
 
 

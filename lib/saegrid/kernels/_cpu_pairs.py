@@ -205,9 +205,13 @@ def adam_row(p, m, v, gradient, keep1, beta2, keep2, rate, correction, eps):
 
 @compiled
 def apply_encoder(j, g_enc, g_bias, params, m, v, adam):
-    """Adam on latent j's encoder row and bias. params, m, v: (W_enc, b_enc, W_dec)."""
-    keep1, beta2, keep2, rate, correction, eps = adam
-    adam_row(params[0][j], m[0][j], v[0][j], g_enc, keep1, beta2, keep2, rate, correction, eps)
+    """Adam on latent j's encoder row and bias, and the tie to its decoder row. params, m, v: (W_enc, b_enc, W_dec)."""
+    keep1, beta2, keep2, rate, correction, eps, tie = adam
+    w_enc, w_dec = params[0][j], params[2][j]
+    adam_row(w_enc, m[0][j], v[0][j], g_enc, keep1, beta2, keep2, rate, correction, eps)
+    if tie > ZERO:
+        for c in range(len(w_enc)):
+            w_enc[c] += tie * (w_dec[c] - w_enc[c])
     bias = slice(j, j + 1)
     adam_row(params[1][bias], m[1][bias], v[1][bias], g_bias, keep1, beta2, keep2, rate, correction, eps)
 
@@ -215,7 +219,7 @@ def apply_encoder(j, g_enc, g_bias, params, m, v, adam):
 @compiled
 def apply_decoder(j, g_dec, params, m, v, adam):
     """Adam on latent j's decoder row, and the row back to norm 1."""
-    keep1, beta2, keep2, rate, correction, eps = adam
+    keep1, beta2, keep2, rate, correction, eps, _ = adam
     w_dec = params[2][j]
     square_sum = adam_row(w_dec, m[2][j], v[2][j], g_dec, keep1, beta2, keep2, rate, correction, eps)
     norm = max(np.sqrt(square_sum), np.float32(1e-12))
@@ -352,5 +356,5 @@ def apply_latents(first, last, edges, g_enc, g_bias, g_dec, params, m, v, adam):
 @compiled
 def apply_vector(gradient, p, m, v, adam):
     """Adam on a bias (d_in,)."""
-    keep1, beta2, keep2, rate, correction, eps = adam
+    keep1, beta2, keep2, rate, correction, eps, _ = adam
     adam_row(p, m, v, gradient, keep1, beta2, keep2, rate, correction, eps)

@@ -71,7 +71,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     beta1, beta2 = BETAS
     state.step += 1
     rate, correction = settings.lr / (1 - beta1**state.step), 1 / (1 - beta2**state.step)
-    adam = tuple(map(np.float32, (1 - beta1, beta2, 1 - beta2, rate, correction, EPS)))
+    adam = tuple(map(np.float32, (1 - beta1, beta2, 1 - beta2, rate, correction, EPS, settings.lr * settings.tie)))
     weights, m, v = (tuple(arrays(p[:3])) for p in (params, state.m, state.v))
     if settings.prefixes:
         loss, codes, d_hat = _prefix_errors(params, x, codes, settings.prefixes, workspace)
@@ -115,7 +115,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     if rule.kind == "jumprelu":
         params.theta.clamp_min_(0.0)
     if settings.sink is not None:
-        keep_apart(params.W_enc, settings.sink)
+        keep_apart(params, settings.sink)
     return loss, active
 
 

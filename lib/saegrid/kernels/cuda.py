@@ -91,11 +91,11 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         dimensions on the device of x.
 
     Raises:
-        ConfigError: AuxK, sinks apart, Matryoshka's prefixes, trained thresholds or L1, which this kernel has not.
+        ConfigError: AuxK, sinks apart, a tie, Matryoshka, trained thresholds or L1, which this kernel has not.
     """
     other = rule.kind not in ("topk", "batchtopk", "threshold")
-    if other or settings.aux_coef or settings.sink is not None or settings.prefixes:
-        missing = "no AuxK, no sinks apart, no Matryoshka, no trained thresholds and no L1"
+    if other or settings.aux_coef or settings.sink is not None or settings.prefixes or settings.tie:
+        missing = "no AuxK, no sinks apart, no tie, no Matryoshka, no trained thresholds and no L1"
         raise ConfigError(f"kernel = 'cuda': has {missing} yet; take 'cpu'")
     if "cuda" not in state.workspace:
         state.workspace["cuda"] = Buffers(x.device)

@@ -168,9 +168,10 @@ def auxk_gradients(params: Params, x: Tensor, codes: Codes, dead: Tensor, k: int
 
 
 def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings) -> tuple[float, int]:
-    """One step: encode, decode, backward, clip, Adam, unit-norm decoder rows. Changes `state` in place.
+    """One step: encode, decode, backward, clip, Adam, unit-norm decoder rows, tie. Changes `state` in place.
 
-    Adam is dense (arXiv:1412.6980, no weight decay): a latent that did not fire still decays its moments and moves.
+    Adam is dense (arXiv:1412.6980): a latent that did not fire still decays its moments and moves. The tie is weight
+    decay as AdamW's (arXiv:1711.05101), apart from the gradient, of the encoder towards the decoder instead of 0.
 
     Returns:
         The batch's mean squared error before the step, and the number of active (row, latent) pairs.
@@ -204,10 +205,12 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         rate = settings.lr / correction1 * (THETA_RATE if name == "theta" else 1.0)
         p.addcdiv_(m, (v / correction2).sqrt_().add_(EPS), value=-rate)
     params.W_dec.div_(params.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
+    if settings.tie:
+        params.W_enc.lerp_(params.W_dec, settings.lr * settings.tie)
     if rule.kind == "jumprelu":
         params.theta.clamp_min_(0.0)
     if settings.sink is not None:
-        keep_apart(params.W_enc, settings.sink)
+        keep_apart(params, settings.sink)
     return loss, int(active.sum())
 
 
@@ -228,13 +231,16 @@ def _codes_and_gradients(
     return codes, *gradients(params, x, codes, push)
 
 
-def keep_apart(W_enc: Tensor, sink: Tensor) -> None:
-    """Make all latents but the first blind to a direction: drop their encoder rows' part along it, in place.
+def keep_apart(params: Params, sink: Tensor) -> None:
+    """Give a direction to latents 0 and 1, up and down, and drop all other encoder rows' part along it, in place.
 
-    Adam scales each element by itself, so what it makes of a gradient without that part has some again.
+    A gain learnt from ordinary rows would be off by far at a sink's size, so that of the two latents is 0. Adam scales
+    each element by itself, so what it makes of a gradient without that part has some again.
     """
-    others = W_enc[1:]
-    others.addr_(others @ sink, sink, alpha=-1)
+    params.W_enc.addr_(params.W_enc @ sink, sink, alpha=-1)
+    for weights in (params.W_enc, params.W_dec):
+        weights[0], weights[1] = sink, -sink
+    params.gain[:2] = 0.0
 
 
 def _through_pairs(params: Params, x: Tensor, codes: Codes, d_hat: Tensor, push: float = 0.0) -> Params:

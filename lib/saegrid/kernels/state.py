@@ -63,11 +63,12 @@ class StepSettings(NamedTuple):
     aux_coef: float = 0.0  # weight of AuxK's loss; 0: none
     aux_k: int = 0  # dead latents a row that AuxK uses, at most
     dead_after: int = 0  # a latent that has not fired for so many rows is dead
-    sink: Tensor | None = None  # (d_in,) of norm 1: a direction that only the first latent's encoder row has
+    sink: Tensor | None = None  # (d_in,) of norm 1: that of latents 0 and 1, up and down; no other encoder row has any
     prefixes: tuple[int, ...] = ()  # Matryoshka's dictionaries, each the first so many latents; the last is d_sae
     bandwidth: float = 0.0  # width of the band around theta whose pairs tell theta's gradient
     l0_coef: float = 0.0  # weight of (L0 / k - 1)², for the rule jumprelu
     l1_coef: float = 0.0  # weight of L1 at the start, for the rules relu and gated
+    tie: float = 0.0  # W_enc moves by lr * tie of its distance to W_dec
 
 
 @dataclass
