@@ -100,12 +100,10 @@ def test_the_readmes_ablation_is_the_committed_one():
 def test_the_readmes_scaling_is_the_committed_one():
     found = scaling.exponents(results.read_tidy("results/scaling"))
     found = found[found["measure"] == "delta_loss"].set_index("size")
-    assert found.loc["d_sae", "low"] < 0 < found.loc["d_sae", "high"]
-    tokens, k = (2 ** found.loc[size, "slope"] for size in ("n_train_rows", "k"))
-    assert (
-        f"twice the tokens, and so the steps, multiply delta loss by {tokens:.2f} and twice the K by {k:.2f}\n"
-        in README
-    )
+    latents, tokens, k = (2 ** found.loc[size, "slope"] for size in ("d_sae", "n_train_rows", "k"))
+    assert found.loc["d_sae", "low"] > 0
+    assert f"twice as many multiply delta loss by {latents:.2f},\n" in README
+    assert f"twice the tokens, and so the steps, by {tokens:.2f} and twice the K by {k:.2f} (" in README
 
 
 def test_the_readmes_peers_are_those_of_the_committed_tables():

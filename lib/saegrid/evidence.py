@@ -88,10 +88,11 @@ def _switched(df: pd.DataFrame, prompts: pd.DataFrame, caption: str) -> list[str
 
 def _what(df: pd.DataFrame) -> str:
     one, seeds = df.iloc[0], df["seed"].nunique()
+    kind = f"{one['arch']} runs" if df["arch"].nunique() == 1 else "runs"
     shown = {name: " and ".join(f"{value:,}" for value in sorted(df[name].unique())) for name in VARIED}
     text = (
-        f"{len(df)} runs on layer {one['layer']} of {one['model'].removeprefix('embedded:')}: {shown['n_train_rows']} "
-        f"tokens, {one['epochs']} epochs, expansion {shown['expansion']}, K = {shown['k']}, {seeds} "
+        f"{len(df)} {kind} on layer {one['layer']} of {one['model'].removeprefix('embedded:')}: "
+        f"{shown['n_train_rows']} tokens, {one['epochs']} epochs, expansion {shown['expansion']}, K = {shown['k']}, {seeds} "
         f"{'seed' if seeds == 1 else 'seeds'}; judged on {one['n_val_rows']:,} held-out tokens and "
         f"{one['n_eval_prompts']} prompts."
     )
