@@ -92,8 +92,8 @@ def _what(df: pd.DataFrame) -> str:
     shown = {name: " and ".join(f"{value:,}" for value in sorted(df[name].unique())) for name in VARIED}
     text = (
         f"{len(df)} {kind} on layer {one['layer']} of {one['model'].removeprefix('embedded:')}: "
-        f"{shown['n_train_rows']} tokens, {one['epochs']} epochs, expansion {shown['expansion']}, K = {shown['k']}, {seeds} "
-        f"{'seed' if seeds == 1 else 'seeds'}; judged on {one['n_val_rows']:,} held-out tokens and "
+        f"{shown['n_train_rows']} tokens, {one['epochs']} epochs, expansion {shown['expansion']}, K = {shown['k']}, "
+        f"{seeds} {'seed' if seeds == 1 else 'seeds'}; judged on {one['n_val_rows']:,} held-out tokens and "
         f"{one['n_eval_prompts']} prompts."
     )
     return text if seeds == 1 else f"{text} {SEEDS}"
