@@ -78,7 +78,8 @@ def _switched(df: pd.DataFrame, prompts: pd.DataFrame, caption: str) -> list[str
     changes = [change(row.delta_more, row.low, row.high) for row in found.itertuples()]
     changed = found[["recipe"]].assign(delta_change=changes)
     table = ablation.by_recipe(df).merge(changed, how="left")
-    columns = ["recipe", "seeds", *ablation.MEANS, "delta_change"]
+    means = [name for name in ablation.MEANS if name != "dead_pct_no_sink"]  # the column of changes needs the room
+    columns = ["recipe", *means, "delta_change"]
     return [
         ablation.verdict(found),
         plots.figure(ablation.forest(found), alt=text, caption=text),
