@@ -207,12 +207,11 @@ def with_theta(sae: SAE, k: int) -> SAE:
 
 
 def known(out: Path, contender: dict[str, Any]) -> dict[float, dict]:
-    """The rows of `runs.csv` of a contender, by its learning rates."""
+    """The rows of `runs.csv` of a contender, by its learning rates, without the measures that were not taken."""
     runs = saved(out / "runs.csv")
     rows = [] if runs.empty else runs[is_of(runs, contender)].to_dict("records")
     return {
-        row["rate"]: {name: row[name] for name in row if name == "fvu_no_sink" or row[name] == row[name]}
-        for row in rows
+        row["rate"]: {name: row[name] for name in row if name == "fvu_no_sink" or pd.notna(row[name])} for row in rows
     }
 
 

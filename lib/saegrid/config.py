@@ -241,8 +241,10 @@ class RunConfig(BaseModel):
             return f"k = {self.k} for JumpReLU"
         if self.sinks == "apart":
             return "sinks = 'apart'"
-        lacking = [name for name in ("aux_coef", "encoder_tie") if getattr(self, name)]
-        return f"{lacking[0]} = {getattr(self, lacking[0]):g}" if lacking else ""
+        for name, value in (("aux_coef", self.aux_coef), ("encoder_tie", self.encoder_tie)):
+            if value:
+                return f"{name} = {value:g}"
+        return ""
 
     def check_training(self) -> None:
         """Hold a batch against the rows, where their number is known. Raises `ConfigError`."""
