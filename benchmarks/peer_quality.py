@@ -8,7 +8,8 @@ them: nobody trains on sinks (this project's recipe leaves them out itself, the 
 them), thresholds are calibrated to K on validation rows without sinks, and the splice leaves sinks as they are.
 Each contender is trained at its default learning rate and at three times that, and on along `LADDER` until both
 neighbours of the best, by FVU on the validation rows, are worse; then once between it and the better one of these. The
-best of all is spliced. Writes `results/peers/runs.csv` and `prompts.csv` behind each contender.
+best of all is spliced, and trained and spliced with two more seeds. Writes `results/peers/runs.csv` and `prompts.csv`
+behind each contender.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -67,11 +68,21 @@ ON_ROWS = ["l0_no_sink", "fvu_no_sink", "dead_pct_no_sink"]
 ON_PROMPTS = ["fvu_eval", "delta_loss", "loss_recovered_mean", "ce_spliced"]
 
 
+class Course(NamedTuple):
+    """What all contenders share."""
+
+    base: RunConfig
+    store: Store
+    folder: Path  # with the training rows, for the other libraries
+    python: Path  # of the environment that has these
+    threads: int
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ks", default=",".join(map(str, KS)))
     parser.add_argument("--rates", type=int, default=len(LADDER) + 1, help="learning rates of each contender, at most")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=3, help="of each contender: 0 chooses the rate that all take")
     parser.add_argument("--peers", default=",".join(dict.fromkeys(peer for peer, _ in CONTENDERS)))
     parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers/bin/python")
     parser.add_argument("--out", type=Path, default=ROOT / "results/peers")
@@ -85,51 +96,59 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_file({"x": ordinary(store.rows("train"))}, folder / "rows.safetensors")
+        course = Course(base, store, folder, options.peers_python, threads)
         for k in map(int, options.ks.split(",")):
             for (peer, arch), default in CONTENDERS.items():
-                contender = {"peer": peer, "arch": arch, "k": k, "seed": options.seed}
-                spec = contender | {"threads": threads}
-                rows = known(options.out, contender)
-                if peer in options.peers.split(",") and not is_done(rows, options.rates):
+                if peer in options.peers.split(","):
                     scale = (EXPANSION * store.d_in / 2**14) ** -0.5 if peer in SCALED else 1.0
-                    train = functools.partial(
-                        trained, base=base, store=store, folder=folder, python=options.peers_python
-                    )
-                    found = tuned(spec, default * scale, rows, options.rates, base, store, train)
-                    add(options.out, contender, *found)
+                    compete({"peer": peer, "arch": arch, "k": k}, default * scale, options, course)
 
 
-def tuned(
-    spec: dict,
+def compete(contender: dict[str, Any], default: float, options: argparse.Namespace, course: Course) -> None:
+    """A contender's runs that `options.out` lacks: the search for a learning rate, and the seeds that take its best."""
+    rate = None
+    for seed in range(options.seeds):
+        one = contender | {"seed": seed}
+        rows = known(options.out, one)
+        following = functools.partial(next_rate, most=options.rates)
+        if seed:
+            rows = {tried: row for tried, row in rows.items() if tried == rate}
+            following = functools.partial(only, rate)
+        if following(losses(rows)) is not None:
+            add(options.out, one, *measured(one, default, rows, following, course))
+        rate = best_of(losses(known(options.out, one))) if rate is None else rate
+
+
+def measured(
+    contender: dict[str, Any],
     default: float,
     rows: dict[float, dict],
-    most: int,
-    base: RunConfig,
-    store: Store,
-    train: Callable[[dict], tuple[SAE, float]],
+    following: Callable[[dict[float, float]], float | None],
+    course: Course,
 ) -> tuple[pd.DataFrame, pd.DataFrame | None]:
     """A contender at each learning rate tried, a row each; the best one's losses by prompt, which its row has alone.
 
     Args:
         rows: of the rates that were tried before. Where the best is one of them and has its losses, these stay (None).
+        following: the rate to try next, from the loss of each one tried; None where there is no more.
     """
     rows, saes = dict(rows), {}
 
     def try_rate(rate: float) -> None:
-        told = spec | {"rate": rate, "lr": rate * default}
-        sae, seconds = train(told)
-        saes[rate] = calibrated(sae, spec["k"], store)
-        found, _, _ = evaluate_rows(saes[rate], store, BATCH, kernel)
+        told = contender | {"threads": course.threads, "rate": rate, "lr": rate * default}
+        sae, seconds = trained(told, course)
+        saes[rate] = calibrated(sae, contender["k"], course.store)
+        found, _, _ = evaluate_rows(saes[rate], course.store, BATCH, kernel)
         rows[rate] = {**told, "seconds": seconds, **{name: found[name] for name in ON_ROWS}}
 
-    while (rate := next_rate(losses(rows))) and len(rows) < most:
+    while rate := following(losses(rows)):
         try_rate(rate)
     best = best_of(losses(rows))
     if "delta_loss" in rows[best]:
         return pd.DataFrame(rows.values()), None
     if best not in saes:
         try_rate(best)
-    sums = spliced(base, store, saes[best], kernel, leave_sinks=True)
+    sums = spliced(course.base, course.store, saes[best], kernel, leave_sinks=True)
     found = on_prompts(sums)
     rows = {rate: {name: row[name] for name in row if name not in ON_PROMPTS} for rate, row in rows.items()}
     rows[best] |= {name: found[name] for name in ON_PROMPTS}
@@ -146,11 +165,11 @@ def best_of(tried: dict[float, float]) -> float:
     return min(tried, key=lambda rate: (tried[rate], rate))
 
 
-def next_rate(tried: dict[float, float]) -> float | None:
-    """The learning rate to try next, from the loss of each one tried; None where one between two has been."""
+def next_rate(tried: dict[float, float], most: int = len(LADDER) + 1) -> float | None:
+    """The learning rate to try next, from the loss of each one tried; None after one between two, or after `most`."""
     if len(tried) < 2:
-        return 3.0 if tried else 1.0
-    if not set(tried) <= set(LADDER):
+        return None if len(tried) >= most else 3.0 if tried else 1.0
+    if len(tried) >= most or not set(tried) <= set(LADDER):
         return None
     best = best_of(tried)
     at = LADDER.index(best)
@@ -159,21 +178,26 @@ def next_rate(tried: dict[float, float]) -> float | None:
     return next((rate for rate in beside if rate not in tried), between)
 
 
-def trained(spec: dict, *, base: RunConfig, store: Store, folder: Path, python: Path) -> tuple[SAE, float]:
+def only(rate: float, tried: dict[float, float]) -> float | None:
+    """One learning rate, while it has not been tried."""
+    return None if rate in tried else rate
+
+
+def trained(spec: dict, course: Course) -> tuple[SAE, float]:
     """One contender's SAE, and the seconds that its training took."""
     if spec["peer"] == "saegrid":
         names = ("arch", "k", "lr", "seed", "threads")
-        shared = base.model_dump(include={"train_tokens", "val_tokens", "expansion", "epochs", "batch_size"})
+        shared = course.base.model_dump(include={"train_tokens", "val_tokens", "expansion", "epochs", "batch_size"})
         told = shared | {name: spec[name] for name in names}
-        run = Run(make_config(**told, recipe="improved", runs_dir=str(folder / "runs")))
+        run = Run(make_config(**told, recipe="improved", runs_dir=str(course.folder / "runs")))
         sae = run.train()
         run.close()
         return sae, run.times["train_seconds"]
-    out = folder / "-".join(str(spec[name]) for name in KEYS)
-    told = spec | {"d_sae": EXPANSION * store.d_in, "epochs": EPOCHS, "batch": BATCH, "out": str(out)}
-    told |= {"rows": str(folder / "rows.safetensors")}
+    out = course.folder / "-".join(str(spec[name]) for name in KEYS)
+    told = spec | {"d_sae": EXPANSION * course.store.d_in, "epochs": EPOCHS, "batch": BATCH, "out": str(out)}
+    told |= {"rows": str(course.folder / "rows.safetensors")}
     quiet = {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [str(python), str(ROOT / "benchmarks/peer_train.py"), json.dumps(told)]
+    command = [str(course.python), str(ROOT / "benchmarks/peer_train.py"), json.dumps(told)]
     done = subprocess.run(command, env=os.environ | quiet, stdout=subprocess.PIPE, text=True, check=True)
     return load_sae(out), json.loads(done.stdout.splitlines()[-1])["seconds"]
 
@@ -213,11 +237,6 @@ def known(out: Path, contender: dict[str, Any]) -> dict[float, dict]:
     return {
         row["rate"]: {name: row[name] for name in row if name == "fvu_no_sink" or pd.notna(row[name])} for row in rows
     }
-
-
-def is_done(rows: dict[float, dict], most: int) -> bool:
-    """Whether a contender's search for a learning rate has ended, with as many rates as may be tried now."""
-    return bool(rows) and (len(rows) >= most or next_rate(losses(rows)) is None)
 
 
 def add(out: Path, contender: dict[str, Any], rows: pd.DataFrame, sums: pd.DataFrame | None) -> None:

@@ -1,11 +1,13 @@
 """The benchmark's driver on a shape that takes no time, and the page made from what it wrote. No time is asserted."""
 
+import argparse
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from tiny import save_dataset, save_model
 
@@ -177,3 +179,33 @@ def test_learning_rates_are_tried_until_the_best_has_worse_neighbours_and_once_b
         ladder = sorted(LADDER, key=lambda rate: abs(math.log(rate / best)))
         assert len(between) == 1 and ladder[0] in rows and len(rows) <= 7
         assert {1.0, 3.0} <= set(rows) and min(ladder[:2]) < between[0] < max(ladder[:2])
+
+
+def test_further_seeds_take_the_rate_that_the_first_one_chose(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import peer_quality
+
+    asked = []
+
+    def measured(contender, default, rows, following, course):
+        rows = dict(rows)
+        while rate := following(peer_quality.losses(rows)):
+            asked.append((contender["seed"], rate))
+            rows[rate] = contender | {"rate": rate, "lr": rate * default, "threads": 1, "fvu_no_sink": abs(rate - 2.5)}
+        return pd.DataFrame(rows.values()), None
+
+    monkeypatch.setattr(peer_quality, "measured", measured)
+    contender, options = {"peer": "a", "arch": "b", "k": 16}, argparse.Namespace(out=tmp_path, rates=8, seeds=3)
+    peer_quality.compete(contender, 0.1, options, None)
+    search = [(0, 1.0), (0, 3.0), (0, 10.0), (0, 1.732051)]
+    assert asked == [*search, (1, 3.0), (2, 3.0)]
+    peer_quality.compete(contender, 0.1, options, None)
+    assert len(asked) == 6
+
+    runs = pd.read_csv(tmp_path / "runs.csv")
+    runs.loc[runs["seed"] == 2, "rate"] = 10.0  # as of an earlier search
+    runs.to_csv(tmp_path / "runs.csv", index=False)
+    peer_quality.compete(contender, 0.1, options, None)
+    assert asked[6:] == [(2, 3.0)]
+    runs = pd.read_csv(tmp_path / "runs.csv")
+    assert sorted(zip(runs["seed"], runs["rate"], strict=True)) == sorted([*search, (1, 3.0), (2, 3.0)])

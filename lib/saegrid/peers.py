@@ -66,22 +66,26 @@ def compared(runs: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
             }
             rates = " and ".join(f"{rate:.2g}" for rate in sorted(those["rate"].unique()))
             row = {"k": k, "peer": peer, "arch": arch, "is_base": (peer, arch) == (OWN, own), "rates": rates}
-            row["tried"] = those["tried"].min()
+            row |= {"tried": those["tried"].max(), "seeds": len(those)}
             rows.append(row | dict(means) | more)
     return pd.DataFrame(rows).sort_values(["k", "delta_loss"], ignore_index=True)
 
 
 def rules(found: pd.DataFrame) -> str:
     """How the contenders were trained and measured."""
-    tried = " to ".join(str(count) for count in sorted({found["tried"].min(), found["tried"].max()}))
+    tried, seeds = (
+        " to ".join(str(count) for count in sorted({found[name].min(), found[name].max()}))
+        for name in ("tried", "seeds")
+    )
     return (
         "Trained by each library's released code (sparsify by the step inside its trainer) with its recommended "
         "settings, those in steps or tokens scaled to the run's length, at the same width, epochs and batch: the best "
-        f"of {tried} learning rates, about three times apart, by FVU on the validation rows. Attention sinks are left "
-        "out of everybody's training rows (this project's recipe does so itself), out of every measure and out of the "
-        "splice, and thresholds are calibrated to K without them. This project keeps the epoch of the lowest "
-        "validation MSE, as it always does, the others the last. Intervals are a paired bootstrap over problem "
-        "templates."
+        f"of {tried} learning rates by FVU on the validation rows, tried three times apart and at last between the "
+        f"best and its better neighbour. Means over {seeds} seeds, of which the first chose the learning rate. "
+        "Attention sinks are left out of everybody's training rows (this project's recipe does so itself), out of "
+        "every measure and out of the splice, and thresholds are calibrated to K without them. This project keeps the "
+        "epoch of the lowest validation MSE, as it always does, the others the last. Intervals are a paired bootstrap "
+        "over problem templates and seeds."
     )
 
 
