@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from saegrid.config import STORE_FIELDS, RunConfig, make_config
 from saegrid.errors import ConfigError
 from saegrid.notebook import check_names, config_from_namespace
-from saegrid.recipes import RECIPES
+from saegrid.recipes import RECIPES, THETA_TIE
 
 NOTEBOOK = "notebooks/train.ipynb"
 
@@ -39,6 +39,8 @@ NOTEBOOK = "notebooks/train.ipynb"
         ({"k": 4, "lr": "fast"}, ["lr = 'fast'", "number"]),
         ({"k": 4, "layer": -1}, ["layer = -1"]),
         ({"k": 4, "prefixes": 3}, ["prefixes = 3", "not a parameter of BatchTopK"]),
+        ({"k": 4, "theta_tie": 3}, ["theta_tie = 3", "a parameter of JumpReLU with a k alone"]),
+        ({"arch": "JumpReLU", "threshold": 0.5, "theta_tie": 3}, ["theta_tie = 3", "JumpReLU with a k"]),
         ({"k": 4, "arch": "Matryoshka", "kernel": "cuda"}, ["kernel = 'cuda'", "arch = 'Matryoshka'"]),
         ({"k": 4, "recipe": ["improved"]}, ["recipe = ['improved']", "'published' or 'improved'"]),
         ({"k": 4, "lr": [1e-3]}, ["lr = [0.001]", "number"]),
@@ -86,7 +88,8 @@ def test_names_are_the_published_ones():
 def test_a_recipe_is_resolved_once_and_each_choice_can_be_switched():
     choices = set(RECIPES["improved"])
     assert choices == set(RECIPES["published"])
-    assert choices == {name for name, field in RunConfig.model_fields.items() if field.default in ("recipe", -1.0)}
+    left = {name for name, field in RunConfig.model_fields.items() if field.default in ("recipe", -1.0)}
+    assert choices == left - {"theta_tie"}  # which the architecture says
     for recipe, says in RECIPES.items():
         whole = make_config(k=4, recipe=recipe)
         assert {name: getattr(whole, name) for name in choices} == says
@@ -100,6 +103,14 @@ def test_a_recipe_is_resolved_once_and_each_choice_can_be_switched():
 
 def test_published_runs_keep_the_ids_from_before_there_were_recipes():
     assert make_config(arch="TopK", k=64).run_id == "TopK_exp8x_k64_s0_bcb6000e"
+
+
+def test_only_trained_thresholds_have_a_tie():
+    jump = make_config(arch="JumpReLU", k=4, recipe="improved")
+    assert jump.theta_tie == THETA_TIE and make_config(k=4, recipe="improved").theta_tie == 0
+    assert make_config(arch="JumpReLU", threshold=0.5, recipe="improved").theta_tie == 0
+    free = make_config(arch="JumpReLU", k=4, recipe="improved", theta_tie=0.0)
+    assert free.theta_tie == 0 and free.run_id != jump.run_id
 
 
 def test_a_namespace_may_hold_only_parameters():

@@ -375,6 +375,22 @@ def test_cpu_train_step_with_trained_thresholds(grad_clip, project_grad, aux_coe
     assert (expected.params.theta != THETA).any() and expected.params.theta.min() >= 0
 
 
+@pytest.mark.parametrize("kernel", [reference, cpu])
+def test_trained_thresholds_are_drawn_to_their_mean(kernel):
+    """By the tie's share of the distance, behind Adam's step, and never beyond the mean."""
+    told = StepSettings(1e-2, bandwidth=3.0, l0_coef=500.0)
+    x, thetas = make_rows(100), []
+    for tie in (0.0, 2.0, 1e3):
+        params = jump_params()
+        state = start(params._replace(theta=THETA.clone()))
+        kernel.train_step(state, x, Rule("jumprelu", 20), told._replace(theta_tie=tie))
+        thetas.append(state.params.theta)
+    free, drawn, one = thetas
+    torch.testing.assert_close(drawn, free + 0.2 * (free.mean() - free))
+    torch.testing.assert_close(one, free.mean().expand_as(one))
+    assert free.std() > 5
+
+
 @pytest.mark.parametrize(("grad_clip", "project_grad"), [(0.0, False), (1.0, True)])
 @pytest.mark.parametrize("aux_coef", [0.0, 1 / 32])
 @pytest.mark.parametrize("kind", ["relu", "gated"])

@@ -67,6 +67,7 @@ POINTS = [
     ({"seed": -1}, ["seed = -1", "greater than or equal to 0"]),
     ({"b_pre_init": "median"}, ["b_pre_init = 'median'", "'recipe', 'zero', 'mean' or 'centre'"]),
     ({"encoder_init": "ones"}, ["encoder_init = 'ones'", "'kaiming' or 'decoder'"]),
+    ({"theta_tie": -2}, ["theta_tie = -2", "greater than or equal to 0"]),
     ({"encoder_tie": -2}, ["encoder_tie = -2", "greater than or equal to 0"]),
     ({"project_grad": "yes"}, ["project_grad = 'yes'", "boolean"]),
     ({"recipe": "secret"}, ["recipe = 'secret'", "'published' or 'improved'"]),

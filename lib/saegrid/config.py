@@ -97,6 +97,8 @@ class RunConfig(BaseModel):
     """JumpReLU with k: width of the band around theta that tells its gradient, in scaled pre-activations."""
     l0_coef: float = Field(L0_COEF, ge=0.0, allow_inf_nan=False)
     """JumpReLU with k: weight of (L0 / k - 1)² beside the mean squared error of rows with a mean square of 1."""
+    theta_tie: float = Field(-1.0, ge=0.0, allow_inf_nan=False)
+    """JumpReLU with k: weight decay of thetas towards their mean, by their learning rate; 0: none; -1: 10."""
     l1_coef: float = Field(L1_COEF, gt=0.0, allow_inf_nan=False)
     """ReLU, Gated: weight of L1 by d_in at the start, from where it is moved so that k latents a row are active."""
 
@@ -194,6 +196,8 @@ class RunConfig(BaseModel):
                 raise ValueError(f"k = 0: {self.arch} needs a k of at least 1, such as 64, 128 or 220")
             if self.presses_l1 and self.act_scale != "unit":
                 raise ValueError(_scaled_only(self.k, f"{self.arch} weighs its L1"))
+        if self.theta_tie and not (self.arch == "JumpReLU" and self.k):
+            raise ValueError(f"theta_tie = {self.theta_tie:g}: a parameter of JumpReLU with a k alone")
         if self.prefixes and self.arch != "Matryoshka":
             raise ValueError(f"prefixes = {self.prefixes}: not a parameter of {self.arch}, but of Matryoshka")
         return self

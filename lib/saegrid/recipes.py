@@ -25,12 +25,16 @@ RECIPES: dict[str, dict[str, Any]] = {
 BANDWIDTH, L0_COEF = 0.3, 0.1
 """Of JumpReLU's trained thresholds, beside rows with a mean square of 1 (measured: LOG.md)."""
 
+THETA_TIE = 10.0
+"""Weight decay of JumpReLU's trained thresholds towards their mean, by their learning rate (measured: LOG.md)."""
+
 L1_COEF = 1.0
 """Of ReLU and Gated at the start, beside rows with a mean square of 1, by d_in."""
 
-YOUNGER = {"recipe": "published", "prefixes": 0, "bandwidth": BANDWIDTH, "l0_coef": L0_COEF, "l1_coef": L1_COEF} | {
-    name: RECIPES["published"][name]
-    for name in ("act_scale", "sinks", "aux_coef", "dead_window", "encoder_tie", "lr_schedule", "warmup")
+YOUNGER = {
+    **{"recipe": "published", "prefixes": 0, "bandwidth": BANDWIDTH, "l0_coef": L0_COEF, "l1_coef": L1_COEF},
+    **{"theta_tie": 0.0, "act_scale": "none", "sinks": "keep", "aux_coef": 0.0, "dead_window": 0.05},
+    **{"encoder_tie": 0.0, "lr_schedule": "cosine", "warmup": 0.0},
 }
 """Parameters younger than the first tables, and what runs did before: such runs keep their ids and their rows."""
 
@@ -38,10 +42,11 @@ YOUNGER = {"recipe": "published", "prefixes": 0, "bandwidth": BANDWIDTH, "l0_coe
 def resolve(parameters: dict[str, Any]) -> dict[str, Any]:
     """The parameters with each choice that is left to the recipe (absent, "recipe" or -1) at the recipe's value.
 
-    An unknown recipe is left for `RunConfig` to refuse.
+    What depends on the architecture comes with them. An unknown recipe is left for `RunConfig` to refuse.
     """
-    recipe = parameters.get("recipe")
+    recipe, arch = parameters.get("recipe"), parameters.get("arch")
     choices = RECIPES[recipe if isinstance(recipe, str) and recipe in RECIPES else "published"]
+    choices = choices | {"theta_tie": THETA_TIE if arch == "JumpReLU" and parameters.get("k", 0) else 0.0}
     return parameters | {name: value for name, value in choices.items() if _is_left(parameters.get(name, -1))}
 
 

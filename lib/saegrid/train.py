@@ -193,6 +193,7 @@ def step_settings(config: RunConfig, store: Store, matmul: str) -> StepSettings:
         l0_coef=config.l0_coef,
         l1_coef=config.l1_coef,
         tie=config.encoder_tie,
+        theta_tie=config.theta_tie,
     )
 
 

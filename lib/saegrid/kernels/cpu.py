@@ -24,7 +24,17 @@ from saegrid.kernels import _cpu_pairs as pairs
 from saegrid.kernels import _cpu_select as select
 from saegrid.kernels._cpu_chunks import CHUNKS, arrays, buffer, by_weight, even, run
 from saegrid.kernels._cpu_encode import sparse_codes
-from saegrid.kernels.reference import BETAS, EPS, THETA_RATE, above_theta, folded_gate, keep_apart, l0_pull, magnitudes
+from saegrid.kernels.reference import (
+    BETAS,
+    EPS,
+    THETA_RATE,
+    above_theta,
+    folded_gate,
+    keep_apart,
+    l0_pull,
+    magnitudes,
+    settle_thetas,
+)
 from saegrid.kernels.state import Codes, Params, Rule, StepSettings, TrainState
 
 DENSE_ABOVE = 0.5  # share of active pairs above which plain products beat loops over pairs (measured)
@@ -71,7 +81,8 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     beta1, beta2 = BETAS
     state.step += 1
     rate, correction = settings.lr / (1 - beta1**state.step), 1 / (1 - beta2**state.step)
-    adam = tuple(map(np.float32, (1 - beta1, beta2, 1 - beta2, rate, correction, EPS, settings.lr * settings.tie)))
+    tie = min(1.0, settings.lr * settings.tie)
+    adam = tuple(map(np.float32, (1 - beta1, beta2, 1 - beta2, rate, correction, EPS, tie)))
     weights, m, v = (tuple(arrays(p[:3])) for p in (params, state.m, state.v))
     if settings.prefixes:
         loss, codes, d_hat = _prefix_errors(params, x, codes, settings.prefixes, workspace)
@@ -113,7 +124,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         g_pre_bias = g_dec_bias - b_pre_pulls.sum(0)
     _apply_vectors(state, (g_dec_bias, g_pre_bias, *vectors), adam)
     if rule.kind == "jumprelu":
-        params.theta.clamp_min_(0.0)
+        settle_thetas(params, settings)
     if settings.sink is not None:
         keep_apart(params, settings.sink)
     return loss, active

@@ -206,9 +206,9 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         p.addcdiv_(m, (v / correction2).sqrt_().add_(EPS), value=-rate)
     params.W_dec.div_(params.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
     if settings.tie:
-        params.W_enc.lerp_(params.W_dec, settings.lr * settings.tie)
+        params.W_enc.lerp_(params.W_dec, min(1.0, settings.lr * settings.tie))
     if rule.kind == "jumprelu":
-        params.theta.clamp_min_(0.0)
+        settle_thetas(params, settings)
     if settings.sink is not None:
         keep_apart(params, settings.sink)
     return loss, int(active.sum())
@@ -229,6 +229,17 @@ def _codes_and_gradients(
     if settings.prefixes:
         return codes, *matryoshka_gradients(params, x, codes, settings.prefixes)
     return codes, *gradients(params, x, codes, push)
+
+
+def settle_thetas(params: Params, settings: StepSettings) -> None:
+    """Draw trained thetas towards their mean, as weight decay does towards 0, and keep them at 0 or above, in place.
+
+    A theta of its own lets a latent fire on a few training rows and on no other.
+    """
+    if settings.theta_tie:
+        share = min(1.0, settings.lr * THETA_RATE * settings.theta_tie)
+        params.theta.lerp_(params.theta.mean().expand_as(params.theta), share)
+    params.theta.clamp_min_(0.0)
 
 
 def keep_apart(params: Params, sink: Tensor) -> None:
