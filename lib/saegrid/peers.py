@@ -9,15 +9,16 @@ from matplotlib.axes import Axes
 
 from saegrid import intervals
 from saegrid.style import ABOVE, log_axes, styled
-from saegrid.tables import Markdown, change, header, html_table, number
+from saegrid.tables import Markdown, change, header, html_table, number, span
 
 OWN = "saegrid"
 KEYS = ["peer", "arch", "k", "rate", "seed"]
 COMPARED = (
-    ("fvu_no_sink", "an FVU without sinks", "fvu_eval", "More FVU, on the prompts"),
+    ("fvu_no_sink", "an FVU without sinks", "fvu_eval", "More FVU"),
     ("delta_loss", "a delta loss", "delta_loss", "More delta loss"),
 )
 """Measures, in words; what of theirs is compared on the prompts, with an interval; the title of its column."""
+MEANS = ["l0_no_sink", "fvu_no_sink", "fvu_eval", "dead_pct_no_sink", "delta_loss", "seconds"]
 CONTENDER = ["peer", "arch"]
 LOOKS = {
     ("saegrid", "BatchTopK"): ("#d55e00", "o", "-"),
@@ -59,14 +60,14 @@ def compared(runs: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
         own = group[group["peer"] == OWN].groupby("arch")["fvu_no_sink"].mean().idxmin()
         base = group[(group["peer"] == OWN) & (group["arch"] == own)]
         for (peer, arch), those in group.groupby(CONTENDER, sort=False):
-            means = those[["l0_no_sink", "fvu_no_sink", "fvu_eval", "dead_pct_no_sink", "delta_loss"]].mean()
+            means = those[MEANS].mean()
             more = {
                 f"{name}_more": (means[name] - base[name].mean(), *intervals.difference(drawn[name], those, base))
                 for name in drawn
             }
             rates = " and ".join(f"{rate:.2g}" for rate in sorted(those["rate"].unique()))
             row = {"k": k, "peer": peer, "arch": arch, "is_base": (peer, arch) == (OWN, own), "rates": rates}
-            row |= {"tried": those["tried"].max(), "seeds": len(those)}
+            row |= {"tried": those["tried"].max(), "seeds": len(those), "threads": those["threads"].max()}
             rows.append(row | dict(means) | more)
     return pd.DataFrame(rows).sort_values(["k", "delta_loss"], ignore_index=True)
 
@@ -89,19 +90,31 @@ def rules(found: pd.DataFrame) -> str:
     )
 
 
+def cost(found: pd.DataFrame) -> str:
+    """How long a library's training took, in a sentence."""
+    seconds = ", ".join(
+        f"{peer} {value:.0f}" for peer, value in found.groupby("peer")["seconds"].median().sort_values().items()
+    )
+    threads = found["threads"].max()
+    on = "one thread" if threads == 1 else f"{threads} threads"
+    return (
+        f"All take the same rows through the same number of latents; seconds of a training on {on}, medians: {seconds}."
+    )
+
+
 def table(found: pd.DataFrame) -> Markdown:
     """All contenders at each K, as a table of a page."""
-    own = {
-        "Contender": found["peer"] + " " + found["arch"],
-        **{
-            head: found[f"{name}_more"].map(lambda more: change(*more)).mask(found["is_base"], "")
-            for _, _, name, head in COMPARED
-        },
-        "Rate": found["rates"],
+    own = {"Contender": found["peer"] + " " + found["arch"], "K": found["k"].astype(str)}
+    more = {
+        head: found[f"{name}_more"].map(lambda more: span(*more[1:])).mask(found["is_base"], "")
+        for _, _, name, head in COMPARED
     }
-    name, *others = own
-    columns = [name, "k", "fvu_no_sink", "dead_pct_no_sink", "delta_loss", *others]
-    caption = "More: than this project's SAE of the lowest FVU, 95% intervals. Rate: by the library's default."
+    columns = [*own, "fvu_no_sink", "dead_pct_no_sink", "delta_loss", *more, "Rate"]
+    own |= more | {"Rate": found["rates"]}
+    caption = (
+        "More: than this project's SAE of the lowest FVU at that K, on the prompts, 95% intervals. Rate: the best "
+        "learning rate by the library's default."
+    )
     return html_table(found.assign(**own), columns, caption=caption, mark_best=False)
 
 

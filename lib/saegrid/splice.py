@@ -65,20 +65,20 @@ def make_baseline(lm: LM, prompts: list[Prompt], layer: int, mean: Tensor) -> Ba
     )
     passes = {"clean": lambda rows: rows, "zero": torch.zeros_like, "mean": lambda rows: mean.to(rows).expand_as(rows)}
     for name, replace in passes.items():
-        frame[f"ce_{name}_sum"] = splice(lm, prompts, x, layer, replace)
+        frame[f"ce_{name}_sum"] = [losses.sum().item() for losses in splice(lm, prompts, x, layer, replace)]
     return Baseline(prompts, x, frame)
 
 
 def splice(
     lm: LM, prompts: list[Prompt], x: list[Tensor], layer: int, replace: Callable[[Tensor], Tensor]
-) -> list[float]:
-    """Cross-entropy summed over each prompt's scored tokens, in nats.
+) -> list[Tensor]:
+    """Cross-entropy at each prompt's scored positions, (n,) float64, in nats.
 
     Args:
         x: residual stream behind block `layer` of each prompt, (T, d_in).
         replace: maps the rows at the scored positions (n, d_in) to those put in their place; called once per batch.
     """
-    sums = [0.0] * len(prompts)
+    found: list[Tensor] = [None] * len(prompts)
     for indices, ids, mask in _batches(prompts):
         hidden = torch.zeros(*ids.shape, x[0].shape[1], dtype=x[0].dtype, device=lm.model.device)
         where = [scored_positions(prompts[index]) for index in indices]
@@ -90,13 +90,14 @@ def splice(
         final = final_from(lm, hidden, ids, mask, layer)[rows, positions]
         losses = _cross_entropy(lm, final, ids[rows, positions + 1])
         for row, index in enumerate(indices):
-            sums[index] = losses[rows == row].sum().item()
-    return sums
+            found[index] = losses[rows == row]
+    return found
 
 
 def evaluate(lm: LM, baseline: Baseline, layer: int, replace: Callable[[Tensor], Tensor]) -> pd.DataFrame:
     """Per-prompt sums of all four passes: the baseline's columns and `ce_spliced_sum`."""
-    return baseline.sums.assign(ce_spliced_sum=splice(lm, baseline.prompts, baseline.x, layer, replace))
+    losses = splice(lm, baseline.prompts, baseline.x, layer, replace)
+    return baseline.sums.assign(ce_spliced_sum=[of_prompt.sum().item() for of_prompt in losses])
 
 
 def mean_losses(sums: pd.DataFrame) -> dict[str, float]:

@@ -117,6 +117,11 @@ def change(value: float, low: float, high: float, digits: int = 3) -> str:
     return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]".replace("-", "−")
 
 
+def span(low: float, high: float) -> str:
+    """A difference's interval alone: `+0.044 to +0.120`."""
+    return f"{low:+.3f} to {high:+.3f}".replace("-", "−")
+
+
 def header(name: str) -> str:
     """Title and unit of a column as one line: `Delta loss (nats/token)`."""
     column = COLUMNS.get(name, Column(name))

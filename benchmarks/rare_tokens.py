@@ -1,0 +1,71 @@
+"""Where an SAE's delta loss sits: the evaluation's tokens by how many training rows have the same token.
+
+    python benchmarks/rare_tokens.py runs/RUN_ID [runs/RUN_ID ...]
+
+A row's token is the one at its position, whose residual stream the SAE replaces. FVU is that of a bin's rows, over
+their variance about the mean of all; attention sinks are left as they are, and count for no row.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from saegrid.formats import load_sae
+from saegrid.kernels import cpu as kernel
+from saegrid.lm import load_lm
+from saegrid.metrics import sink_norm
+from saegrid.prompts import make_prompts
+from saegrid.records import load_config
+from saegrid.run import prepare_store
+from saegrid.splice import load_baseline, scored_positions, splice
+
+BINS = {"0": -1, "1 to 10": 0, "11 to 100": 10, "101 to 1,000": 100, "more": 1000}
+"""Training rows with a token, and the most that the bin before has."""
+
+
+def by_rarity(run_dir: Path) -> pd.DataFrame:
+    """A row a bin: its share of the tokens, FVU, delta loss (nats/token) and share of all delta loss."""
+    config, sae = load_config(run_dir, run_dir.name), load_sae(run_dir)
+    store = prepare_store(config)
+    baseline, lm = load_baseline(store.folder, store.data_sha256), load_lm(config)
+    prompts = make_prompts(config, lm.tokenizer)["train"]
+    rows_with = Counter(prompt.tokens[position] for prompt in prompts for position in prompt.positions)
+    where = [scored_positions(prompt) for prompt in baseline.prompts]
+    x = torch.cat([rows[positions] for rows, positions in zip(baseline.x, where, strict=True)]).float()
+    limit = sink_norm([x])
+
+    def replace(rows: torch.Tensor) -> torch.Tensor:
+        x_hat = kernel.decode(sae.params, sae.codes(rows, kernel))
+        return torch.where(rows.norm(dim=1, keepdim=True) > limit, rows, x_hat)
+
+    clean, spliced = (
+        torch.cat(splice(lm, baseline.prompts, baseline.x, config.layer, how)) for how in (lambda rows: rows, replace)
+    )
+    ordinary = x.norm(dim=1) <= limit
+    tokens = [prompt.tokens[position] for prompt, at in zip(baseline.prompts, where, strict=True) for position in at]
+    df = pd.DataFrame({"rows": [rows_with[token] for token in tokens], "delta": spliced - clean})
+    df["error"] = (x - replace(x)).double().square().sum(1)
+    df["spread"] = (x - x[ordinary].mean(0)).double().square().sum(1)
+    df = df[ordinary.numpy()]
+    df["training rows"] = pd.cut(df["rows"], [*BINS.values(), float("inf")], labels=[*BINS])
+    sums = df.groupby("training rows", observed=True).agg(
+        tokens=("delta", "size"), delta=("delta", "sum"), error=("error", "sum"), spread=("spread", "sum")
+    )
+    return pd.DataFrame(
+        {
+            "tokens, %": 100 * sums["tokens"] / sums["tokens"].sum(),
+            "FVU": sums["error"] / sums["spread"],
+            "delta loss": sums["delta"] / sums["tokens"],
+            "of all delta loss, %": 100 * sums["delta"] / sums["delta"].sum(),
+        }
+    )
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        print(f"{argument}\n{by_rarity(Path(argument)).round(3).to_string()}\n", flush=True)
