@@ -80,6 +80,9 @@ def test_the_readmes_recipes_are_those_of_the_committed_table():
         assert [l0, fvu, dead, delta] == [
             f"{row['l0']:.1f}", f"{row['fvu_no_sink']:.3f}", f"{row['dead_pct']:.1f}%", f"{row['delta_loss']:.3f}"
         ]  # fmt: skip
+    loss = table["delta_loss"].map("{:.3f}".format)
+    told = f"from {loss['BatchTopK', 'published']} to {loss['BatchTopK', 'improved']} nats/token"
+    assert f"{told},\nand another architecture loses {loss['Matryoshka', 'improved']}." in README
     pca = baselines.read("results/recipes").set_index("components").loc[64]
     assert f"| 64 | {pca['fvu_no_sink']:.3f} | | {pca['delta_loss']:.3f} |" in README
 

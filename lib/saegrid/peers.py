@@ -97,9 +97,7 @@ def cost(found: pd.DataFrame) -> str:
     )
     threads = found["threads"].max()
     on = "one thread" if threads == 1 else f"{threads} threads"
-    return (
-        f"All take the same rows through the same number of latents; seconds of a training on {on}, medians: {seconds}."
-    )
+    return f"All take as many rows to as many latents; seconds of a training on {on}, medians: {seconds}."
 
 
 def table(found: pd.DataFrame) -> Markdown:
