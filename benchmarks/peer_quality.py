@@ -9,7 +9,7 @@ them), thresholds are calibrated to K on validation rows without sinks, and the 
 Each contender is trained at its default learning rate and at three times that, and on along `LADDER` until both
 neighbours of the best, by FVU on the validation rows, are worse; then once between it and the better one of these. The
 best of all is spliced, and trained and spliced with two more seeds. Writes `results/peers/runs.csv` and `prompts.csv`
-behind each contender.
+behind each contender. Rows that are there count as done: where training has changed, delete its rows first.
 """
 
 from __future__ import annotations
@@ -167,10 +167,10 @@ def best_of(tried: dict[float, float]) -> float:
 
 def next_rate(tried: dict[float, float], most: int = len(LADDER) + 1) -> float | None:
     """The learning rate to try next, from the loss of each one tried; None after one between two, or after `most`."""
-    if len(tried) < 2:
-        return None if len(tried) >= most else 3.0 if tried else 1.0
     if len(tried) >= most or not set(tried) <= set(LADDER):
         return None
+    if len(tried) < 2:
+        return 3.0 if tried else 1.0
     best = best_of(tried)
     at = LADDER.index(best)
     beside = [rate for rate in LADDER[max(0, at - 1) : at + 2] if rate != best]

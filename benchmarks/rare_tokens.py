@@ -31,8 +31,10 @@ BINS = {"0": -1, "1 to 10": 0, "11 to 100": 10, "101 to 1,000": 100, "more": 100
 def by_rarity(run_dir: Path) -> pd.DataFrame:
     """A row a bin: its share of the tokens, FVU, delta loss (nats/token) and share of all delta loss."""
     config, sae = load_config(run_dir, run_dir.name), load_sae(run_dir)
+    if config.activations:
+        sys.exit(f"{run_dir}: was trained on {config.activations}, which says nothing of its tokens")
     store = prepare_store(config)
-    baseline, lm = load_baseline(store.folder, store.data_sha256), load_lm(config)
+    baseline, lm = load_baseline(store.folder, store.data_sha256), load_lm(config, device="cpu")
     prompts = make_prompts(config, lm.tokenizer)["train"]
     rows_with = Counter(prompt.tokens[position] for prompt in prompts for position in prompt.positions)
     where = [scored_positions(prompt) for prompt in baseline.prompts]
@@ -48,9 +50,9 @@ def by_rarity(run_dir: Path) -> pd.DataFrame:
     )
     ordinary = x.norm(dim=1) <= limit
     tokens = [prompt.tokens[position] for prompt, at in zip(baseline.prompts, where, strict=True) for position in at]
-    df = pd.DataFrame({"rows": [rows_with[token] for token in tokens], "delta": spliced - clean})
-    df["error"] = (x - replace(x)).double().square().sum(1)
-    df["spread"] = (x - x[ordinary].mean(0)).double().square().sum(1)
+    df = pd.DataFrame({"rows": [rows_with[token] for token in tokens], "delta": (spliced - clean).numpy()})
+    df["error"] = (x - replace(x)).double().square().sum(1).numpy()
+    df["spread"] = (x - x[ordinary].mean(0)).double().square().sum(1).numpy()
     df = df[ordinary.numpy()]
     df["training rows"] = pd.cut(df["rows"], [*BINS.values(), float("inf")], labels=[*BINS])
     sums = df.groupby("training rows", observed=True).agg(

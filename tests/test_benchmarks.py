@@ -11,6 +11,9 @@ import pandas as pd
 import pytest
 from tiny import save_dataset, save_model
 
+from saegrid.config import make_config
+from saegrid.run import Run
+
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -209,3 +212,21 @@ def test_further_seeds_take_the_rate_that_the_first_one_chose(tmp_path, monkeypa
     assert asked[6:] == [(2, 3.0)]
     runs = pd.read_csv(tmp_path / "runs.csv")
     assert sorted(zip(runs["seed"], runs["rate"], strict=True)) == sorted([*search, (1, 3.0), (2, 3.0)])
+
+
+def test_delta_loss_by_how_often_a_token_was_trained_on(tmp_path, monkeypatch):
+    """The bins' tokens and losses add up to what the run's own splice says."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.chdir(tmp_path)
+    from rare_tokens import by_rarity
+
+    places = {"model": save_model(tmp_path / "model"), "dataset": save_dataset(tmp_path / "data")}
+    sizes = {"train_tokens": 300, "val_tokens": 150, "eval_prompts": 2, "max_tokens": 48, "batch_size": 64}
+    run = Run(make_config(**places, **sizes, layer=1, arch="TopK", k=4, expansion=4, epochs=1, kernel="reference"))
+    run.train()
+    row = run.evaluate()
+    run.close()
+    found = by_rarity(run.folder)
+    assert len(found) > 1 and found["tokens, %"].sum() == pytest.approx(100)
+    assert found["of all delta loss, %"].sum() == pytest.approx(100)
+    assert (found["tokens, %"] * found["delta loss"]).sum() / 100 == pytest.approx(row["delta_loss"], rel=1e-4)

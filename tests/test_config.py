@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from saegrid.config import STORE_FIELDS, RunConfig, make_config
 from saegrid.errors import ConfigError
 from saegrid.notebook import check_names, config_from_namespace
-from saegrid.recipes import RECIPES, THETA_TIE
+from saegrid.recipes import RECIPES, THETA_TIE, described
 
 NOTEBOOK = "notebooks/train.ipynb"
 
@@ -39,6 +39,7 @@ NOTEBOOK = "notebooks/train.ipynb"
         ({"k": 4, "lr": "fast"}, ["lr = 'fast'", "number"]),
         ({"k": 4, "layer": -1}, ["layer = -1"]),
         ({"k": 4, "prefixes": 3}, ["prefixes = 3", "not a parameter of BatchTopK"]),
+        ({"arch": "JumpReLU", "k": [4, 8], "recipe": "improved"}, ["k = [4, 8]", "valid integer"]),
         ({"k": 4, "theta_tie": 3}, ["theta_tie = 3", "a parameter of JumpReLU with a k alone"]),
         ({"arch": "JumpReLU", "threshold": 0.5, "theta_tie": 3}, ["theta_tie = 3", "JumpReLU with a k"]),
         ({"k": 4, "arch": "Matryoshka", "kernel": "cuda"}, ["kernel = 'cuda'", "arch = 'Matryoshka'"]),
@@ -111,6 +112,8 @@ def test_only_trained_thresholds_have_a_tie():
     assert make_config(arch="JumpReLU", threshold=0.5, recipe="improved").theta_tie == 0
     free = make_config(arch="JumpReLU", k=4, recipe="improved", theta_tie=0.0)
     assert free.theta_tie == 0 and free.run_id != jump.run_id
+    assert described(jump.model_dump()) == "improved"
+    assert described(free.model_dump()) == "improved but theta_tie = 0.0"
 
 
 def test_a_namespace_may_hold_only_parameters():

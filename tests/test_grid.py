@@ -96,6 +96,8 @@ def test_what_the_recipe_says_is_not_said_again():
     assert papermill_arguments(make_config(k=4)) == "-p k 4"
     run = make_config(k=4, recipe="improved", grad_clip=0.0, sinks="apart")
     assert papermill_arguments(run) == "-p k 4 -r recipe improved -p grad_clip 0.0"
+    run = make_config(arch="JumpReLU", k=4, recipe="improved")
+    assert papermill_arguments(run) == "-r arch JumpReLU -p k 4 -r recipe improved"
 
 
 def test_the_ablation_takes_each_choice_away_alone():

@@ -376,6 +376,13 @@ def test_cpu_train_step_with_trained_thresholds(grad_clip, project_grad, aux_coe
 
 
 @pytest.mark.parametrize("kernel", [reference, cpu])
+def test_the_encoder_goes_no_further_than_to_the_decoder(kernel):
+    state = start(make_params())
+    kernel.train_step(state, make_rows(100), Rule("topk", 9), StepSettings(1e-2, tie=1e3))
+    torch.testing.assert_close(state.params.W_enc, state.params.W_dec)
+
+
+@pytest.mark.parametrize("kernel", [reference, cpu])
 def test_trained_thresholds_are_drawn_to_their_mean(kernel):
     """By the tie's share of the distance, behind Adam's step, and never beyond the mean."""
     told = StepSettings(1e-2, bandwidth=3.0, l0_coef=500.0)

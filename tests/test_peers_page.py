@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,15 +11,16 @@ CONTENDERS = [("saegrid", "BatchTopK", 0.00), ("saegrid", "JumpReLU", -0.01), ("
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three contenders at two K and two learning rates, of which the second is better for all but the last."""
+    """Three contenders at two K, three seeds and two learning rates; the second is better for all but the last."""
     rng = np.random.default_rng(0)
     clean = rng.uniform(40, 80, 20)
     runs, prompts = [], []
     for peer, arch, worse in CONTENDERS:
         for k in (16, 64):
-            for rate in (1.0, 0.3333):
-                key = {"peer": peer, "arch": arch, "k": k, "rate": rate, "seed": 0}
-                tuned = (rate == 1.0) == (peer == "sae-lens")
+            best = 1.0 if peer == "sae-lens" else 0.3333
+            for seed, rate in ((0, 1.0), (0, 0.3333), (1, best), (2, best)):
+                key = {"peer": peer, "arch": arch, "k": k, "rate": rate, "seed": seed}
+                tuned = rate == best
                 extra = 100 * (0.2 + worse + (0 if tuned else 0.1)) * 16 / k * rng.uniform(0.9, 1.1, 20)
                 losses = {"ce_clean_sum": clean, "ce_spliced_sum": clean + extra}
                 index = {"prompt": range(20), "template": [n // 2 for n in range(20)], "n_tokens": 100}
@@ -26,7 +29,6 @@ def folder(tmp_path):
                 prompts.append(pd.DataFrame({**index, **losses, **errors}).assign(**key))
                 measures = {"l0_no_sink": k, "fvu_no_sink": fvu, "fvu_eval": errors["sq_error"].mean()}
                 measures |= {"dead_pct_no_sink": 1.0, "delta_loss": extra.sum() / 2000}
-                measures |= {"seconds": 9.0 if peer == "saegrid" else 50.0, "threads": 1}
                 runs.append(key | measures)
     (tmp_path / "results/peers").mkdir(parents=True)
     pd.DataFrame(runs).to_csv(tmp_path / "results/peers/runs.csv", index=False)
@@ -36,7 +38,7 @@ def folder(tmp_path):
 
 def test_the_best_learning_rate_of_each_is_compared(folder):
     runs, prompts = peers.read(folder)
-    assert len(runs) == 6 and len(prompts) == 6 * 20
+    assert len(runs) == 18 and len(prompts) == 18 * 20
     assert set(runs[runs["peer"] == "sae-lens"]["rate"]) == {1.0} and set(runs[runs["peer"] != "sae-lens"]["rate"]) == {
         0.3333
     }
@@ -52,13 +54,23 @@ def test_the_best_learning_rate_of_each_is_compared(folder):
         assert all(low > 0 for _, low, _ in found[found["peer"] == "sae-lens"][f"{measure}_more"])
 
 
+def test_seeds_that_a_contender_lacks_and_rates_that_were_not_chosen_are_left_out(folder):
+    runs = pd.read_csv(folder / "runs.csv")
+    lacks = (runs["peer"] == "sae-lens") & (runs["k"] == 16) & (runs["seed"] == 1)
+    runs.loc[(runs["arch"] == "JumpReLU") & (runs["seed"] == 2), "rate"] = 1.0  # of an earlier search
+    runs[~lacks].to_csv(folder / "runs.csv", index=False)
+    found = peers.compared(*peers.read(folder)).set_index("k")
+    assert set(found.loc[16, "seeds"]) == {1} and set(found.loc[64, "seeds"]) == {2}
+
+
 def test_the_page_has_its_table_and_its_verdict(folder):
     page = evidence.page(folder.parents[1])
     assert (
         "JumpReLU has an FVU without sinks of 0.290 against 0.350 of the best other one (sae-lens BatchTopK; +" in page
     )
-    assert "seconds of a training on one thread, medians: saegrid 9, sae-lens 50." in page
-    assert page.count("sae-lens BatchTopK") >= 6 and "best of 2 learning rates" in page
+    assert "best of 2 learning rates" in page and "Means over 3 seeds" in page
+    row = next(line for line in page.splitlines() if '<th scope="row">sae-lens BatchTopK' in line)
+    assert len(re.findall(r"\+0\.\d{3} to \+0\.\d{3}", row)) == 2
     assert "Not measured yet: `make peer-quality` does it." not in page
 
 

@@ -82,7 +82,7 @@ def test_the_readmes_recipes_are_those_of_the_committed_table():
         ]  # fmt: skip
     loss = table["delta_loss"].map("{:.3f}".format)
     told = f"from {loss['BatchTopK', 'published']} to {loss['BatchTopK', 'improved']} nats/token"
-    assert f"{told},\nand another architecture loses {loss['Matryoshka', 'improved']}." in README
+    assert f"{told}, and Matryoshka loses {loss['Matryoshka', 'improved']}." in " ".join(README.split())
     pca = baselines.read("results/recipes").set_index("components").loc[64]
     assert f"| 64 | {pca['fvu_no_sink']:.3f} | | {pca['delta_loss']:.3f} |" in README
 
@@ -120,7 +120,7 @@ def test_the_readmes_peers_are_those_of_the_committed_tables():
             best = others.loc[others[measure].idxmin()]
             cells += [f"{own[measure]:.3f}", f"{best[measure]:.3f} ({best['peer']} {best['arch']})"]
             more, low, high = best[f"{on_prompts}_more"]
-            assert own["arch"] == "Matryoshka" and (low > 0) == (measure == "fvu_no_sink" or k == 16), (k, measure)
+            assert own["arch"] == "Matryoshka" and (low > 0) == (measure == "fvu_no_sink" or k < 128), (k, measure)
             assert more > 0 and high > 0
         assert f"| {' | '.join(cells)} |" in README
 

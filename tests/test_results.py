@@ -53,9 +53,10 @@ def test_tables_from_before_there_were_recipes_are_read(fake_grid, fake_runs):
     assert records.load_run(path.parent) == row
 
 
-def test_the_config_of_an_older_run_is_not_filled_from_todays_recipe(tmp_path):
-    then = make_config(k=4, recipe="improved", encoder_tie=0.0, lr=1e-3)
-    recorded = {name: value for name, value in then.identity().items() if name != "encoder_tie"}
+@pytest.mark.parametrize(("arch", "younger"), [("BatchTopK", "encoder_tie"), ("JumpReLU", "theta_tie")])
+def test_the_config_of_an_older_run_is_not_filled_from_todays_recipe(tmp_path, arch, younger):
+    then = make_config(arch=arch, k=4, recipe="improved", lr=1e-3, **{younger: 0.0})
+    recorded = {name: value for name, value in then.identity().items() if name != younger}
     write_sealed(tmp_path / "config.json", {"run_id": then.run_id} | recorded)
     assert records.load_config(tmp_path, then.run_id) == then
 

@@ -98,7 +98,7 @@ class RunConfig(BaseModel):
     l0_coef: float = Field(L0_COEF, ge=0.0, allow_inf_nan=False)
     """JumpReLU with k: weight of (L0 / k - 1)² beside the mean squared error of rows with a mean square of 1."""
     theta_tie: float = Field(-1.0, ge=0.0, allow_inf_nan=False)
-    """JumpReLU with k: weight decay of thetas towards their mean, by their learning rate; 0: none; -1: 10."""
+    """JumpReLU with k: weight decay of thetas towards their mean, by their learning rate, 10 lr; 0: none; -1: 10."""
     l1_coef: float = Field(L1_COEF, gt=0.0, allow_inf_nan=False)
     """ReLU, Gated: weight of L1 by d_in at the start, from where it is moved so that k latents a row are active."""
 

@@ -43,8 +43,7 @@ def _peers(folder: Path) -> str:
     for y in ("delta_loss", "fvu_no_sink"):
         text = f"{header(y)} over the realised L0, a line for each library and architecture; lower is better."
         figures.append(plots.figure(peers.curves(found, y=y), alt=text, caption=text))
-    words = (peers.rules(found), peers.verdict(found), peers.cost(found))
-    return markdown(*words, plots.side_by_side(figures), peers.table(found))
+    return markdown(peers.rules(found), peers.verdict(found), plots.side_by_side(figures), peers.table(found))
 
 
 def _scaling(folder: Path) -> str:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from saegrid.config import PLACES, RunConfig, check_place, make_config
 from saegrid.errors import ConfigError, DamagedError, explain, shown
-from saegrid.recipes import is_as_recipe_says
+from saegrid.recipes import choices
 from saegrid.sealed import read_bytes
 
 MAX_RUNS = 10_000
@@ -99,8 +99,9 @@ def papermill_arguments(run: RunConfig) -> str:
     left out.
     """
     options: list[str] = []
+    said = choices(run.model_dump())
     for name, value in run.model_dump(exclude_defaults=True).items():
-        if is_as_recipe_says(run.recipe, name, value):
+        if name in said and said[name] == value:
             continue
         options += ["-r" if isinstance(value, str) else "-p", name, str(value)]
     return shlex.join(options)

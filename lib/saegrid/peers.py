@@ -18,7 +18,7 @@ COMPARED = (
     ("delta_loss", "a delta loss", "delta_loss", "More delta loss"),
 )
 """Measures, in words; what of theirs is compared on the prompts, with an interval; the title of its column."""
-MEANS = ["l0_no_sink", "fvu_no_sink", "fvu_eval", "dead_pct_no_sink", "delta_loss", "seconds"]
+MEANS = ["l0_no_sink", "fvu_no_sink", "fvu_eval", "dead_pct_no_sink", "delta_loss"]
 CONTENDER = ["peer", "arch"]
 LOOKS = {
     ("saegrid", "BatchTopK"): ("#d55e00", "o", "-"),
@@ -36,16 +36,23 @@ LOOKS = {
 
 
 def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The runs of each contender's best learning rate, that of the lowest FVU without sinks on the validation rows,
-    and their losses by prompt; both with a `run_id`. K without an SAE of this project are left out."""
+    """The runs of each contender's best learning rate, that of its first seed's lowest FVU without sinks on the
+    validation rows, and their losses by prompt; both with a `run_id`.
+
+    K without an SAE of this project are left out, and of a K the seeds that a contender does not have yet.
+    """
     runs = pd.read_csv(folder / "runs.csv").dropna(subset="fvu_no_sink")
     prompts = pd.read_csv(folder / "prompts.csv", dtype={"template": "string"})
     runs, prompts = (
         df.assign(run_id=df.round({"rate": 6})[KEYS].astype(str).agg(" ".join, axis=1)) for df in (runs, prompts)
     )
-    runs["tried"] = runs.groupby([*CONTENDER, "k", "seed"])["rate"].transform("nunique")
-    best = runs.loc[runs.groupby([*CONTENDER, "k", "seed"])["fvu_no_sink"].idxmin()]
+    search = runs[runs["seed"] == runs["seed"].min()].groupby([*CONTENDER, "k"])
+    chosen = runs.loc[search["fvu_no_sink"].idxmin(), [*CONTENDER, "k", "rate"]]
+    chosen["tried"] = search["rate"].nunique().to_numpy()
+    best = runs.merge(chosen)
     best = best[best["k"].isin(best.loc[best["peer"] == OWN, "k"])]
+    have = best.groupby(["k", "seed"])["run_id"].transform("size")
+    best = best[have == best.groupby("k")["run_id"].transform(lambda ids: have[ids.index].max())]
     return best, prompts[prompts["run_id"].isin(best["run_id"])]
 
 
@@ -67,37 +74,26 @@ def compared(runs: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
             }
             rates = " and ".join(f"{rate:.2g}" for rate in sorted(those["rate"].unique()))
             row = {"k": k, "peer": peer, "arch": arch, "is_base": (peer, arch) == (OWN, own), "rates": rates}
-            row |= {"tried": those["tried"].max(), "seeds": len(those), "threads": those["threads"].max()}
+            row |= {"tried": those["tried"].max(), "seeds": len(those)}
             rows.append(row | dict(means) | more)
     return pd.DataFrame(rows).sort_values(["k", "delta_loss"], ignore_index=True)
 
 
 def rules(found: pd.DataFrame) -> str:
     """How the contenders were trained and measured."""
-    tried, seeds = (
-        " to ".join(str(count) for count in sorted({found[name].min(), found[name].max()}))
-        for name in ("tried", "seeds")
-    )
+    tried = " to ".join(str(count) for count in sorted({found["tried"].min(), found["tried"].max()}))
+    seeds = f"{found['seeds'].min()} {'seed' if found['seeds'].min() == 1 else 'seeds'}"
     return (
         "Trained by each library's released code (sparsify by the step inside its trainer) with its recommended "
         "settings, those in steps or tokens scaled to the run's length, at the same width, epochs and batch: the best "
         f"of {tried} learning rates by FVU on the validation rows, tried three times apart and at last between the "
-        f"best and its better neighbour. Means over {seeds} seeds, of which the first chose the learning rate. "
+        f"best and its better neighbour. Means over {seeds}, of which the first chose the learning rate. "
         "Attention sinks are left out of everybody's training rows (this project's recipe does so itself), out of "
         "every measure and out of the splice, and thresholds are calibrated to K without them. This project keeps the "
         "epoch of the lowest validation MSE, as it always does, the others the last. Intervals are a paired bootstrap "
-        "over problem templates and seeds."
+        "over problem templates and seeds. All take as many rows to as many latents; the speed page has what a step "
+        "takes in seconds."
     )
-
-
-def cost(found: pd.DataFrame) -> str:
-    """How long a library's training took, in a sentence."""
-    seconds = ", ".join(
-        f"{peer} {value:.0f}" for peer, value in found.groupby("peer")["seconds"].median().sort_values().items()
-    )
-    threads = found["threads"].max()
-    on = "one thread" if threads == 1 else f"{threads} threads"
-    return f"All take as many rows to as many latents; seconds of a training on {on}, medians: {seconds}."
 
 
 def table(found: pd.DataFrame) -> Markdown:

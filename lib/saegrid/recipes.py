@@ -6,6 +6,7 @@ A parameter left at "recipe" or -1 takes its recipe's value; any other value swi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -39,26 +40,27 @@ YOUNGER = {
 """Parameters younger than the first tables, and what runs did before: such runs keep their ids and their rows."""
 
 
-def resolve(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The parameters with each choice that is left to the recipe (absent, "recipe" or -1) at the recipe's value.
+def choices(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's recipe says, by its `recipe`, `arch` and `k`; thetas that are trained, JumpReLU's, have a tie too.
 
-    What depends on the architecture comes with them. An unknown recipe is left for `RunConfig` to refuse.
+    An unknown recipe is left for `RunConfig` to refuse.
     """
-    recipe, arch = parameters.get("recipe"), parameters.get("arch")
-    choices = RECIPES[recipe if isinstance(recipe, str) and recipe in RECIPES else "published"]
-    choices = choices | {"theta_tie": THETA_TIE if arch == "JumpReLU" and parameters.get("k", 0) else 0.0}
-    return parameters | {name: value for name, value in choices.items() if _is_left(parameters.get(name, -1))}
+    recipe, k = run.get("recipe"), run.get("k")
+    trained = run.get("arch") == "JumpReLU" and isinstance(k, Real) and k > 0
+    known = RECIPES[recipe if isinstance(recipe, str) and recipe in RECIPES else "published"]
+    return known | {"theta_tie": THETA_TIE if trained else 0.0}
 
 
-def described(row: Mapping[str, Any]) -> str:
+def resolve(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with each choice that is left to the recipe (absent, "recipe" or -1) at the recipe's value."""
+    said = choices(parameters).items()
+    return parameters | {name: value for name, value in said if _is_left(parameters.get(name, -1))}
+
+
+def described(run: Mapping[str, Any]) -> str:
     """A run's recipe in words: `improved`, or `improved but grad_clip = 0.0` where choices were switched."""
-    switched = [f"{name} = {row[name]}" for name, value in RECIPES[row["recipe"]].items() if row[name] != value]
-    return f"{row['recipe']} but {', '.join(switched)}" if switched else row["recipe"]
-
-
-def is_as_recipe_says(recipe: str, name: str, value: Any) -> bool:
-    """Whether the recipe alone would give the parameter this value."""
-    return name in RECIPES[recipe] and RECIPES[recipe][name] == value
+    switched = [f"{name} = {run[name]}" for name, value in choices(run).items() if run[name] != value]
+    return f"{run['recipe']} but {', '.join(switched)}" if switched else run["recipe"]
 
 
 def _is_left(value: Any) -> bool:

@@ -69,7 +69,7 @@ class StepSettings(NamedTuple):
     l0_coef: float = 0.0  # weight of (L0 / k - 1)², for the rule jumprelu
     l1_coef: float = 0.0  # weight of L1 at the start, for the rules relu and gated
     tie: float = 0.0  # W_enc moves by lr * tie of its distance to W_dec, at most by all of it
-    theta_tie: float = 0.0  # theta moves by its learning rate * theta_tie of its distance to all thetas' mean
+    theta_tie: float = 0.0  # theta moves by its learning rate * theta_tie of its distance to their mean, at most by all
 
 
 @dataclass
