@@ -106,17 +106,17 @@ def main() -> None:
 
 def compete(contender: dict[str, Any], default: float, options: argparse.Namespace, course: Course) -> None:
     """A contender's runs that `options.out` lacks: the search for a learning rate, and the seeds that take its best."""
-    rate = None
     for seed in range(options.seeds):
         one = contender | {"seed": seed}
         rows = known(options.out, one)
-        following = functools.partial(next_rate, most=options.rates)
-        if seed:
+        if seed == 0:
+            following = functools.partial(next_rate, most=options.rates)
+        else:
+            rate = best_of(losses(known(options.out, contender | {"seed": 0})))
             rows = {tried: row for tried, row in rows.items() if tried == rate}
             following = functools.partial(only, rate)
         if following(losses(rows)) is not None:
             add(options.out, one, *measured(one, default, rows, following, course))
-        rate = best_of(losses(known(options.out, one))) if rate is None else rate
 
 
 def measured(

@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from saegrid.evaluation import replacement, scored_rows
 from saegrid.formats import load_sae
 from saegrid.kernels import cpu as kernel
 from saegrid.lm import load_lm
@@ -37,19 +38,14 @@ def by_rarity(run_dir: Path) -> pd.DataFrame:
     baseline, lm = load_baseline(store.folder, store.data_sha256), load_lm(config, device="cpu")
     prompts = make_prompts(config, lm.tokenizer)["train"]
     rows_with = Counter(prompt.tokens[position] for prompt in prompts for position in prompt.positions)
-    where = [scored_positions(prompt) for prompt in baseline.prompts]
-    x = torch.cat([rows[positions] for rows, positions in zip(baseline.x, where, strict=True)]).float()
+    x = torch.cat(scored_rows(baseline))
     limit = sink_norm([x])
-
-    def replace(rows: torch.Tensor) -> torch.Tensor:
-        x_hat = kernel.decode(sae.params, sae.codes(rows, kernel))
-        return torch.where(rows.norm(dim=1, keepdim=True) > limit, rows, x_hat)
-
+    replace = replacement(sae, kernel, limit)
     clean, spliced = (
         torch.cat(splice(lm, baseline.prompts, baseline.x, config.layer, how)) for how in (lambda rows: rows, replace)
     )
     ordinary = x.norm(dim=1) <= limit
-    tokens = [prompt.tokens[position] for prompt, at in zip(baseline.prompts, where, strict=True) for position in at]
+    tokens = [prompt.tokens[position] for prompt in baseline.prompts for position in scored_positions(prompt)]
     df = pd.DataFrame({"rows": [rows_with[token] for token in tokens], "delta": (spliced - clean).numpy()})
     df["error"] = (x - replace(x)).double().square().sum(1).numpy()
     df["spread"] = (x - x[ordinary].mean(0)).double().square().sum(1).numpy()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pandas as pd
 
 from saegrid import intervals
-from saegrid.findings import signed
 from saegrid.results import candidates
-from saegrid.tables import html_table, markdown
+from saegrid.tables import change, html_table, markdown, signed
 
 BUDGETS = (16, 32, 64, 128, 256, 512)
 """Latents a token that a reader may want to look at, at most."""
@@ -61,8 +60,7 @@ def _best(df: pd.DataFrame, budget: float) -> pd.Series | None:
 def _cost(best: pd.Series, other: pd.Series | None, drawn: pd.DataFrame | None) -> str:
     if other is None:
         return ""
-    text = signed(other["delta_loss"] - best["delta_loss"])
+    more = other["delta_loss"] - best["delta_loss"]
     if drawn is None:
-        return text
-    low, high = intervals.interval(drawn, {other["run_id"]: 1.0, best["run_id"]: -1.0})
-    return f"{text} [{signed(low)}, {signed(high)}]"
+        return signed(more)
+    return change(more, *intervals.interval(drawn, {other["run_id"]: 1.0, best["run_id"]: -1.0}))

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from saegrid import plots, results
-from saegrid.tables import COLUMNS, header, number
+from saegrid.tables import COLUMNS, counted, header, number
 
 STILL_FALLING = 0.01
 """A curve that fell by more than this share in its last epoch was not done."""
@@ -38,7 +38,7 @@ def frontier_caption(
     moves = f", {COLUMNS[y].title} from {ends[0]} to {ends[1]}" if len(front) > 1 else f", {ends[0]}"
     dense = len(df) - len(sparse)
     left_out = (
-        f" Hollow: {dense} {'run' if dense == 1 else 'runs'} that fire {results.DENSE_SHARE_PCT:g}% of the latents or "
+        f" Hollow: {counted(dense, 'run')} that fire {results.DENSE_SHARE_PCT:g}% of the latents or "
         "more; dense runs are left out of the Pareto set, as they are of the recommendation."
     )
     return (

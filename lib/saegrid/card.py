@@ -15,7 +15,7 @@ from saegrid import findings as claims
 from saegrid.ablation import recipe_section
 from saegrid.budget import budget_section
 from saegrid.config import BATCH_CUT, has_thetas
-from saegrid.tables import COLUMNS, MISSING, Markdown, html_block, html_table, markdown, number, pipe_table
+from saegrid.tables import COLUMNS, MISSING, Markdown, counted, html_block, html_table, markdown, number, pipe_table
 
 MAIN = ["name", "l0", "val_mse", "nmse", "fvu_no_sink", "dead_pct", "delta_loss", "frac_rec_pct", "loss_recovered_mean"]
 """Columns of the results table on the home page."""
@@ -191,7 +191,7 @@ def limits_text(df: pd.DataFrame) -> Markdown:
     """What the numbers can't carry."""
     seeds = df["seed"].nunique()
     return Markdown(
-        f"One layer of one model; {seeds} {'seed' if seeds == 1 else 'seeds'} a setting, so differences between single "
+        f"One layer of one model; {counted(seeds, 'seed')} a setting, so differences between single "
         f"runs may be chance; {_values(df, 'n_eval_prompts')} prompts for the losses. The intervals tell how sure the "
         "prompts make a difference, not what another seed would give. frac_rec has the published meaning, "
         "CE clean / CE spliced, which is not the field's fraction of loss recovered.\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from types import ModuleType
 
 import pandas as pd
@@ -46,15 +48,20 @@ def spliced(config: RunConfig, store: Store, sae: SAE, kernel: ModuleType, leave
     """
     baseline = load_baseline(store.folder, store.data_sha256)
     lm = load_lm(config)
-    limit = sink_norm(_scored(baseline)) if leave_sinks else float("inf")
+    limit = sink_norm(scored_rows(baseline)) if leave_sinks else math.inf
+    losses = evaluate(lm, baseline, config.layer, replacement(sae, kernel, limit))
+    return losses.join(reconstructed(baseline, sae, kernel))
+
+
+def replacement(sae: SAE, kernel: ModuleType, limit: float = math.inf) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What the splice puts in place of rows (n, d_in): their reconstruction; those of a norm above `limit` stay."""
 
     def replace(x: torch.Tensor) -> torch.Tensor:
         x = x.to(sae.device)
         x_hat = kernel.decode(sae.params, sae.codes(x, kernel))
         return torch.where(x.norm(dim=1, keepdim=True) > limit, x, x_hat)
 
-    losses = evaluate(lm, baseline, config.layer, replace)
-    return losses.join(reconstructed(baseline, sae, kernel))
+    return replace
 
 
 def reconstructed(baseline: Baseline, sae: SAE, kernel: ModuleType) -> pd.DataFrame:
@@ -63,7 +70,7 @@ def reconstructed(baseline: Baseline, sae: SAE, kernel: ModuleType) -> pd.DataFr
     active: pairs of position and latent; sq_error: Σ ‖x - x_hat‖²; sq_norm_centred: Σ ‖x - mean‖², the mean that of
     all prompts. The latter two leave sinks out, so that their quotient of sums is FVU without sinks on the prompts.
     """
-    x = _scored(baseline)
+    x = scored_rows(baseline)
     limit = sink_norm(x)
     ordinary = [rows.norm(dim=1) <= limit for rows in x]
     mean = torch.cat([rows[keep] for rows, keep in zip(x, ordinary, strict=True)]).double().mean(0)
@@ -84,6 +91,6 @@ def on_prompts(sums: pd.DataFrame) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()} | splice_metrics(**mean_losses(sums))
 
 
-def _scored(baseline: Baseline) -> list[torch.Tensor]:
+def scored_rows(baseline: Baseline) -> list[torch.Tensor]:
     """Rows of each prompt's scored positions, (n, d_in) float32."""
     return [rows[scored_positions(prompt)].float() for rows, prompt in zip(baseline.x, baseline.prompts, strict=True)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from saegrid import ablation, baselines, intervals, peers, plots, results, scaling
-from saegrid.tables import Markdown, change, header, html_table, markdown, number
+from saegrid.tables import Markdown, change, counted, header, html_table, markdown, number
 
 GRIDS = {"recipes": "Two recipes", "ablation": "What each choice buys", "scaling": "Scaling"}
 """Folders under `results/`, made by the grid files of the same names, and the titles of their sections."""
@@ -94,7 +94,7 @@ def _what(df: pd.DataFrame) -> str:
     text = (
         f"{len(df)} {kind} on layer {one['layer']} of {one['model'].removeprefix('embedded:')}: "
         f"{shown['n_train_rows']} tokens, {one['epochs']} epochs, expansion {shown['expansion']}, K = {shown['k']}, "
-        f"{seeds} {'seed' if seeds == 1 else 'seeds'}; judged on {one['n_val_rows']:,} held-out tokens and "
+        f"{counted(seeds, 'seed')}; judged on {one['n_val_rows']:,} held-out tokens and "
         f"{one['n_eval_prompts']} prompts."
     )
     return text if seeds == 1 else f"{text} {SEEDS}"

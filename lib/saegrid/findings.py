@@ -14,7 +14,7 @@ import pandas as pd
 
 from saegrid import intervals, results
 from saegrid.results import DENSE_SHARE_PCT
-from saegrid.tables import number
+from saegrid.tables import between, change, counted, number, signed
 
 HOLDS, FAILS, NOT_TESTABLE = "holds", "fails", "not testable here"
 
@@ -56,13 +56,7 @@ class Finding:
         """Effect and interval as text: `+0.052 [+0.031, +0.070]`."""
         if self.effect is None:
             return number(None)
-        text = signed(self.effect)
-        return text if self.interval is None else f"{text} [{signed(self.interval[0])}, {signed(self.interval[1])}]"
-
-
-def signed(value: float) -> str:
-    """A difference in nats/token with its sign."""
-    return f"{value:+.3f}".replace("-", "−")
+        return signed(self.effect) if self.interval is None else change(self.effect, *self.interval)
 
 
 def all_findings(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> list[Finding]:
@@ -187,9 +181,9 @@ def jumprelu_is_dense(df: pd.DataFrame, drawn: pd.DataFrame | None = None) -> Fi
         interval = _interval(drawn, _weights(lowest, "run_id", 1 / len(lowest)))
         theta = number(lowest["threshold"].iloc[0], "threshold") + _in_rms(lowest)
         sentence = (
-            f"At the smallest threshold, θ = {theta}, JumpReLU fires {_range(share, '.1f')}% of its latents "
-            f"(L0 {_range(lowest['l0'], ',.0f')}), with frac_rec {_range(lowest['frac_rec_pct'], '.1f')}% "
-            f"and NMSE {_range(lowest['nmse'], '.3g')}."
+            f"At the smallest threshold, θ = {theta}, JumpReLU fires {between(share, '.1f')}% of its latents "
+            f"(L0 {between(lowest['l0'], ',.0f')}), with frac_rec {between(lowest['frac_rec_pct'], '.1f')}% "
+            f"and NMSE {between(lowest['nmse'], '.3g')}."
         )
     return Finding(
         4,
@@ -226,7 +220,7 @@ def large_adds_little(df: pd.DataFrame, drawn: pd.DataFrame | None = None) -> Fi
         spread = "" if n == 1 else f", from {signed(gap.min())} to {signed(gap.max())}"
         sentence += (
             f"From {small}x to {large}x at matched K, delta loss moves by {signed(effect)} nats/token on average over "
-            f"{n} {'pair' if n == 1 else 'pairs'}{spread} (below 0 is a gain)."
+            f"{counted(n, 'pair')}{spread} (below 0 is a gain)."
         )
     verdict = NOT_TESTABLE if not testable else HOLDS if -effect <= LITTLE_NATS else FAILS
     return Finding(
@@ -269,7 +263,7 @@ def _interval(drawn: pd.DataFrame | None, weights: Mapping[str, float]) -> tuple
 
 def _dead(rows: pd.DataFrame) -> str:
     ks = " and ".join(f"{k}" for k in sorted(rows["k"].unique()))
-    return f"K = {ks} leaves {_range(rows['dead_pct'], '.1f')}% dead"
+    return f"K = {ks} leaves {between(rows['dead_pct'], '.1f')}% dead"
 
 
 def _describe(rows: pd.DataFrame) -> str:
@@ -283,9 +277,4 @@ def _describe(rows: pd.DataFrame) -> str:
 def _in_rms(rows: pd.DataFrame) -> str:
     if "theta_over_rms" not in rows or rows["theta_over_rms"].isna().any():
         return ""
-    return f" ({_range(rows['theta_over_rms'], '.2g')} RMS of the pre-activations)"
-
-
-def _range(values: pd.Series, digits: str) -> str:
-    low, high = format(values.min(), digits), format(values.max(), digits)
-    return low if low == high else f"{low} to {high}"
+    return f" ({between(rows['theta_over_rms'], '.2g')} RMS of the pre-activations)"

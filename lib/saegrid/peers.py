@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from saegrid import intervals
 from saegrid.style import ABOVE, log_axes, styled
-from saegrid.tables import Markdown, change, header, html_table, number, span
+from saegrid.tables import Markdown, between, change, counted, header, html_table, number, signed
 
 OWN = "saegrid"
 KEYS = ["peer", "arch", "k", "rate", "seed"]
@@ -52,7 +52,7 @@ def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     best = runs.merge(chosen)
     best = best[best["k"].isin(best.loc[best["peer"] == OWN, "k"])]
     have = best.groupby(["k", "seed"])["run_id"].transform("size")
-    best = best[have == best.groupby("k")["run_id"].transform(lambda ids: have[ids.index].max())]
+    best = best[have == have.groupby(best["k"]).transform("max")]
     return best, prompts[prompts["run_id"].isin(best["run_id"])]
 
 
@@ -81,8 +81,7 @@ def compared(runs: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
 
 def rules(found: pd.DataFrame) -> str:
     """How the contenders were trained and measured."""
-    tried = " to ".join(str(count) for count in sorted({found["tried"].min(), found["tried"].max()}))
-    seeds = f"{found['seeds'].min()} {'seed' if found['seeds'].min() == 1 else 'seeds'}"
+    tried, seeds = between(found["tried"], "d"), counted(found["seeds"].min(), "seed")
     return (
         "Trained by each library's released code (sparsify by the step inside its trainer) with its recommended "
         "settings, those in steps or tokens scaled to the run's length, at the same width, epochs and batch: the best "
@@ -100,7 +99,7 @@ def table(found: pd.DataFrame) -> Markdown:
     """All contenders at each K, as a table of a page."""
     own = {"Contender": found["peer"] + " " + found["arch"], "K": found["k"].astype(str)}
     more = {
-        head: found[f"{name}_more"].map(lambda more: span(*more[1:])).mask(found["is_base"], "")
+        head: found[f"{name}_more"].map(lambda more: " to ".join(map(signed, more[1:]))).mask(found["is_base"], "")
         for _, _, name, head in COMPARED
     }
     columns = [*own, "fvu_no_sink", "dead_pct_no_sink", "delta_loss", *more, "Rate"]

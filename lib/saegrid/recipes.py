@@ -33,9 +33,11 @@ L1_COEF = 1.0
 """Of ReLU and Gated at the start, beside rows with a mean square of 1, by d_in."""
 
 YOUNGER = {
-    **{"recipe": "published", "prefixes": 0, "bandwidth": BANDWIDTH, "l0_coef": L0_COEF, "l1_coef": L1_COEF},
-    **{"theta_tie": 0.0, "act_scale": "none", "sinks": "keep", "aux_coef": 0.0, "dead_window": 0.05},
-    **{"encoder_tie": 0.0, "lr_schedule": "cosine", "warmup": 0.0},
+    **{"recipe": "published", "prefixes": 0, "theta_tie": 0.0},
+    **{"bandwidth": BANDWIDTH, "l0_coef": L0_COEF, "l1_coef": L1_COEF},
+} | {
+    name: RECIPES["published"][name]
+    for name in ("act_scale", "sinks", "aux_coef", "dead_window", "encoder_tie", "lr_schedule", "warmup")
 }
 """Parameters younger than the first tables, and what runs did before: such runs keep their ids and their rows."""
 

@@ -114,12 +114,23 @@ def number(value: Any, name: str = "") -> str:
 
 def change(value: float, low: float, high: float, digits: int = 3) -> str:
     """A difference with its interval: `+0.081 [+0.044, +0.120]`."""
-    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]".replace("-", "−")
+    return f"{signed(value, digits)} [{signed(low, digits)}, {signed(high, digits)}]"
 
 
-def span(low: float, high: float) -> str:
-    """A difference's interval alone: `+0.044 to +0.120`."""
-    return f"{low:+.3f} to {high:+.3f}".replace("-", "−")
+def signed(value: float, digits: int = 3) -> str:
+    """A difference with its sign: `+0.081`, with a true minus sign."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def between(values: pd.Series, digits: str) -> str:
+    """The smallest and the largest value: `4 to 6`, or `4` where they read the same."""
+    low, high = format(values.min(), digits), format(values.max(), digits)
+    return low if low == high else f"{low} to {high}"
+
+
+def counted(n: int, word: str) -> str:
+    """A number of things: `1 seed`, `3 seeds`."""
+    return f"{n} {word if n == 1 else f'{word}s'}"
 
 
 def header(name: str) -> str:
@@ -175,7 +186,7 @@ def beside(rows: pd.DataFrame, columns: Sequence[str], *, links: str = "") -> Ma
     if rows.empty:
         return Markdown("This grid and the published table share no setting.\n")
     n = rows["name"].nunique()
-    caption = f"{n} {'setting' if n == 1 else 'settings'} of both sweeps: this grid's row, then the published one."
+    caption = f"{counted(n, 'setting')} of both sweeps: this grid's row, then the published one."
     return html_table(rows, columns, caption=caption, links=links, mark_best=False)
 
 

@@ -81,8 +81,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     beta1, beta2 = BETAS
     state.step += 1
     rate, correction = settings.lr / (1 - beta1**state.step), 1 / (1 - beta2**state.step)
-    tie = min(1.0, settings.lr * settings.tie)
-    adam = tuple(map(np.float32, (1 - beta1, beta2, 1 - beta2, rate, correction, EPS, tie)))
+    adam = tuple(map(np.float32, (1 - beta1, beta2, 1 - beta2, rate, correction, EPS, settings.tie_share)))
     weights, m, v = (tuple(arrays(p[:3])) for p in (params, state.m, state.v))
     if settings.prefixes:
         loss, codes, d_hat = _prefix_errors(params, x, codes, settings.prefixes, workspace)

@@ -206,7 +206,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         p.addcdiv_(m, (v / correction2).sqrt_().add_(EPS), value=-rate)
     params.W_dec.div_(params.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
     if settings.tie:
-        params.W_enc.lerp_(params.W_dec, min(1.0, settings.lr * settings.tie))
+        params.W_enc.lerp_(params.W_dec, settings.tie_share)
     if rule.kind == "jumprelu":
         settle_thetas(params, settings)
     if settings.sink is not None:

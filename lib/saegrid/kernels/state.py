@@ -71,6 +71,11 @@ class StepSettings(NamedTuple):
     tie: float = 0.0  # W_enc moves by lr * tie of its distance to W_dec, at most by all of it
     theta_tie: float = 0.0  # theta moves by its learning rate * theta_tie of its distance to their mean, at most by all
 
+    @property
+    def tie_share(self) -> float:
+        """Share of its distance to W_dec by which W_enc moves in a step."""
+        return min(1.0, self.lr * self.tie)
+
 
 @dataclass
 class TrainState:
