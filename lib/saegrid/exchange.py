@@ -129,11 +129,12 @@ def read_cfg(model: type[Model], content: dict[str, Any], inert: frozenset[str],
         SaeFileError: a field is unknown, missing, or has a value without a counterpart here; names field and value.
     """
     known = {field.alias or name for name, field in model.model_fields.items()}
+    cfg = as_model(model, {name: content[name] for name in content if name in known}, where)
     for name, value in content.items():
         if name not in known and name not in inert:
             field = f"{name[:40]} = {shown(value)}"
             raise SaeFileError(f"{where}: {field}: an unknown field, which may change what the SAE gives")
-    return as_model(model, {name: content[name] for name in content if name in known}, where)
+    return cfg
 
 
 # --- what an export tells ---
