@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from test_formats import D_IN, D_SAE, FACTS, K, assert_same, make, rows
 from tokenizers.processors import TemplateProcessing
 
-from saegrid import dictionary_learning, saelens, sparsify
-from saegrid.activations import collect, open_store
+from saegrid import dictionary_learning, hub, saelens, sparsify
+from saegrid.activations import _starts_alike, collect, open_store
 from saegrid.config import make_config
 from saegrid.errors import SaeFileError
 from saegrid.files import save_sae
 from saegrid.formats import export, load_sae
+from saegrid.prompts import Prompt
 from saegrid.run import Run
 from saegrid.sae import Gated, JumpReLU, ReLU, TopK
 
@@ -412,12 +413,29 @@ def test_what_is_not_known_is_left_out(tmp_path):
         ({"model": 5}, "facts: model = 5"),
         ({"prepend_bos": "yes"}, "facts: prepend_bos = 'yes'"),
         ({"max_tokens": 0}, "facts: max_tokens = 0"),
+        ([1], r"facts = \[1\]: names and values"),
     ],
 )
 def test_a_fact_that_can_not_be_told_writes_nothing(format, facts, why, tmp_path):
     with pytest.raises(SaeFileError, match=why):
         export(make("TopK"), tmp_path / "out", format, facts)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_gated_sae_is_released_as_what_it_is(tmp_path):
+    sae = make("Gated")
+    digest = save_sae(sae, tmp_path / "run", "Gated_exp4x_k7", {"layer": 3, "prepend_bos": True})
+    hub._write_sae(tmp_path / "run", {"weights_sha256": digest, "name": "a"}, tmp_path / "part", "a")
+    cfg = json.loads((tmp_path / "part/saelens/a/cfg.json").read_text())
+    assert (cfg["architecture"], cfg["metadata"]["prepend_bos"]) == ("gated", True)
+    assert_same(load_sae(tmp_path / "part/saelens/a"), sae)
+
+
+def test_prompts_that_do_not_begin_alike():
+    prompts = [Prompt([0, 5], 0), Prompt([0, 6], 1)]
+    assert _starts_alike(prompts, 0) is True
+    assert _starts_alike(prompts, 9) is False and _starts_alike(prompts, None) is False
+    assert _starts_alike([*prompts, Prompt([7, 8], 2)], 0) is None
 
 
 def bos_model(folder: Path, start: str) -> str:

@@ -208,6 +208,9 @@ def test_a_renamed_file_needs_to_be_told(tmp_path):
         with pytest.raises(SaeFileError, match=why):
             load_sae(path, **parameters)
     assert_same(load_sae(path, arch="TopK", k=K), make("TopK"))
+    path = path.rename(tmp_path / "TopK_exp4x_k0.pt")
+    with pytest.raises(SaeFileError, match="k = 0: from 1 to d_sae = 96"):
+        load_sae(path)
 
 
 def test_contradictions_are_told(tmp_path):

@@ -158,6 +158,8 @@ class Facts(BaseModel):
 
 def check_facts(facts: dict[str, Any]) -> None:
     """Raises `SaeFileError` for a fact that JSON can't hold or that is of the wrong type."""
+    if not isinstance(facts, dict):
+        raise SaeFileError(f"facts = {shown(facts)}: names and values are needed")
     for name, value in facts.items():
         try:
             json.dumps({name: value}, allow_nan=False)
