@@ -280,6 +280,9 @@ def test_a_dictionary_whose_k_is_in_its_configuration_alone(tmp_path):
         (lambda s: s.pop("threshold"), "threshold is missing"),
         (lambda s: s.pop("k"), "k is missing"),
         (lambda s: s.update(threshold=torch.ones(D_SAE)), "threshold is not one finite number"),
+        (lambda s: s.update(threshold=torch.tensor(1j)), "threshold is not one finite number"),
+        (lambda s: s.update(k=torch.tensor(7.5)), r"k = 7\.5: a whole number"),
+        (lambda s: s.update(k=torch.tensor(True)), "k is not one finite number"),
         (lambda s: s.update(group_sizes=torch.tensor([96])), "found"),
     ],
 )

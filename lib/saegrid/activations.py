@@ -141,7 +141,7 @@ def _add_collected(config: RunConfig, writers: dict[str, ShardWriter], device: s
 
 
 def _starts_alike(prompts: list[Prompt], start_token: int | None) -> bool | None:
-    """Whether prompts begin with the tokenizer's start token, in plain text or by the chat template; None: some do."""
+    """Whether the prompts begin with the tokenizer's start token; None: some do and some do not."""
     begin = {start_token is not None and prompt.tokens[0] == start_token for prompt in prompts}
     return begin.pop() if len(begin) == 1 else None
 

@@ -44,7 +44,7 @@ SHAPES = {
     "MatryoshkaBatchTopKSAE": MATRICES,
     "JumpReluAutoEncoder": MATRICES | {"threshold": ("d_sae",)},
 }
-"""Tensors of each class, but for the buffers of those that take a k."""
+"""Tensors of each class, without `BUFFERS`."""
 BUFFERS = {
     "AutoEncoderTopK": ("k", "threshold"),
     "BatchTopKSAE": ("k", "threshold"),
@@ -70,7 +70,7 @@ class _Trainer(Cfg):
 
 
 class _Buffer(BaseModel):
-    """What is read of `buffer`, which tells of the training rows: whether they were pairs, as a transcoder's are."""
+    """What is read of `buffer`: whether training took inputs or outputs, or pairs of both as a transcoder does."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
     io: Literal["in", "out"] | None = None
@@ -122,24 +122,29 @@ def _plain(name: str, state: dict[str, Tensor]) -> Plain:
 
 
 def _relu(weights: Plain, where: Path) -> SAE:
-    """An AutoEncoder: the library sets its decoder's norms to 1 when it loads one."""
+    """An AutoEncoder. The library gives its decoder rows norm 1 when it loads one; so does this."""
     weights = weights if _unit_norms(weights.W_dec) else rescaled(weights, where)
     return filled(ReLU(weights.W_enc.shape[1], len(weights.W_enc)), weights, centred=True)
 
 
 def _unit_norms(W_dec: Tensor) -> bool:
-    """Whether the library takes decoder rows for normed."""
+    """Whether the library leaves the decoder rows as they are."""
     norms = W_dec.norm(dim=1)
     return torch.allclose(norms, torch.ones_like(norms))
 
 
 def _cut_by_k(trainer: _Trainer, buffers: dict[str, Any], sizes: dict[str, int], folder: Path) -> SAE:
-    """An SAE, yet without weights, of a class that takes a k. Its buffers hold that; older files have it in their
-    configuration alone."""
+    """An SAE, still without weights, of a class that takes a k.
+
+    `ae.pt` holds k; an older AutoEncoderTopK has it in `config.json` alone.
+    """
     path, weights_path, name = folder / "config.json", folder / "ae.pt", trainer.dict_class
     if "k" not in buffers and (trainer.k is None or name != "AutoEncoderTopK"):
         raise SaeFileError(f"{weights_path}: k is missing")
-    k = int(number(buffers["k"], "k", weights_path)) if "k" in buffers else trainer.k
+    k = number(buffers["k"], "k", weights_path) if "k" in buffers else trainer.k
+    if k != int(k):
+        raise SaeFileError(f"{weights_path}: k = {k}: a whole number is needed")
+    k = int(k)
     if trainer.k not in (None, k):
         raise SaeFileError(f"{path}: k = {trainer.k}, and ae.pt has {k}")
     shape = {"d_in": sizes["d_in"], "d_sae": sizes["d_sae"], "k": check_k(k, sizes["d_sae"], weights_path)}
@@ -155,7 +160,7 @@ def _cut_by_k(trainer: _Trainer, buffers: dict[str, Any], sizes: dict[str, int],
 
 
 def _check_groups(groups: Any, d_sae: int, where: Path) -> None:
-    """Nested groups take part in training alone, and have to be all latents."""
+    """Raises `SaeFileError` unless the nested groups, which only training uses, cover all latents."""
     plain = isinstance(groups, Tensor) and groups.layout == torch.strided and groups.device.type == "cpu"
     if not plain or groups.ndim != 1 or groups.dtype not in (torch.int32, torch.int64) or len(groups) > d_sae:
         raise SaeFileError(f"{where}: group_sizes is not a list of whole numbers")
@@ -165,7 +170,7 @@ def _check_groups(groups: Any, d_sae: int, where: Path) -> None:
 
 def write_dictionary(sae: SAE, folder: Path, facts: dict[str, Any]) -> None:
     """TopK as AutoEncoderTopK, BatchTopK and Matryoshka as BatchTopKSAE with the threshold, ReLU as AutoEncoder, Gated
-    as GatedAutoEncoder, all others as JumpReluAutoEncoder; so a ReLU whose decoder rows an AutoEncoder would rescale.
+    as GatedAutoEncoder, all others as JumpReluAutoEncoder, and a ReLU whose decoder rows AutoEncoder would rescale too.
     """
     known, name = Facts.model_validate(facts), _class_of(sae)
     weights = folded(sae, centred=name != "JumpReluAutoEncoder")

@@ -5,7 +5,7 @@ They have one bias behind the decoder, b = b_pre + b_dec here, and an encoder th
     centred:  pre = (x - b) W_encᵀ + b_enc'    b_enc' = b_enc + W_enc b_dec
     plain:    pre = x W_encᵀ + b_enc'          b_enc' = b_enc - W_enc b_pre
 
-A field of a configuration is obeyed, or known to change nothing; a file with any other field is refused.
+Each field of a configuration is obeyed or known to change nothing; a file with any other field is refused.
 """
 
 from __future__ import annotations
@@ -67,8 +67,10 @@ def jumprelu(thresholds: Tensor, d_in: int) -> JumpReLU:
 
 
 def gated(weights: Plain, r_mag: Tensor, b_mag: Tensor, centred: bool, where: Path) -> Gated:
-    """A Gated SAE of arXiv:2404.16014, §3: its gate is x W_encᵀ + b_enc > 0 of `weights`, its magnitude
-    exp(r_mag) x W_encᵀ + b_mag; that is pre, and the gate is open where pre is above theta."""
+    """The Gated SAE (arXiv:2404.16014, §3) with gate x W_encᵀ + b_enc > 0 and magnitude exp(r_mag) x W_encᵀ + b_mag.
+
+    Here the magnitude is pre, and the gate is open where pre > theta = b_mag - exp(r_mag) b_enc.
+    """
     gain = r_mag.double().exp()
     W_enc, theta = weights.W_enc.double() * gain[:, None], b_mag.double() - gain * weights.b_enc.double()
     if not (W_enc.float().isfinite().all() and theta.float().isfinite().all()):
@@ -79,7 +81,7 @@ def gated(weights: Plain, r_mag: Tensor, b_mag: Tensor, centred: bool, where: Pa
 
 
 def gate_bias(sae: Gated, weights: Plain) -> Tensor:
-    """Bias of the gate (d_sae,), for r_mag = 0 and b_mag = `weights.b_enc`: the gate opens at theta."""
+    """Bias of the gate (d_sae,) that opens it where pre > theta, given r_mag = 0 and b_mag = `weights.b_enc`."""
     return (weights.b_enc.double() - sae.theta.data.double()).float()
 
 
@@ -106,7 +108,7 @@ def check_k(k: int, d_sae: int, where: Path) -> int:
 
 
 class Cfg(BaseModel):
-    """A foreign configuration: the fields that decide what the SAE gives, without defaults for what they decide."""
+    """The fields of a foreign configuration that decide codes or reconstruction. None of them has a guessed default."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -115,15 +117,15 @@ Model = TypeVar("Model", bound=Cfg)
 
 
 def names(text: str) -> frozenset[str]:
-    """The words of a text, names of fields."""
+    """Names of fields, from a text with spaces between them."""
     return frozenset(text.split())
 
 
 def read_cfg(model: type[Model], content: dict[str, Any], inert: frozenset[str], where: Path) -> Model:
-    """A configuration held against its model.
+    """A configuration, checked against its model.
 
     Args:
-        inert: fields that are known to change neither codes nor reconstruction; they are passed over.
+        inert: fields that are known to change neither codes nor reconstruction; they are ignored.
 
     Raises:
         SaeFileError: a field is unknown, missing, or has a value without a counterpart here; names field and value.
@@ -141,7 +143,7 @@ def read_cfg(model: type[Model], content: dict[str, Any], inert: frozenset[str],
 
 
 class Facts(BaseModel):
-    """Facts on an SAE that the formats have a place for; None: not known. There may be any more."""
+    """Facts about an SAE that the formats have a field for; None: not known. Other facts are allowed."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     model: str | None = None
@@ -149,11 +151,11 @@ class Facts(BaseModel):
     dataset: str | None = None
     max_tokens: int | None = Field(None, ge=1)
     context_size: int | None = Field(None, ge=1)
-    """Tokens of the longest prompt behind the training rows."""
+    """Tokens of the longest training prompt."""
     prepend_bos: bool | None = None
-    """Whether these prompts begin with the tokenizer's start token."""
+    """Whether the training prompts begin with the tokenizer's start token."""
     activations: str | None = None
-    """Where the training rows come from, if not from `dataset` and `model` by this library."""
+    """Source of the training rows where they were read from files; `dataset` holds evaluation prompts alone then."""
 
 
 def check_facts(facts: dict[str, Any]) -> None:

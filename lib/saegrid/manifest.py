@@ -41,7 +41,7 @@ class _Model(BaseModel):
 
 
 class _Data(BaseModel):
-    """How the rows' prompts were; None in stores that do not tell."""
+    """Facts about the training prompts; None: not known."""
 
     model_config = ConfigDict(strict=True)
     context_size: int | None = None

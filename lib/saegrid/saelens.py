@@ -1,4 +1,4 @@
-"""SAELens folders: `cfg.json` + `sae_weights.safetensors`, as SAELens 6 writes them or as it did before."""
+"""SAELens folders, of version 6 and older: `cfg.json` + `sae_weights.safetensors`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ OWN_SHAPES = {
     "gated": {name: ("d_sae",) for name in ("b_gate", "b_mag", "r_mag")},
 }
 SCALING = "scaling_factor"
-"""A tensor of ones that the versions before 4 wrote without use."""
+"""An unused tensor of ones that old versions wrote."""
 
 INERT = names(
     """
@@ -72,7 +72,7 @@ OLD_INERT = INERT | names(
     verbose
     """
 )
-"""Fields of versions 3 to 5: of the data, the training and its log. A final SAE's cfg.json is the whole runner's."""
+"""Fields of versions 3 to 5 on data, training and logging: their final cfg.json is that of the whole training run."""
 OLD_NAMES = {
     "activation_fn_str": "activation_fn",
     "hook_point": "hook_name",
@@ -87,7 +87,7 @@ Dtype = Literal[
 
 
 class _Metadata(BaseModel):
-    """What is read of `metadata`; it is for people and for the language model, but for the head."""
+    """What is read of `metadata`. The rest describes the language model and the training."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
     sae_lens_version: str | None = None
@@ -101,12 +101,12 @@ class _Cfg(Cfg):
     dtype: Dtype
     apply_b_dec_to_input: bool
     normalize_activations: Literal["none"]
-    finetuning_scaling_factor: Literal[False, None] = None  # the scaling itself would be one more tensor
+    finetuning_scaling_factor: Literal[False, None] = None  # True comes with a tensor, which is refused too
     k: int | None = None
     rescale_acts_by_decoder_norm: bool | None = None
 
     def check_sparsity(self, where: Path) -> None:
-        """Raises `SaeFileError` where topk lacks a field that it needs, or another architecture has one of them."""
+        """Raises `SaeFileError` where topk lacks k or its rescaling, or another architecture has one of them."""
         for name in ("k", "rescale_acts_by_decoder_norm"):
             value = getattr(self, name)
             if self.architecture == "topk" and value is None:
@@ -129,7 +129,7 @@ class _OldCfg(_Cfg):
     activation_fn_kwargs: _Kwargs | None = None
     hook_name: str
     hook_head_index: None = None
-    reshape_activations: Literal["none"] = "none"  # hook_name decides it
+    reshape_activations: Literal["none"] = "none"  # hook_name decides, and is checked
 
 
 def read_saelens(folder: Path) -> SAE:
@@ -166,7 +166,7 @@ def _new_cfg(content: dict[str, Any], path: Path) -> _NewCfg:
 
 
 def _old_cfg(content: dict[str, Any], path: Path) -> _OldCfg:
-    """The configuration of a version before 6: flat, with an activation function and its k beside the architecture."""
+    """The configuration of a version before 6: no `metadata`, and k is an argument of the activation function."""
     renamed: dict[str, Any] = {}
     for name, value in content.items():
         new = OLD_NAMES.get(name, name)
@@ -221,7 +221,7 @@ def write_saelens(sae: SAE, folder: Path, facts: dict[str, Any]) -> None:
     if architecture == "gated":
         b_mag = tensors.pop("b_enc")
         tensors |= {"b_gate": gate_bias(sae, weights), "b_mag": b_mag, "r_mag": torch.zeros(sae.d_sae)}
-    collected = not known.activations  # else these facts are those of the evaluation prompts
+    collected = not known.activations  # if not, dataset and max_tokens describe the evaluation prompts
     cfg = {
         "architecture": architecture,
         **{"d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": False},

@@ -1,4 +1,4 @@
-"""sparsify folders: `cfg.json` + `sae.safetensors`, as versions from 1.0 write them or as those before did."""
+"""sparsify folders, of version 1.0 on and older: `cfg.json` + `sae.safetensors`."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ INERT = frozenset({"normalize_decoder", "multi_topk", "saegrid"})
 
 
 class _OldCfg(Cfg):
-    """The fields before 1.0, when there was TopK alone; `signed` came and went in that time."""
+    """The fields before 1.0, when every SAE was a TopK; some versions had `signed`."""
 
     d_in: int
     k: int
     expansion_factor: int | None = None
-    num_latents: int = 0  # both are held against the weights, and decide nothing
+    num_latents: int = 0  # both are checked against the weights
     signed: Literal[False] = False
 
     @property
