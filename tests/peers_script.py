@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from dictionary_learning.dictionary import JumpReluAutoEncoder
+from dictionary_learning.dictionary import AutoEncoder, GatedAutoEncoder, JumpReluAutoEncoder
 from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
 from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
 from dictionary_learning.trainers.top_k import AutoEncoderTopK
@@ -21,8 +21,12 @@ from sae_lens import (
     SAE,
     BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
+    GatedSAE,
+    GatedSAEConfig,
     JumpReLUSAE,
     JumpReLUSAEConfig,
+    StandardSAE,
+    StandardSAEConfig,
     TopKSAE,
     TopKSAEConfig,
 )
@@ -34,7 +38,7 @@ K, FACTOR = 32, 16
 
 def load(format, folder):
     if format == "saelens":
-        return SAE.load_from_disk(folder)
+        return SAE.load_from_disk(folder).to(torch.float32)
     if format == "dictionary_learning":
         return load_dictionary(str(folder), "cpu")[0]
     return SparseCoder.load_from_disk(folder)
@@ -62,26 +66,59 @@ def own_saes(d_in):
         for rescale in (False, True):
             cfg = TopKSAEConfig(**shape, k=K, apply_b_dec_to_input=b_dec, rescale_acts_by_decoder_norm=rescale)
             yield "saelens", f"topk-b_dec_{b_dec}-rescale_{rescale}", TopKSAE(cfg)
-        cfg = JumpReLUSAEConfig(**shape, apply_b_dec_to_input=b_dec)
-        yield "saelens", f"jumprelu-b_dec_{b_dec}", JumpReLUSAE(cfg)
+        kinds = {"jumprelu": (JumpReLUSAE, JumpReLUSAEConfig), "standard": (StandardSAE, StandardSAEConfig)}
+        for arch, (cls, config) in (kinds | {"gated": (GatedSAE, GatedSAEConfig)}).items():
+            yield "saelens", f"{arch}-b_dec_{b_dec}", cls(config(**shape, apply_b_dec_to_input=b_dec))
+    yield "saelens", "bfloat16", StandardSAE(StandardSAEConfig(**shape))
+    yield "saelens", "old_topk", TopKSAE(TopKSAEConfig(**shape, k=K))
+    yield "saelens", "old_standard", StandardSAE(StandardSAEConfig(**shape))
+    yield "saelens", "old_gated", GatedSAE(GatedSAEConfig(**shape))
     yield "saelens", "batchtopk", BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**shape, k=K))
     yield "dictionary_learning", "topk", AutoEncoderTopK(d_in, d_sae, K)
     yield "dictionary_learning", "batchtopk", BatchTopKSAE(d_in, d_sae, K)
     yield "dictionary_learning", "matryoshka", MatryoshkaBatchTopKSAE(d_in, d_sae, K, [d_sae // 2, d_sae // 2])
     yield "dictionary_learning", "jumprelu", JumpReluAutoEncoder(d_in, d_sae)
+    yield "dictionary_learning", "relu", AutoEncoder(d_in, d_sae)
+    yield "dictionary_learning", "relu_normed", AutoEncoder(d_in, d_sae)
+    yield "dictionary_learning", "gated", GatedAutoEncoder(d_in, d_sae)
     yield "sparsify", "topk", SparseCoder(d_in, SparseCoderConfig(expansion_factor=FACTOR, k=K))
 
 
 def fill(sae):
     """Random weights, every bias at work, decoder rows of several norms, thresholds that differ."""
     for name, parameter in sae.named_parameters():
-        scale = 2.0 if name == "b_dec" else 0.1
+        scale = 2.0 if name in ("b_dec", "bias", "decoder_bias") else 0.1
         parameter.data.normal_(std=scale)
         if name == "threshold":
             parameter.data.uniform_(20, 60)
+        if name in ("b_gate", "gate_bias", "b_mag", "mag_bias"):  # the later of the two cuts is now one, now the other
+            parameter.data.uniform_(-60, -20)
+    if isinstance(sae, StandardSAE):
+        sae.b_enc.data.uniform_(-60, -20)
+    if isinstance(sae, AutoEncoder):
+        sae.encoder.bias.data.uniform_(-60, -20)
     for name, buffer in sae.named_buffers():
         if name in ("threshold", "topk_threshold"):
             buffer.fill_(35.0)
+
+
+OLD = {
+    **{"dataset_path": "some/data", "dataset_trust_remote_code": True, "context_size": 128, "prepend_bos": True},
+    **{"model_name": "gpt2", "hook_name": "blocks.1.hook_resid_post", "hook_layer": 1, "hook_head_index": None},
+    **{"finetuning_scaling_factor": False, "sae_lens_training_version": "5.9.1", "neuronpedia_id": None},
+    **{"model_from_pretrained_kwargs": {"center_writing_weights": False}, "seqpos_slice": [None]},
+}
+"""What versions 3 to 5 of SAELens wrote besides what their cfg.json shares with today's."""
+
+
+def make_old(arch, folder):
+    """A folder as SAELens 5 left it, which today's version still reads."""
+    path = folder / "cfg.json"
+    cfg = json.loads(path.read_text())
+    shared = {name: cfg[name] for name in ("d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input")}
+    topk = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}
+    fn = topk if arch == "topk" else {"activation_fn_str": "relu", "activation_fn_kwargs": {}}
+    path.write_text(json.dumps({"architecture": arch, "normalize_activations": "none"} | shared | fn | OLD))
 
 
 def save(format, name, sae, folder):
@@ -90,12 +127,17 @@ def save(format, name, sae, folder):
     elif format == "dictionary_learning":
         folder.mkdir(parents=True)
         torch.save(sae.state_dict(), folder / "ae.pt")
-        trainer = {"dict_class": type(sae).__name__} | ({"k": K} if name != "jumprelu" else {})
+        trainer = {"dict_class": type(sae).__name__} | ({"k": K} if hasattr(sae, "k") else {})
         (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {"d_submodule": 1}}))
     elif name == "batchtopk":
         sae.save_inference_model(folder)
     else:
         sae.save_model(folder)
+        if name.startswith("old_"):
+            make_old(name.removeprefix("old_"), folder)
+        if name == "bfloat16":  # rounds the weights, and computes in float32 where it is asked to
+            path = folder / "cfg.json"
+            path.write_text(path.read_text().replace("float32", "bfloat16"))
 
 
 @torch.no_grad()
@@ -108,6 +150,8 @@ def main(folder):
         write_outputs(exported.name.split("-")[0], exported, x, folder / "theirs")
     for format, name, sae in own_saes(x.shape[1]):
         fill(sae)
+        if name == "relu_normed":
+            sae.decoder.weight /= sae.decoder.weight.norm(dim=0)
         saved = folder / "saved" / f"{format}-{name}"
         save(format, name, sae, saved)
         write_outputs(format, saved, x, folder / "theirs")

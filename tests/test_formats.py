@@ -64,7 +64,7 @@ def assert_same(ours: SAE, theirs: SAE):
 
 CELLS = [
     *((arch, "published", arch) for arch in ARCHITECTURES),
-    *((arch, format, "JumpReLU") for arch in ("ReLU", "Gated") for format in ("saelens", "dictionary_learning")),
+    *((arch, format, arch) for arch in ("ReLU", "Gated") for format in ("saelens", "dictionary_learning")),
     *((TRAINED, format, "JumpReLU") for format in ("published", "saelens", "dictionary_learning")),
     *(("Matryoshka", "saelens", "JumpReLU"), ("Matryoshka", "dictionary_learning", "BatchTopK")),
     *(("TopK", "saelens", "TopK"), ("BatchTopK", "saelens", "JumpReLU"), ("JumpReLU", "saelens", "JumpReLU")),
@@ -79,7 +79,7 @@ def test_out_and_back(arch, format, back_as, tmp_path):
     where = export(sae, tmp_path / "a", format, FACTS)
     back = saegrid.load_sae(where)
     assert type(back).__name__ == back_as
-    assert back.k == (sae.k if back_as != "JumpReLU" or format == "published" else 0)
+    assert back.k == (sae.k if back_as in ("TopK", "BatchTopK") or format == "published" else 0)
     assert_same(sae, back)
     again = export(back, tmp_path / "b", format, FACTS)
     assert_same(back, load_sae(again))
@@ -208,6 +208,9 @@ def test_a_renamed_file_needs_to_be_told(tmp_path):
         with pytest.raises(SaeFileError, match=why):
             load_sae(path, **parameters)
     assert_same(load_sae(path, arch="TopK", k=K), make("TopK"))
+    path = path.rename(tmp_path / "TopK_exp4x_k0.pt")
+    with pytest.raises(SaeFileError, match="k = 0: from 1 to d_sae = 96"):
+        load_sae(path)
 
 
 def test_contradictions_are_told(tmp_path):
@@ -381,8 +384,8 @@ REFUSED = {
     "cfg not text": (content("cfg.json", lambda _: b"\xff\xfe"), "not JSON"),
     "cfg nested without end": (content("cfg.json", lambda _: b'{"a":' * 100_000), "nested too deeply"),
     "cfg too large": (content("cfg.json", lambda _: b" " * (1 << 23)), "8388608 bytes"),
-    "architecture standard": (edited_cfg(lambda c: c.update(architecture="standard")), "only topk and jumprelu"),
-    "architecture not said": (edited_cfg(lambda c: c.pop("architecture")), "architecture = 'standard'"),
+    "architecture standard": (edited_cfg(lambda c: c.update(architecture="standard")), "k = 7: standard takes none"),
+    "architecture not said": (edited_cfg(lambda c: c.pop("architecture")), "architecture is missing"),
     "normalised activations": (edited_cfg(lambda c: c.update(normalize_activations="layer_norm")), "normalize_act"),
     "reshaped activations": (edited_cfg(lambda c: c.update(reshape_activations="hook_z")), "reshape_activations"),
     "d_sae as text": (edited_cfg(lambda c: c.update(d_sae="96")), "d_sae = '96'"),
@@ -398,8 +401,8 @@ REFUSED = {
     "a sparsify transcoder": (edited_cfg(lambda c: c.update(transcode=True), "sparsify"), "transcode = True"),
     "sparsify groupmax": (edited_cfg(lambda c: c.update(activation="groupmax"), "sparsify"), "activation = 'groupmax'"),
     "a dictionary of another class": (
-        edited_cfg(lambda c: c["trainer"].update(dict_class="GatedAutoEncoder"), "dictionary_learning"),
-        "dict_class = 'GatedAutoEncoder'",
+        edited_cfg(lambda c: c["trainer"].update(dict_class="CrossCoder"), "dictionary_learning"),
+        "dict_class = 'CrossCoder'",
     ),
     "a dictionary with two k": (
         edited_cfg(lambda c: c["trainer"].update(k=8), "dictionary_learning"),

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saegrid.formats import export, load_sae
-from saegrid.sae import SAE, BatchTopK, JumpReLU, TopK
+from saegrid.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK
 
 ROOT = Path(__file__).parents[1]
 D_IN, D_SAE, K = 128, 2048, 32
@@ -18,15 +18,14 @@ X_HAT = 1e-5
 """Largest ‖Δx_hat‖ / ‖x‖ of a row."""
 NEAR = 1e-5
 """A latent this near the cut, relative, may fall on either side: its pre-activation is a sum of rounded terms."""
-EXPORTED = [
-    *(f"saelens-{arch}" for arch in ("TopK", "BatchTopK", "JumpReLU", "JumpReLUPerLatent")),
-    *(f"dictionary_learning-{arch}" for arch in ("TopK", "BatchTopK", "JumpReLU", "JumpReLUPerLatent")),
-    "sparsify-TopK",
-]
+ALL = ("TopK", "BatchTopK", "JumpReLU", "JumpReLUPerLatent", "ReLU", "ReLUOfOtherNorms", "Gated")
+EXPORTED = [*(f"{format}-{arch}" for format in ("saelens", "dictionary_learning") for arch in ALL), "sparsify-TopK"]
 SAVED = [
     *(f"saelens-topk-b_dec_{b_dec}-rescale_{rescale}" for b_dec in (False, True) for rescale in (False, True)),
-    *("saelens-jumprelu-b_dec_False", "saelens-jumprelu-b_dec_True", "saelens-batchtopk"),
+    *(f"saelens-{arch}-b_dec_{b_dec}" for arch in ("jumprelu", "standard", "gated") for b_dec in (False, True)),
+    *("saelens-batchtopk", "saelens-bfloat16", *(f"saelens-old_{arch}" for arch in ("topk", "standard", "gated"))),
     *(f"dictionary_learning-{name}" for name in ("topk", "batchtopk", "matryoshka", "jumprelu")),
+    *(f"dictionary_learning-{name}" for name in ("relu", "relu_normed", "gated")),
     "sparsify-topk",
 ]
 
@@ -55,12 +54,18 @@ def make(arch: str) -> SAE:
         "BatchTopK": lambda: BatchTopK(D_IN, D_SAE, k=K, inference_threshold=34.5),
         "JumpReLU": lambda: JumpReLU(D_IN, D_SAE, threshold=34.5),
         "JumpReLUPerLatent": lambda: JumpReLU(D_IN, D_SAE, theta=thresholds),
+        "ReLU": lambda: ReLU(D_IN, D_SAE, k=K),
+        "ReLUOfOtherNorms": lambda: ReLU(D_IN, D_SAE, k=K),
+        "Gated": lambda: Gated(D_IN, D_SAE, k=K, theta=thresholds),
     }[arch]()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in sae.named_parameters():
         if name != "theta":
             parameter.data.normal_(std=0.1 if name.startswith("W") else 2.0, generator=generator)
-    sae.W_dec.data /= sae.W_dec.norm(dim=1, keepdim=True)
+    if arch != "ReLUOfOtherNorms":
+        sae.W_dec.data /= sae.W_dec.norm(dim=1, keepdim=True)
+    if isinstance(sae, ReLU):
+        sae.b_enc.data -= 34.5
     return sae
 
 
@@ -84,7 +89,10 @@ def peers(tmp_path_factory):
 
 
 def distance_to_cut(sae: SAE, x: torch.Tensor) -> torch.Tensor:
-    """Distance of each pre-activation from its row's cut, relative to the cut; in float64, shape (N, d_sae)."""
+    """Distance of each pre-activation from its row's cut, relative to the cut; in float64, shape (N, d_sae).
+
+    A cut of 0, or at a difference of two biases, is no measure: the terms of the sum are one then.
+    """
     params = [getattr(sae, name).data.double() for name in ("b_pre", "W_enc", "b_enc")]
     pre = (x.double() - params[0]) @ params[1].T + params[2]
     if isinstance(sae, TopK):
@@ -94,7 +102,10 @@ def distance_to_cut(sae: SAE, x: torch.Tensor) -> torch.Tensor:
         cut = sae.theta.double()
     else:
         cut = torch.tensor(sae.inference_threshold if isinstance(sae, BatchTopK) else sae.threshold).double()
-    return (pre - cut).abs() / cut.abs()
+    scale = cut.abs()
+    if isinstance(sae, (ReLU, Gated)):
+        scale = scale + (x - sae.b_pre).double().norm(dim=1)[:, None] * sae.W_enc.double().norm(dim=1)
+    return (pre - cut).abs() / scale
 
 
 def assert_parity(sae: SAE, theirs: dict[str, torch.Tensor], record) -> None:

@@ -134,8 +134,16 @@ def _add_collected(config: RunConfig, writers: dict[str, ShardWriter], device: s
         "prompts": {split: len(some) for split, some in prompts.items()},
         "templates": {split: len({prompt.template for prompt in some}) for split, some in prompts.items()},
         "shared_prefix": prompts["eval"][0].prefix,
+        "context_size": max(len(prompt.tokens) for prompt in prompts["train"]),
+        "prepend_bos": _starts_alike(prompts["train"], getattr(lm.tokenizer, "bos_token_id", None)),
     }
     return {"model": {**lm.identity, "device": lm.model.device.type}, "data": data}
+
+
+def _starts_alike(prompts: list[Prompt], start_token: int | None) -> bool | None:
+    """Whether the prompts begin with the tokenizer's start token; None: some do and some do not."""
+    begin = {start_token is not None and prompt.tokens[0] == start_token for prompt in prompts}
+    return begin.pop() if len(begin) == 1 else None
 
 
 def _identity(prompts: dict[str, list[Prompt]]) -> str:

@@ -20,9 +20,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from saegrid import exchange, files
+from saegrid import dictionary_learning, files, saelens, sparsify
 from saegrid.config import BATCH_CUT, Arch
 from saegrid.errors import SaeFileError
+from saegrid.exchange import check_facts
 from saegrid.fetch import hub_errors
 from saegrid.published_sae import Told, agree, check_sparsity, given_by, read_published, write_published
 from saegrid.sae import SAE
@@ -73,20 +74,23 @@ def export(sae: SAE, folder: str | Path, format: str, facts: dict[str, Any] | No
 
     Args:
         folder: made where missing; one folder per SAE, but for "published", which may hold many.
-        format: "published" (all), "saelens" (TopK as `topk`; all others, BatchTopK and Matryoshka by their calibrated
-            threshold, as `jumprelu`), "dictionary_learning" (all) or "sparsify" (TopK).
+        format: "published" (all), "saelens" (TopK as `topk`, ReLU as `standard`, Gated as `gated`; all others,
+            BatchTopK and Matryoshka by their calibrated threshold, as `jumprelu`), "dictionary_learning" (all) or
+            "sparsify" (TopK).
         facts: what a reader should know, in JSON's types: `name` (of the published file), `model`, `layer`, `dataset`,
-            `max_tokens` and any more. A run's `cfg.json` will do.
+            `context_size`, `prepend_bos` and any more; what is not known is left out. A run's `cfg.json` will do.
 
     Returns:
         The folder, or the `.pt` file of "published".
 
     Raises:
-        SaeFileError: an unknown format, one that can't hold this SAE, or a folder with an SAE of another format.
+        SaeFileError: an unknown format, one that can't hold this SAE, a folder with an SAE of another format, or a
+            fact that JSON can't hold or of the wrong type.
     """
     folder, facts = Path(folder), facts or {}
     if format not in WRITERS:
         raise SaeFileError(f"format = {format!r}: one of {', '.join(WRITERS)}")
+    check_facts(facts)
     if format != "published":
         present = [name for name in WEIGHTS if (folder / name).exists()]
         if present and _kind(folder, present) != format:
@@ -184,13 +188,13 @@ def _read_own(folder: Path) -> SAE:
 
 READERS: dict[str, Callable[[Path], SAE]] = {
     "saegrid": _read_own,
-    "saelens": exchange.read_saelens,
-    "dictionary_learning": exchange.read_dictionary,
-    "sparsify": exchange.read_sparsify,
+    "saelens": saelens.read_saelens,
+    "dictionary_learning": dictionary_learning.read_dictionary,
+    "sparsify": sparsify.read_sparsify,
 }
 WRITERS: dict[str, Callable[[SAE, Path, dict[str, Any]], Path | None]] = {
     "published": write_published,
-    "saelens": exchange.write_saelens,
-    "dictionary_learning": exchange.write_dictionary,
-    "sparsify": exchange.write_sparsify,
+    "saelens": saelens.write_saelens,
+    "dictionary_learning": dictionary_learning.write_dictionary,
+    "sparsify": sparsify.write_sparsify,
 }

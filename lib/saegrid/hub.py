@@ -138,7 +138,10 @@ def _write_sae(run_dir: Path, row: dict[str, Any], part: Path, place: str) -> No
     lens = export(sae, part / "saelens" / place, "saelens", facts)
     for path in (written, lens):
         again = load_sae(str(path))
-        if not all(torch.equal(getattr(again, name), getattr(sae, name)) for name in ("W_enc", "W_dec", "theta")):
+        same = all(torch.equal(getattr(again, name), getattr(sae, name)) for name in ("W_enc", "W_dec"))
+        # SAELens holds the thetas of a Gated SAE as differences of two biases
+        near = 1e-6 * (again.b_enc.abs() + sae.theta.abs()) if len(sae.theta) else 0.0
+        if not same or again.theta.shape != sae.theta.shape or ((again.theta - sae.theta).abs() > near).any():
             raise HubError(f"{path.relative_to(part)}: does not read back as it was written; is the disk sound?")
 
 

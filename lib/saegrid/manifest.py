@@ -40,6 +40,14 @@ class _Model(BaseModel):
     sha256: str | None
 
 
+class _Data(BaseModel):
+    """Facts about the training prompts; None: not known."""
+
+    model_config = ConfigDict(strict=True)
+    context_size: int | None = None
+    prepend_bos: bool | None = None
+
+
 class _Statistics(BaseModel):
     rows: int
     sq_norm_centred: float
@@ -56,6 +64,7 @@ class _Manifest(BaseModel):
     mean: _Entry
     data_sha256: str
     model: _Model
+    data: _Data = _Data()
     statistics: dict[Literal["train", "val"], _Statistics]
     parameters: dict[str, Any]
     sources: dict[str, str]

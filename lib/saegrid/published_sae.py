@@ -14,7 +14,7 @@ from saegrid.atomic import write_json
 from saegrid.config import BATCH_CUT, Arch
 from saegrid.errors import SaeFileError
 from saegrid.files import PUBLISHED_SHAPES, THETA, from_published, shape_and_rule, write_state_dict
-from saegrid.sae import ARCHITECTURES, SAE, BatchTopK, JumpReLU
+from saegrid.sae import ARCHITECTURES, SAE, BatchTopK
 from saegrid.untrusted import as_model, check_sizes, check_tensors, read_json, read_pt
 
 PUBLISHED_NAME = re.compile(
@@ -148,7 +148,8 @@ def check_sparsity(
         raise SaeFileError(f"{where}: nothing tells Gated's theta for each latent")
     if k is None and arch != "ReLU":
         raise SaeFileError(f"{where}: nothing tells {arch}'s k: give k=")
-    if k is not None and k > d_sae:
+    least = 0 if arch == "ReLU" else 1  # another library's ReLU has no k
+    if k is not None and not least <= k <= d_sae:
         raise SaeFileError(f"{where}: k = {k}: from 1 to d_sae = {d_sae}")
     if threshold is not None:
         raise SaeFileError(f"{where}: threshold = {threshold}: not a parameter of {arch}, which takes k")
@@ -157,7 +158,7 @@ def check_sparsity(
 def write_published(sae: SAE, folder: Path, facts: dict[str, Any]) -> Path:
     """`{name}.pt`, and `{name}.json` with what a bare state dict does not tell. Returns the former's path."""
     theta = f"{sae.threshold:g}" if float(f"{sae.threshold:g}") == sae.threshold else repr(sae.threshold)
-    sparsity = f"t{theta}" if isinstance(sae, JumpReLU) and not sae.k else f"k{sae.k}"
+    sparsity = f"t{theta}" if sae.arch == "JumpReLU" and not sae.k else f"k{sae.k}"
     name = facts.get("name") or f"{sae.arch}_exp{sae.d_sae / sae.d_in:g}x_{sparsity}"
     if not re.fullmatch(r"[\w.+-]+", str(name)):
         raise SaeFileError(f"name = {name!r}: letters, digits and _ . + - make a file name")

@@ -191,6 +191,8 @@ class Run:
         self.sae.cpu()
         cfg = {**self.config.identity(), "run_id": self.run_id, "code_version": code_version()}
         cfg = {name: value for name, value in cfg.items() if name not in ("arch", "k", "threshold")}
+        # how the training rows were made, for other tools; None where that is not known
+        cfg |= {name: self.store.manifest.get("data", {}).get(name) for name in ("context_size", "prepend_bos")}
         weights = save_sae(self.sae, self.folder, self.config.name, cfg)
         for name, frame in (("latents", latents), ("positions", positions), ("prompts", sums)):
             write_text(self.folder / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))

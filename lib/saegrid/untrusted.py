@@ -146,6 +146,7 @@ def _check_kind(tensor: Any, name: str, where: Path) -> None:
 def number(value: Any, name: str, where: Path) -> float | int:
     """The number in a tensor of one element. Raises `SaeFileError`."""
     plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-    if not plain or value.numel() != 1 or not value.isfinite().all():
+    kind = plain and not value.is_complex() and value.dtype != torch.bool
+    if not kind or value.numel() != 1 or not value.isfinite().all():
         raise SaeFileError(f"{where}: {name} is not one finite number")
     return value.item()

@@ -16,16 +16,18 @@ import torch
 from safetensors.torch import save
 
 from saegrid import checkpoint, records
+from saegrid.dictionary_learning import read_dictionary
 from saegrid.errors import SaegridError
-from saegrid.exchange import read_dictionary, read_saelens, read_sparsify
 from saegrid.files import save_sae
 from saegrid.formats import export, load_sae
 from saegrid.grid import load_grid, papermill_arguments
 from saegrid.manifest import FORMAT
 from saegrid.published import _load
 from saegrid.records import RUN_FILES
-from saegrid.sae import BatchTopK, JumpReLU, TopK
+from saegrid.sae import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from saegrid.saelens import read_saelens
 from saegrid.sealed import SUMS, write_sealed, write_sums
+from saegrid.sparsify import read_sparsify
 from saegrid.splice import load_baseline
 from saegrid.store import META, Store
 from saegrid.train import load_checkpoint
@@ -143,6 +145,7 @@ def seeds(target: str, folder: Path) -> list[bytes]:
     """Small valid inputs to start from."""
     torch.manual_seed(0)
     saes = [TopK(4, 8, k=2), BatchTopK(4, 8, k=2, inference_threshold=0.5), JumpReLU(4, 8, threshold=0.5)]
+    saes += [ReLU(4, 8, k=2), Gated(4, 8, k=2, theta=torch.ones(8))]
     if target == "grid":
         return [path.read_bytes() for path in Path("params").glob("*.yaml")]
     if target == "store":
