@@ -70,7 +70,8 @@ fuzz: setup  ## every parser by coverage, ten minutes each: FUZZ="grid store"
 	for target in $(FUZZ); do python tests/fuzz/fuzz.py $$target .fuzz/$$target -max_total_time=600 || exit 1; done
 
 lint: setup
-	ruff check . && ruff format --check . && mypy && nbstripout --verify notebooks/*.ipynb && panache lint *.qmd
+	mypy
+	ruff check . && ruff format --check . && nbstripout --verify notebooks/*.ipynb && panache lint *.qmd
 
 clean:
 	rm -rf _site report .quarto .snakemake
