@@ -1,4 +1,4 @@
-# make report · test · lint · bench · peers · full · recipes · ablation · scaling · peer-quality · chaos · fuzz · clean — each sets up what it needs.
+# make report · test · lint · coverage · bench · peers · full · recipes · ablation · scaling · peer-quality · chaos · fuzz · clean — each sets up what it needs.
 PYTHON ?= python3
 CORES ?= all
 FUZZ ?= activation_file dictionary_folder grid published_sae run_files sae_folder store
@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := PASSIVE
 SNAKEMAKE = snakemake -s workflow/Snakefile --cores $(CORES) --rerun-incomplete --quiet rules
 
 .DEFAULT_GOAL := report
-.PHONY: report full recipes ablation scaling peer-quality test lint bench peers chaos fuzz clean setup
+.PHONY: report full recipes ablation scaling peer-quality test lint coverage bench peers chaos fuzz clean setup
 
 setup: $(VENV)/.ready
 
@@ -42,7 +42,13 @@ ablation: setup  ## the improved recipe without each of its choices: results/abl
 	$(SNAKEMAKE) --config grid=params/ablation.yaml -- results/ablation/results_tidy.csv
 
 test: setup
-	pytest -n auto --dist loadfile -rs
+	pytest -n auto --dist loadfile
+
+coverage: setup  ## the suite with the lines and branches that it reaches, processes of tests too
+	coverage erase
+	coverage run -m pytest -n auto --dist loadfile
+	coverage combine --quiet
+	coverage report
 
 peers: $(VENV)-peers/.ready  ## sae-lens, dictionary-learning and sparsify, for the tests and benchmarks against them
 
@@ -64,6 +70,7 @@ fuzz: setup  ## every parser by coverage, ten minutes each: FUZZ="grid store"
 	for target in $(FUZZ); do python tests/fuzz/fuzz.py $$target .fuzz/$$target -max_total_time=600 || exit 1; done
 
 lint: setup
+	mypy
 	ruff check . && ruff format --check . && nbstripout --verify notebooks/*.ipynb && panache lint *.qmd
 
 clean:

@@ -160,7 +160,7 @@ def test_the_same_runs_give_the_same_bytes(folder, project):
 
 def test_the_card_parses_and_its_model_index_holds_every_run(folder, finished):
     card = ModelCard.load(folder / "README.md")
-    assert card.data.library_name == "saegrid" and "sparse-autoencoder" in card.data.tags
+    assert card.data.library_name == "saegrid" and "sparse-autoencoder" in card.data.tags and card.data.license == "mit"
     assert card.data.base_model == ["HuggingFaceTB/SmolLM2-135M-Instruct"] and card.data.datasets == ["gsm_symbolic"]
     for run in Grid(**GRID).runs():
         stated = json.loads((finished / "runs" / run.run_id / "metrics.json").read_text())

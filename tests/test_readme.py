@@ -37,7 +37,7 @@ def test_every_module_notebook_and_folder_is_in_the_tree():
     for path in tracked:
         parts = Path(path).parts
         if path.startswith(("lib/saegrid/", "notebooks/")) and "__" not in path and len(parts) > 1:
-            assert path in named or f"lib/saegrid/{parts[2]}/" in named or path.endswith(".csv"), path
+            assert path in named or f"lib/saegrid/{parts[2]}/" in named or path.endswith((".csv", "py.typed")), path
         elif not path.startswith((".", "lib/")):
             assert path in named or any(name.startswith(parts[0] + "/") for name in named), path
 

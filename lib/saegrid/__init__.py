@@ -1,9 +1,11 @@
 """Grid searches of sparse autoencoders on one layer of a language model, and the report on them."""
 
-__version__ = "0.1.0"
+from typing import Any
+
+__version__ = "0.2.0"
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """`saegrid.load_sae`, fetched when it is asked for: importing the package alone brings no torch."""
     if name == "load_sae":
         from saegrid.formats import load_sae

@@ -12,7 +12,7 @@ import json
 import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from saegrid.errors import ConfigError, explain
 from saegrid.recipes import BANDWIDTH, L0_COEF, L1_COEF, YOUNGER, resolve
@@ -166,9 +166,9 @@ class RunConfig(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _as_yaml_means_it(cls, value: Any, info) -> Any:
+    def _as_yaml_means_it(cls, value: Any, info: ValidationInfo) -> Any:
         """`1e-4` is a string in YAML 1.1, and papermill's `-p revision 123` is a number."""
-        annotation = cls.model_fields[info.field_name].annotation
+        annotation = cls.model_fields[str(info.field_name)].annotation
         if annotation is float and isinstance(value, str):
             try:
                 return float(value)

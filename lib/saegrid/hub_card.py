@@ -113,6 +113,9 @@ def readme(
         load_text(best, files[best["run_id"]], repo),
         "## Limits",
         card.limits_text(df),
+        "## Licence",
+        "These SAEs are under the MIT licence. The language model and the dataset that they were trained on keep their "
+        "own, which may restrict how an SAE is used.",
     )
     return f"---\n{front_matter(df, files, title)}\n---\n\n{plain(body)}"
 
@@ -144,6 +147,7 @@ def front_matter(df: pd.DataFrame, files: Mapping[str, str], title: str) -> str:
     data = ModelCardData(
         base_model=[name for name in models if name] or None,
         datasets=sorted({dataset(name) for name in df["dataset"]}),
+        license="mit",
         library_name="saegrid",
         tags=[
             "sparse-autoencoder",

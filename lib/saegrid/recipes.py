@@ -48,7 +48,7 @@ def choices(run: Mapping[str, Any]) -> dict[str, Any]:
     An unknown recipe is left for `RunConfig` to refuse.
     """
     recipe, k = run.get("recipe"), run.get("k")
-    trained = run.get("arch") == "JumpReLU" and isinstance(k, Real) and k > 0
+    trained = run.get("arch") == "JumpReLU" and isinstance(k, Real) and k > 0  # type: ignore[operator]
     known = RECIPES[recipe if isinstance(recipe, str) and recipe in RECIPES else "published"]
     return known | {"theta_tie": THETA_TIE if trained else 0.0}
 
