@@ -21,9 +21,10 @@ from saegrid.fetch import files_sha256, hub_errors, local_folder
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-LAYOUTS = {"model": "layers", "gpt_neox": "layers", "transformer": "h"}
-"""Where the decoder is (Llama, Qwen2, Mistral, …; GPT-NeoX; GPT-2), and the list of blocks within it."""
 HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
+OWN_CODE = "it needs Python code of its own (auto_map), and saegrid runs no code from a model's folder"
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+"""Largest mean relative difference of logits between a model and its two halves, by `lm_dtype`."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,10 @@ class LM:
     n_layers: int
     max_positions: int | None
     """Longest sequence that the model takes, where its config says so."""
-    block_returns_tuple: bool
+    n_tokens: int
+    """Token ids that it has embeddings for."""
+    block_outputs: int
+    """Length of the tuple that a block returns, hidden states first; 0: it returns them alone."""
     decoder_output: type
     """What `decoder` returns, a transformers `ModelOutput`."""
     identity: dict[str, Any]
@@ -50,7 +54,8 @@ class LM:
 
         final = self.decoder_output(last_hidden_state=states[None].to(self.model.device, self.model.dtype))
         with torch.no_grad(), _forwards({self.decoder: lambda *args, **kwargs: final}):
-            return self.model(input_ids=None, use_cache=False).logits[0]
+            ids = torch.zeros(1, len(states), dtype=torch.long, device=self.model.device)  # only their number counts
+            return self.model(input_ids=ids, use_cache=False).logits[0]
 
 
 def lm_shape(config: RunConfig) -> tuple[int, int]:
@@ -63,22 +68,14 @@ def lm_shape(config: RunConfig) -> tuple[int, int]:
         _check_embedded(config.model)
         return embedded.D_IN, embedded.N_LAYERS
     folder = local_folder("model", config.model)
-    if folder:
-        path = folder / "config.json"
-    else:
+    if not folder:
         from huggingface_hub import hf_hub_download
 
         with hub_errors("model", config.model, config.model_revision):
-            path = Path(hf_hub_download(config.model, "config.json", revision=config.model_revision or None))
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content = content.get("text_config", content)
-        d_in = content.get("hidden_size", content.get("n_embd"))
-        return int(d_in), int(content.get("num_hidden_layers", content.get("n_layer")))
-    except OSError:
-        raise ConfigError(f"model = {config.model!r}: no config.json in this folder, so it is not a model") from None
-    except (ValueError, TypeError, AttributeError):
-        raise ConfigError(f"model = {config.model!r}: its config.json is not a language model's") from None
+            path = hf_hub_download(config.model, "config.json", revision=config.model_revision or None)
+        folder = Path(path).parent
+    text = _model_config(config.model, folder).get_text_config()
+    return text.hidden_size, text.num_hidden_layers
 
 
 def load_lm(config: RunConfig, device: str | None = None) -> LM:
@@ -89,21 +86,25 @@ def load_lm(config: RunConfig, device: str | None = None) -> LM:
 
     Raises:
         ConfigError: the model can't be found or loaded, or has no block `layer`.
-        SaegridError: its layout is unknown.
+        SaegridError: it can't be taken apart at `layer`.
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     folder, revision = model_folder(config)
-    dtype = getattr(torch, config.lm_dtype)
+    model_config = _model_config(config.model, folder)
     try:
         with embedded.quiet_transformers():
-            # sdpa is exact and deterministic on one machine; eager would hold (T, T) scores for every head
+            # None: sdpa where the model has it, else eager, which holds (T, T) scores for every head. Both are exact
             model, loading = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+                folder,
+                config=model_config,
+                dtype=getattr(torch, config.lm_dtype),
+                attn_implementation=None,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
-            tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"model = {config.model!r}: not a causal language model that loads: {reason}") from None
@@ -116,11 +117,58 @@ def load_lm(config: RunConfig, device: str | None = None) -> LM:
         "sha256": files_sha256(weight_files(folder)),
         "dtype": config.lm_dtype,
         "architecture": type(model).__name__,
+        "attention": model.config._attn_implementation,
     }
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    lm = take_apart(model.to(device), tokenizer, identity)
-    config.check_shape(lm.d_in, lm.n_layers)
-    return lm
+    text = model.config.get_text_config()
+    config.check_shape(text.hidden_size, text.num_hidden_layers)
+    return take_apart(model.to(device), _tokenizer(config.model, folder), identity, config.layer)
+
+
+def _model_config(model: str, folder: Path) -> Any:
+    """The transformers config of a causal language model's folder, which names its width and depth.
+
+    Raises:
+        ConfigError: it is no model, of another kind, unknown to transformers, or in need of code of its own.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    where = f"model = {model!r}"
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind, own_code = content["model_type"], "auto_map" in content
+    except OSError:
+        raise ConfigError(f"{where}: no config.json in this folder, so it is not a model") from None
+    except (ValueError, TypeError, KeyError):
+        raise ConfigError(f"{where}: its config.json is not a language model's (no model_type)") from None
+    if kind not in CONFIG_MAPPING:
+        raise ConfigError(f"{where}: {OWN_CODE if own_code else f'transformers knows no model_type = {kind!r}'}")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or content.get("is_encoder_decoder"):
+        raise ConfigError(f"{where}: model_type = {kind!r} is no decoder-only language model in transformers")
+    try:
+        with embedded.quiet_transformers():
+            loaded = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            text = loaded.get_text_config()
+            if not (text.hidden_size > 0 and text.num_hidden_layers > 0):
+                raise ValueError(f"hidden_size = {text.hidden_size}, num_hidden_layers = {text.num_hidden_layers}")
+    except Exception as error:  # transformers raises whatever a file's values make it raise
+        raise ConfigError(f"{where}: its config.json is not a language model's ({_first_line(error)})") from None
+    return loaded
+
+
+def _tokenizer(model: str, folder: Path) -> Any:
+    """The tokenizer of a model's folder. Raises `ConfigError`."""
+    from transformers import AutoTokenizer
+
+    try:
+        with embedded.quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever a file's values make it raise
+        path = folder / "tokenizer_config.json"
+        own_code = path.is_file() and '"auto_map"' in path.read_text(encoding="utf-8", errors="replace")
+        reason = OWN_CODE if own_code else _first_line(error)
+        raise ConfigError(f"model = {model!r}: its tokenizer can't be loaded: {reason}") from None
 
 
 def model_folder(config: RunConfig) -> tuple[Path, str]:
@@ -146,46 +194,91 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
 
 
-def take_apart(model: nn.Module, tokenizer: Any, identity: dict[str, Any]) -> LM:
+def take_apart(model: nn.Module, tokenizer: Any, identity: dict[str, Any], layer: int | None = None) -> LM:
     """An `LM` of a loaded model.
 
-    A short text goes through once, to see what a block returns and that the two halves give what the whole gives.
+    Two short texts go through, to see that the two halves around block `layer` (by default the middle one) give what
+    the whole gives.
 
     Raises:
-        SaegridError: the blocks are not where a known layout has them, or work together in an unknown way.
+        SaegridError: the blocks can't be found, or they do not work together as in a decoder-only language model.
     """
     import torch
 
     name = type(model).__name__
-    places = [(getattr(model, part, None), blocks) for part, blocks in LAYOUTS.items()]
-    found = [(decoder, list(getattr(decoder, blocks))) for decoder, blocks in places if hasattr(decoder, blocks)]
-    if len(found) != 1 or not found[0][1]:
-        known = ", ".join(f"model.{part}.{blocks}" for part, blocks in LAYOUTS.items())
-        raise SaegridError(f"{name}: unknown layout; decoder blocks are looked for in {known}")
-    decoder, blocks = found[0]
-    text = model.config.get_text_config()
     model.eval()
-    outputs: list[Any] = []
-    hook = blocks[-1].register_forward_hook(lambda module, args, output: outputs.append(output))
-    ids = torch.arange(min(8, text.vocab_size), device=model.device)[None]
-    mask = torch.ones_like(ids)
     try:
-        with torch.no_grad():
-            final = decoder(input_ids=ids, attention_mask=mask, use_cache=False)
-    finally:
-        hook.remove()
+        text = model.config.get_text_config()
+        decoder, n_layers = model.get_decoder(), text.num_hidden_layers
+        found = [list(part) for part in decoder.children() if isinstance(part, torch.nn.ModuleList)]
+        found = [blocks for blocks in found if len(blocks) == n_layers]
+        if len(found) != 1:
+            raise SaegridError(
+                f"{name}: unknown layout; no one list of {n_layers} blocks in its {type(decoder).__name__}"
+            )
+        return _checked(model, tokenizer, identity, decoder, found[0], n_layers // 2 if layer is None else layer)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError) as error:
+        if isinstance(error, SaegridError):
+            raise
+        raise SaegridError(f"{name}: unknown layout; it can't be taken apart: {_first_line(error)}") from None
+
+
+def _checked(
+    model: nn.Module, tokenizer: Any, identity: dict[str, Any], decoder: nn.Module, blocks: list[nn.Module], layer: int
+) -> LM:
+    """The `LM` of these parts, after a text with and without padding went through the whole and the two halves."""
+    import torch
+
+    name, text = type(model).__name__, model.config.get_text_config()
+    rows, long, short = model.get_input_embeddings().weight.shape[0], 8, 5
+    ids = ((torch.arange(long, device=model.device) + 1) * rows // (long + 2)).repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[1, short:] = ids[1, short:] = 0  # the same text as in row 0, cut and padded
+    output, logits = _whole(model, blocks[layer], ids, mask)
+    _, alone = _whole(model, blocks[layer], ids[:1, :short], mask[:1, :short])
+    with torch.no_grad():
+        decoder_output = type(decoder(input_ids=ids, attention_mask=mask, use_cache=False))
     lm = LM(
         *(model, tokenizer, decoder, blocks, text.hidden_size, len(blocks)),
         max_positions=getattr(text, "max_position_embeddings", None),
-        block_returns_tuple=isinstance(outputs[0], tuple),
-        decoder_output=type(final),
+        n_tokens=min(rows, logits.shape[-1]),
+        block_outputs=len(output) if isinstance(output, tuple) else 0,
+        decoder_output=decoder_output,
         identity=identity,
     )
-    middle = len(blocks) // 2
-    halves = final_from(lm, hidden_at(lm, ids, mask, middle), ids, mask, middle)
-    if not torch.allclose(halves.float(), final.last_hidden_state.float(), rtol=1e-3, atol=1e-3):
+    tolerance = TOLERANCE[str(model.dtype).removeprefix("torch.")]
+    if not (_apart(logits[0, :short], alone[0]) < tolerance and _apart(logits[1, :short], alone[0]) < tolerance):
+        raise SaegridError(f"{name}: not a causal language model: what it reads depends on later tokens or on padding")
+    x = hidden_at(lm, ids, mask, layer)
+    if x.shape != (*ids.shape, lm.d_in):
+        shape = tuple(x.shape[1:])
+        raise SaegridError(
+            f"{name}: unknown layout; block {layer} gives {shape} for {long} tokens, not ({long}, {lm.d_in})"
+        )
+    real = mask.bool()
+    if not _apart(logits_from(lm, x, ids, mask, layer)[real], logits[real]) < tolerance:
         raise SaegridError(f"{name}: unknown layout; its blocks pass on more than the residual stream")
     return lm
+
+
+def _whole(model: nn.Module, block: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
+    """(output of the block, logits) of the model as it is."""
+    import torch
+
+    outputs: list[Any] = []
+    hook = block.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    finally:
+        hook.remove()
+    return outputs[0], logits
+
+
+def _apart(found: Tensor, wanted: Tensor) -> float:
+    """Mean over positions of the relative difference of logits (n, vocabulary), centred as softmax does."""
+    found, wanted = (logits.float() - logits.float().mean(-1, keepdim=True) for logits in (found, wanted))
+    return ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).mean().item()
 
 
 def hidden_at(lm: LM, input_ids: Tensor, attention_mask: Tensor, layer: int) -> Tensor:
@@ -204,7 +297,7 @@ def hidden_at(lm: LM, input_ids: Tensor, attention_mask: Tensor, layer: int) -> 
             _decode(lm, input_ids, attention_mask)
     finally:
         hook.remove()
-    return outputs[0][0] if lm.block_returns_tuple else outputs[0]
+    return outputs[0][0] if lm.block_outputs else outputs[0]
 
 
 def final_from(lm: LM, x: Tensor, input_ids: Tensor, attention_mask: Tensor, layer: int) -> Tensor:
@@ -230,9 +323,9 @@ def logits_from(lm: LM, x: Tensor, input_ids: Tensor, attention_mask: Tensor, la
 def _passing(lm: LM, x: Tensor | None = None) -> Callable:
     """A block's `forward` that gives back what it was given, or `x`."""
 
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        output = hidden_states if x is None else x
-        return (output,) if lm.block_returns_tuple else output
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = x if x is not None else args[0] if args else kwargs["hidden_states"]
+        return (output, *[None] * (lm.block_outputs - 1)) if lm.block_outputs else output
 
     return forward
 
@@ -256,6 +349,10 @@ def _forwards(replacements: dict[nn.Module, Callable]) -> Iterator[None]:
                 vars(module).pop("forward", None)
             else:
                 module.forward = forward
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def _check_embedded(name: str) -> None:
