@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,7 +145,7 @@ def _model_config(model: str, folder: Path) -> Any:
     if kind not in CONFIG_MAPPING:
         raise ConfigError(f"{where}: {OWN_CODE if own_code else f'transformers knows no model_type = {kind!r}'}")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or content.get("is_encoder_decoder"):
-        raise ConfigError(f"{where}: model_type = {kind!r} is no decoder-only language model in transformers")
+        raise ConfigError(f"{where}: transformers has no decoder-only language model of model_type = {kind!r}")
     try:
         with embedded.quiet_transformers():
             loaded = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -203,24 +203,34 @@ def take_apart(model: nn.Module, tokenizer: Any, identity: dict[str, Any], layer
     Raises:
         SaegridError: the blocks can't be found, or they do not work together as in a decoder-only language model.
     """
-    import torch
-
     name = type(model).__name__
     model.eval()
     try:
-        text = model.config.get_text_config()
-        decoder, n_layers = model.get_decoder(), text.num_hidden_layers
-        found = [list(part) for part in decoder.children() if isinstance(part, torch.nn.ModuleList)]
-        found = [blocks for blocks in found if len(blocks) == n_layers]
-        if len(found) != 1:
-            raise SaegridError(
-                f"{name}: unknown layout; no one list of {n_layers} blocks in its {type(decoder).__name__}"
-            )
-        return _checked(model, tokenizer, identity, decoder, found[0], n_layers // 2 if layer is None else layer)
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError) as error:
-        if isinstance(error, SaegridError):
-            raise
+        decoder, blocks = _decoder(model)
+        return _checked(model, tokenizer, identity, decoder, blocks, len(blocks) // 2 if layer is None else layer)
+    except SaegridError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ImportError) as error:
         raise SaegridError(f"{name}: unknown layout; it can't be taken apart: {_first_line(error)}") from None
+
+
+def _decoder(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+    """The part of a model from embeddings to final norm, and the one list in it that has as many blocks as the model.
+
+    Raises `SaegridError` where there is none, or more than one.
+    """
+    from torch.nn import ModuleList
+
+    n_layers = model.config.get_text_config().num_hidden_layers
+    for decoder in (model.get_decoder(), model.base_model, *model.children()):
+        level = [decoder] if decoder is not model else []
+        while level:  # the outermost lists: experts and heads within a block may be as many
+            children = [child for module in level for child in module.children()]
+            lists = [list(child) for child in children if isinstance(child, ModuleList) and len(child) == n_layers]
+            if len(lists) == 1:
+                return decoder, lists[0]
+            level = [] if lists else [child for child in children if not isinstance(child, ModuleList)]
+    raise SaegridError(f"{type(model).__name__}: unknown layout; no one list of {n_layers} blocks in it")
 
 
 def _checked(
@@ -242,7 +252,7 @@ def _checked(
         *(model, tokenizer, decoder, blocks, text.hidden_size, len(blocks)),
         max_positions=getattr(text, "max_position_embeddings", None),
         n_tokens=min(rows, logits.shape[-1]),
-        block_outputs=len(output) if isinstance(output, tuple) else 0,
+        block_outputs=len(output) if isinstance(output, (tuple, list)) else 0,
         decoder_output=decoder_output,
         identity=identity,
     )
@@ -279,6 +289,21 @@ def _apart(found: Tensor, wanted: Tensor) -> float:
     """Mean over positions of the relative difference of logits (n, vocabulary), centred as softmax does."""
     found, wanted = (logits.float() - logits.float().mean(-1, keepdim=True) for logits in (found, wanted))
     return ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).mean().item()
+
+
+def check_tokens(config: RunConfig, lm: LM, prompts: Iterable[list[int]]) -> None:
+    """Hold the longest prompt and the largest token id against what the model takes. Raises `ConfigError`."""
+    longest, largest = 0, 0
+    for tokens in prompts:
+        longest, largest = max(longest, len(tokens)), max(largest, *tokens)
+    if lm.max_positions and longest > lm.max_positions:
+        raise ConfigError(f"max_tokens = {config.max_tokens}: {config.model} takes at most {lm.max_positions}")
+    if largest >= lm.n_tokens:
+        token = lm.tokenizer.convert_ids_to_tokens(largest)
+        raise ConfigError(
+            f"model = {config.model!r}: tokenizer and model do not fit: the text has token {largest} ({token!r}), and "
+            f"the model has embeddings for 0 to {lm.n_tokens - 1}"
+        )
 
 
 def hidden_at(lm: LM, input_ids: Tensor, attention_mask: Tensor, layer: int) -> Tensor:
