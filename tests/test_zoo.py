@@ -3,13 +3,21 @@
 import pytest
 import torch
 import zoo
-from torch.nn import ModuleList
 
 from saegrid.errors import SaegridError
 from saegrid.lm import hidden_at, logits_from, take_apart
 
 LAYER = 1
 LENGTHS = (24, 13, 7)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny tensors: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def alone(model, block, ids, x=None):

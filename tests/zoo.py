@@ -112,7 +112,10 @@ RIGHT = {
 REFUSED = {
     "bert": ({}, "depends on later tokens"),
     "deepseek_v4": ({}, "gives (8, 4, 32) for 8 tokens"),
-    "gemma3n_text": ({"num_kv_shared_layers": 0}, "gives (4, 8, 32) for 8 tokens"),
+    "gemma3n_text": (
+        {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8},
+        "gives (2, 8, 32) for 8 tokens",
+    ),
     "prophetnet": ({}, "depends on later tokens"),
     "roberta": ({}, "depends on later tokens"),
     "xlnet": ({"d_head": 8}, "depends on later tokens"),
@@ -125,7 +128,7 @@ def zoo_config(kind, parameters):
     """A tiny config of a `model_type`."""
     default = AutoConfig.for_model(kind)
     known = {*default.to_dict(), *default.attribute_map}
-    return AutoConfig.for_model(kind, **{name: value for name, value in SMALL.items() if name in known}, **parameters)
+    return AutoConfig.for_model(kind, **{name: SMALL[name] for name in SMALL if name in known} | parameters)
 
 
 def zoo_model(kind, parameters, attention=None):
