@@ -1,15 +1,18 @@
 """Tiny random models of many architectures of transformers, and the table of them in the docs.
 
-`python tests/zoo.py > docs/models.md` writes the table anew.
+`python tests/zoo.py` writes the table anew.
 """
 
-import warnings
+from pathlib import Path
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
+
+from saegrid.errors import SaegridError
+from saegrid.lm import take_apart
+
+DOC = Path(__file__).parents[1] / "docs/models.md"
+LAYER = 1
 
 N_LAYERS, VOCAB = 4, 260
 SMALL = {
@@ -110,15 +113,15 @@ RIGHT = {
 }
 """Architectures that agree with the model as transformers runs it, with what their configs need besides `SMALL`."""
 REFUSED = {
-    "bert": ({}, "depends on later tokens"),
-    "deepseek_v4": ({}, "gives (8, 4, 32) for 8 tokens"),
+    "bert": ({}, "depend on later tokens"),
+    "deepseek_v4": ({}, "returns (8, 4, 32) for 8 tokens"),
     "gemma3n_text": (
         {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8},
-        "gives (2, 8, 32) for 8 tokens",
+        "returns (2, 8, 32) for 8 tokens",
     ),
-    "prophetnet": ({}, "depends on later tokens"),
-    "roberta": ({}, "depends on later tokens"),
-    "xlnet": ({"d_head": 8}, "depends on later tokens"),
+    "prophetnet": ({}, "depend on later tokens"),
+    "roberta": ({}, "depend on later tokens"),
+    "xlnet": ({"d_head": 8}, "depend on later tokens"),
     "zaya": ({"num_experts_per_tok": 1}, "more than the residual stream"),
 }
 """Architectures that are told in one line, with a part of that line."""
@@ -136,3 +139,51 @@ def zoo_model(kind, parameters, attention=None):
     torch.manual_seed(0)
     config = zoo_config(kind, parameters)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+def row(kind):
+    """The line of an architecture in the docs."""
+    if kind in RIGHT:
+        model = zoo_model(kind, RIGHT[kind])
+        return f"| {type(model).__name__} | `{kind}` | {model.config._attn_implementation} |"
+    model = zoo_model(kind, REFUSED[kind][0])
+    try:
+        take_apart(model, None, {}, LAYER)
+    except SaegridError as error:
+        return f"| {type(model).__name__} | `{kind}` | {str(error).split(': ', 1)[1]} |"
+
+
+def document(rows):
+    """The page of all architectures, from their lines by `model_type`."""
+    right, refused = ("\n".join(rows[kind] for kind in some) for some in (RIGHT, REFUSED))
+    return f"""# Language models
+
+`model` takes decoder-only language models that transformers loads by `AutoModelForCausalLM` from its own code. Width
+and depth come from the model's config, in whatever names it has them; of a model for text and images, the text part is
+used. Attention is sdpa where transformers has it for the model, and eager elsewhere; a store's manifest records which.
+
+After a model is loaded, and before any row is collected, two short texts go through it whole and in its two halves
+around block `layer`. A model whose halves do not give its own logits is refused in one line, and so are a text with
+tokens that it has no embeddings for, an encoder-decoder or masked model, and a model or tokenizer that needs Python
+code of its own (`trust_remote_code` is off, and there is no option for it).
+
+## Tested
+
+Tiny random models of these {len(RIGHT)} architectures agree to 1e-5 with eager passes of the whole model, without
+padding: hidden states after a block in the middle, logits, and logits with other rows put in that block's place.
+Others may work as well: the check tells.
+
+| Architecture | `model_type` | Attention |
+| --- | --- | --- |
+{right}
+
+## Refused
+
+| Architecture | `model_type` | Message |
+| --- | --- | --- |
+{refused}
+"""
+
+
+if __name__ == "__main__":
+    DOC.write_text(document({kind: row(kind) for kind in [*RIGHT, *REFUSED]}))

@@ -7,7 +7,6 @@ Both are exact: the blocks that are not needed are passed over, nothing else of 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from saegrid import embedded
 from saegrid.config import EMBEDDED_MODEL, RunConfig
-from saegrid.errors import ConfigError, SaegridError
+from saegrid.errors import ConfigError, SaegridError, first_line
 from saegrid.fetch import files_sha256, hub_errors, local_folder
+from saegrid.model_config import load_tokenizer, model_config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
-OWN_CODE = "it needs Python code of its own (auto_map), and saegrid runs no code from a model's folder"
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """Largest mean relative difference of logits between a model and its two halves, by `lm_dtype`."""
 
@@ -74,7 +73,7 @@ def lm_shape(config: RunConfig) -> tuple[int, int]:
         with hub_errors("model", config.model, config.model_revision):
             path = hf_hub_download(config.model, "config.json", revision=config.model_revision or None)
         folder = Path(path).parent
-    text = _model_config(config.model, folder).get_text_config()
+    text = model_config(config.model, folder).get_text_config()
     return text.hidden_size, text.num_hidden_layers
 
 
@@ -89,24 +88,23 @@ def load_lm(config: RunConfig, device: str | None = None) -> LM:
         SaegridError: it can't be taken apart at `layer`.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     folder, revision = model_folder(config)
-    model_config = _model_config(config.model, folder)
+    its_config = model_config(config.model, folder)
     try:
         with embedded.quiet_transformers():
             # None: sdpa where the model has it, else eager, which holds (T, T) scores for every head. Both are exact
             model, loading = AutoModelForCausalLM.from_pretrained(
                 folder,
-                config=model_config,
+                config=its_config,
                 dtype=getattr(torch, config.lm_dtype),
                 attn_implementation=None,
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # transformers raises whatever a file's values make it raise
+        reason = first_line(error)
         raise ConfigError(f"model = {config.model!r}: not a causal language model that loads: {reason}") from None
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
@@ -122,53 +120,7 @@ def load_lm(config: RunConfig, device: str | None = None) -> LM:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     text = model.config.get_text_config()
     config.check_shape(text.hidden_size, text.num_hidden_layers)
-    return take_apart(model.to(device), _tokenizer(config.model, folder), identity, config.layer)
-
-
-def _model_config(model: str, folder: Path) -> Any:
-    """The transformers config of a causal language model's folder, which names its width and depth.
-
-    Raises:
-        ConfigError: it is no model, of another kind, unknown to transformers, or in need of code of its own.
-    """
-    from transformers import CONFIG_MAPPING, AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    where = f"model = {model!r}"
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind, own_code = content["model_type"], "auto_map" in content
-    except OSError:
-        raise ConfigError(f"{where}: no config.json in this folder, so it is not a model") from None
-    except (ValueError, TypeError, KeyError):
-        raise ConfigError(f"{where}: its config.json is not a language model's (no model_type)") from None
-    if kind not in CONFIG_MAPPING:
-        raise ConfigError(f"{where}: {OWN_CODE if own_code else f'transformers knows no model_type = {kind!r}'}")
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or content.get("is_encoder_decoder"):
-        raise ConfigError(f"{where}: transformers has no decoder-only language model of model_type = {kind!r}")
-    try:
-        with embedded.quiet_transformers():
-            loaded = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            text = loaded.get_text_config()
-            if not (text.hidden_size > 0 and text.num_hidden_layers > 0):
-                raise ValueError(f"hidden_size = {text.hidden_size}, num_hidden_layers = {text.num_hidden_layers}")
-    except Exception as error:  # transformers raises whatever a file's values make it raise
-        raise ConfigError(f"{where}: its config.json is not a language model's ({_first_line(error)})") from None
-    return loaded
-
-
-def _tokenizer(model: str, folder: Path) -> Any:
-    """The tokenizer of a model's folder. Raises `ConfigError`."""
-    from transformers import AutoTokenizer
-
-    try:
-        with embedded.quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever a file's values make it raise
-        path = folder / "tokenizer_config.json"
-        own_code = path.is_file() and '"auto_map"' in path.read_text(encoding="utf-8", errors="replace")
-        reason = OWN_CODE if own_code else _first_line(error)
-        raise ConfigError(f"model = {model!r}: its tokenizer can't be loaded: {reason}") from None
+    return take_apart(model.to(device), load_tokenizer(config.model, folder), identity, config.layer)
 
 
 def model_folder(config: RunConfig) -> tuple[Path, str]:
@@ -211,7 +163,8 @@ def take_apart(model: nn.Module, tokenizer: Any, identity: dict[str, Any], layer
     except SaegridError:
         raise
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ImportError) as error:
-        raise SaegridError(f"{name}: unknown layout; it can't be taken apart: {_first_line(error)}") from None
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise SaegridError(f"{name}: unknown layout; it can't be taken apart ({reason})") from None
 
 
 def _decoder(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
@@ -244,26 +197,24 @@ def _checked(
     ids = ((torch.arange(long, device=model.device) + 1) * rows // (long + 2)).repeat(2, 1)
     mask = torch.ones_like(ids)
     mask[1, short:] = ids[1, short:] = 0  # the same text as in row 0, cut and padded
-    output, logits = _whole(model, blocks[layer], ids, mask)
-    _, alone = _whole(model, blocks[layer], ids[:1, :short], mask[:1, :short])
-    with torch.no_grad():
-        decoder_output = type(decoder(input_ids=ids, attention_mask=mask, use_cache=False))
+    (alone,) = _whole(model, [], ids[:1, :short], mask[:1, :short])
+    output, final, logits = _whole(model, [blocks[layer], decoder], ids, mask)
     lm = LM(
         *(model, tokenizer, decoder, blocks, text.hidden_size, len(blocks)),
         max_positions=getattr(text, "max_position_embeddings", None),
         n_tokens=min(rows, logits.shape[-1]),
         block_outputs=len(output) if isinstance(output, (tuple, list)) else 0,
-        decoder_output=decoder_output,
+        decoder_output=type(final),
         identity=identity,
     )
     tolerance = TOLERANCE[str(model.dtype).removeprefix("torch.")]
     if not (_apart(logits[0, :short], alone[0]) < tolerance and _apart(logits[1, :short], alone[0]) < tolerance):
-        raise SaegridError(f"{name}: not a causal language model: what it reads depends on later tokens or on padding")
+        raise SaegridError(f"{name}: not a causal language model: its logits depend on later tokens or on padding")
     x = hidden_at(lm, ids, mask, layer)
     if x.shape != (*ids.shape, lm.d_in):
         shape = tuple(x.shape[1:])
         raise SaegridError(
-            f"{name}: unknown layout; block {layer} gives {shape} for {long} tokens, not ({long}, {lm.d_in})"
+            f"{name}: unknown layout; block {layer} returns {shape} for {long} tokens, not ({long}, {lm.d_in})"
         )
     real = mask.bool()
     if not _apart(logits_from(lm, x, ids, mask, layer)[real], logits[real]) < tolerance:
@@ -271,18 +222,19 @@ def _checked(
     return lm
 
 
-def _whole(model: nn.Module, block: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
-    """(output of the block, logits) of the model as it is."""
+def _whole(model: nn.Module, parts: list[nn.Module], ids: Tensor, mask: Tensor) -> list[Any]:
+    """The outputs of some parts, in the order in which they end, and the logits of the model as it is."""
     import torch
 
     outputs: list[Any] = []
-    hook = block.register_forward_hook(lambda module, args, output: outputs.append(output))
+    hooks = [part.register_forward_hook(lambda module, args, output: outputs.append(output)) for part in parts]
     try:
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     finally:
-        hook.remove()
-    return outputs[0], logits
+        for hook in hooks:
+            hook.remove()
+    return [*outputs, logits]
 
 
 def _apart(found: Tensor, wanted: Tensor) -> float:
@@ -293,10 +245,12 @@ def _apart(found: Tensor, wanted: Tensor) -> float:
 
 def check_tokens(config: RunConfig, lm: LM, prompts: Iterable[list[int]]) -> None:
     """Hold the longest prompt and the largest token id against what the model takes. Raises `ConfigError`."""
-    longest, largest = 0, 0
+    import torch
+
+    longest, largest = [], 0
     for tokens in prompts:
-        longest, largest = max(longest, len(tokens)), max(largest, *tokens)
-    if lm.max_positions and longest > lm.max_positions:
+        longest, largest = max(longest, tokens, key=len), max(largest, *tokens)
+    if lm.max_positions and len(longest) > lm.max_positions:
         raise ConfigError(f"max_tokens = {config.max_tokens}: {config.model} takes at most {lm.max_positions}")
     if largest >= lm.n_tokens:
         token = lm.tokenizer.convert_ids_to_tokens(largest)
@@ -304,6 +258,13 @@ def check_tokens(config: RunConfig, lm: LM, prompts: Iterable[list[int]]) -> Non
             f"model = {config.model!r}: tokenizer and model do not fit: the text has token {largest} ({token!r}), and "
             f"the model has embeddings for 0 to {lm.n_tokens - 1}"
         )
+    if not lm.max_positions:  # not in its config: it shows
+        ids = torch.tensor([longest])
+        try:
+            hidden_at(lm, ids, torch.ones_like(ids), config.layer)
+        except (RuntimeError, IndexError) as error:
+            where = f"max_tokens = {config.max_tokens}: {config.model} fails on a prompt of {len(longest)} tokens"
+            raise ConfigError(f"{where}: {first_line(error)}") from None
 
 
 def hidden_at(lm: LM, input_ids: Tensor, attention_mask: Tensor, layer: int) -> Tensor:
@@ -374,10 +335,6 @@ def _forwards(replacements: dict[nn.Module, Callable]) -> Iterator[None]:
                 vars(module).pop("forward", None)
             else:
                 module.forward = forward
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def _check_embedded(name: str) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from saegrid.config import EMBEDDED_DATASET, RunConfig
-from saegrid.errors import ConfigError, shown
+from saegrid.errors import ConfigError, first_line, shown
 from saegrid.fetch import hub_errors, local_folder
 
 TEMPLATE_SHARES = {"eval": 0.2, "val": 0.2}
@@ -88,7 +88,7 @@ def _encoder(config: RunConfig, tokenizer: Any) -> Callable[[str, str], list[int
         try:
             tokens = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
         except Exception as error:  # a template is a program, and raises what it likes
-            reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+            reason = first_line(error)
             raise ConfigError(f"text = 'chat': the chat template of {config.model} fails: {reason}") from None
         return list(tokens)[: config.max_tokens]
 

@@ -41,7 +41,7 @@ from saegrid.train import CHECKPOINT, train
 
 CODE = (
     *("activations.py", "calibration.py", "embedded.py", "estimates.py", "evaluation.py", "fetch.py", "files.py"),
-    *("lm.py", "metrics.py", "prompts.py", "published.py"),
+    *("lm.py", "metrics.py", "model_config.py", "prompts.py", "published.py"),
     *("recipes.py", "run.py", "sae.py", "splice.py", "store.py", "train.py", "transfer.py", "kernels"),
 )
 """Sources whose change can change a run's result: their hash is the run's code version."""
