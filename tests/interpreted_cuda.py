@@ -206,7 +206,7 @@ def run_config(folder, **changes):
 @pytest.fixture
 def store(tmp_path):
     """A real store of 24 + 16 rows of width 8, from published activation files that are made here."""
-    (tmp_path / "config.json").write_text('{"hidden_size": 8, "num_hidden_layers": 13}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 13}')
     rows = torch.relu(torch.randn(40, 20, generator=torch.Generator().manual_seed(0)) - 0.5) @ make_rows(20, 1, 8)
     for split, part in (("train", rows[:24]), ("val", rows[24:])):
         torch.save(part / 100, tmp_path / f"instruct_base_layer12_{split}.pt")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import shutil
 import threading
 import time
 
@@ -105,6 +106,7 @@ def test_shards_mean_and_statistics(config):
     first = rows[store.meta("train")["positions"] == 0]
     assert statistics["mean_norm_at_position_0"] == pytest.approx(first.norm(dim=1).mean().item(), rel=1e-6)
     model = store.manifest["model"]
+    assert (model["attention"], model["architecture"]) == ("sdpa", "LlamaForCausalLM")
     assert model["model"] == config.model and store.model_sha256 == model["sha256"] and len(model["sha256"]) == 64
     raw = load_file(store.folder / "train-00000.safetensors")
     assert {name: tensor.dtype for name, tensor in raw.items()} == {
@@ -120,6 +122,17 @@ def test_the_same_parameters_give_the_same_bytes_and_float16_is_rounded_once(sou
     assert (one.folder / "manifest.json").read_bytes() == (two.folder / "manifest.json").read_bytes()
     half = collected(config_for(sources, tmp_path, act_dtype="float16"))
     assert torch.equal(half.rows("val"), one.rows("val").half().float())
+
+
+def test_tokens_beyond_the_vocabulary_are_told_before_any_row_is_collected(sources, tmp_path):
+    model = shutil.copytree(sources["model"], tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([f"<|{i}|>" for i in range(5)] + ["+1="])  # in every answer
+    tokenizer.save_pretrained(model)
+    config = config_for(sources, tmp_path, model=str(model))
+    with pytest.raises(ConfigError, match=r"tokenizer and model do not fit: the text has token 262 \('\+1='\)"):
+        collect(config, "cpu")
+    assert not store_folder(config).exists()
 
 
 def test_a_store_is_collected_once(config):

@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import torch
+import zoo
 from tiny import D_IN, LAYOUTS, N_LAYERS, VOCAB, save_model, tiny_model, tiny_tokenizer
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import AutoConfig
 
 from saegrid.config import make_config
 from saegrid.errors import ConfigError, SaegridError
-from saegrid.lm import final_from, hidden_at, lm_shape, load_lm, logits_from, take_apart
+from saegrid.lm import check_tokens, final_from, hidden_at, lm_shape, load_lm, logits_from, take_apart
 
 
 def padded(*lengths):
@@ -105,11 +106,19 @@ def test_the_model_is_itself_again_afterwards_even_when_a_pass_fails(lm):
 
 
 def test_unknown_layout_is_a_clear_error():
-    config = OPTConfig(
-        vocab_size=50, hidden_size=16, word_embed_proj_dim=16, ffn_dim=16, num_hidden_layers=2, num_attention_heads=2
-    )
-    with pytest.raises(SaegridError, match=r"OPTForCausalLM: unknown layout.*model\.gpt_neox\.layers"):
-        take_apart(OPTForCausalLM(config), None, {})
+    model = tiny_model("llama")
+    model.config.num_hidden_layers = 5
+    with pytest.raises(SaegridError, match="LlamaForCausalLM: unknown layout; no one list of 5 blocks in it"):
+        take_apart(model, None, {})
+
+
+def test_a_layer_behind_which_blocks_look_back_past_it_is_an_error():
+    """Gemma 4's last blocks take keys and values from the last block before them that makes its own."""
+    shared = {"num_kv_shared_layers": 2, "layer_types": ["full_attention"] * zoo.N_LAYERS}
+    model = zoo.zoo_model("gemma4_text", zoo.RIGHT["gemma4_text"] | shared)
+    assert take_apart(model, None, {}, 0).n_layers == zoo.N_LAYERS
+    with pytest.raises(SaegridError, match="Gemma4ForCausalLM: unknown layout"):
+        take_apart(model, None, {}, 2)
 
 
 def test_blocks_that_share_more_than_the_residual_stream_are_an_error():
@@ -180,6 +189,91 @@ def test_a_config_that_is_no_language_models_is_one_line(folder):
         (folder / "config.json").write_text(content)
         with pytest.raises(ConfigError, match=r"config\.json is not a language model's"):
             lm_shape(config_for(folder))
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "llava", "clip"])
+def test_a_model_that_is_not_decoder_only_is_one_line(kind, tmp_path):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"transformers has no decoder-only language model of model_type = '{kind}'"):
+        lm_shape(config_for(tmp_path))
+
+
+@pytest.fixture
+def own_code(folder, monkeypatch):
+    """A model's folder with Python code in it, which must neither run nor be asked about."""
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked"))
+    for name in ("configuration_x", "modeling_x", "tokenization_x"):
+        text = f"open({str(folder / 'MARKER')!r}, 'w').write('ran')\nfrom transformers import *\nXConfig = GPT2Config\n"
+        (folder / f"{name}.py").write_text(text)
+    yield folder
+    assert not (folder / "MARKER").exists()
+
+
+def changed(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+CODE = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.GPT2LMHeadModel"}
+
+
+def test_code_in_a_models_folder_is_not_run(own_code):
+    changed(own_code / "config.json", auto_map=CODE)  # of a type that transformers has code for
+    assert type(load_lm(config_for(own_code)).model).__module__.startswith("transformers.")
+    changed(own_code / "config.json", model_type="xmodel")
+    for ask in (lm_shape, load_lm):
+        with pytest.raises(ConfigError, match=r"needs Python code of its own \(auto_map\)"):
+            ask(config_for(own_code))
+
+
+def test_code_of_a_tokenizer_is_not_run(own_code):
+    places = {"AutoTokenizer": [None, "tokenization_x.XTokenizer"]}
+    changed(own_code / "tokenizer_config.json", auto_map=places, tokenizer_class="XTokenizer")
+    assert load_lm(config_for(own_code)).tokenizer("ab")["input_ids"] == tiny_tokenizer()("ab")["input_ids"]
+    (own_code / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"tokenizer can't be loaded: it needs Python code of its own"):
+        load_lm(config_for(own_code))
+
+
+def test_a_folder_without_a_tokenizer_is_one_line(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="its tokenizer can't be loaded: "):
+        load_lm(config_for(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "gpt_neo", "mpt", "opt", "qwen3_5"])
+def test_other_models_load_from_a_folder(kind, tmp_path):
+    """Shape by the config's own names; attention by what the model has, not by what its file asks for."""
+    model = zoo.zoo_model(kind, zoo.RIGHT[kind])
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    changed(tmp_path / "config.json", attn_implementation="flash_attention_2")
+    config = config_for(tmp_path)
+    assert lm_shape(config) == (32, zoo.N_LAYERS)
+    lm, ids = load_lm(config, "cpu"), torch.arange(3, 40)[None]
+    assert lm.identity["attention"] == ("eager" if kind in ("gemma2", "gpt_neo", "mpt") else "sdpa")
+    ones = torch.ones_like(ids)
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+    torch.testing.assert_close(logits_from(lm, hidden_at(lm, ids, ones, 1), ids, ones, 1), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_text_that_does_not_fit_the_model_is_one_line(folder):
+    config = config_for(folder, max_tokens=100)
+    lm = load_lm(config, "cpu")
+    check_tokens(config, lm, [[1, 2], [VOCAB - 1] * 64])
+    with pytest.raises(ConfigError, match=r"max_tokens = 100: .* takes at most 64"):
+        check_tokens(config, lm, [[1, 2], [1] * 65])
+    with pytest.raises(
+        ConfigError, match=rf"do not fit: the text has token {VOCAB} .* embeddings for 0 to {VOCAB - 1}"
+    ):
+        check_tokens(config, lm, [[1, 2], [1, VOCAB]])
+
+
+def test_a_model_whose_config_does_not_name_its_longest_text_is_tried():
+    lm = take_apart(zoo.zoo_model("mpt", {"max_seq_len": 16}), tiny_tokenizer(), {})
+    check_tokens(config_for("m"), lm, [[1] * 16, [1]])
+    with pytest.raises(ConfigError, match="max_tokens = 512: m fails on a prompt of 17 tokens: "):
+        check_tokens(config_for("m"), lm, [[1], [1] * 17])
 
 
 def test_weights_that_are_damaged_or_incomplete_are_one_line(folder):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 from tiny import save_dataset, save_model, tiny_tokenizer
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from saegrid.config import make_config
 from saegrid.errors import ConfigError
@@ -102,6 +103,34 @@ def test_chat_needs_a_template_and_room_behind_its_prefix(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(save_model(tmp_path / "model", chat=True))
     with pytest.raises(ConfigError, match="max_tokens = 10: no room"):
         make_prompts(config_for(dataset=data, text="chat", max_tokens=10), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('a system message is needed') }}", "fails: a system message is needed"),
+        ("{% for %}", "fails: "),
+        ("{{ messages[2].content }}{{ 1 / 0 }}", "fails: "),
+        ("{{ messages[0].content }}", "gives the same tokens for any question or answer"),
+        ("{{ messages[1].content }}", "gives the same tokens for any question or answer"),
+        ("<end>", "gives the same tokens for any question or answer"),
+    ],
+)
+def test_a_chat_template_that_fails_or_leaves_text_out_is_one_line(tmp_path, template, message):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ConfigError, match=f"text = 'chat': the chat template of .* {message}"):
+        make_prompts(config_for(dataset=save_dataset(tmp_path), text="chat"), tokenizer)
+
+
+def test_a_tokenizer_without_special_tokens_will_do_and_one_without_vocabulary_will_not(tmp_path):
+    bare = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer)
+    config = config_for(dataset=save_dataset(tmp_path), train_tokens=300, val_tokens=100)
+    assert bare.eos_token is None and bare.pad_token is None
+    assert make_prompts(config, bare) == make_prompts(config, tiny_tokenizer())
+    empty = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    with pytest.raises(ConfigError, match=r"text = 'plain': the tokenizer of .* gives the same tokens for any"):
+        make_prompts(config, empty)
 
 
 @pytest.mark.parametrize(

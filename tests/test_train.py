@@ -32,7 +32,7 @@ def make_store(tmp_path):
     def make(n_val=100, scale=1.0, heavy=1.0, sinks=0):
         files, folder = tmp_path / "files", tmp_path / "stores"
         files.mkdir()
-        (files / "config.json").write_text('{"hidden_size": 8, "num_hidden_layers": 13}')
+        (files / "config.json").write_text('{"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 13}')
         train, val = scale * rows(300 + n_val)[:300], rows(n_val, heavy)
         train[:sinks, 3] += 100.0
         val[:sinks, 3] += 100.0

@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 
 from saegrid.atomic import write_bytes, write_json
 from saegrid.config import STORE_FIELDS, RunConfig
-from saegrid.errors import ConfigError, StoreError
+from saegrid.errors import StoreError
 from saegrid.fetch import files_sha256, replacing_folder, waiting_lock
-from saegrid.lm import LM, hidden_at, lm_shape, load_lm, weight_files
+from saegrid.lm import LM, check_tokens, hidden_at, lm_shape, load_lm, weight_files
 from saegrid.manifest import FORMAT, SHARD_ROWS
 from saegrid.prompts import Prompt, make_prompts
 from saegrid.published import add_published, published_files
@@ -115,9 +115,7 @@ def _add_collected(config: RunConfig, writers: dict[str, ShardWriter], device: s
     """Run the language model over the prompts; the manifest's facts on where the rows come from."""
     lm = load_lm(config, device)
     prompts = make_prompts(config, lm.tokenizer)
-    longest = max(len(prompt.tokens) for some in prompts.values() for prompt in some)
-    if lm.max_positions and longest > lm.max_positions:
-        raise ConfigError(f"max_tokens = {config.max_tokens}: {config.model} takes at most {lm.max_positions}")
+    check_tokens(config, lm, (prompt.tokens for some in prompts.values() for prompt in some))
     for split, writer in writers.items():
         rows = sum(len(prompt.positions) for prompt in prompts[split])
         with tqdm(total=rows, unit="tok", unit_scale=True, desc=f"activations ({split})", mininterval=1.0) as bar:

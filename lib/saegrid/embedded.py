@@ -98,13 +98,16 @@ def _convert(folder: Path) -> None:
 
     print(f"converting the embedded model {GGUF}, once", flush=True)
     with quiet_transformers():
-        packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+        packed = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=GGUF, dtype=torch.float32, trust_remote_code=False
+        )
         config = copy.deepcopy(packed.config)
         del config.quantization_config  # a quantised model refuses to be saved
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.load_state_dict(packed.state_dict())
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF, trust_remote_code=False)
+        tokenizer.save_pretrained(folder)
 
 
 @contextlib.contextmanager

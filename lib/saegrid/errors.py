@@ -80,6 +80,11 @@ def explain(error: ValidationError, known_fields: Iterable[str] = (), flat: bool
     return f"{name} = {shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
+def first_line(error: Exception) -> str:
+    """What another library says is wrong, for a message of one line."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
 def shown(value: Any) -> str:
     """A value in a message, cut where it is long."""
     try:

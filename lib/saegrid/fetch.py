@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from saegrid.atomic import disk_errors, write_text
-from saegrid.errors import ConfigError
+from saegrid.errors import ConfigError, first_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 CHUNK = 1 << 20
@@ -139,12 +139,12 @@ def hub_errors(parameter: str, name: str, revision: str = "") -> Iterator[None]:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
         why = "HF_HUB_OFFLINE is set" if offline else "the Hub can't be reached"
         if reachable:  # the Hub's client hides what else went wrong behind "not in the cache"
-            why = f"the Hub answered: {_first_line(error.__cause__ or error)}"
+            why = f"the Hub answered: {first_line(error.__cause__ or error)}"
         raise ConfigError(f"{where}: no such folder, not in the Hub's local cache, and {why}") from None
     except errors.EntryNotFoundError as error:
-        raise ConfigError(f"{where}: a file is missing on the Hub: {_first_line(error)}") from None
+        raise ConfigError(f"{where}: a file is missing on the Hub: {first_line(error)}") from None
     except errors.HTTPError as error:
-        raise ConfigError(f"{where}: the Hub answered: {_first_line(error)}") from None
+        raise ConfigError(f"{where}: the Hub answered: {first_line(error)}") from None
     finally:
         constants.HF_HUB_OFFLINE = offline
 
@@ -160,7 +160,3 @@ def _reachable(endpoint: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from saegrid.config import EMBEDDED_DATASET, RunConfig
-from saegrid.errors import ConfigError, shown
+from saegrid.errors import ConfigError, first_line, shown
 from saegrid.fetch import hub_errors, local_folder
 
 TEMPLATE_SHARES = {"eval": 0.2, "val": 0.2}
@@ -56,9 +56,10 @@ def make_prompts(config: RunConfig, tokenizer: Any) -> dict[str, list[Prompt]]:
     the dataset has no templates, with another.
 
     Raises:
-        ConfigError: the dataset is missing, not of the expected form, or too small; or no chat template.
+        ConfigError: the dataset is missing, not of the expected form, or too small; or no chat template that works.
     """
     encode = _encoder(config, tokenizer)
+    _check_encoder(encode, config)
     prefix = _template_prefix(encode, config) if config.text == "chat" else 0
     wanted = {"val": config.val_tokens, "train": config.train_tokens, "eval": config.eval_prompts}
     if config.activations:
@@ -84,13 +85,28 @@ def _encoder(config: RunConfig, tokenizer: Any) -> Callable[[str, str], list[int
 
     def chat(question: str, answer: str) -> list[int]:
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        return list(tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False))[: config.max_tokens]
+        try:
+            tokens = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+        except Exception as error:  # a template is a program, and raises what it likes
+            reason = first_line(error)
+            raise ConfigError(f"text = 'chat': the chat template of {config.model} fails: {reason}") from None
+        return list(tokens)[: config.max_tokens]
 
     if config.text == "plain":
         return plain
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(f"text = 'chat': the tokenizer of {config.model} has no chat template")
     return chat
+
+
+def _check_encoder(encode: Callable, config: RunConfig) -> None:
+    """Whether question and answer reach the tokens: a template may leave one out, a tokenizer may know no text."""
+    tokens = encode("a", "a")
+    if len(tokens) < config.max_tokens and tokens in (encode("1", "a"), encode("a", "1")):
+        source = "tokenizer" if config.text == "plain" else "chat template"
+        raise ConfigError(
+            f"text = {config.text!r}: the {source} of {config.model} gives the same tokens for any question or answer"
+        )
 
 
 def _template_prefix(encode: Callable, config: RunConfig) -> int:

@@ -27,7 +27,7 @@ from saegrid.errors import SaegridError, StoreError
 from saegrid.evaluation import evaluate_rows, on_prompts, spliced
 from saegrid.fetch import waiting_lock
 from saegrid.files import load_folder, save_sae
-from saegrid.lm import lm_shape, load_lm
+from saegrid.lm import check_tokens, lm_shape, load_lm
 from saegrid.preflight import check
 from saegrid.prompts import make_prompts
 from saegrid.published import published_files
@@ -41,7 +41,7 @@ from saegrid.train import CHECKPOINT, train
 
 CODE = (
     *("activations.py", "calibration.py", "embedded.py", "estimates.py", "evaluation.py", "fetch.py", "files.py"),
-    *("lm.py", "metrics.py", "prompts.py", "published.py"),
+    *("lm.py", "metrics.py", "model_config.py", "prompts.py", "published.py"),
     *("recipes.py", "run.py", "sae.py", "splice.py", "store.py", "train.py", "transfer.py", "kernels"),
 )
 """Sources whose change can change a run's result: their hash is the run's code version."""
@@ -58,6 +58,7 @@ def prepare_store(config: RunConfig) -> Store:
         if not _has_baseline(store):
             lm = load_lm(config)
             prompts = make_prompts(config, lm.tokenizer)["eval"]
+            check_tokens(config, lm, (prompt.tokens for prompt in prompts))
             save_baseline(make_baseline(lm, prompts, config.layer, store.mean), folder, store.data_sha256)
     return store
 

@@ -1,0 +1,77 @@
+"""Other people's models: tiny random ones of many architectures, right to 1e-5 or refused in one line."""
+
+import pytest
+import torch
+import zoo
+
+from saegrid.lm import hidden_at, logits_from, take_apart
+
+LENGTHS = (24, 13, 7)
+DOC = zoo.DOC.read_text()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny tensors: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def alone(model, block, ids, x=None):
+    """(output of the block, logits) of one text without padding, where x (T, d_in) is the block's output if given."""
+    seen = []
+
+    def hook(module, args, output):
+        seen.append(output if isinstance(output, torch.Tensor) else output[0])
+        if x is not None:
+            return x[None] if isinstance(output, torch.Tensor) else type(output)([x[None], *output[1:]])
+
+    handle = block.register_forward_hook(hook)
+    with torch.no_grad():
+        logits = model(input_ids=ids[None], use_cache=False).logits
+    handle.remove()
+    return seen[0][0], logits[0]
+
+
+def agree(found, wanted):
+    """Whether two tensors differ by 1e-5 of the largest value at most."""
+    return (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("kind", zoo.RIGHT)
+def test_a_model_taken_apart_is_the_model_that_transformers_runs(kind):
+    lm = take_apart(zoo.zoo_model(kind, zoo.RIGHT[kind]), None, {}, zoo.LAYER)
+    plain = zoo.zoo_model(kind, zoo.RIGHT[kind], "eager")
+    plain.load_state_dict(lm.model.state_dict())
+    assert f"| {type(plain).__name__} | `{kind}` | {lm.model.config._attn_implementation} |" in DOC.splitlines()
+    names = {id(module): name for name, module in lm.model.named_modules()}
+    block = plain.get_submodule(names[id(lm.blocks[zoo.LAYER])])
+    generator = torch.Generator().manual_seed(1)
+    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
+    ids = torch.randint(3, zoo.VOCAB - 2, mask.shape, generator=generator) * mask
+    x = hidden_at(lm, ids, mask, zoo.LAYER)
+    other = torch.randn(x.shape, generator=generator) * x[mask.bool()].std()
+    logits, replaced = logits_from(lm, x, ids, mask, zoo.LAYER), logits_from(lm, other, ids, mask, zoo.LAYER)
+    for row, n in enumerate(LENGTHS):
+        wanted_x, wanted = alone(plain, block, ids[row, :n])
+        _, wanted_replaced = alone(plain, block, ids[row, :n], other[row, :n])
+        assert agree(x[row, :n], wanted_x) and agree(logits[row, :n], wanted)
+        assert agree(replaced[row, :n], wanted_replaced) and not agree(replaced[row, :n], wanted)
+    changed = ids[-1, : LENGTHS[-1]].clone()
+    changed[0] += 1
+    assert not agree(alone(plain, block, changed)[1][-1], wanted[-1])  # earlier tokens matter
+
+
+@pytest.mark.parametrize("kind", zoo.REFUSED)
+def test_a_model_that_can_not_be_taken_apart_is_one_line(kind):
+    line = zoo.row(kind)
+    assert zoo.REFUSED[kind][1] in line and line in DOC.splitlines()
+
+
+def test_the_docs_list_the_zoo():
+    lines = [line for line in DOC.splitlines() if line.startswith("| ") and "`model_type`" not in line]
+    rows = {line.split("`")[1]: line for line in lines if "`" in line}
+    assert list(rows) == [*zoo.RIGHT, *zoo.REFUSED] and zoo.document(rows) == DOC, "python tests/zoo.py writes it anew"
+    assert len(zoo.RIGHT) >= 40
