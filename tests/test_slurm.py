@@ -46,6 +46,11 @@ def checkout(folder, grid):
     return folder
 
 
+def results(place):
+    """All files of a place but times; a notebook's hash is one of them, as the notebook prints times."""
+    return {name: content for name, content in chaos.contents(place).items() if not name.endswith("train.ipynb.sha256")}
+
+
 @contextlib.contextmanager
 def started(command, folder, environment):
     """A command in a folder; its output goes to log.txt there."""
@@ -72,7 +77,7 @@ def test_the_documented_command_survives_scancel_kill_and_interrupt(cluster, tmp
         return "\n".join(f"{path}: {path.read_text()[-3000:]}" for path in parts) + cluster.logs()
 
     def until(condition, process):
-        slurm_cluster.wait_for(lambda: condition() or process.poll() is not None, log, 180)
+        slurm_cluster.wait_for(lambda: condition() or process.poll() is not None, log, 300)
         assert process.poll() is None, log()
 
     options = ["-s", "workflow/Snakefile", "--cores", "2", "--config", f"grid={GRID_FILE}", *TARGET]
@@ -87,7 +92,7 @@ def test_the_documented_command_survives_scancel_kill_and_interrupt(cluster, tmp
         again = f"rule_train_wildcards_{cancelled.name}"
         until(lambda: cluster.jobs().get(again, jobs[cancelled]) != jobs[cancelled], first)
         first.send_signal(signal.SIGINT)
-        assert first.wait(60) != 0
+        assert first.wait(240) != 0
         slurm_cluster.wait_for(lambda: cluster.jobs() == {}, log)
         assert f"SLURM-job '{jobs[cancelled]}' failed, SLURM status is: 'CANCELLED'" in (folder / "log.txt").read_text()
         assert (cancelled / "checkpoint.safetensors").exists()
@@ -97,7 +102,7 @@ def test_the_documented_command_survives_scancel_kill_and_interrupt(cluster, tmp
     told = (folder / "log.txt").read_text()
     assert "localrule tables:" in told and "threads: 8" in told
     for place in ("activations", "runs"):
-        assert chaos.contents(folder / place) == chaos.contents(alone / place)
+        assert results(folder / place) == results(alone / place)
     tables = sorted(path.name for path in alone.glob("*.csv"))
     assert len(tables) == 5
     for name in tables:
