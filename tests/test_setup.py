@@ -43,7 +43,7 @@ def test_the_conda_environment_is_the_same():
 
 def test_optional_parts_are_not_in_the_core():
     core = {canonicalize_name(requirement.name) for requirement in PINNED} | set(locked())
-    assert not core & {"quarto-cli", "snakemake-executor-plugin-slurm", "snakemake-executor-plugin-kubernetes"}
+    assert not core & {"quarto-cli"}
 
 
 @pytest.mark.parametrize(

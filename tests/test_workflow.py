@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import yaml
 from hub_server import ORGANISATION, client_environment, python_blocks, serve
 from huggingface_hub import ModelCard
 
@@ -102,17 +101,15 @@ def test_every_preset_plans_one_job_per_run(tmp_path, preset):
     assert f"train {runs} " in " ".join((done.stdout + done.stderr).split()) + " "
 
 
-@pytest.mark.parametrize("profile", ["slurm", "kubernetes"])
-def test_the_cluster_profiles_plan_the_grid(tmp_path, profile):
-    """Without the extra, the executor alone is taken out of the profile; its other settings are planned with."""
+def test_the_slurm_profile_plans_the_grid(tmp_path):
+    """Without --cores, and also where there is no Slurm."""
     folder = checkout(tmp_path)
-    path = folder / "workflow" / "profiles" / profile / "config.yaml"
-    content = yaml.safe_load(path.read_text())
-    assert content.pop("executor") == profile
-    path.write_text(yaml.safe_dump(content))
-    done = snakemake(folder, "--workflow-profile", str(path.parent), "--dry-run", "--cores", "2")
+    done = snakemake(folder, "--workflow-profile", "workflow/profiles/slurm", "--dry-run")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert f"train {len(GRID.runs())} " in " ".join((done.stdout + done.stderr).split()) + " "
+    plan = done.stdout + done.stderr
+    train = plan[plan.index("rule train:") :].split("\n[")[0]
+    assert "mem_mb=8000" in train and "runtime=240" in train and "gpu=0" in train
+    assert f"train {len(GRID.runs())} " in " ".join(plan.split()) + " "
 
 
 def test_a_bad_grid_is_one_line(tmp_path):
