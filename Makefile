@@ -64,7 +64,7 @@ fuzz: setup  ## every parser by coverage, ten minutes each: FUZZ="grid store"
 	for target in $(FUZZ); do python tests/fuzz/fuzz.py $$target .fuzz/$$target -max_total_time=600 || exit 1; done
 
 lint: setup
-	ruff check . && ruff format --check . && nbstripout --verify notebooks/*.ipynb && panache lint *.qmd
+	ruff check . && ruff format --check . && nbstripout --verify notebooks/*.ipynb && panache lint --ignore undefined-references $$(git ls-files '*.qmd')
 
 clean:
-	rm -rf _site report .quarto .snakemake
+	rm -rf _site report index.qmd .quarto .snakemake
