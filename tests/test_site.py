@@ -274,7 +274,9 @@ def test_a_phone_shows_captions_whole_and_heads_above_their_rows(open_page):
         assert caption.evaluate("caption => getComputedStyle(caption).textAlign") in ("left", "start")
     page = open_page("report/latents.html", width=390)
     page.wait_for_selector(".latent-shown article")
-    page.locator(".latents .table-scroll").evaluate("list => { list.scrollTop = 100; list.scrollIntoView(); }")
+    page.locator(".latents .table-scroll").evaluate(
+        "list => { list.scrollTop = 100; list.scrollIntoView({ block: 'center' }); }"
+    )
     on_top = page.locator(".latents thead th").first.evaluate(
         """head => {
             const box = head.getBoundingClientRect();
