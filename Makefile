@@ -71,7 +71,7 @@ fuzz: setup  ## every parser by coverage, ten minutes each: FUZZ="grid store"
 
 lint: setup
 	mypy
-	ruff check . && ruff format --check . && nbstripout --verify notebooks/*.ipynb && panache lint *.qmd
+	ruff check . && ruff format --check . && nbstripout --verify notebooks/*.ipynb && panache lint --ignore undefined-references $$(git ls-files '*.qmd')
 
 clean:
-	rm -rf _site report .quarto .snakemake
+	rm -rf _site report index.qmd .quarto .snakemake

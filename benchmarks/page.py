@@ -1,6 +1,6 @@
 """The benchmark's page, made from results.json: tables, a plot of step times, and the learning curves.
 
-python benchmarks/page.py [results.json] [report/_benchmarks.md]
+python benchmarks/page.py [results.json] [benchmarks/_speed.md]
 """
 
 from __future__ import annotations
@@ -305,4 +305,4 @@ def text(value: float | None, form: str) -> str:
 
 if __name__ == "__main__":
     given = [Path(argument) for argument in sys.argv[1:]]
-    make(*(given + [ROOT / "benchmarks/results.json", ROOT / "report/_benchmarks.md"][len(given) :]))
+    make(*(given + [ROOT / "benchmarks/results.json", ROOT / "benchmarks/_speed.md"][len(given) :]))

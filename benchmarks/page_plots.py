@@ -47,9 +47,9 @@ def step_plot(results: dict[str, Any]) -> Markdown:
         ax.set_yticks(range(len(lines)), list(lines))
         ax.invert_yaxis()
         ax.set_xscale("log")
-        plain_numbers(ax.xaxis)
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         ax.set_xlabel("One training step (ms, log scale)")
-        ax.legend(**ABOVE, ncols=3)
+        ax.figure.legend(loc="outside upper left", ncols=3)  # the plot is narrow beside its long labels
     caption = f"Median time of a step of {batch} rows; each peer in its fastest setting. Left is faster."
     return figure(ax, alt="Step time of each contender at each shape and architecture", caption=caption)
 

@@ -11,7 +11,8 @@ from saegrid import findings, latents_page, pages, results, site
 from saegrid.atomic import write_json
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ["_quarto.yml", *(path.name for path in ROOT.glob("*.qmd")), "notebooks", "lib"]
+SOURCES = ["_quarto.yml", "method.qmd", "recipes.qmd", "speed.qmd", "reproduce.qmd", "notebooks", "lib"]
+SOURCES += ["results/_published.md", "results/_recipes.md", "benchmarks/_speed.md"]
 NOTEBOOKS = ["findings", "results", "frontier", "latents"]
 HOSTILE = ["$x$", "{{< include gone.md >}}", "</script><script>document.title='broken'</script>", '"><b>', "&lt;"]
 """Texts of tokens that must come out as text."""
@@ -23,6 +24,7 @@ def copy_sources(root):
         if source.is_dir():
             shutil.copytree(source, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
         else:
+            (root / name).parent.mkdir(exist_ok=True)
             shutil.copy(source, root / name)
 
 
@@ -49,8 +51,6 @@ def build(root, grid):
     write_latents(root, grid)
     execute(root, grid, *NOTEBOOKS)
     pages.make(grid, root)
-    page = [ROOT / "benchmarks/page.py", ROOT / "benchmarks/results.json", root / "report/_benchmarks.md"]
-    subprocess.run([sys.executable, *page], check=True)
     return site.render(root)
 
 

@@ -49,6 +49,11 @@ def text(root, page):
     return (root / "_site" / page).read_text(encoding="utf-8")
 
 
+def leads_to(page, run_id):
+    """Whether the text of a run's page links another run's; Quarto writes the whole way, smalldocs the file's name."""
+    return re.search(rf'href="(\.\./\.\./report/runs/|\./)?{run_id}\.html"', page)
+
+
 # --- what is rendered
 
 
@@ -82,12 +87,22 @@ def test_run_pages_link_their_neighbours_and_lose_bars_and_widgets(built, fake_g
     page = text(built, f"report/runs/{run.run_id}.html")
     others = {r.name: r.run_id for r in fake_grid.runs()}
     for name in ("TopK_exp8x_k128", "BatchTopK_exp4x_k128", "BatchTopK_exp8x_k64"):
-        assert f'href="{others[name]}.html"' in page
-    assert f'href="{others["TopK_exp4x_k64"]}.html"' not in page  # differs along two axes
+        assert leads_to(page, others[name])
+    assert not leads_to(page, others["TopK_exp4x_k64"])  # differs along two axes
     assert "100%|" not in page
     assert "widget-view" not in page
     assert "<td>html</td>" in page
     assert re.search(r"<img[^>]* alt=\"Training of BatchTopK, K = 128, 8x, seed 0", page)
+
+
+def test_every_notebook_is_written_in_lines(built):
+    """Quarto loses the line ends of a cell that is one text."""
+    written = sorted((built / "report").rglob("*.ipynb"))
+    assert len(written) > len(NOTEBOOKS)
+    for path in written:
+        for cell in json.loads(path.read_text())["cells"]:
+            assert isinstance(cell["source"], list), path
+            assert not any("\n" in line[:-1] for line in cell["source"]), path
 
 
 def test_pages_of_runs_that_are_no_longer_in_the_grid_go(built, fake_grid, tmp_path):
@@ -227,12 +242,56 @@ def test_no_serious_accessibility_issue(built, open_page, scheme):
     assert not found
 
 
+def test_a_run_page_is_laid_out_and_marks_its_entry_in_the_navigation(built, fake_grid, open_page):
+    run = fake_grid.runs()[0]
+    notebook = json.loads((built / "runs" / run.run_id / "train.ipynb").read_text())
+    headings = re.findall(r"^## (.*)$", "\n".join("".join(cell["source"]) for cell in notebook["cells"]), flags=re.M)
+    page = open_page(f"report/runs/{run.run_id}.html")
+    assert [heading.strip() for heading in page.locator("main h2:visible").all_inner_texts()] == headings
+    assert not re.search(r"^(title:|## |---)", page.inner_text("main"), flags=re.M)
+    assert page.locator(".navbar .nav-link.active").all_inner_texts() == ["Runs"]
+    assert open_page("report/findings.html").locator(".navbar .nav-link.active").all_inner_texts() == ["Findings"]
+
+
+def test_links_of_static_figures_are_text_to_scripts(open_page):
+    """Quarto's navigation calls `href.replace` of every link, and puts the result in its place."""
+    page = open_page("index.html")
+    links = page.evaluate(
+        """() => [...document.querySelectorAll('a[href]')].map(link => {
+            link.href = link.href.replace('x.html', 'x.html');
+            return [typeof link.href, link.href];
+        })"""
+    )
+    assert {kind for kind, _ in links} == {"string"} and not page.problems
+    assert sum("/report/runs/" in target for _, target in links) > 20
+
+
+def test_a_phone_shows_captions_whole_and_heads_above_their_rows(open_page):
+    page = open_page("report/results.html", width=390)
+    for caption in page.locator("table.results caption").all():
+        box, around = caption.bounding_box(), caption.locator("xpath=../..").bounding_box()
+        assert box["x"] >= around["x"] and box["x"] + box["width"] <= around["x"] + around["width"] + 1
+        assert caption.evaluate("caption => getComputedStyle(caption).textAlign") in ("left", "start")
+    page = open_page("report/latents.html", width=390)
+    page.wait_for_selector(".latent-shown article")
+    page.locator(".latents .table-scroll").evaluate(
+        "list => { list.scrollTop = 100; list.scrollIntoView({ block: 'center' }); }"
+    )
+    on_top = page.locator(".latents thead th").first.evaluate(
+        """head => {
+            const box = head.getBoundingClientRect();
+            return head.contains(document.elementFromPoint(box.left + 10, box.bottom - 10));
+        }"""
+    )
+    assert on_top
+
+
 def test_numbers_on_the_page_are_those_of_results_full(built, fake_grid, open_page):
     full = pd.read_csv(built / fake_grid.results_dir / "results_full.csv").set_index("run_id")
     page = open_page("report/results.html")
     seen = page.evaluate(
         """() => [...document.querySelectorAll('table.results tbody tr')].flatMap(row => {
-            const link = row.querySelector('th a')?.getAttribute('href');
+            const link = row.querySelector('th a')?.getAttribute('href').split('/').pop();
             const cells = [...row.querySelectorAll('td[data-value]')];
             return link ? cells.map(cell => [link, cell.dataset.column, cell.dataset.value, cell.innerText]) : [];
         })"""
@@ -240,7 +299,7 @@ def test_numbers_on_the_page_are_those_of_results_full(built, fake_grid, open_pa
     checked = set()
     for href, column, value, shown in seen:
         if column in records.METRICS:
-            expected = full.loc[href.removeprefix("runs/").removesuffix(".html"), column]
+            expected = full.loc[href.removesuffix(".html"), column]
             assert float(value) == expected
             assert shown.strip("★ ") == number(expected, column)
             checked.add((href, column))

@@ -2,15 +2,17 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 from site_project import ROOT, copy_sources
 
-from saegrid import site
+from saegrid import pages, site
 from saegrid.site import SiteError
 
 
@@ -18,13 +20,64 @@ def text(root, page):
     return (root / "_site" / page).read_text(encoding="utf-8")
 
 
+def run(*command, cwd):
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-1000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A clone of what is committed or about to be, as another machine gets it."""
+    root = tmp_path_factory.mktemp("clone")
+    for name in run("git", "ls-files", cwd=ROOT).splitlines():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    run("git", "init", "--quiet", cwd=root)
+    run("git", "add", "--all", cwd=root)
+    return root
+
+
 # --- before any run
+
+
+def test_a_pristine_clone_has_all_that_its_pages_include(clone):
+    for source in clone.glob("*.qmd"):
+        for included in re.findall(r"\{\{< include (\S+) >\}\}", source.read_text(encoding="utf-8")):
+            assert (clone / included).is_file(), f"{source.name}: {included}"
+
+
+def test_a_pristine_clone_renders_its_committed_tables_and_stays_clean(clone):
+    """By Quarto where it is on PATH; it appends lines to .gitignore unless these are in it."""
+    assert {"/.quarto/", "**/*.quarto_ipynb"} <= set((clone / ".gitignore").read_text().splitlines())
+    quarto = shutil.which("quarto")
+    said = run(quarto, "render", cwd=clone) if quarto else site.render(clone)
+    assert "WARN" not in said
+    assert site.check(clone / "_site") == []
+    assert run("git", "ls-files", "--others", "--exclude-standard", cwd=clone) == ""
+    assert run("git", "diff", cwd=clone) == ""
+    for page, least in (("recipes", 3), ("speed", 5), ("method", 4)):
+        assert text(clone, f"{page}.html").count("<table") >= least
+        assert not re.search("Nothing to show yet|Not measured yet", text(clone, f"{page}.html"))
+
+
+def test_the_committed_parts_are_what_their_tables_give(clone):
+    """All but the drawing of the figures, whose last digits may differ between machines."""
+    parts = ["results/_published.md", "results/_recipes.md", "benchmarks/_speed.md"]
+    before = [(clone / part).read_text(encoding="utf-8") for part in parts]
+    pages.write_committed_parts(clone)
+    run(sys.executable, clone / "benchmarks/page.py", cwd=clone)
+    for part, old in zip(parts, before, strict=True):
+        new = (clone / part).read_text(encoding="utf-8")
+        assert new.count("<svg") == old.count("<svg")
+        drop = partial(re.sub, "<svg.*?</svg>", "", flags=re.S)
+        assert drop(new) == drop(old), f"{part}: make report writes it anew"
 
 
 def test_before_any_run_the_site_says_what_is_missing(tmp_path):
     copy_sources(tmp_path)
     site.render(tmp_path)
-    for page in ("index.html", "method.html", "report/findings.html", "report/runs/index.html"):
+    for page in ("index.html", "report/findings.html", "report/runs/index.html"):
         assert "Nothing to show yet" in text(tmp_path, page)
         assert "make report" in text(tmp_path, page)
 
@@ -36,17 +89,16 @@ def test_the_hook_runs_without_packages_and_leaves_what_is_there(tmp_path):
     command = [sys.executable, "-S", "-E", "lib/prerender.py"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     assert (tmp_path / "report/findings.ipynb").read_text() == "made"
-    assert (tmp_path / "report/_home.md").stat().st_mtime < 10  # any workflow takes it for out of date
+    assert (tmp_path / "index.qmd").stat().st_mtime < 10  # any workflow takes it for out of date
+    cells = json.loads((tmp_path / "report/results.ipynb").read_text())["cells"]
+    assert all(line.endswith("\n") for cell in cells for line in cell["source"][:-1])
 
 
-def test_placeholders_are_what_the_config_and_the_sources_name():
+def test_placeholders_are_the_pages_of_the_navigation_that_are_not_committed(clone):
     config = yaml.safe_load((ROOT / "_quarto.yml").read_text())
     named = {entry["href"] for entry in config["website"]["navbar"]["left"]}
-    for source in ROOT.glob("*.qmd"):
-        named |= set(re.findall(r"\{\{< include (\S+) >\}\}", source.read_text()))
-    assert {name for name in named if not (ROOT / name).exists() or name.startswith("report/")} == set(
-        site.PLACEHOLDERS
-    )
+    tracked = set(run("git", "ls-files", cwd=clone).splitlines())
+    assert named - tracked == set(site.PLACEHOLDERS)
     assert config["project"]["pre-render"] == "lib/prerender.py"
 
 
@@ -123,13 +175,17 @@ def test_faults_of_a_source_are_found_and_stop_the_rendering(tmp_path, source, f
 def test_faults_in_a_notebook_are_found(tmp_path):
     (tmp_path / "report").mkdir()
     output = {"output_type": "display_data", "data": {"text/markdown": ["::: {.a}\n", "x"]}}
-    cells = [{"cell_type": "markdown", "source": "fine"}, {"cell_type": "code", "source": "", "outputs": [output]}]
+    cells = [{"cell_type": "markdown", "source": ["fine"]}, {"cell_type": "code", "source": [], "outputs": [output]}]
+    cells += [{"cell_type": "markdown", "source": "Quarto would lose\nthis line's end"}]
     (tmp_path / "report/page.ipynb").write_text(json.dumps({"cells": cells}))
-    assert site.check_sources(tmp_path) == ["report/page.ipynb, cell 2: line 1: a div that is never closed"]
+    assert site.check_sources(tmp_path) == [
+        "report/page.ipynb, cell 2: line 1: a div that is never closed",
+        "report/page.ipynb, cell 3: its source is no list of lines",
+    ]
 
 
 def test_the_sources_pass_the_linter(tmp_path):
-    """Pages, and the Markdown of the notebooks' cells; includes are there once the placeholders are."""
+    """Pages, and the Markdown of the notebooks' cells. Brackets are intervals: no page has links by reference."""
     copy_sources(tmp_path)
     site.prepare(tmp_path)
     for path in (ROOT / "notebooks").glob("*.ipynb"):
@@ -137,6 +193,64 @@ def test_the_sources_pass_the_linter(tmp_path):
         texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
         (tmp_path / f"{path.stem}.qmd").write_text("\n\n".join(texts) + "\n")
     panache = Path(sys.executable).with_name("panache")
-    sources = sorted(str(path) for path in tmp_path.glob("*.qmd"))
-    done = subprocess.run([panache, "lint", *sources], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(panache, "lint", "--ignore", "undefined-references", *sorted(tmp_path.glob("*.qmd")), cwd=tmp_path)
+
+
+# --- colours
+
+
+def luminance(colour):
+    digits = colour.lstrip("#")
+    digits = "".join(2 * digit for digit in digits) if len(digits) == 3 else digits
+    parts = [int(digits[n : n + 2], 16) / 255 for n in (0, 2, 4)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(ink, ground):
+    """WCAG's ratio of two colours; small text needs 4.5."""
+    low, high = sorted((luminance(ink), luminance(ground)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize(
+    ("ink", "ground"),
+    [
+        ("body-color", "body-bg"),
+        ("body-color", "code-block-bg"),
+        ("body-color", "body-secondary-bg"),
+        ("body-color", "body-tertiary-bg"),
+        ("body-emphasis-color", "body-bg"),
+        ("body-emphasis-color", "body-tertiary-bg"),
+        ("code-color", "code-bg"),
+        ("code-color", "body-bg"),
+        ("input-color", "input-bg"),
+        ("link-color", "body-bg"),
+        ("link-color", "body-tertiary-bg"),
+        ("navbar-fg", "navbar-bg"),
+        ("table-color", "body-bg"),
+        ("text-muted", "body-bg"),
+        ("text-muted", "body-tertiary-bg"),
+    ],
+)
+def test_dark_text_can_be_read(ink, ground):
+    colours = dict(re.findall(r"^\$([a-z-]+): (#\w+);", (ROOT / "lib/saegrid/theme/dark.scss").read_text(), flags=re.M))
+    assert contrast("#fff", "#000") == pytest.approx(21)
+    assert contrast(colours[ink], colours[ground]) >= 4.5
+
+
+def test_both_dark_themes_have_the_same_colours():
+    theme = ROOT / "lib/saegrid/theme"
+    scss = dict(re.findall(r"^\$(?:body-)?([a-z-]+): (#\w+);", (theme / "dark.scss").read_text(), flags=re.M))
+    css = dict(re.findall(r"--bs-(?:body-)?([a-z-]+): (#\w+);", (theme / "dark.css").read_text()))
+    shared = {
+        "bg",
+        "color",
+        "emphasis-color",
+        "secondary-bg",
+        "tertiary-bg",
+        "link-color",
+        "code-color",
+        "border-color",
+    }
+    assert {name: scss[name] for name in shared} == {name: css[name] for name in shared}

@@ -1,4 +1,4 @@
-"""The text of the home page, in the form of a model card, and the generated parts of method and reproduce.
+"""The text of the home page, in the form of a model card, and the generated parts of other pages.
 
 Every number is formatted from the tables. The functions return Markdown that holds on its own, so that the same body
 can go to a model repository.

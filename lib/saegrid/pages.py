@@ -1,4 +1,5 @@
-"""Pages that are made from the runs and the tables: the home page's text, the run pages and their index."""
+"""Pages that are made from the runs and the tables: the home page, the run pages and their index, and the parts of
+committed pages that are made from committed tables."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pandas as pd
 
 from saegrid import baselines, card, charts, evidence, plots, records, results
@@ -17,6 +19,7 @@ from saegrid.grid import Grid
 from saegrid.plots import setting
 from saegrid.recipes import described
 from saegrid.sealed import check_sum, read_json, sum_of
+from saegrid.site import HOME, front_matter
 from saegrid.tables import Markdown, html_block, html_table, markdown, number
 
 INDEX_COLUMNS = ["name", "recipe", "seed", "l0", "fvu_no_sink", "dead_pct", "delta_loss", "frac_rec_pct"]
@@ -25,9 +28,9 @@ AXES |= {"recipe": "recipe", "seed": "seed"}
 
 
 def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None) -> None:
-    """Write the home page's text, the generated parts of method and reproduce, and a page for every run of a grid.
+    """Write the home page, a page for every run of a grid, and their index; committed pages' parts, too.
 
-    Reads the grid's tables (`results.make`) and the runs' folders; writes under `report/`.
+    Reads the grid's tables (`results.make`) and the runs' folders; writes `index.qmd` and `report/`.
     Raises `ResultsError` for a table or a run's file that is missing.
     """
     root = Path(root)
@@ -36,15 +39,22 @@ def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None)
     df = results.read_tidy(root / grid.results_dir)
     prompts = records.load_prompts(df, runs_dir)
     beside = baselines.read(root / grid.results_dir)
-    write_text(report / "_home.md", card.model_card(df, prompts, title=grid.title, links="report/", baseline=beside))
-    write_text(report / "_published.md", card.published_note())
-    write_text(report / "_recipes.md", evidence.page(root))
-    write_text(report / "_setting.md", card.setting_note(df, records.load_timing(df, runs_dir)))
+    home = card.model_card(df, prompts, title=grid.title, links="report/", baseline=beside)
+    write_text(root / "index.qmd", front_matter(*HOME) + home)
+    write_committed_parts(root)
     write_run_pages(df, runs_dir, report / "runs")
     charts.write_library(report)
     (report / "data").mkdir(exist_ok=True)
     for name in (name for name in results.TABLES if (root / grid.results_dir / name).exists()):
         shutil.copyfile(root / grid.results_dir / name, report / "data" / name)
+
+
+def write_committed_parts(root: str | Path) -> None:
+    """Write what `method.qmd` and `recipes.qmd` include: it comes from committed tables alone, and is committed."""
+    folder = Path(root) / "results"
+    folder.mkdir(exist_ok=True)
+    write_text(folder / "_published.md", card.published_note())
+    write_text(folder / "_recipes.md", evidence.page(root))
 
 
 def write_run_pages(df: pd.DataFrame, runs_dir: str | Path, folder: Path) -> None:
@@ -63,8 +73,9 @@ def write_run_pages(df: pd.DataFrame, runs_dir: str | Path, folder: Path) -> Non
             advice = records.MEND if sum_of(path).exists() else "delete the folder and run it again"
             raise ResultsError(f"{error}; {advice}") from None
         page = run_page(notebook, title(row), markdown(summary(row, df), navigation(rows, n)))
-        write_text(folder / f"{row['run_id']}.ipynb", json.dumps(page, ensure_ascii=False, indent=1) + "\n")
-    write_text(folder / "index.qmd", index_page(df))
+        page = nbformat.writes(nbformat.from_dict(page))  # cells as lists of lines: Quarto reads nothing else
+        write_text(folder / f"{row['run_id']}.ipynb", page + "\n")
+    write_text(folder / "index.qmd", index_page(df, records.load_timing(df, runs_dir)))
 
 
 def run_page(notebook: dict[str, Any], page_title: str, nav: str) -> dict[str, Any]:
@@ -93,8 +104,7 @@ def run_page(notebook: dict[str, Any], page_title: str, nav: str) -> dict[str, A
                 alt = f"{heading} of {page_title}; the text around the figure has its numbers"
                 options.append(f"fig-alt: {json.dumps(alt, ensure_ascii=False)}")
             cell["source"] = "".join(f"#| {option}\n" for option in options) + source
-    front = f"---\ntitle: {json.dumps(page_title, ensure_ascii=False)}\n---\n"
-    added = [{"cell_type": "raw", "id": "page-front", "metadata": {}, "source": front}]
+    added = [{"cell_type": "raw", "id": "page-front", "metadata": {}, "source": front_matter(page_title)}]
     added += [{"cell_type": "markdown", "id": "page-nav", "metadata": {}, "source": nav}]
     page["cells"] = added + page["cells"]
     return page
@@ -140,13 +150,15 @@ def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:
     return markdown(" · ".join(around), *(["The same but for one axis:", "\n".join(lines)] if lines else []))
 
 
-def index_page(df: pd.DataFrame) -> Markdown:
-    """The list of all runs."""
+def index_page(df: pd.DataFrame, timing: pd.DataFrame) -> Markdown:
+    """The list of all runs, and what they ran on."""
     df = df.assign(recipe=[described(row) for row in df.to_dict("records")])
     table = html_table(
         df, INDEX_COLUMNS, caption=f"{len(df)} runs; each leads to its executed notebook.", links="./", tools="runs"
     )
-    return markdown("---\ntitle: Runs\n---", "One page a run: parameters, curves, numbers, files and hashes.", table)
+    said = "One page per run: parameters, curves, numbers, files and hashes."
+    machine = ["## Machine, time and versions", card.setting_note(df, timing)]
+    return markdown(front_matter("Runs"), said, table, *machine)
 
 
 def _on_axis(row: dict[str, Any], name: str) -> Any:

@@ -17,19 +17,25 @@ from urllib.parse import unquote, urlsplit
 
 from saegrid.errors import SaegridError
 
+HOME = (
+    "Which sparse autoencoder?",
+    "Sparse autoencoders on the residual stream of a real language model, one for each point of a grid, spliced back "
+    "into it: which one to use, what it costs, and which findings of a published sweep hold.",
+)
+"""Title and description of the home page."""
 PLACEHOLDERS = {
-    "report/_home.md": "",
-    "report/_published.md": "",
-    "report/_setting.md": "",
-    "report/_benchmarks.md": "",
-    "report/_recipes.md": "",
-    "report/findings.ipynb": "Findings",
-    "report/frontier.ipynb": "Frontier",
-    "report/results.ipynb": "Results",
-    "report/latents.ipynb": "Latents",
-    "report/runs/index.qmd": "Runs",
+    "index.qmd": HOME,
+    "report/findings.ipynb": ("Findings",),
+    "report/frontier.ipynb": ("Frontier",),
+    "report/results.ipynb": ("Results",),
+    "report/latents.ipynb": ("Latents",),
+    "report/runs/index.qmd": ("Runs",),
 }
-"""Pages and includes that `make report` makes, with the pages' titles."""
+"""Pages that `make report` makes, with what `front_matter` says of them.
+
+They are whole pages, because Quarto expands includes before its pre-render step: what a committed page includes has to
+be committed too.
+"""
 MISSING = """::: {.callout-important}
 ## Nothing to show yet
 
@@ -66,20 +72,26 @@ class SiteError(SaegridError):
 def prepare(root: str | Path = ".") -> list[str]:
     """Put a placeholder wherever a page of the report is not made yet. Returns those that it wrote."""
     written = []
-    for name, title in PLACEHOLDERS.items():
+    for name, titles in PLACEHOLDERS.items():
         path = Path(root) / name
         if path.exists():
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        front = f"---\ntitle: {title}\n---\n"
-        if path.suffix == ".ipynb":
-            cells = [("raw", front), ("markdown", MISSING)]
-            path.write_text(json.dumps(_notebook(cells)), encoding="utf-8")
-        else:
-            path.write_text(f"{front}\n{MISSING}" if title else MISSING, encoding="utf-8")
+        front = front_matter(*titles)
+        page = (
+            json.dumps(_notebook(("raw", front), ("markdown", MISSING))) if path.suffix == ".ipynb" else front + MISSING
+        )
+        path.write_text(page, encoding="utf-8")
         os.utime(path, (OLD, OLD))
         written.append(name)
     return written
+
+
+def front_matter(title: str, description: str = "") -> str:
+    """The head of a page."""
+    lines = {"title": title} | ({"description": description} if description else {})
+    head = "".join(f"{name}: {json.dumps(text, ensure_ascii=False)}\n" for name, text in lines.items())
+    return f"---\n{head}---\n\n"
 
 
 def render(root: str | Path = ".") -> str:
@@ -111,13 +123,15 @@ def render(root: str | Path = ".") -> str:
 
 def check_sources(root: str | Path) -> list[str]:
     """What is wrong with the sources and what one renderer or the other would pass over: an unclosed or doubly closed
-    div, an unclosed code block, an include that is not there."""
+    div, an unclosed code block, an include that is not there, a cell that is no list of lines."""
     root = Path(root)
     faults = []
-    for path in sorted([*root.glob("*.qmd"), *(root / "report").rglob("*.qmd"), *(root / "report").glob("_*.md")]):
+    for path in sorted([*root.glob("*.qmd"), *(root / "report").rglob("*.qmd")]):
         faults += [f"{path.relative_to(root)}: {fault}" for fault in _faults(path.read_text(encoding="utf-8"), path)]
     for path in sorted((root / "report").rglob("*.ipynb")):
         for n, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"], 1):
+            if not isinstance(cell["source"], list):  # Quarto would lose its line ends
+                faults.append(f"{path.relative_to(root)}, cell {n}: its source is no list of lines")
             texts = ["".join(cell["source"])] if cell["cell_type"] == "markdown" else []
             outputs = (output.get("data", {}).get("text/markdown", "") for output in cell.get("outputs", []))
             texts += ["".join(text) for text in outputs]
@@ -230,10 +244,10 @@ def _broken(url: str, page: Path, pages: dict[Path, _Page]) -> list[str]:
     return []
 
 
-def _notebook(cells: list[tuple[str, str]]) -> dict:
-    """A notebook without outputs, of raw and Markdown cells."""
+def _notebook(*cells: tuple[str, str]) -> dict:
+    """A notebook without outputs, of raw and Markdown cells. A cell is a list of lines: Quarto reads nothing else."""
     entries = [
-        {"id": f"cell-{n}", "cell_type": kind, "metadata": {}, "source": source}
+        {"id": f"cell-{n}", "cell_type": kind, "metadata": {}, "source": source.splitlines(keepends=True)}
         for n, (kind, source) in enumerate(cells)
     ]
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
