@@ -5,6 +5,7 @@ import json
 import pickle
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from transformers import AutoTokenizer
 from saegrid.activations import collect, open_store, store_folder
 from saegrid.config import make_config
 from saegrid.errors import ConfigError, StoreError
+from saegrid.fetch import files_sha256
+from saegrid.lm import weight_files
 from saegrid.prompts import make_prompts
 from saegrid.store import ShardWriter, Store
 
@@ -308,7 +311,8 @@ def test_published_train_and_val_files_are_read_wherever_they_lie(sources, tmp_p
     publish(tmp_path / "files", {**files, "instruct_base_layer2_train.pt": half_rows(9), "readme.pt": val})
     store = collected(published_config(sources, tmp_path))
     assert torch.equal(store.rows("train"), train.float()) and torch.equal(store.rows("val"), val.float())
-    assert (store.n_train, store.n_val, store.model_sha256) == (200, 50, None)
+    assert (store.n_train, store.n_val) == (200, 50)
+    assert store.model_sha256 == files_sha256(weight_files(Path(sources["model"])))
     assert set(store.meta("train")["positions"].tolist()) == {-1}
     assert store.manifest["statistics"]["train"]["mean_norm_at_position_0"] is None
     assert "train_tokens and val_tokens do not apply" in store.manifest["data"]["note"]

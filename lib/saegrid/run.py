@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 import saegrid
 from saegrid import kernels
-from saegrid.activations import collect, open_store
+from saegrid.activations import collect, open_store, store_folder
 from saegrid.atomic import sweep, write_bytes, write_text
 from saegrid.calibration import rms_pre_acts
 from saegrid.config import RunConfig, make_config
@@ -27,7 +27,7 @@ from saegrid.errors import SaegridError, StoreError
 from saegrid.evaluation import evaluate_rows, on_prompts, spliced
 from saegrid.fetch import waiting_lock
 from saegrid.files import load_folder, save_sae
-from saegrid.lm import lm_shape, load_lm
+from saegrid.lm import lm_shape, load_lm, weights_sha256
 from saegrid.preflight import check
 from saegrid.prompts import make_prompts
 from saegrid.published import published_files
@@ -55,6 +55,8 @@ def prepare_store(config: RunConfig) -> Store:
         sweep(folder)
         store = open_store(config)
         _check_varied(config, store)
+        if store.model_sha256 != weights_sha256(config):
+            raise StoreError(f"{folder}: made with other weights than {config.model} has now; delete the folder")
         if not _has_baseline(store):
             lm = load_lm(config)
             prompts = make_prompts(config, lm.tokenizer)["eval"]
@@ -95,7 +97,7 @@ class Run:
         die_with_papermill()
         self.folder = Path(config.runs_dir) / config.run_id
         check(config)
-        if config.activations:
+        if config.activations and not (store_folder(config) / "manifest.json").exists():
             published_files(config)
         self._lock = contextlib.ExitStack()  # held until the process ends, or `close`
         self._lock.enter_context(waiting_lock(self.folder / ".lock"))
