@@ -26,8 +26,8 @@ from saegrid.atomic import write_json
 from saegrid.prompts import gsm_symbolic, split_templates
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-WORDS = 151_643
-"""Ordinary tokens; the special ones come behind them, and the model has room for more than both."""
+ROOM = 293
+"""Tokens of the model's vocabulary behind the ordinary ones; the tokenizer has the special ones there, and no more."""
 CHAT = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -42,13 +42,15 @@ CHUNK = 8192
 
 
 class Size(NamedTuple):
-    """Rows of the two files, and the model's shape."""
+    """Rows of the two files, and the shape of model and tokenizer."""
 
     train_rows: int
     val_rows: int
     d_in: int = 896
     n_layers: int = 24
     intermediate: int = 4864
+    words: int = 151_643
+    """Ordinary tokens."""
     merges: int = 32_000
 
     def __str__(self) -> str:
@@ -56,7 +58,7 @@ class Size(NamedTuple):
 
 
 FULL = Size(285_277, 71_319)
-SMALL = Size(2_000, 600, 56, 13, 304, 500)
+SMALL = Size(2_000, 600, 56, 13, 304, 2_000, 500)
 """For the tests: K = 220 still fits into 4x 56 latents, and block 12 is there."""
 
 
@@ -82,38 +84,43 @@ def model(folder: Path, size: Size) -> None:
     torch.manual_seed(0)
     config = Qwen2Config(
         **{"hidden_size": size.d_in, "num_hidden_layers": size.n_layers, "intermediate_size": size.intermediate},
-        **{"num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151_936, "tie_word_embeddings": True},
+        **{
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "vocab_size": size.words + ROOM,
+            "tie_word_embeddings": True,
+        },
         **{"max_position_embeddings": 32_768, "max_window_layers": 21, "rope_theta": 1e6, "rms_norm_eps": 1e-6},
-        **{"bos_token_id": WORDS, "eos_token_id": WORDS + 2},
+        **{"bos_token_id": size.words, "eos_token_id": size.words + 2},
     )
     Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer(size.merges).save_pretrained(folder)
+    tokenizer(size).save_pretrained(folder)
 
 
-def tokenizer(merges: int) -> Any:
+def tokenizer(size: Size) -> Any:
     """Merges learnt from problems and Python's own sources; the tokens that these do not fill have a name alone."""
     from tokenizers import pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 
     learner = Qwen2Tokenizer(vocab={}, merges=[]).backend_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=256 + merges, initial_alphabet=alphabet, show_progress=False)
-    learner.train_from_iterator(_texts(merges), trainer)
+    trainer = trainers.BpeTrainer(vocab_size=256 + size.merges, initial_alphabet=alphabet, show_progress=False)
+    learner.train_from_iterator(_texts(size.merges > 1000), trainer)
     learnt = json.loads(learner.to_str())["model"]
     vocab = {token: index for index, token in enumerate(sorted(learnt["vocab"], key=learnt["vocab"].get))}
-    vocab |= {f"<|unused_{index}|>": index for index in range(len(vocab), WORDS)}
+    vocab |= {f"<|unused_{index}|>": index for index in range(len(vocab), size.words)}
     made = Qwen2Tokenizer(vocab=vocab, merges=[tuple(pair) for pair in learnt["merges"]])
     made.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
     made.chat_template, made.model_max_length = CHAT, 131_072
     return made
 
 
-def _texts(merges: int) -> Iterator[str]:
-    """Problems, and for a vocabulary of some size the sources of Python's standard library."""
+def _texts(sources: bool) -> Iterator[str]:
+    """Problems, and if wanted the sources of Python's standard library."""
     templates = split_templates(0)["train"]
     for problem in itertools.islice(gsm_symbolic(0, templates), 1000):
         yield f"{problem.question}\n{problem.answer}"
-    if merges > 1000:
+    if sources:
         for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
             yield path.read_text(encoding="utf-8", errors="replace")
 

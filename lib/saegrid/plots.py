@@ -194,8 +194,11 @@ def error_by_position(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """
     df = _as_runs(df)
     df = df[df["position"] >= 0]
+    ax.set_xlabel("Token position, counted from 1 (log scale)")
+    ax.set_ylabel("Mean square (act², log scale)")
     if df.empty:
         ax.text(0.5, 0.5, "positions not known", transform=ax.transAxes, ha="center", color=INK)
+        return ax
     size = df.groupby("position")["sq_norm_centred"].mean()
     ax.plot(size.index + 1, size, color=INK, linestyle="--", linewidth=1.2, label="‖x − mean‖², the variance")
     for arch, group in df.groupby("arch"):
@@ -206,8 +209,6 @@ def error_by_position(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.set_xlabel("Token position, counted from 1 (log scale)")
-    ax.set_ylabel("Mean square (act², log scale)")
     ax.legend()
     return ax
 
