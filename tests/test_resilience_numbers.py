@@ -95,14 +95,6 @@ def test_a_baseline_of_an_older_form_is_made_again(config, tmp_path, capsys):
         assert "baseline.json: damaged" in capsys.readouterr().out and read_sealed(path) == made
 
 
-def test_other_weights_than_the_stores_are_one_line(config, tmp_path):
-    own = config(model=save_model(tmp_path / "model"), activations=acts(tmp_path / "files", GOOD.half(), GOOD.half()))
-    prepare_store(own)
-    save_model(tmp_path / "model", "qwen2")
-    with pytest.raises(StoreError, match=r"made with other weights than .*model has now; delete the folder"):
-        prepare_store(own)
-
-
 def test_one_validation_row_is_refused(config):
     with pytest.raises(StoreError, match="val_tokens = 1: the 1 val rows are all the same"):
         finish(config(val_tokens=1))

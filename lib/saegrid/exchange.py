@@ -145,9 +145,9 @@ def write_saelens(sae: SAE, folder: Path, facts: dict[str, Any]) -> None:
             "sae_lens_training_version": None,
             "model_name": facts.get("model"),
             "hook_name": f"blocks.{facts['layer']}.hook_resid_post" if "layer" in facts else None,
-            "context_size": None if facts.get("activations") else facts.get("max_tokens"),
+            "context_size": facts.get("max_tokens"),
             "prepend_bos": False,
-            "dataset_path": facts.get("activations") or facts.get("dataset"),
+            "dataset_path": facts.get("dataset"),
             "saegrid": {"arch": sae.arch, "k": sae.k, **facts},
         },
     }

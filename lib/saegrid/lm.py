@@ -141,11 +141,6 @@ def model_folder(config: RunConfig) -> tuple[Path, str]:
     return folder, folder.name  # a snapshot's folder has the name of its commit
 
 
-def weights_sha256(config: RunConfig) -> str:
-    """SHA-256 of the weights that `load_lm` loads. Raises `ConfigError` where they can't be found."""
-    return files_sha256(weight_files(model_folder(config)[0]))
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The files with a model's weights, by name."""
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))

@@ -27,7 +27,7 @@ from saegrid.errors import SaegridError, StoreError
 from saegrid.evaluation import evaluate_rows, on_prompts, spliced
 from saegrid.fetch import waiting_lock
 from saegrid.files import load_folder, save_sae
-from saegrid.lm import lm_shape, load_lm, weights_sha256
+from saegrid.lm import lm_shape, load_lm
 from saegrid.preflight import check
 from saegrid.prompts import make_prompts
 from saegrid.published import published_files
@@ -55,8 +55,6 @@ def prepare_store(config: RunConfig) -> Store:
         sweep(folder)
         store = open_store(config)
         _check_varied(config, store)
-        if store.model_sha256 != weights_sha256(config):
-            raise StoreError(f"{folder}: made with other weights than {config.model} has now; delete the folder")
         if not _has_baseline(store):
             lm = load_lm(config)
             prompts = make_prompts(config, lm.tokenizer)["eval"]
