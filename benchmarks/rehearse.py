@@ -1,13 +1,13 @@
 """The published setting at full size, without the Hub: `params/qwen05b.yaml` on stand-ins for what it would bring.
 
-    python benchmarks/rehearse.py                    # `make rehearse`: about an hour, 24 GB of memory, 4 GB of disk
-    python benchmarks/rehearse.py --size small       # the same path in a minute, for the tests
+    python benchmarks/rehearse.py                    # `make rehearse`
+    python benchmarks/rehearse.py --size small       # the same path in a minute or two, for the tests
 
 Only places are changed: model, dataset and activation files are those of `standin.py`, and everything lies in a folder
-of its own. Stopped, it goes on where it was. The real workflow makes the runs of `RUNS`, from activations to the
-website. Of every grid point some steps of the real training are timed. A run that is not made is estimated: as the run
-of its architecture, whose time for training is multiplied by the ratio of the two step times, in processor time, which
-says less of what else the machine does.
+of its own. Stopped, it goes on where it was, with the sources of the first call. The real workflow makes the runs of
+`RUNS`, from activations to the website. Of every grid point some steps of the real training are timed. A run that is
+not made is estimated: as the run of its architecture, whose time for training is multiplied by the ratio of the two
+step times, in processor time, which depends less on what else the machine does.
 """
 
 from __future__ import annotations
@@ -86,11 +86,10 @@ class Rehearsal:
         self.folder.mkdir(parents=True, exist_ok=True)
         places = standin.make(self.folder, self.size)
         for name in [*SOURCES, *(path.name for path in ROOT.glob("*.qmd"))]:
-            if (ROOT / name).is_dir():
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-                shutil.copytree(ROOT / name, self.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copy2(ROOT / name, self.folder / name)
+            if (self.folder / name).exists():  # one version from the first call to the last
+                continue
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+            copy(ROOT / name, self.folder / name)
         preset = yaml.safe_load((ROOT / PRESET).read_text(encoding="utf-8"))
         preset["constants"] |= places | ({"epochs": self.epochs} if self.epochs else {})
         write_if_changed(self.grid_file, yaml.safe_dump(preset))
@@ -255,7 +254,8 @@ def summary(rehearsal: Rehearsal) -> dict[str, Any]:
         "peak_gb": max(largest, *(row["peak_gb"] for row in everything if row["peak_gb"])),
         "disk_gb": sum(row["disk_gb"] for row in rows) + sum(disk.values()),
     }
-    facts = {"machine": machine(), "stand_in": str(rehearsal.size), "steps": steps}
+    version = read(folder / "runs" / next(iter(made.values())).run_id / "metrics.json")["code_version"]
+    facts = {"machine": machine(), "code_version": version, "stand_in": str(rehearsal.size), "steps": steps}
     return {**facts, "shared": shared, "runs": rows, "disk_gb": disk, "grid": {"runs": len(rows), **totals}}
 
 
@@ -281,10 +281,14 @@ def run_row(run: RunConfig, like: RunConfig, record: dict[str, Any], folder: Pat
 
 
 def machine() -> dict[str, Any]:
-    from saegrid.run import code_version, processor
+    from saegrid.run import processor
 
-    memory_gb = round(psutil.virtual_memory().total / 1e9, 1)
-    return {"processor": processor(), "cores": os.cpu_count(), "memory_gb": memory_gb, "code_version": code_version()}
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "load": round(os.getloadavg()[2], 1),  # of the last 15 minutes: above the cores, others took time, too
+    }
 
 
 def told(found: dict[str, Any]) -> list[str]:
