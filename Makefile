@@ -1,4 +1,4 @@
-# make report · test · lint · coverage · bench · peers · full · recipes · ablation · scaling · peer-quality · chaos · fuzz · clean — each sets up what it needs.
+# make report · test · lint · coverage · bench · peers · full · recipes · ablation · scaling · peer-quality · rehearse · chaos · fuzz · clean — each sets up what it needs.
 PYTHON ?= python3
 CORES ?= all
 FUZZ ?= activation_file dictionary_folder grid published_sae run_files sae_folder store
@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := PASSIVE
 SNAKEMAKE = snakemake -s workflow/Snakefile --cores $(CORES) --rerun-incomplete --quiet rules
 
 .DEFAULT_GOAL := report
-.PHONY: report full recipes ablation scaling peer-quality test lint coverage bench peers chaos fuzz clean setup
+.PHONY: report full recipes ablation scaling peer-quality test lint coverage bench peers rehearse chaos fuzz clean setup
 
 setup: $(VENV)/.ready
 
@@ -37,6 +37,9 @@ scaling: setup  ## how loss follows dictionary size, K and tokens: results/scali
 
 peer-quality: setup peers  ## SAEs beside other libraries' at matched L0: results/peers
 	python benchmarks/peer_quality.py
+
+rehearse: setup  ## the published setting at full size, on a model and files made here: hours, results/rehearsal.json
+	python benchmarks/rehearse.py
 
 ablation: setup  ## the improved recipe without each of its choices: results/ablation
 	$(SNAKEMAKE) --config grid=params/ablation.yaml -- results/ablation/results_tidy.csv

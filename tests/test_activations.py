@@ -6,6 +6,7 @@ import pickle
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,12 @@ from transformers import AutoTokenizer
 from saegrid.activations import collect, open_store, store_folder
 from saegrid.config import make_config
 from saegrid.errors import ConfigError, StoreError
+from saegrid.fetch import files_sha256
+from saegrid.grid import Grid
+from saegrid.lm import weight_files
+from saegrid.mend import mend
 from saegrid.prompts import make_prompts
+from saegrid.sealed import read_sealed, write_sealed
 from saegrid.store import ShardWriter, Store
 
 SHARD_ROWS = 64
@@ -321,7 +327,8 @@ def test_published_train_and_val_files_are_read_wherever_they_lie(sources, tmp_p
     publish(tmp_path / "files", {**files, "instruct_base_layer2_train.pt": half_rows(9), "readme.pt": val})
     store = collected(published_config(sources, tmp_path))
     assert torch.equal(store.rows("train"), train.float()) and torch.equal(store.rows("val"), val.float())
-    assert (store.n_train, store.n_val, store.model_sha256) == (200, 50, None)
+    assert (store.n_train, store.n_val) == (200, 50)
+    assert store.model_sha256 == files_sha256(weight_files(Path(sources["model"])))
     assert set(store.meta("train")["positions"].tolist()) == {-1}
     assert store.manifest["statistics"]["train"]["mean_norm_at_position_0"] is None
     assert "train_tokens and val_tokens do not apply" in store.manifest["data"]["note"]
@@ -380,6 +387,37 @@ def test_a_published_file_that_is_no_tensor_file_runs_no_code(sources, tmp_path)
         with pytest.raises(StoreError, match=r"instruct_base_layer1\.pt: not a saved tensor"):
             collect(published_config(sources, tmp_path))
     assert not (tmp_path / "touched").exists()
+
+
+def test_prompts_longer_than_the_model_takes_are_told_before_published_rows_are_read(sources, tmp_path):
+    publish(tmp_path / "files", {"instruct_base_layer1.pt": half_rows(50)})
+    (tmp_path / "long").mkdir()
+    for split in ("train", "test"):
+        line = json.dumps({"question": "x" * 80, "answer": "y"}) + "\n"
+        (tmp_path / "long" / f"{split}.jsonl").write_text(line * 4)
+    gpt2 = {"model": save_model(tmp_path / "gpt2", "gpt2"), "dataset": str(tmp_path / "long")}  # 64 positions
+    config = published_config(gpt2, tmp_path)
+    with pytest.raises(ConfigError, match=r"max_tokens = 512: .* takes at most 64"):
+        collect(config)
+    assert not store_folder(config).exists()
+    assert collect(config.model_copy(update={"max_tokens": 64})).exists()
+
+
+def test_a_store_without_its_models_hash_is_one_line_and_mend_drops_it(sources, tmp_path):
+    publish(tmp_path / "files", {"instruct_base_layer1.pt": half_rows(50)})
+    config = published_config(sources, tmp_path)
+    manifest = collected(config).folder / "manifest.json"
+    older = read_sealed(manifest) | {"model": {"model": config.model, "revision": "", "sha256": None, "dtype": None}}
+    write_sealed(manifest, older)
+    with pytest.raises(StoreError, match=r"older versions did not record which language model .* delete the folder"):
+        collect(config)
+    places = {**sources, "activations": config.activations, "store_dir": config.store_dir, "layer": 1}
+    small = {"train_tokens": 500, "val_tokens": 130, "eval_prompts": 4}
+    grid = Grid(name="g", title="g", results_dir="none", constants=places | small, axes=[{"arch": ["TopK"], "k": [4]}])
+    assert grid.runs()[0].store_id == config.store_id
+    (line,) = mend(grid, tmp_path)
+    assert "older versions did not record" in line and line.endswith("it is made again")
+    assert collected(config).n_train == 40
 
 
 def test_changed_published_files_are_noticed(sources, tmp_path):

@@ -91,7 +91,7 @@ def test_model_and_published_activations_come_from_the_hub(hub, tmp_path):
     local = {"model": "some/model", "dataset": save_dataset(tmp_path / "data"), "store_dir": str(tmp_path)}
     model, _, rows = in_another_process(hub, COLLECT.replace("PARAMETERS", repr(local)))
     assert (model["model"], model["revision"], rows) == ("some/model", COMMIT, 100)
-    files = {"model": "some/model", "activations": "some/acts", "store_dir": str(tmp_path)}
+    files = {"model": "some/model", "activations": "some/acts", "store_dir": str(tmp_path), "max_tokens": 256}
     _, data, rows = in_another_process(hub, COLLECT.replace("PARAMETERS", repr(files)))
     assert (data["revision"], data["files"], rows) == (COMMIT, {"all": "instruct_base_layer1.pt"}, 40)
 

@@ -125,6 +125,15 @@ def test_the_readmes_peers_are_those_of_the_committed_tables():
         assert f"| {' | '.join(cells)} |" in README
 
 
+def test_the_published_settings_row_is_that_of_the_rehearsal(monkeypatch):
+    monkeypatch.syspath_prepend("benchmarks")
+    from rehearse import preset_row
+
+    path = Path("results/rehearsal.json")
+    row = preset_row(json.loads(path.read_text())) if path.exists() else "not run yet: needs the Hub"
+    assert row in README
+
+
 def test_the_readmes_speed_is_that_of_the_committed_benchmark():
     races = json.loads(Path("benchmarks/results.json").read_text())["races"]
     ratios, fastest = [race["ratio"] for race in races], {}

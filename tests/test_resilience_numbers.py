@@ -2,16 +2,19 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from tiny import D_IN, save_dataset, save_model
 
-from saegrid import records, results
+from saegrid import captions, plots, records, results
 from saegrid.config import make_config
 from saegrid.errors import ConfigError, SaegridError, StoreError
+from saegrid.lm import load_lm
 from saegrid.preflight import available, check_chat, check_fits, needed
-from saegrid.run import Run
+from saegrid.run import Run, prepare_store
+from saegrid.sealed import read_sealed, write_sealed
 
 SMALL = {"layer": 1, "max_tokens": 64, "train_tokens": 600, "val_tokens": 200, "eval_prompts": 4, "epochs": 2}
 SMALL |= {"batch_size": 64, "threads": 1, "kernel": "reference", "expansion": 4, "arch": "TopK", "k": 3}
@@ -69,6 +72,27 @@ def test_rows_that_can_not_be_used_stop_the_run_in_one_line(config, tmp_path, ca
         finish(bad)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "runs" / bad.run_id / "metrics.json").exists()
+
+
+def test_a_run_on_published_files_ends_and_is_found_finished_without_them(config, sources, tmp_path):
+    own = config(activations=acts(tmp_path / "files", GOOD.half(), GOOD[:200].half()))
+    run = finish(own)
+    row = records.load_run(run.folder, run.run_id)
+    assert row["model_sha256"] == load_lm(own).identity["sha256"]
+    assert captions.position_alt(run.positions) == "The rows come from published files, whose positions are not known."
+    plots.error_by_position(run.positions).figure.savefig(tmp_path / "positions.svg")
+    shutil.rmtree(tmp_path / "files")
+    assert Run(own).finished
+
+
+def test_a_baseline_of_an_older_form_is_made_again(config, tmp_path, capsys):
+    own = config(activations=acts(tmp_path / "files", GOOD.half(), GOOD[:200].half()))
+    path = prepare_store(own).folder / "baseline.json"
+    made = read_sealed(path)
+    for older in ({"prompts": made["prompts"]}, made | {"sums": {"n_tokens": made["sums"]["n_tokens"]}}):
+        write_sealed(path, older)
+        prepare_store(own)
+        assert "baseline.json: damaged" in capsys.readouterr().out and read_sealed(path) == made
 
 
 def test_one_validation_row_is_refused(config):

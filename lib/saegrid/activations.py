@@ -87,7 +87,7 @@ def _make(config: RunConfig, folder: Path, device: str | None, shard_rows: int) 
     config.check_shape(d_in, n_layers)
     dtype = getattr(torch, config.act_dtype)
     writers = {split: ShardWriter(folder, split, d_in, dtype, shard_rows) for split in ("train", "val")}
-    source = _add_published(config, writers) if config.activations else _add_collected(config, writers, device)
+    source = (_add_published if config.activations else _add_collected)(config, writers, device)
     shards = {split: writer.close() for split, writer in writers.items()}
     mean = save({"mean": writers["train"].mean})
     write_bytes(folder / "mean.safetensors", mean)
@@ -113,9 +113,7 @@ def _make(config: RunConfig, folder: Path, device: str | None, shard_rows: int) 
 
 def _add_collected(config: RunConfig, writers: dict[str, ShardWriter], device: str | None) -> dict[str, Any]:
     """Run the language model over the prompts; the manifest's facts on where the rows come from."""
-    lm = load_lm(config, device)
-    prompts = make_prompts(config, lm.tokenizer)
-    check_tokens(config, lm, (prompt.tokens for some in prompts.values() for prompt in some))
+    lm, prompts = _model_and_prompts(config, device)
     for split, writer in writers.items():
         rows = sum(len(prompt.positions) for prompt in prompts[split])
         with tqdm(total=rows, unit="tok", unit_scale=True, desc=f"activations ({split})", mininterval=1.0) as bar:
@@ -142,6 +140,14 @@ def _starts_alike(prompts: list[Prompt], start_token: int | None) -> bool | None
     """Whether the prompts begin with the tokenizer's start token; None: some do and some do not."""
     begin = {start_token is not None and prompt.tokens[0] == start_token for prompt in prompts}
     return begin.pop() if len(begin) == 1 else None
+
+
+def _model_and_prompts(config: RunConfig, device: str | None) -> tuple[LM, dict[str, list[Prompt]]]:
+    """The run's language model, and prompts that it can take. Raises `ConfigError`."""
+    lm = load_lm(config, device)
+    prompts = make_prompts(config, lm.tokenizer)
+    check_tokens(config, lm, (prompt.tokens for some in prompts.values() for prompt in some))
+    return lm, prompts
 
 
 def _identity(prompts: dict[str, list[Prompt]]) -> str:
@@ -183,15 +189,18 @@ def _by_length(prompts: list[Prompt]) -> Iterator[list[int]]:
         order = order[size:]
 
 
-def _add_published(config: RunConfig, writers: dict[str, ShardWriter]) -> dict[str, Any]:
-    """Take the rows of published files; `train_tokens` and `val_tokens` do not apply."""
+def _add_published(config: RunConfig, writers: dict[str, ShardWriter], device: str | None) -> dict[str, Any]:
+    """Take the rows of published files; `train_tokens` and `val_tokens` do not apply.
+
+    The language model, which the splice needs, is loaded first: what does not fit is told before any row is read.
+    """
     files, revision = published_files(config)
+    model = _model_and_prompts(config, device)[0].identity
     add_published(config, files, writers)
     names = {split: path.name for split, path in files.items()}
     data = {"activations": config.activations, "revision": revision, "files": names}
     data["note"] = "all rows of the published files: train_tokens and val_tokens do not apply"
     data["sha256"] = files_sha256(list(files.values()))
-    model = {"model": config.model, "revision": config.model_revision, "sha256": None, "dtype": None}
     return {"model": model, "data": data}
 
 

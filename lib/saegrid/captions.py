@@ -59,7 +59,9 @@ def heatmap_alt(df: pd.DataFrame, metric: str) -> str:
 
 def position_alt(df: pd.DataFrame) -> str:
     """How far the first position stands out, in a sentence."""
-    size = df.groupby("position")["sq_norm_centred"].mean()
+    size = df[df["position"] >= 0].groupby("position")["sq_norm_centred"].mean()
+    if size.empty:
+        return "The rows come from published files, whose positions are not known."
     ratio = size.iloc[0] / size.iloc[1:].median()
     return f"Variance and squared error by position: the first position has {ratio:,.0f} times the median variance."
 

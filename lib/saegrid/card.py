@@ -129,6 +129,8 @@ def recommendation(df: pd.DataFrame, prompts: pd.DataFrame | None = None, runs: 
 def setting_table(df: pd.DataFrame) -> Markdown:
     """What all runs share, and what was swept."""
     rows = [(name.replace("_", " "), _values(df, name)) for name in ("model", "dataset", "text")]
+    if df["activations"].any():
+        rows += [("published activations", _values(df, "activations"))]
     rows += [("layer and site", f"{_values(df, 'layer')}, {_values(df, 'site')} (d_in {_values(df, 'd_in')})")]
     rows += [("architecture", _values(df, "arch")), ("expansion", _values(df, "expansion", "{}x"))]
     rows += [("K", _values(df, "k")), ("threshold θ", _values(df, "threshold")), ("seed", _values(df, "seed"))]

@@ -103,7 +103,9 @@ def readme(
         html_table(named, [*card.MAIN, "seed"], caption=f"All {len(df)} runs."),
         "All columns: `results_tidy.csv`; as the published sweep has them: `results.csv` and `results_full.csv`.",
         "## What was swept",
-        card.setting_table(df.assign(model=df["model"].map(model_name), dataset=df["dataset"].map(dataset))),
+        card.setting_table(
+            df.assign(model=df["model"].map(model_name), **{n: df[n].map(dataset) for n in ("dataset", "activations")})
+        ),
         "## Architecture",
         "pre = encoder(x − b_pre); x_hat = decoder(z) + b_pre; decoder columns of unit norm. What z keeps of pre:",
         "\n".join(f"- **{arch}**: {text}" for arch, text in KEPT.items() if arch in set(df["arch"])),
@@ -128,14 +130,15 @@ def front_matter(df: pd.DataFrame, files: Mapping[str, str], title: str) -> str:
     for row in df.to_dict("records"):
         for name in records.METRICS:
             spliced = name in SPLICED
+            source = "dataset" if spliced or not row["activations"] else "activations"
             task = "Next-token loss with the SAE spliced in" if spliced else "Reconstruction of the residual stream"
             metrics.append(
                 EvalResult(
                     task_type="text-generation" if spliced else "feature-extraction",
                     task_name=task,
-                    dataset_type=dataset(row["dataset"]),
-                    dataset_name=dataset(row["dataset"]),
-                    dataset_revision=row["dataset_revision"] or None,
+                    dataset_type=dataset(row[source]),
+                    dataset_name=dataset(row[source]),
+                    dataset_revision=row[f"{source}_revision"] or None,
                     dataset_split="test" if spliced else "validation",
                     metric_type=name,
                     metric_name=f"{header(name)}, {files[row['run_id']]}",
@@ -146,7 +149,7 @@ def front_matter(df: pd.DataFrame, files: Mapping[str, str], title: str) -> str:
     models = [hub_model(name) for name in df["model"].unique()]
     data = ModelCardData(
         base_model=[name for name in models if name] or None,
-        datasets=sorted({dataset(name) for name in df["dataset"]}),
+        datasets=sorted({dataset(name) for name in [*df["dataset"], *df["activations"]] if name}),
         license="mit",
         library_name="saegrid",
         tags=[

@@ -21,6 +21,7 @@ CHUNK = 20
 GALLERY = 6
 """Latents that stand in the page itself."""
 SHOWN_TOKENS = 4
+UNKNOWN = "the rows come from published files, whose tokens are not known."
 
 
 def load(folder: str | Path) -> dict[str, Any]:
@@ -60,12 +61,15 @@ def introduction(data: Mapping[str, Any], runs: str) -> Markdown:
 def how(data: Mapping[str, Any]) -> Markdown:
     """How each number on the page is made, and what it does not say."""
     apart = data["sinks"] == "apart" and data["n_sink_rows"]
+    contexts = "Where it fires most, one context a prompt and none twice with the same last five tokens."
+    if not data["tokens_known"]:
+        contexts = f"None: {UNKNOWN}"
     given = "- Latents 0 and 1 were not learnt: they have the attention sinks' direction, up and down.\n"
     return Markdown(
         "## How this is made\n\n"
         f"- **Fires on.** The share of all {data['n_val_rows']:,} validation rows on which the latent is above 0; "
         "training saw none of them.\n"
-        "- **Contexts.** Where it fires most, one context a prompt and none twice with the same last five tokens. "
+        f"- **Contexts.** {contexts} "
         f"{data['n_sink_rows']:,} attention-sink rows (norm above 10 times the median, most of them first tokens) are "
         "left out: their norm would fill every list.\n"
         "- **Promotes and demotes.** The latent's decoder direction goes through the final norm's scale and the "
@@ -149,7 +153,7 @@ def card(entry: Mapping[str, Any], data: Mapping[str, Any], known: set[int] | No
 
 def _contexts(entry: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     if not data["tokens_known"]:
-        return '<p class="latent-none">The rows come from published files, whose tokens are not known.</p>'
+        return f'<p class="latent-none">{UNKNOWN.capitalize()}</p>'
     if not entry["contexts"]:
         return '<p class="latent-none">It fires on attention sinks only, the first tokens of the prompts.</p>'
     lines = [f"<li>{_context(context, entry['max_act'])}</li>" for context in entry["contexts"]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from saegrid.errors import DamagedError, StoreError, explain
 from saegrid.sealed import read_json, read_sealed
@@ -37,7 +37,14 @@ class _Shards(BaseModel):
 
 
 class _Model(BaseModel):
-    sha256: str | None
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @field_validator("sha256", mode="before")
+    @classmethod
+    def _recorded(cls, value: Any) -> Any:
+        if value is None:
+            raise ValueError("older versions did not record which language model the splice takes")
+        return value
 
 
 class _Data(BaseModel):

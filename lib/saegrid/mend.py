@@ -15,6 +15,7 @@ from saegrid import records, results
 from saegrid.atomic import disk_errors
 from saegrid.errors import DamagedError, SaegridError
 from saegrid.grid import Grid
+from saegrid.manifest import MEND, read_manifest
 from saegrid.sealed import SUMS, check_sum, check_sums, file_sha256, read_sealed, sum_of
 
 
@@ -55,8 +56,8 @@ def _store_faults(folder: Path) -> Iterator[tuple[str, list[str]]]:
         return
     try:
         data = _check_manifest(folder)
-    except DamagedError as error:
-        yield str(error), ["manifest.json", "baseline.json"]
+    except SaegridError as error:
+        yield str(error).removesuffix(f"; {MEND}"), ["manifest.json", "baseline.json"]
         return
     for name in ("baseline.json", "pca.json"):
         if (folder / name).exists():
@@ -68,16 +69,12 @@ def _store_faults(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 def _check_manifest(folder: Path) -> str:
     """Hold a store's files against its manifest. Returns the hash of its rows."""
-    path = folder / "manifest.json"
-    content = read_sealed(path)
-    try:
-        for entry in [*content["shards"]["train"], *content["shards"]["val"], content["mean"]]:
-            name = Path(entry["file"]).name
-            if file_sha256(folder / name) != entry["sha256"]:
-                raise DamagedError(f"{folder / name}: damaged (not the SHA-256 in {path.name})")
-        return content["data_sha256"]
-    except (KeyError, TypeError) as error:
-        raise DamagedError(f"{path}: damaged ({error!r})") from None
+    content = read_manifest(folder)
+    for entry in [*content["shards"]["train"], *content["shards"]["val"], content["mean"]]:
+        path = folder / entry["file"]
+        if file_sha256(path) != entry["sha256"]:
+            raise DamagedError(f"{path}: damaged (not the SHA-256 in manifest.json)")
+    return content["data_sha256"]
 
 
 def _check_made_of(path: Path, data_sha256: str) -> None:

@@ -189,9 +189,16 @@ def firing_histogram(df: pd.DataFrame, *, n_rows: int = 0, ax: Axes | None = Non
 def error_by_position(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Squared reconstruction error by token position, beside the variance there: the sink shows at the first one.
 
-    Of several runs, one line an architecture (mean over its runs).
+    Of several runs, one line an architecture (mean over its runs). Rows of published files, whose positions are not
+    known (-1), are left out.
     """
     df = _as_runs(df)
+    df = df[df["position"] >= 0]
+    ax.set_xlabel("Token position, counted from 1 (log scale)")
+    ax.set_ylabel("Mean square (act², log scale)")
+    if df.empty:
+        ax.text(0.5, 0.5, "positions not known", transform=ax.transAxes, ha="center", color=INK)
+        return ax
     size = df.groupby("position")["sq_norm_centred"].mean()
     ax.plot(size.index + 1, size, color=INK, linestyle="--", linewidth=1.2, label="‖x − mean‖², the variance")
     for arch, group in df.groupby("arch"):
@@ -202,8 +209,6 @@ def error_by_position(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.set_xlabel("Token position, counted from 1 (log scale)")
-    ax.set_ylabel("Mean square (act², log scale)")
     ax.legend()
     return ax
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 import saegrid
 from saegrid import kernels
-from saegrid.activations import collect, open_store
+from saegrid.activations import collect, open_store, store_folder
 from saegrid.atomic import sweep, write_bytes, write_text
 from saegrid.calibration import rms_pre_acts
 from saegrid.config import RunConfig, make_config
@@ -96,7 +96,7 @@ class Run:
         die_with_papermill()
         self.folder = Path(config.runs_dir) / config.run_id
         check(config)
-        if config.activations:
+        if config.activations and not (store_folder(config) / "manifest.json").exists():
             published_files(config)
         self._lock = contextlib.ExitStack()  # held until the process ends, or `close`
         self._lock.enter_context(waiting_lock(self.folder / ".lock"))

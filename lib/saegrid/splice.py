@@ -28,6 +28,8 @@ BATCH_TOKENS = 4096
 """Padded tokens in one pass of the model."""
 HEAD_ROWS = 1024
 """Rows through the unembedding at once: bounds the logits' memory."""
+SUMS = ["prompt", "template", "n_tokens", "ce_clean_sum", "ce_zero_sum", "ce_mean_sum"]
+"""Columns of a baseline's table."""
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Baseline:
 
     prompts: list[Prompt]
     x: list[Tensor]  # per prompt (T, d_in)
-    sums: pd.DataFrame  # prompt, template, n_tokens, ce_clean_sum, ce_zero_sum, ce_mean_sum
+    sums: pd.DataFrame  # a row for each prompt, with the columns `SUMS`
 
 
 def scored_positions(prompt: Prompt) -> Tensor:
@@ -133,7 +135,7 @@ def load_baseline(folder: Path, data_sha256: str = "") -> Baseline | None:
         if hashlib.sha256(stored).hexdigest() != content["x_sha256"]:
             raise DamagedError(f"{weights}: damaged (not the SHA-256 in {path.name})")
         x = load(stored)["x"].split([len(p.tokens) for p in prompts])
-        return Baseline(prompts, list(x), pd.DataFrame(content["sums"]))
+        return Baseline(prompts, list(x), pd.DataFrame(content["sums"])[SUMS])
     except DamagedError as error:
         raise StoreError(str(error)) from None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:

@@ -123,7 +123,7 @@ class Store:
         manifest: the content of `manifest.json`.
         d_in, n_train, n_val: its shape.
         mean: mean of the training rows (d_in,), float32.
-        data_sha256, model_sha256: hash of all rows; of the language model's weights, None where files were read.
+        data_sha256, model_sha256: hash of all rows; of the language model's weights, which the splice loads.
     """
 
     def __init__(self, folder: Path):
@@ -133,7 +133,7 @@ class Store:
         self.n_train: int = sum(shard["rows"] for shard in self.manifest["shards"]["train"])
         self.n_val: int = sum(shard["rows"] for shard in self.manifest["shards"]["val"])
         self.data_sha256: str = self.manifest["data_sha256"]
-        self.model_sha256: str | None = self.manifest["model"]["sha256"]
+        self.model_sha256: str = self.manifest["model"]["sha256"]
         self._checked: set[str] = set()
         self.mean: Tensor = self._read(self.manifest["mean"])["mean"]
 
