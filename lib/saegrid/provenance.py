@@ -7,12 +7,11 @@ which the store records: a branch that moves on changes nothing of a store that 
 from __future__ import annotations
 
 import contextlib
+import csv
 import importlib.metadata
 import re
 from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 from saegrid import embedded
 from saegrid.config import RunConfig
@@ -96,9 +95,10 @@ def check_made_from(run_dir: Path, folder: Path) -> None:
         manifest, sums = read_sealed(folder / "manifest.json"), read_sealed(folder / "baseline.json")["sums"]
         stored = {"data_sha256": manifest["data_sha256"], "model_sha256": manifest["model"]["sha256"]}
         row = read_json(run_dir / "metrics.json")
-        prompts = pd.read_csv(run_dir / "prompts.csv", float_precision="round_trip")
+        with open(run_dir / "prompts.csv", newline="", encoding="utf-8") as file:
+            prompts = list(csv.DictReader(file))
         rows_differ = any(row[name] != digest for name, digest in stored.items())
-        prompts_differ = any(prompts[name].tolist() != values for name, values in sums.items())
+        prompts_differ = any([float(row[name]) for row in prompts] != values for name, values in sums.items())
     except (DamagedError, KeyError, OSError, ValueError):
         return
     if rows_differ or prompts_differ:

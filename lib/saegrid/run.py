@@ -105,9 +105,11 @@ class Run:
         sweep(self.folder)
         sum_of(self.folder / NOTEBOOK).unlink(missing_ok=True)  # papermill is writing it, maybe
         self.run_id = config.run_id
-        self.finished = self._is_whole() and self._is_of_its_store(config)
+        was_aside = (self.folder / SET_ASIDE).exists()
+        self.finished = self._is_whole()
         self.config = self._resolved(config)
         self.times: dict[str, float] = {}
+        self.finished = self.finished and self._is_of_its_store(was_aside)
         self.sae: SAE | None = None
         self.best_epoch = -1
 
@@ -132,17 +134,18 @@ class Run:
             return False
         return True
 
-    def _is_of_its_store(self, config: RunConfig) -> bool:
+    def _is_of_its_store(self, was_aside: bool) -> bool:
         """Whether a whole run was made from its store as it is now; one that is not is named and made again.
+
+        A missing store is made only where the run had been set aside, as its store may come out otherwise.
 
         Raises `StoreError` where what the store was made from has changed.
         """
-        folder = store_folder(config)
+        folder = self.store.folder if was_aside else store_folder(self.config)
         try:
-            manifest = read_sealed(folder / "manifest.json")
+            check_sources(self.config, folder, read_sealed(folder / "manifest.json"))
         except DamagedError:  # no store, or one that is mended before it is used
             return True
-        check_sources(config, folder, manifest)
         try:
             check_made_from(self.folder, folder)
         except StoreError as error:
