@@ -6,6 +6,14 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # torch's idle OpenMP threads would spin, and take the cores from the run beside them
 export OMP_WAIT_POLICY := PASSIVE
+# Snakemake and Jupyter need a home: a user who has none, or can't write to it, gets one for the time being
+HOME_WORKS := $(shell home="$${HOME:-$$(getent passwd "$$(id -u)" | cut -d: -f6)}"; [ -d "$$home" ] && [ -w "$$home" ] && echo yes)
+ifneq ($(HOME_WORKS),yes)
+export HOME := $(or $(TMPDIR),/tmp)/saegrid-$(shell id -u)/home
+$(info no home that can be written to: using $(HOME) $(shell mkdir -p -m 700 "$(HOME)"))
+endif
+# and a name, for Snakemake's log
+export USER ?= uid$(shell id -u)
 SNAKEMAKE = snakemake -s workflow/Snakefile --cores $(CORES) --rerun-incomplete --quiet rules
 
 .DEFAULT_GOAL := report

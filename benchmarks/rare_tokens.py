@@ -21,6 +21,7 @@ from saegrid.kernels import cpu as kernel
 from saegrid.lm import load_lm
 from saegrid.metrics import sink_norm
 from saegrid.prompts import make_prompts
+from saegrid.provenance import pinned
 from saegrid.records import load_config
 from saegrid.run import prepare_store
 from saegrid.splice import load_baseline, scored_positions, splice
@@ -35,8 +36,9 @@ def by_rarity(run_dir: Path) -> pd.DataFrame:
     if config.activations:
         sys.exit(f"{run_dir}: was trained on {config.activations}, which says nothing of its tokens")
     store = prepare_store(config)
-    baseline, lm = load_baseline(store.folder, store.data_sha256), load_lm(config, device="cpu")
-    prompts = make_prompts(config, lm.tokenizer)["train"]
+    same = pinned(config, store.manifest)
+    baseline, lm = load_baseline(store.folder, store.data_sha256), load_lm(same, device="cpu")
+    prompts = make_prompts(same, lm.tokenizer)["train"]
     rows_with = Counter(prompt.tokens[position] for prompt in prompts for position in prompt.positions)
     x = torch.cat(scored_rows(baseline))
     limit = sink_norm([x])

@@ -229,7 +229,8 @@ def test_training_ends_as_with_the_reference(store, tmp_path, arch):
         assert sae.inference_threshold == pytest.approx(expected.inference_threshold, rel=1e-4)
     metrics, _, _ = evaluate_rows(sae, store, 16, cuda)
     assert metrics == pytest.approx(evaluate_rows(expected, store, 16, reference)[0], rel=1e-3)
-    loaded = load_checkpoint(tmp_path / "cuda" / CHECKPOINT, expected, config.run_id)  # any kernel goes on from it
+    path = tmp_path / "cuda" / CHECKPOINT
+    loaded = load_checkpoint(path, expected, config.run_id, store.data_sha256)  # any kernel goes on from it
     assert loaded.curve == progress.curve and loaded.state.step == progress.state.step
 
 

@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_named(make_store, tmp_path):
     path = tmp_path / CHECKPOINT
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(DamagedError, match=r"checkpoint\.safetensors: damaged checkpoint"):
-        load_checkpoint(path, initial_sae(config(), 8, torch.zeros(8)), config().run_id)
+        load_checkpoint(path, initial_sae(config(), 8, torch.zeros(8)), config().run_id, "")
 
 
 def test_a_diverging_loss_stops_the_run(make_store, tmp_path):

@@ -18,9 +18,10 @@ from saegrid.atomic import write_bytes, write_json
 from saegrid.config import STORE_FIELDS, RunConfig
 from saegrid.errors import StoreError
 from saegrid.fetch import files_sha256, replacing_folder, waiting_lock
-from saegrid.lm import LM, check_tokens, hidden_at, lm_shape, load_lm, weight_files
-from saegrid.manifest import FORMAT, SHARD_ROWS
-from saegrid.prompts import Prompt, make_prompts
+from saegrid.lm import LM, check_tokens, hidden_at, lm_shape, load_lm
+from saegrid.manifest import FORMAT, MEND, SHARD_ROWS
+from saegrid.prompts import Prompt, draw_prompts
+from saegrid.provenance import check_sources, hub_sources, local_sources
 from saegrid.published import add_published, published_files
 from saegrid.sealed import write_sealed
 from saegrid.store import ShardWriter, Store
@@ -70,9 +71,7 @@ def open_store(config: RunConfig) -> Store:
         made = store.manifest["parameters"].get(name)
         if made != value:
             raise StoreError(f"{folder}: made with {name} = {made!r}, where the run has {value!r}; delete the folder")
-    for name, digest in _local_sources(config).items():
-        if store.manifest["sources"].get(name, digest) != digest:
-            raise StoreError(f"{folder}: the files of {name} have changed since it was made; delete the folder")
+    check_sources(config, folder, store.manifest)
     return store
 
 
@@ -83,6 +82,7 @@ def store_folder(config: RunConfig) -> Path:
 def _make(config: RunConfig, folder: Path, device: str | None, shard_rows: int) -> None:
     """Write a whole store into an empty folder, its manifest last."""
     started = time.perf_counter()
+    sources = local_sources(config)  # before they are read: what changes meanwhile shows when the store is opened
     d_in, n_layers = lm_shape(config)
     config.check_shape(d_in, n_layers)
     dtype = getattr(torch, config.act_dtype)
@@ -99,7 +99,7 @@ def _make(config: RunConfig, folder: Path, device: str | None, shard_rows: int) 
         "format": FORMAT,
         "parameters": _parameters(config),
         **source,
-        "sources": _local_sources(config),
+        "sources": sources | hub_sources(config, "" if config.activations else source["data"]["revision"]),
         "d_in": d_in,
         "act_dtype": config.act_dtype,
         "shards": shards,
@@ -113,7 +113,7 @@ def _make(config: RunConfig, folder: Path, device: str | None, shard_rows: int) 
 
 def _add_collected(config: RunConfig, writers: dict[str, ShardWriter], device: str | None) -> dict[str, Any]:
     """Run the language model over the prompts; the manifest's facts on where the rows come from."""
-    lm, prompts = _model_and_prompts(config, device)
+    lm, prompts, facts = _model_and_prompts(config, device)
     for split, writer in writers.items():
         rows = sum(len(prompt.positions) for prompt in prompts[split])
         with tqdm(total=rows, unit="tok", unit_scale=True, desc=f"activations ({split})", mininterval=1.0) as bar:
@@ -125,7 +125,7 @@ def _add_collected(config: RunConfig, writers: dict[str, ShardWriter], device: s
                     writer.add(acts, tokens, positions, torch.full_like(positions, first + index))
     data = {
         "dataset": config.dataset,
-        "revision": config.dataset_revision,
+        **facts,
         "sha256": _identity(prompts),
         "prompts": {split: len(some) for split, some in prompts.items()},
         "templates": {split: len({prompt.template for prompt in some}) for split, some in prompts.items()},
@@ -142,12 +142,19 @@ def _starts_alike(prompts: list[Prompt], start_token: int | None) -> bool | None
     return begin.pop() if len(begin) == 1 else None
 
 
-def _model_and_prompts(config: RunConfig, device: str | None) -> tuple[LM, dict[str, list[Prompt]]]:
-    """The run's language model, and prompts that it can take. Raises `ConfigError`."""
+def _model_and_prompts(config: RunConfig, device: str | None) -> tuple[LM, dict[str, list[Prompt]], dict[str, Any]]:
+    """The run's language model, prompts that it can take, and facts on them. Raises `ConfigError`."""
     lm = load_lm(config, device)
-    prompts = make_prompts(config, lm.tokenizer)
+    prompts, facts = draw_prompts(config, lm.tokenizer)
     check_tokens(config, lm, (prompt.tokens for some in prompts.values() for prompt in some))
-    return lm, prompts
+    return lm, prompts, facts
+
+
+def check_prompts(store: Store, prompts: dict[str, list[Prompt]]) -> None:
+    """Hold prompts that were drawn again against those of a collected store. Raises `StoreError`."""
+    data = store.manifest["data"]
+    if "prompts" in data and data["sha256"] != _identity(prompts):
+        raise StoreError(f"{store.folder}: dataset and tokenizer give other prompts now than its rows have; {MEND}")
 
 
 def _identity(prompts: dict[str, list[Prompt]]) -> str:
@@ -206,21 +213,6 @@ def _add_published(config: RunConfig, writers: dict[str, ShardWriter], device: s
 
 def _parameters(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(include=STORE_FIELDS)
-
-
-def _local_sources(config: RunConfig) -> dict[str, str]:
-    """SHA-256 of what the rows come from, for parameters that name a local folder which is (still) there."""
-    sources: dict[str, str] = {}
-    if config.activations:
-        if Path(config.activations).expanduser().is_dir():
-            files, _ = published_files(config)
-            sources["activations"] = files_sha256(list(files.values()))
-        return sources
-    if not config.model.startswith("embedded:") and Path(config.model).expanduser().is_dir():
-        sources["model"] = files_sha256(weight_files(Path(config.model).expanduser()))
-    if not config.dataset.startswith("embedded:") and (folder := Path(config.dataset).expanduser()).is_dir():
-        sources["dataset"] = files_sha256(sorted(folder.glob("*.jsonl")))
-    return sources
 
 
 def _entry(name: str, content: bytes) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from saegrid.errors import ConfigError, explain
+from saegrid.fetch import expanded
 from saegrid.recipes import BANDWIDTH, L0_COEF, L1_COEF, YOUNGER, resolve
 
 EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
@@ -306,7 +307,11 @@ def make_config(**parameters: Any) -> RunConfig:
 
 
 def check_place(path: str) -> str:
-    """A folder's name that a shell line, a Snakemake pattern and a link can carry. Raises `ValueError`."""
+    """A folder's name that a shell line, a Snakemake pattern and a link can carry, its `~` expanded.
+
+    Raises `ValueError`.
+    """
+    path = str(expanded(path)) if path.startswith("~") else path
     if not path.isprintable() or re.search(r"[{}\\\"'`$*?<>|;&]", path) or path.startswith("-"):
         raise ValueError("a folder's name without quotes, braces and the shell's own characters is needed")
     return path

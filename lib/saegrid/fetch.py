@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
 import shutil
 import socket
+import stat
+import sys
+import tempfile
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -16,17 +20,61 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from saegrid.atomic import disk_errors, write_text
-from saegrid.errors import ConfigError, first_line
+from saegrid.errors import ConfigError, DiskError, first_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 CHUNK = 1 << 20
+SMALL = 64 << 20
+"""Bytes up to which a file is hashed each time that its hash is asked for."""
 HUB_TIMEOUT = 3.0
 """Seconds to wait for an answer when asking whether the Hub is there at all."""
 
 
+def expanded(path: str) -> Path:
+    """A path whose leading `~` or `~user` is replaced by that home folder. Raises `ValueError` where there is none."""
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise ValueError("there is no such home folder; name the whole path, or ./~ for a folder of that name")
+    return Path(found)
+
+
+def can_write(path: Path) -> bool:
+    """Whether a folder, or what is there of the path to it, can be written to."""
+    existing = next((part for part in (path, *path.parents) if os.path.exists(part)), path)
+    return os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)
+
+
 def cache_dir() -> Path:
-    """Folder for what is fetched or converted once: `SAEGRID_CACHE`, else `~/.cache/saegrid`."""
-    return Path(os.environ.get("SAEGRID_CACHE") or "~/.cache/saegrid").expanduser()
+    """Folder for what is fetched or converted once: `SAEGRID_CACHE`, else `~/.cache/saegrid`.
+
+    A user who has no home, or can't write to it, gets a folder under the system's temporary one, and is told so.
+    """
+    given = os.environ.get("SAEGRID_CACHE")
+    try:
+        folder = expanded(given or "~/.cache/saegrid")
+    except ValueError as error:
+        if given:
+            raise ConfigError(f"SAEGRID_CACHE = {given!r}: {error}") from None
+        return _temporary_cache()
+    return folder if given or can_write(folder) else _temporary_cache()
+
+
+def own_cache_dir() -> Path:
+    """`cache_dir`, but the temporary one where that is a shared folder which this user may only read."""
+    return folder if can_write(folder := cache_dir()) else _temporary_cache()
+
+
+@functools.cache
+def _temporary_cache() -> Path:
+    """This user's cache under the system's temporary folder. Raises `DiskError` where another user has taken it."""
+    folder = Path(tempfile.gettempdir()) / f"saegrid-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
+    with disk_errors(folder), contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700, parents=True)
+    facts = folder.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or (hasattr(os, "getuid") and facts.st_uid != os.getuid()):
+        raise DiskError(f"{folder}: belongs to somebody else; set SAEGRID_CACHE to a folder that you can write to")
+    print(f"no cache that can be written to: using {folder}; SAEGRID_CACHE names another", file=sys.stderr, flush=True)
+    return folder
 
 
 def local_folder(parameter: str, name: str) -> Path | None:
@@ -35,7 +83,10 @@ def local_folder(parameter: str, name: str) -> Path | None:
     Raises:
         ConfigError: neither a folder that is there nor of a Hub id's form.
     """
-    path = Path(name).expanduser()
+    try:
+        path = expanded(name)
+    except ValueError as error:
+        raise ConfigError(f"{parameter} = {name!r}: {error}") from None
     if path.is_dir():
         return path
     if path.exists():
@@ -48,18 +99,33 @@ def local_folder(parameter: str, name: str) -> Path | None:
 def files_sha256(paths: Sequence[Path]) -> str:
     """SHA-256 of the files' contents one after the other, in the given order, as `cat … | sha256sum` has it.
 
-    Remembered in the cache by path, size and time of change, as weights are large.
+    Where one is large, as weights are, the hash is remembered in the cache by all that the file system says of the
+    files: path, device, inode, size, and the times of change. The last of them can't be set back.
     """
-    facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    memory = cache_dir() / "hashes" / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
-    if memory.exists() and len(known := memory.read_text(encoding="utf-8")) == 64:
-        return known
+    stats = [path.stat() for path in paths]
+    if all(one.st_size <= SMALL for one in stats):
+        return _sha256(paths)
+    facts = [
+        (str(path.resolve()), one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns)
+        for path, one in zip(paths, stats, strict=True)
+    ]
+    name = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+    for folder in dict.fromkeys((cache_dir(), own_cache_dir())):
+        with contextlib.suppress(OSError):
+            if len(known := (folder / "hashes" / name).read_text(encoding="utf-8")) == 64:
+                return known
+    digest = _sha256(paths)
+    with contextlib.suppress(DiskError):  # a full disk: it is computed again the next time
+        write_text(own_cache_dir() / "hashes" / name, digest)
+    return digest
+
+
+def _sha256(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
-    write_text(memory, digest.hexdigest())
     return digest.hexdigest()
 
 

@@ -24,7 +24,7 @@ from saegrid import dictionary_learning, files, saelens, sparsify
 from saegrid.config import BATCH_CUT, Arch
 from saegrid.errors import SaeFileError
 from saegrid.exchange import check_facts
-from saegrid.fetch import hub_errors
+from saegrid.fetch import expanded, hub_errors
 from saegrid.published_sae import Told, agree, check_sparsity, given_by, read_published, write_published
 from saegrid.sae import SAE
 from saegrid.untrusted import as_model, check_sizes, check_tensors, read_json, read_safetensors
@@ -87,7 +87,7 @@ def export(sae: SAE, folder: str | Path, format: str, facts: dict[str, Any] | No
         SaeFileError: an unknown format, one that can't hold this SAE, a folder with an SAE of another format, or a
             fact that JSON can't hold or of the wrong type.
     """
-    folder, facts = Path(folder), facts or {}
+    folder, facts = _expanded(str(folder)), facts or {}
     if format not in WRITERS:
         raise SaeFileError(f"format = {format!r}: one of {', '.join(WRITERS)}")
     check_facts(facts)
@@ -102,7 +102,7 @@ def export(sae: SAE, folder: str | Path, format: str, facts: dict[str, Any] | No
 
 
 def _found(source: str) -> Path:
-    path = Path(source).expanduser()
+    path = _expanded(source)
     if os.path.exists(path):  # False, too, for what can't be a path
         return path
     hub = HUB_SOURCE.fullmatch(source)
@@ -112,6 +112,13 @@ def _found(source: str) -> Path:
     if inner.is_absolute() or ".." in inner.parts:
         raise SaeFileError(f"{source}: no such file or folder")
     return _downloaded(source, hub["repo"], inner, hub["revision"] or "")
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return expanded(path)
+    except ValueError as error:
+        raise SaeFileError(f"{path}: {error}") from None
 
 
 def _downloaded(source: str, repo: str, inner: PurePosixPath, revision: str) -> Path:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from saegrid.config import PLACES, RunConfig, check_place, make_config
 from saegrid.errors import ConfigError, DamagedError, explain, shown
+from saegrid.fetch import expanded
 from saegrid.recipes import choices
 from saegrid.sealed import read_bytes
 
@@ -54,6 +55,11 @@ class Grid(BaseModel):
     def _a_place(cls, value: str) -> str:
         return check_place(value)
 
+    @property
+    def runs_dir(self) -> str:
+        """Folder of all runs."""
+        return check_place(str(self.constants.get("runs_dir", RunConfig.model_fields["runs_dir"].default)))
+
     def runs(self) -> list[RunConfig]:
         """All runs, in the order of the file. Raises `ConfigError` for a bad, doubled or contradictory point."""
         runs: dict[str, RunConfig] = {}
@@ -78,8 +84,8 @@ class Grid(BaseModel):
 
 def load_grid(path: str | Path) -> Grid:
     """Read a grid file. Raises `ConfigError` for a file that is missing, no YAML, or no grid."""
-    path = Path(path)
     try:
+        path = expanded(str(path))
         content = yaml.load(read_bytes(path, MAX_YAML_BYTES).decode("utf-8"), Loader=_Loader)
     except DamagedError as error:
         raise ConfigError(f"grid file {error}") from None

@@ -27,7 +27,7 @@ import pandas as pd
 from saegrid import hub_card, records, results, site
 from saegrid.atomic import write_bytes, write_json, write_text
 from saegrid.errors import SaegridError
-from saegrid.fetch import replacing_folder, waiting_lock
+from saegrid.fetch import expanded, replacing_folder, waiting_lock
 from saegrid.grid import Grid
 
 MANIFEST = "manifest.json"
@@ -81,8 +81,11 @@ def publish(
 
 def build(grid: Grid, folder: str | Path, repo: str = "", space: str = "", root: str | Path = ".") -> Path:
     """Make the repository folder of a finished grid, as a whole or not at all, and check it. Raises as `publish`."""
-    root, folder = Path(root), Path(folder)
-    runs_dir = root / grid.constants.get("runs_dir", "runs")
+    try:
+        root, folder = Path(root), expanded(str(folder))
+    except ValueError as error:
+        raise HubError(f"folder = {str(folder)!r}: {error}") from None
+    runs_dir = root / grid.runs_dir
     df = results.tidy(grid, runs_dir)
     files = places(df)
     _check_site(root / "_site", df)

@@ -6,6 +6,7 @@ Free of torch. Every number comes from the tidy table, through the functions tha
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -166,7 +167,7 @@ def front_matter(df: pd.DataFrame, files: Mapping[str, str], title: str) -> str:
 
 def hub_model(name: str) -> str | None:
     """The Hub id of a run's model; None for a local folder, whose name nobody else can use."""
-    local = Path(name).expanduser().exists() or not HUB_ID.fullmatch(name)
+    local = os.path.exists(os.path.expanduser(name)) or not HUB_ID.fullmatch(name)
     return BASE_MODELS.get(name) or (None if local else name)
 
 

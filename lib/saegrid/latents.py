@@ -21,6 +21,7 @@ from saegrid.files import load_folder
 from saegrid.grid import Grid
 from saegrid.lm import LM, final_from, load_lm
 from saegrid.metrics import sink_norm
+from saegrid.provenance import pinned
 from saegrid.sae import SAE
 from saegrid.store import Store
 
@@ -54,7 +55,8 @@ def describe(run_dir: Path, store_dir: Path, size: int = SAMPLE) -> dict[str, An
     """The run's facts and, for a sample of its latents, firing, contexts, unembedded tokens and neighbours."""
     config = records.load_config(run_dir, run_dir.name, store_dir=str(store_dir))
     facts = records.load_run(run_dir)
-    sae, store, lm = load_folder(run_dir), open_store(config), load_lm(config)
+    sae, store = load_folder(run_dir), open_store(config)
+    lm = load_lm(pinned(config, store.manifest))
     fired = records.load_latents(pd.DataFrame([facts]), run_dir.parent)["fired"].to_numpy()
     chosen = sample(fired, size)
     acts = activations(sae, store, chosen)  # (n_val, size)

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from saegrid.errors import DamagedError, StoreError, explain
 from saegrid.sealed import read_json, read_sealed
 
-FORMAT = 2
+FORMAT = 3
+"""3: `sources` names the model's other files, the text and the code, too."""
 SHARD_ROWS = 16_384
 """Rows of a shard."""
 BUFFER_SHARDS = 8
@@ -83,7 +84,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = read_sealed(path)
         if manifest.get("format") != FORMAT:
-            raise StoreError(_of_format(path, manifest.get("format")))
+            raise StoreError(of_format(path, manifest.get("format")))
         _Manifest.model_validate(manifest)
         for entry in [*manifest["shards"]["train"], *manifest["shards"]["val"], manifest["mean"]]:
             size = (folder / entry["file"]).stat().st_size
@@ -104,8 +105,8 @@ def _older(path: Path) -> str:
         found = read_json(path).get("format")
     except DamagedError:
         return ""
-    return _of_format(path, found) if isinstance(found, int) and 0 < found < FORMAT else ""
+    return of_format(path, found) if isinstance(found, int) and 0 < found < FORMAT else ""
 
 
-def _of_format(path: Path, found: Any) -> str:
+def of_format(path: Path, found: Any) -> str:
     return f"{path}: a store of format {found!r}, where this version reads {FORMAT}; {MEND}"

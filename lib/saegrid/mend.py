@@ -1,7 +1,9 @@
-"""Find what is damaged in a grid's stores, runs and tables, and drop its commit marker: the next run makes it again.
+"""Find what is damaged or outdated in a grid's stores, runs and tables, and drop its commit marker: the next run makes
+it again.
 
 A store counts once its `manifest.json` is there, its baseline by `baseline.json`, a run by `metrics.json`, the tables
-by `SHA256SUMS`; each states the SHA-256 of what belongs to it. Free of torch, as every workflow begins with it.
+by `SHA256SUMS`; each states the SHA-256 of what belongs to it. A store is outdated when what it was made from has
+changed, a run when its store has. Free of torch, as every workflow begins with it.
 """
 
 from __future__ import annotations
@@ -13,23 +15,39 @@ from filelock import FileLock, Timeout
 
 from saegrid import records, results
 from saegrid.atomic import disk_errors
-from saegrid.errors import DamagedError, SaegridError
+from saegrid.config import RunConfig
+from saegrid.errors import DamagedError, SaegridError, StoreError
 from saegrid.grid import Grid
 from saegrid.manifest import MEND, read_manifest
+from saegrid.provenance import check_made_from, check_sources
 from saegrid.sealed import SUMS, check_sum, check_sums, file_sha256, read_sealed, sum_of
 
 
 def mend(grid: Grid, root: str | Path = ".") -> list[str]:
-    """Drop what is damaged and not in use. Returns a line for each, in the order in which it was found."""
+    """Drop what is damaged or outdated and not in use. Returns a line for each, in the order in which it was found.
+
+    The metrics of runs whose store is made again are set aside: a run takes them back where the store comes out the
+    same.
+    """
     root = Path(root)
-    stores = {root / run.store_dir / run.store_id for run in grid.runs()}
-    runs = {root / run.runs_dir / run.run_id: run.run_id for run in grid.runs()}
+    runs = {root / run.runs_dir / run.run_id: run for run in grid.runs()}
+    stores = {root / run.store_dir / run.store_id: run for run in runs.values()}
     found: list[str] = []
-    for folder in sorted(stores):
-        found += _dropped(folder, folder.with_name(f".{folder.name}.lock"), _store_faults(folder))
-    for folder, run_id in runs.items():
-        found += _dropped(folder, folder / ".lock", _run_faults(folder, run_id))
-    found += _dropped(root / grid.results_dir, None, _table_faults(root / grid.results_dir))
+    outdated: set[Path] = set()
+    for folder, run in sorted(stores.items()):
+        lock = folder.with_name(f".{folder.name}.lock")
+        found += _dropped(folder, lock, _store_faults(folder))
+        if changes := _dropped(folder, lock, _changes(folder, run)):
+            found += changes
+            outdated.add(folder)
+    again = False
+    for folder, run in runs.items():
+        store = root / run.store_dir / run.store_id
+        found += _dropped(folder, folder / ".lock", _run_faults(folder, run.run_id))
+        aside = _dropped(folder, folder / ".lock", _set_aside(folder, store, store in outdated))
+        found += [] if store in outdated else aside
+        again |= bool(aside)
+    found += _dropped(root / grid.results_dir, None, _table_faults(root / grid.results_dir, again))
     return found
 
 
@@ -67,6 +85,16 @@ def _store_faults(folder: Path) -> Iterator[tuple[str, list[str]]]:
                 yield str(error), [name]
 
 
+def _changes(folder: Path, run: RunConfig) -> Iterator[tuple[str, list[str]]]:
+    """Whether what a whole store was made from has changed."""
+    try:
+        if (folder / "manifest.json").exists():
+            check_sources(run, folder, read_sealed(folder / "manifest.json"))
+    except SaegridError as error:
+        told = str(error).removesuffix(f"; {MEND}")
+        yield told, ["manifest.json", "baseline.json", "pca.json"]
+
+
 def _check_manifest(folder: Path) -> str:
     """Hold a store's files against its manifest. Returns the hash of its rows."""
     content = read_manifest(folder)
@@ -102,9 +130,25 @@ def _run_faults(folder: Path, run_id: str) -> Iterator[tuple[str, list[str]]]:
             yield str(error), [sum_of(folder / records.NOTEBOOK).name]
 
 
-def _table_faults(folder: Path) -> Iterator[tuple[str, list[str]]]:
+def _set_aside(folder: Path, store: Path, outdated: bool) -> Iterator[tuple[str, list[str]]]:
+    """Set a finished run's metrics aside where its store is made again, or is not the one that it was made from."""
+    if (folder / "metrics.json").exists():
+        try:
+            if outdated:
+                raise StoreError(f"{folder}: its store is made again")
+            check_made_from(folder, store)
+        except StoreError as error:
+            with disk_errors(folder):
+                (folder / "metrics.json").rename(folder / records.SET_ASIDE)
+            yield str(error), []
+
+
+def _table_faults(folder: Path, again: bool) -> Iterator[tuple[str, list[str]]]:
+    """Damaged tables, or those of runs that are made again."""
     if (folder / SUMS).exists():
         try:
+            if again:
+                raise DamagedError(f"{folder / SUMS}: the tables of runs that are made again")
             check_sums(folder)
         except DamagedError as error:
             yield str(error), [*results.TABLES, SUMS]

@@ -18,13 +18,15 @@ def check_names(namespace: dict[str, Any], *known: str) -> None:
     """Hold the variables of `namespace` against the parameters that a notebook has, each of them a text.
 
     Raises:
-        ConfigError: names the first one that it does not know, or that is no text.
+        ConfigError: names the first one that it does not know, that is no text, or that begins with `~`.
     """
     for name, value in _parameters(namespace).items():
         if name not in known:
             raise ConfigError(f"{name} = {shown(value)}: no such parameter; known are {', '.join(known)}")
         if not isinstance(value, str):
             raise ConfigError(f"{name} = {shown(value)}: must be a text")
+        if value.startswith("~"):
+            raise ConfigError(f"{name} = {shown(value)}: name the whole path, as ~ is not expanded here")
 
 
 def _parameters(namespace: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None)
     Raises `ResultsError` for a table or a run's file that is missing.
     """
     root = Path(root)
-    runs_dir = root / (runs_dir or grid.constants.get("runs_dir", "runs"))
+    runs_dir = root / (runs_dir or grid.runs_dir)
     report = root / "report"
     df = results.read_tidy(root / grid.results_dir)
     prompts = records.load_prompts(df, runs_dir)

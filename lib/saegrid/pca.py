@@ -16,6 +16,7 @@ from saegrid.config import RunConfig
 from saegrid.errors import DamagedError
 from saegrid.lm import load_lm
 from saegrid.metrics import Moments, sink_norm, splice_metrics
+from saegrid.provenance import pinned
 from saegrid.sealed import read_sealed, write_sealed
 from saegrid.splice import evaluate, load_baseline, mean_losses
 from saegrid.store import Store
@@ -61,7 +62,8 @@ def _measured(config: RunConfig, store: Store, mean: Tensor, directions: Tensor)
         every.add(x)
         ordinary.add(x[keep])
         errors += torch.stack([error.sum(), error[keep].sum()])
-    sums = evaluate(load_lm(config), load_baseline(store.folder, store.data_sha256), config.layer, replace)
+    lm = load_lm(pinned(config, store.manifest))
+    sums = evaluate(lm, load_baseline(store.folder, store.data_sha256), config.layer, replace)
     found = splice_metrics(**mean_losses(sums))
     found |= {"fvu": errors[0].item() / every.centred, "fvu_no_sink": errors[1].item() / ordinary.centred}
     return {"store_id": config.store_id, "components": len(directions), **{name: found[name] for name in MEASURES}}

@@ -1,28 +1,36 @@
 """Prompts: question and worked answer as tokens, split so that evaluation sees nothing of training.
 
 Plain text is `question + "\\n" + answer`, tokenized as the tokenizer does by default (its own start token, if any).
-Chat text is a user turn with the question and an assistant turn with the answer through the chat template.
+Chat text is a user turn with the question and an assistant turn with the answer through the chat template; a template
+that prints the date gets `DAY`, so that the same text comes out tomorrow.
 """
 
 from __future__ import annotations
 
+import datetime
+import hashlib
 import importlib.util
 import itertools
 import random
+import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from saegrid.config import EMBEDDED_DATASET, RunConfig
-from saegrid.errors import ConfigError, first_line, shown
+from saegrid.errors import ConfigError, DamagedError, first_line, shown
 from saegrid.fetch import hub_errors, local_folder
+from saegrid.sealed import read_bytes, read_json_lines
 
 TEMPLATE_SHARES = {"eval": 0.2, "val": 0.2}
 """Shares of the problem templates that are kept for evaluation and for validation; training has the rest."""
 CHUNK = 10_000
 """Problems drawn at once."""
+DAY = datetime.datetime(2026, 11, 25)
+"""What a chat template takes for today."""
 SEED_STEP = 10**9
 """Distance of two seeds: problem i of a reasoning-gym dataset draws from seed + i, so neighbours would overlap."""
 
@@ -49,11 +57,19 @@ class Problem(NamedTuple):
 
 
 def make_prompts(config: RunConfig, tokenizer: Any) -> dict[str, list[Prompt]]:
-    """Prompts of the three splits, `train`, `val` and `eval`; the same config and tokenizer give the same prompts.
+    """The prompts of `draw_prompts` alone."""
+    return draw_prompts(config, tokenizer)[0]
+
+
+def draw_prompts(config: RunConfig, tokenizer: Any) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
+    """(prompts, facts) of the three splits `train`, `val` and `eval`; the same config and tokenizer give the same.
 
     Training and validation have exactly `train_tokens` and `val_tokens` positions: the last prompt is cut behind the
-    last one. Both are empty where published activation files are read. No split shares a template, or a prompt where
-    the dataset has no templates, with another.
+    last one. Both are empty where published activation files are read. No split shares a template, or a row where the
+    dataset has no templates, with another; and none has a prompt of the same text, whatever its white space, or of
+    the same tokens: evaluation is drawn first, then validation, and the others leave out what these have.
+
+    The facts are `left_out`, how many prompts each split left out, and the dataset's `revision`.
 
     Raises:
         ConfigError: the dataset is missing, not of the expected form, or too small; or no chat template that works.
@@ -61,20 +77,52 @@ def make_prompts(config: RunConfig, tokenizer: Any) -> dict[str, list[Prompt]]:
     encode = _encoder(config, tokenizer)
     _check_encoder(encode, config)
     prefix = _template_prefix(encode, config) if config.text == "chat" else 0
-    wanted = {"val": config.val_tokens, "train": config.train_tokens, "eval": config.eval_prompts}
+    wanted = {"eval": config.eval_prompts, "val": config.val_tokens, "train": config.train_tokens}
     if config.activations:
         wanted = {"eval": config.eval_prompts}
-    problems = _problems(config)
+    problems, revision = _problems(config)
     prompts: dict[str, list[Prompt]] = {"train": [], "val": [], "eval": []}
+    taken: set[bytes] = set()
+    left_out: dict[str, int] = {}
     for split, amount in wanted.items():
-        prompts[split] = _draw(config, split, amount, problems[split], encode, prefix)
+        pool = _Unseen(problems[split], encode, taken)
+        prompts[split] = _draw(config, split, amount, pool, prefix)
+        taken |= pool.seen
+        left_out[split] = pool.left_out
     drawn = list(itertools.chain(*prompts.values()))
     prefix = min((_common(drawn[0].tokens[:prefix], prompt.tokens) for prompt in drawn), default=prefix)
     for split, some in prompts.items():
         prompts[split] = [replace(prompt, prefix=prefix) for prompt in some]
         if split != "eval":
             prompts[split] = _cut(prompts[split], wanted.get(split, 0))
-    return prompts
+    return prompts, {"revision": revision, "left_out": left_out}
+
+
+class _Unseen:
+    """Tokenized problems, but for those that an earlier split has: (problem, tokens).
+
+    Attributes:
+        seen: keys of the text and the tokens of all that came out.
+        left_out: how many did not.
+    """
+
+    def __init__(self, problems: Iterator[Problem], encode: Callable[[str, str], list[int]], taken: set[bytes]):
+        self.problems, self.encode, self.taken = problems, encode, taken
+        self.seen: set[bytes] = set()
+        self.left_out = 0
+
+    def __iter__(self) -> Iterator[tuple[Problem, list[int]]]:
+        for problem in self.problems:
+            tokens = self.encode(problem.question, problem.answer)
+            if len(tokens) < 2:  # nothing to predict
+                continue
+            text = [" ".join(part.split()) for part in (problem.question, problem.answer)]
+            content = {_key(text), _key(tokens)}
+            if content & self.taken:
+                self.left_out += 1
+            else:
+                self.seen |= content
+                yield problem, tokens
 
 
 def _encoder(config: RunConfig, tokenizer: Any) -> Callable[[str, str], list[int]]:
@@ -96,6 +144,7 @@ def _encoder(config: RunConfig, tokenizer: Any) -> Callable[[str, str], list[int
         return plain
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(f"text = 'chat': the tokenizer of {config.model} has no chat template")
+    _stop_the_clock(config, tokenizer)
     return chat
 
 
@@ -107,6 +156,21 @@ def _check_encoder(encode: Callable, config: RunConfig) -> None:
         raise ConfigError(
             f"text = {config.text!r}: the {source} of {config.model} gives the same tokens for any question or answer"
         )
+
+
+def _stop_the_clock(config: RunConfig, tokenizer: Any) -> None:
+    """Make `strftime_now` say `DAY` in the tokenizer's chat template.
+
+    transformers lets no function be passed to a template, but compiles each once, so that it can be set there.
+    """
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        template = _compile_jinja_template(tokenizer.get_chat_template())
+    except (ValueError, TemplateError) as error:
+        raise ConfigError(f"text = 'chat': the chat template of {config.model} can't be used: {error}") from None
+    template.environment.globals["strftime_now"] = DAY.strftime
 
 
 def _template_prefix(encode: Callable, config: RunConfig) -> int:
@@ -122,24 +186,23 @@ def _common(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _draw(
-    config: RunConfig, split: str, amount: int, problems: Iterator[Problem], encode: Callable, prefix: int
-) -> list[Prompt]:
+def _key(content: list) -> bytes:
+    return hashlib.blake2b(repr(content).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _draw(config: RunConfig, split: str, amount: int, pool: _Unseen, prefix: int) -> list[Prompt]:
     """Prompts for at least `amount` rows (training, validation), or `amount` prompts (evaluation)."""
     prompts: list[Prompt] = []
     same: dict[int, int] = {}  # equal token ids are one object
     have = 0
-    while have < amount:
-        problem = next(problems, None)
-        if problem is None:
-            parameter = "eval_prompts" if split == "eval" else f"{split}_tokens"
-            raise ConfigError(f"{parameter} = {amount}: {config.dataset} has only {have} left for it")
-        tokens = encode(problem.question, problem.answer)
-        if len(tokens) < 2:  # nothing to predict
-            continue
+    for problem, tokens in pool:
         prompts.append(Prompt([same.setdefault(token, token) for token in tokens], problem.template, prefix))
         have += 1 if split == "eval" else len(prompts[-1].positions)
-    return prompts
+        if have >= amount:
+            return prompts
+    parameter = "eval_prompts" if split == "eval" else f"{split}_tokens"
+    also = f" ({pool.left_out} prompts left out, as another split has the same)" if pool.left_out else ""
+    raise ConfigError(f"{parameter} = {amount}: {config.dataset} has only {have} left for it{also}")
 
 
 def _cut(prompts: list[Prompt], rows: int) -> list[Prompt]:
@@ -154,17 +217,17 @@ def _cut(prompts: list[Prompt], rows: int) -> list[Prompt]:
     return kept
 
 
-def _problems(config: RunConfig) -> dict[str, Iterator[Problem]]:
-    """A stream of problems for each split."""
+def _problems(config: RunConfig) -> tuple[dict[str, Iterator[Problem]], str]:
+    """(a stream of problems for each split, the dataset's revision)."""
     if config.dataset.startswith("embedded:"):
         if config.dataset != EMBEDDED_DATASET:
             raise ConfigError(f"dataset = {config.dataset!r}: no such embedded dataset; there is {EMBEDDED_DATASET}")
         templates = split_templates(config.data_seed)
-        return {split: gsm_symbolic(config.data_seed, templates[split]) for split in templates}
-    train, test = _question_answer(config)
+        return {split: gsm_symbolic(config.data_seed, templates[split]) for split in templates}, ""
+    train, test, revision = _question_answer(config)
     # one stream for both: validation takes its prompts first, training goes on behind them
     pool = _shuffled(train, config.data_seed)
-    return {"val": pool, "train": pool, "eval": _shuffled(test, config.data_seed)}
+    return {"val": pool, "train": pool, "eval": _shuffled(test, config.data_seed)}, revision
 
 
 def split_templates(seed: int) -> dict[str, set[int]]:
@@ -211,23 +274,41 @@ def check_dataset(config: RunConfig) -> None:
                 raise ConfigError(f"{where}: no {split}.jsonl in this folder")
 
 
-def _question_answer(config: RunConfig) -> tuple[Any, Any]:
-    """The train and test splits of a local folder or a Hub dataset, with the columns `question` and `answer`."""
-    import datasets
-
+def _question_answer(config: RunConfig) -> tuple[Any, Any, str]:
+    """(train rows, test rows, revision) of a local folder or a Hub dataset with `question` and `answer`."""
     where = f"dataset = {config.dataset!r}"
     folder = local_folder("dataset", config.dataset)
+    if folder:
+        check_dataset(config)
+        data, revision = _local_rows(folder, where), ""
+    else:
+        data, revision = _hub_rows(config, where)
+    for split in ("train", "test"):
+        columns = list(data[split][0]) if split in data and len(data[split]) else []
+        if not {"question", "answer"} <= set(columns):
+            raise ConfigError(
+                f"{where}: {split} needs the columns question and answer, has {', '.join(columns) or 'none'}"
+            )
+    return data["train"], data["test"], revision
+
+
+def _local_rows(folder: Path, where: str) -> dict[str, list[dict[str, Any]]]:
+    """Read here: what a library keeps of a file, it finds again by the file's time alone."""
+    try:
+        paths = {split: folder / f"{split}.jsonl" for split in ("train", "test")}
+        return {split: read_json_lines(path, read_bytes(path)) for split, path in paths.items()}
+    except DamagedError as error:
+        raise ConfigError(f"{where}: can't be read: {error}") from None
+
+
+def _hub_rows(config: RunConfig, where: str) -> tuple[Any, str]:
+    import datasets
+
+    name = "main" if config.dataset == "openai/gsm8k" else None
     datasets.disable_progress_bars()
     try:
-        if folder:
-            data = {}
-            check_dataset(config)
-            for split in ("train", "test"):
-                data[split] = datasets.load_dataset("json", data_files=str(folder / f"{split}.jsonl"), split="train")
-        else:
-            name = "main" if config.dataset == "openai/gsm8k" else None
-            with hub_errors("dataset", config.dataset, config.dataset_revision):
-                data = datasets.load_dataset(config.dataset, name, revision=config.dataset_revision or None)
+        with hub_errors("dataset", config.dataset, config.dataset_revision):
+            data = datasets.load_dataset(config.dataset, name, revision=config.dataset_revision or None)
     except ConfigError:
         raise
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
@@ -235,19 +316,15 @@ def _question_answer(config: RunConfig) -> tuple[Any, Any]:
         raise ConfigError(f"{where}: can't be read: {reason}") from None
     finally:
         datasets.enable_progress_bars()
-    for split in ("train", "test"):
-        columns = data[split].column_names if split in data else []
-        if not {"question", "answer"} <= set(columns):
-            raise ConfigError(
-                f"{where}: {split} needs the columns question and answer, has {', '.join(columns) or 'none'}"
-            )
-    return data["train"], data["test"]
+    files = [file["filename"] for rows in data.values() for file in rows.cache_files]
+    commits = {part for file in files for part in Path(file).parts if re.fullmatch("[0-9a-f]{40}", part)}
+    return data, commits.pop() if len(commits) == 1 else config.dataset_revision
 
 
 def _shuffled(rows: Any, seed: int) -> Iterator[Problem]:
     """Rows as problems in a seeded order; a row's template is its own index. Raises `ConfigError` for missing text."""
     for index in random.Random(seed).sample(range(len(rows)), len(rows)):
-        question, answer = rows[index]["question"], rows[index]["answer"]
+        question, answer = (rows[index].get(name) for name in ("question", "answer"))
         if not isinstance(question, str) or not isinstance(answer, str):
             raise ConfigError(
                 f"dataset: question and answer of row {index} must be text, are {shown((question, answer))}"

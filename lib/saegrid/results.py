@@ -60,7 +60,7 @@ def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None)
     The executed notebooks, which nothing writes to any more, get their SHA-256 beside them.
     """
     root = Path(root)
-    runs_dir = root / (runs_dir or grid.constants.get("runs_dir", "runs"))
+    runs_dir = root / (runs_dir or grid.runs_dir)
     results_dir = root / grid.results_dir
     df = tidy(grid, runs_dir)
     write_tables(df, results_dir, load_prompts(df, runs_dir), baselines.load(grid, root))

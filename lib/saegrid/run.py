@@ -19,21 +19,22 @@ from tqdm.auto import tqdm
 
 import saegrid
 from saegrid import kernels
-from saegrid.activations import collect, open_store, store_folder
+from saegrid.activations import check_prompts, collect, open_store, store_folder
 from saegrid.atomic import sweep, write_bytes, write_text
 from saegrid.calibration import rms_pre_acts
 from saegrid.config import RunConfig, make_config
-from saegrid.errors import SaegridError, StoreError
+from saegrid.errors import DamagedError, SaegridError, StoreError
 from saegrid.evaluation import evaluate_rows, on_prompts, spliced
 from saegrid.fetch import waiting_lock
 from saegrid.files import load_folder, save_sae
 from saegrid.lm import check_tokens, lm_shape, load_lm
 from saegrid.preflight import check
 from saegrid.prompts import make_prompts
+from saegrid.provenance import check_made_from, check_sources, pinned
 from saegrid.published import published_files
 from saegrid.records import MEND, METRICS, NOTEBOOK, SET_ASIDE, check_run, load_config, load_run
 from saegrid.sae import SAE, JumpReLU
-from saegrid.sealed import sum_of, write_sealed, write_sums
+from saegrid.sealed import read_sealed, sum_of, write_sealed, write_sums
 from saegrid.splice import load_baseline, make_baseline, save_baseline
 from saegrid.store import Store
 from saegrid.tied import die_with_papermill
@@ -56,10 +57,12 @@ def prepare_store(config: RunConfig) -> Store:
         store = open_store(config)
         _check_varied(config, store)
         if not _has_baseline(store):
-            lm = load_lm(config)
-            prompts = make_prompts(config, lm.tokenizer)["eval"]
-            check_tokens(config, lm, (prompt.tokens for prompt in prompts))
-            save_baseline(make_baseline(lm, prompts, config.layer, store.mean), folder, store.data_sha256)
+            same = pinned(config, store.manifest)
+            lm = load_lm(same)
+            prompts = make_prompts(same, lm.tokenizer)
+            check_tokens(config, lm, (prompt.tokens for prompt in prompts["eval"]))
+            check_prompts(store, prompts)
+            save_baseline(make_baseline(lm, prompts["eval"], config.layer, store.mean), folder, store.data_sha256)
     return store
 
 
@@ -103,9 +106,11 @@ class Run:
         sweep(self.folder)
         sum_of(self.folder / NOTEBOOK).unlink(missing_ok=True)  # papermill is writing it, maybe
         self.run_id = config.run_id
+        was_aside = (self.folder / SET_ASIDE).exists()
         self.finished = self._is_whole()
         self.config = self._resolved(config)
         self.times: dict[str, float] = {}
+        self.finished = self.finished and self._is_of_its_store(was_aside)
         self.sae: SAE | None = None
         self.best_epoch = -1
 
@@ -119,6 +124,7 @@ class Run:
         path, aside = self.folder / "metrics.json", self.folder / SET_ASIDE
         if aside.exists() and not path.exists():
             aside.rename(path)
+            path.touch()  # the workflow goes by times
         if not path.exists():
             return False
         try:
@@ -126,6 +132,26 @@ class Run:
         except SaegridError as error:
             print(f"{str(error).removesuffix(f'; {MEND}')}; the run is made again", flush=True)
             path.unlink()
+            return False
+        return True
+
+    def _is_of_its_store(self, was_aside: bool) -> bool:
+        """Whether a whole run was made from its store as it is now; one that is not is named and made again.
+
+        A missing store is made only where the run had been set aside, as its store may come out otherwise.
+
+        Raises `StoreError` where what the store was made from has changed.
+        """
+        folder = self.store.folder if was_aside else store_folder(self.config)
+        try:
+            check_sources(self.config, folder, read_sealed(folder / "manifest.json"))
+        except DamagedError:  # no store, or one that is mended before it is used
+            return True
+        try:
+            check_made_from(self.folder, folder)
+        except StoreError as error:
+            print(f"{error}; the run is made again", flush=True)
+            (self.folder / "metrics.json").unlink()
             return False
         return True
 

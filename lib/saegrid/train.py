@@ -105,13 +105,14 @@ def train(
     if found.sink is not None:
         found = found._replace(sink=found.sink.to(device), mean=found.mean.to(device))
     path = run_dir / CHECKPOINT
-    progress = _resumed(path, sae, config.run_id) or Progress(TrainState.start(sae.params), _copy(sae.params))
+    progress = _resumed(path, sae, config.run_id, store.data_sha256)
+    progress = progress or Progress(TrainState.start(sae.params), _copy(sae.params))
     report(progress.epoch * store.n_train + min(progress.batch * config.batch_size, store.n_train))
     while progress.epoch < config.epochs:
         _epoch(config, store, kernel, matmul, sae, progress, path, report, found)
         _validate(config, store, kernel, sae, progress, found.scale)
         write_text(run_dir / "metrics.jsonl", "".join(json.dumps(point) + "\n" for point in progress.curve))
-        save_checkpoint(path, progress, config.run_id)
+        save_checkpoint(path, progress, config.run_id, store.data_sha256)
     for weights, best in zip(sae.params, progress.best, strict=True):
         weights.copy_(best)
     if isinstance(sae, Gated):
@@ -125,10 +126,10 @@ def train(
     return sae, progress
 
 
-def _resumed(path: Path, sae: SAE, run_id: str) -> Progress | None:
+def _resumed(path: Path, sae: SAE, run_id: str, data_sha256: str) -> Progress | None:
     """The run's checkpoint; a damaged one is named and dropped, and the run starts again."""
     try:
-        return load_checkpoint(path, sae, run_id)
+        return load_checkpoint(path, sae, run_id, data_sha256)
     except DamagedError as error:
         print(f"{error}; the run starts again", flush=True)
         path.unlink(missing_ok=True)
@@ -173,7 +174,7 @@ def _epoch(config, store, kernel, matmul, sae, progress: Progress, path: Path, r
             _read_loss(config, progress, seen)
             seen = state.step
         if at_checkpoint:
-            save_checkpoint(path, progress, config.run_id)
+            save_checkpoint(path, progress, config.run_id, store.data_sha256)
     _read_loss(config, progress, seen)
 
 
@@ -251,14 +252,15 @@ def _validate(config, store, kernel, sae, progress: Progress, scale: float) -> N
     progress.sq_error, progress.rows, progress.active = 0.0, 0, 0
 
 
-def save_checkpoint(path: Path, progress: Progress, run_id: str) -> None:
+def save_checkpoint(path: Path, progress: Progress, run_id: str, data_sha256: str) -> None:
     """Write all of `progress`. Raises `DiskError`; the checkpoint before it is then unchanged."""
     progress.lap()
     state = progress.state
     parts = {"weights": state.params, "m": state.m, "v": state.v, "best": progress.best}
     tensors = {f"{part}.{name}": t for part, params in parts.items() for name, t in params._asdict().items()}
     tensors["quiet"] = state.quiet
-    checkpoint.write(path, tensors, {"run_id": run_id, "step": state.step, "l1": state.l1, "plain": plain(progress)})
+    facts = {"run_id": run_id, "data_sha256": data_sha256, "step": state.step, "l1": state.l1}
+    checkpoint.write(path, tensors, facts | {"plain": plain(progress)})
 
 
 def plain(progress: Progress) -> dict[str, Any]:
@@ -266,11 +268,11 @@ def plain(progress: Progress) -> dict[str, Any]:
     return {name: value for name, value in vars(progress).items() if name not in ("state", "best", "_since")}
 
 
-def load_checkpoint(path: Path, sae: SAE, run_id: str) -> Progress | None:
+def load_checkpoint(path: Path, sae: SAE, run_id: str, data_sha256: str) -> Progress | None:
     """The progress that a checkpoint holds, with the SAE's own tensors as weights; None where there is none.
 
     Raises:
-        DamagedError: the file is damaged, of another shape, or another run's.
+        DamagedError: the file is damaged, of another shape, another run's, or was trained on other rows.
     """
     if not path.exists():
         return None
@@ -278,6 +280,8 @@ def load_checkpoint(path: Path, sae: SAE, run_id: str) -> Progress | None:
     try:
         if facts["run_id"] != run_id:
             raise DamagedError(f"{path}: damaged checkpoint (of the run {facts['run_id']})")
+        if facts["data_sha256"] != data_sha256:
+            raise DamagedError(f"{path}: a checkpoint on other rows than the store has now")
         targets = sae.params._asdict().items()
         parts = {
             part: Params(

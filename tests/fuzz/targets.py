@@ -86,10 +86,10 @@ def run_files(data: bytes, folder: Path) -> None:
         path = folder / "checkpoint.safetensors"
         facts, _, tensors = content.partition(SPLIT)
         path.write_bytes(tensors)
-        _quietly(load_checkpoint, path, TopK(2, 2, k=1), "r")
+        _quietly(load_checkpoint, path, TopK(2, 2, k=1), "r", "")
         if stated := _object(facts):
             _quietly(checkpoint.write, path, _checkpoint_tensors(), stated)
-            _quietly(load_checkpoint, path, TopK(2, 2, k=1), "r")
+            _quietly(load_checkpoint, path, TopK(2, 2, k=1), "r", "")
     loaders = {b"l": records.load_curves, b"t": records.load_timing, b"c": records.load_latents}
     if kind in b"ltcx":
         _quietly(loaders.get(kind, records.load_prompts), pd.DataFrame([RUN]), folder)

@@ -6,10 +6,12 @@ import importlib
 import importlib.util
 import logging
 import os
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 from saegrid.errors import ConfigError
+from saegrid.fetch import can_write, own_cache_dir
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,22 @@ def load(name: str) -> ModuleType:
         raise ConfigError("kernel = 'cpu': needs the package numba; install it or use 'reference'")
     if name == "cuda" and (missing := _missing_for_cuda()):
         raise ConfigError(f"kernel = 'cuda': {missing}; use 'cpu', 'reference' or 'auto'")
+    _settle_caches(name)
     return importlib.import_module(f"saegrid.kernels.{name}")
+
+
+def _settle_caches(name: str) -> None:
+    """Where compiled code can't be kept in the compiler's own place (read-only checkout, no home): in the cache."""
+    if name == "cpu":
+        place = os.environ.get("NUMBA_CACHE_DIR") or Path(__file__).with_name("__pycache__")
+        if not can_write(Path(place)):
+            import numba
+
+            numba.config.CACHE_DIR = str(own_cache_dir() / "numba")
+    elif name == "cuda":
+        place = os.environ.get("TRITON_CACHE_DIR") or os.path.expanduser("~/.triton")
+        if not can_write(Path(place)):
+            os.environ["TRITON_CACHE_DIR"] = str(own_cache_dir() / "triton")
 
 
 def device(name: str) -> str:

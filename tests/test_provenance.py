@@ -1,0 +1,276 @@
+"""What a store and a run were made from: each thing that decides a row is noticed when it changes, and only that."""
+
+import contextlib
+import datetime
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import transformers.utils.chat_template_utils as chat_templates
+from safetensors.torch import load_file, save_file
+from tiny import save_dataset, save_model
+
+from saegrid import fetch, records, results
+from saegrid.activations import collect, open_store, store_folder
+from saegrid.config import make_config
+from saegrid.errors import StoreError
+from saegrid.grid import Grid
+from saegrid.mend import mend
+from saegrid.prompts import draw_prompts
+from saegrid.provenance import pinned
+from saegrid.run import Run, prepare_store
+from saegrid.sealed import read_sealed, write_sealed
+from saegrid.splice import load_baseline
+from saegrid.train import CHECKPOINT
+
+SMALL = {"layer": 1, "max_tokens": 64, "train_tokens": 600, "val_tokens": 200, "eval_prompts": 4, "text": "chat"}
+SMALL |= {"arch": "TopK", "k": 4, "expansion": 2, "epochs": 1, "batch_size": 64, "threads": 1, "kernel": "reference"}
+
+
+@pytest.fixture
+def config(tmp_path):
+    sources = {"model": save_model(tmp_path / "model", chat=True), "dataset": save_dataset(tmp_path / "data", 60, 20)}
+    return make_config(**SMALL, **sources, runs_dir=str(tmp_path / "runs"), store_dir=str(tmp_path / "stores"))
+
+
+@contextlib.contextmanager
+def unnoticed(path):
+    """Change a file inside this block; its time of change is set back behind it, and its size must be the same."""
+    before = path.stat()
+    yield
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+
+
+def replaced(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def move_a_row(data):
+    """From the end of the test split to the start of the training split: together, the files have the same bytes."""
+    rows = (data / "test.jsonl").read_text().splitlines(keepends=True)
+    (data / "test.jsonl").write_text("".join(rows[:-1]))
+    (data / "train.jsonl").write_text(rows[-1] + (data / "train.jsonl").read_text())
+
+
+def other_weights(model):
+    tensors = load_file(model / "model.safetensors")
+    save_file({name: -tensor for name, tensor in tensors.items()}, model / "model.safetensors", {"format": "pt"})
+
+
+CHANGES = {
+    "dataset/train.jsonl": lambda root: replaced(root / "data" / "train.jsonl", "train ", "other "),
+    "dataset/test.jsonl": lambda root: replaced(root / "data" / "test.jsonl", "test ", "tset "),
+    "model/tokenizer.json": lambda root: replaced(root / "model" / "tokenizer.json", '"Ł": 254', '"Ɓ": 254'),
+    "model/chat_template.jinja": lambda root: replaced(root / "model" / "chat_template.jinja", "brief", "kind!"),
+    "model/config.json": lambda root: replaced(root / "model" / "config.json", "1e-06", "1e-03"),
+    "model": lambda root: other_weights(root / "model"),
+}  # fmt: skip
+
+
+def test_every_source_is_noticed_though_size_and_time_are_the_same(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "SMALL", 10_000)  # so that the weights' hash is a remembered one
+    monkeypatch.setenv("SAEGRID_CACHE", str(tmp_path / "cache"))
+    folder = collect(config)
+    made = open_store(config).manifest["sources"]
+    assert made.keys() > CHANGES.keys() | {"dataset", "code/activations.py", "code/prompts.py"}
+    for name, change in CHANGES.items():
+        kept = shutil.copytree(tmp_path, tmp_path.with_name("kept"), symlinks=True)
+        path = tmp_path / name.replace("dataset/", "data/") if "/" in name else tmp_path / "model" / "model.safetensors"
+        with unnoticed(path):
+            change(tmp_path)
+        with pytest.raises(StoreError, match=f"{folder}: {name} changed since it was made; delete the folder") as error:
+            open_store(config)
+        assert "\n" not in str(error.value)
+        for part in ("data", "model"):
+            shutil.rmtree(tmp_path / part)
+            shutil.copytree(kept / part, tmp_path / part)
+        shutil.rmtree(kept)
+        assert open_store(config).manifest["sources"] == made  # another inode and time, the same content
+
+
+def test_a_row_that_moves_from_split_to_split_and_a_file_that_comes_are_noticed(config, tmp_path):
+    collect(config)
+    move_a_row(tmp_path / "data")
+    with pytest.raises(StoreError, match=r": dataset/test\.jsonl, dataset/train\.jsonl changed"):
+        open_store(config)
+    save_dataset(tmp_path / "data", 60, 20)
+    open_store(config)
+    (tmp_path / "model" / "added_tokens.json").write_text("{}")
+    with pytest.raises(StoreError, match=r": model/added_tokens\.json changed"):
+        open_store(config)
+
+
+def test_a_folder_that_is_gone_is_no_change(config, tmp_path):
+    collect(config)
+    shutil.rmtree(tmp_path / "data")
+    assert open_store(config).n_train == 600
+
+
+def test_other_code_and_an_older_form_are_named(config, tmp_path):
+    path = collect(config) / "manifest.json"
+    manifest = read_sealed(path)
+    write_sealed(path, manifest | {"sources": manifest["sources"] | {"code/lm.py": "0" * 64}})
+    with pytest.raises(StoreError, match=r": code/lm\.py changed since it was made; delete the folder"):
+        open_store(config)
+    write_sealed(path, manifest | {"format": 2})
+    with pytest.raises(StoreError, match="a store of format 2, where this version reads 3; delete the folder"):
+        open_store(config)
+
+
+def test_commits_of_the_hub_are_kept_to():
+    config = make_config(k=4, model="some/model", dataset="some/data", dataset_revision="main")
+    same = pinned(config, {"sources": {"model": "c0ffee" + "0" * 34, "dataset": "main"}})
+    assert (same.model_revision, same.dataset_revision) == ("c0ffee" + "0" * 34, "main")
+    assert pinned(config, {"sources": {"model": "a" * 64}}) == config
+
+
+# --- a template that prints the date ---
+
+
+@pytest.mark.parametrize("call", ["strftime_now('%d %b %Y')", "strftime_now(format='%d %b %Y')"])
+def test_a_template_that_prints_the_date_gives_the_same_prompts_tomorrow(tmp_path, monkeypatch, call):
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls.fromisoformat(today)
+
+    monkeypatch.setattr(chat_templates, "datetime", Clock)
+    model = Path(save_model(tmp_path / "model", chat=True))
+    replaced(model / "chat_template.jinja", "{{ '<end>system", f"{{{{ {call} + '<end>system")
+    config = make_config(
+        **SMALL, model=str(model), dataset=save_dataset(tmp_path / "data", 60, 20), store_dir=str(tmp_path)
+    )
+    today = "2026-07-01"
+    folder = collect(config)
+    today = "2031-01-31"
+    prepare_store(config)  # its baseline is of the same prompts, or refused
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert tokenizer.decode(load_baseline(folder).prompts[0].tokens).startswith("25 Nov 2026<end>system")
+
+
+def test_prompts_that_come_out_otherwise_are_refused(config, tmp_path):
+    path = tmp_path / "model" / "chat_template.jinja"
+    path.write_text("{{ range(100000) | random }}" + path.read_text())
+    collect(config)
+    with pytest.raises(StoreError, match="dataset and tokenizer give other prompts now than its rows have"):
+        prepare_store(config)
+
+
+# --- splits ---
+
+
+def write_rows(folder, **splits):
+    folder.mkdir(exist_ok=True)
+    for split, texts in splits.items():
+        lines = [json.dumps({"question": text, "answer": "an answer"}) + "\n" for text in texts]
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+    return str(folder)
+
+
+# --- a finished run ---
+
+
+def finished(config):
+    with contextlib.closing(Run(config)) as run:
+        run.train()
+        row = run.evaluate()
+    return row
+
+
+def grid_of(config, tmp_path):
+    constants = {name: value for name, value in config.model_dump(exclude_defaults=True).items() if name != "k"}
+    return Grid(name="g", title="G", results_dir=str(tmp_path / "tables"), constants=constants, axes=[{"k": [4]}])
+
+
+def contents(*folders):
+    return {path: path.read_bytes() for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_finished_grid_is_made_again_where_its_data_changed_and_taken_back_where_they_return(config, tmp_path):
+    grid = grid_of(config, tmp_path)
+    first = finished(config)
+    results.make(grid)
+    folder, run_dir = store_folder(config), tmp_path / "runs" / config.run_id
+    before = {path: content for path, content in contents(folder, run_dir).items() if path.name != "timing.json"}
+    assert mend(grid) == []
+    replaced(tmp_path / "data" / "train.jsonl", "train ", "other ")
+    with pytest.raises(StoreError, match=r"dataset/train\.jsonl changed since it was made"):
+        Run(config)  # a run by itself refuses, and changes nothing
+    assert (run_dir / "metrics.json").exists()
+    lines = mend(grid)
+    assert lines[0] == f"{folder}: dataset/train.jsonl changed since it was made; it is made again"
+    assert len(lines) == 2 and "SHA256SUMS: the tables of runs that are made again" in lines[1]
+    gone = [folder / "manifest.json", folder / "baseline.json", run_dir / "metrics.json"]
+    assert not any(path.exists() for path in [*gone, tmp_path / "tables" / "results_tidy.csv"])
+    second = finished(config)
+    assert second["data_sha256"] != first["data_sha256"]
+    assert second["data_sha256"] == read_sealed(folder / "manifest.json")["data_sha256"]
+    replaced(tmp_path / "data" / "train.jsonl", "other ", "train ")
+    mend(grid)
+    assert finished(config)["data_sha256"] == first["data_sha256"]
+    after = {path: content for path, content in contents(folder, run_dir).items() if path in before}
+    assert after == before
+    (run_dir / "metrics.json").touch()
+    replaced(tmp_path / "data" / "train.jsonl", "train ", "other ")
+    mend(grid)
+    replaced(tmp_path / "data" / "train.jsonl", "other ", "train ")
+    prepare_store(config)
+    with contextlib.closing(Run(config)) as run:
+        assert run.finished  # what was set aside is of the store that came out the same
+    assert records.load_run(run_dir)["data_sha256"] == first["data_sha256"]
+
+
+def test_a_run_is_made_again_where_only_its_evaluation_prompts_changed(config, tmp_path, capsys):
+    first = finished(config)
+    replaced(tmp_path / "data" / "test.jsonl", "test ", "tset ")
+    shutil.rmtree(store_folder(config))  # by hand, as the error says
+    prepare_store(config)
+    grid = grid_of(config, tmp_path)
+    assert "measured on other prompts than its store" in "".join(mend(grid))
+    second = finished(config)
+    assert "measured on other prompts" in capsys.readouterr().out
+    assert (second["data_sha256"], second["weights_sha256"]) == (first["data_sha256"], first["weights_sha256"])
+    assert second["ce_clean"] != first["ce_clean"]
+
+
+def test_a_checkpoint_on_other_rows_is_not_gone_on_from(config, tmp_path, capsys):
+    with contextlib.closing(Run(config)) as run:
+        run.train()
+        kept = (run.folder / CHECKPOINT).read_bytes()
+    replaced(tmp_path / "data" / "train.jsonl", "train ", "other ")
+    mend(grid_of(config, tmp_path))
+    (run.folder / CHECKPOINT).write_bytes(kept)
+    row = finished(config)
+    assert "a checkpoint on other rows than the store has now; the run starts again" in capsys.readouterr().out
+    shutil.rmtree(run.folder)
+    assert finished(config)["weights_sha256"] == row["weights_sha256"]
+
+
+@pytest.mark.parametrize("kind", ["same text", "other white space", "same tokens"])
+def test_no_split_has_a_prompt_of_another(tmp_path, kind):
+    from tiny import tiny_tokenizer
+
+    numbers = [f"{i:03d}" for i in range(60)]
+    if kind == "same text":
+        train, test = [f"{n} is a question" for n in [*numbers, *numbers]], [f"{n} is a question" for n in numbers[:30]]
+    elif kind == "other white space":
+        train = [f"{n}{space}is a question " for n in numbers for space in (" ", "  ", "\n")]
+        test = [f"{n}\tis a question" for n in numbers[:30]]
+    else:  # within max_tokens
+        train, test = [f"{n} is a question of {'x' * i}" for i, n in enumerate([*numbers, *numbers])], numbers
+        test = [f"{n} is a question of {'y' * i}" for i, n in enumerate(numbers[:30])]
+    data = write_rows(tmp_path / "data", train=train, test=test)
+    parameters = {"dataset": data, "train_tokens": 200, "val_tokens": 100, "eval_prompts": 6, "max_tokens": 16}
+    tokenizer = tiny_tokenizer()
+    prompts, facts = draw_prompts(make_config(k=4, **parameters), tokenizer)
+    whole = {split: some if split == "eval" else some[:-1] for split, some in prompts.items()}  # the last one is cut
+    texts = {split: {" ".join(tokenizer.decode(p.tokens).split()) for p in some} for split, some in whole.items()}
+    assert all(texts[a].isdisjoint(texts[b]) for a, b in (("train", "val"), ("train", "eval"), ("val", "eval")))
+    assert sum(facts["left_out"].values()) > 0 and facts["left_out"]["eval"] == 0
