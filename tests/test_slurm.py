@@ -70,7 +70,8 @@ def test_the_documented_command_survives_scancel_kill_and_interrupt(cluster, tmp
     axes = [{"arch": ["BatchTopK", "TopK"], "k": [3]}]
     grid = {"name": "small", "title": "A small grid", "constants": CONSTANTS | places, "axes": axes}
     folder, alone = checkout(tmp_path / "slurm", grid), checkout(tmp_path / "local", grid)
-    cancelled, killed = (folder / "runs" / run.run_id for run in load_grid(folder / GRID_FILE).runs())
+    runs = [folder / "runs" / run.run_id for run in load_grid(folder / GRID_FILE).runs()]
+    jobs = {}
 
     def log():
         parts = [folder / "log.txt", *(folder / ".snakemake" / "slurm_logs").rglob("*.log")]
@@ -80,15 +81,19 @@ def test_the_documented_command_survives_scancel_kill_and_interrupt(cluster, tmp
         slurm_cluster.wait_for(lambda: condition() or process.poll() is not None, log, 300)
         assert process.poll() is None, log()
 
+    def in_training():
+        return [run for run in runs if run not in jobs and (run / "checkpoint.safetensors").exists()]
+
     options = ["-s", "workflow/Snakefile", "--cores", "2", "--config", f"grid={GRID_FILE}", *TARGET]
     local = started([sys.executable, "-m", "snakemake", *options], alone, cluster.environment)
     command = [*shlex.split(COMMAND), *TARGET]
     with local as by_itself, started(command, folder, cluster.environment) as first:
-        jobs = {}
-        for run, strike in ((cancelled, cluster.cancel), (killed, cluster.kill)):
-            until((run / "checkpoint.safetensors").exists, first)
+        for strike in (cluster.cancel, cluster.kill):
+            until(in_training, first)
+            (run,) = in_training()[:1]
             jobs[run] = cluster.jobs()[f"rule_train_wildcards_{run.name}"]
             strike(jobs[run])
+        cancelled = next(iter(jobs))
         again = f"rule_train_wildcards_{cancelled.name}"
         until(lambda: cluster.jobs().get(again, jobs[cancelled]) != jobs[cancelled], first)
         first.send_signal(signal.SIGINT)
