@@ -43,6 +43,8 @@ RUNS = ["TopK_exp4x_k64", "BatchTopK_exp4x_k64", "JumpReLU_exp4x_t0.5"]
 """The quickest run of each architecture."""
 STEPS, WARM_UP = 40, 10
 """Training steps of each grid point, and how many of them are not timed."""
+LAPTOP_GB = 12.0
+"""What a laptop with 16 GB of memory has free."""
 LOG = "log.txt"
 INTERVAL, REPORT = 0.25, 60
 """Seconds between two looks at the memory, and between two lines about it."""
@@ -313,7 +315,13 @@ def preset_row(found: dict[str, Any]) -> str:
     what = f"{grid['runs']} runs: the published setting on the published activation files (needs the Hub)"
     took = f"{grid['hours']:.1f} hours, {grid['processor_hours']:.1f} of processor time"
     space = f"{grid['peak_gb']:.1f} GB of memory, {grid['disk_gb']:.1f} GB of disk"
-    return f"| `qwen05b` | {what} | {took}, {space}: `make rehearse`, {made} runs made and the others estimated |"
+    if grid["peak_gb"] < LAPTOP_GB:
+        laptop = "a laptop with 16 GB needs no change"
+    else:
+        laptop = "a laptop with 16 GB needs `lm_dtype: bfloat16`"
+    return (
+        f"| `qwen05b` | {what} | {took}; {space}: {laptop} (`make rehearse`: {made} runs made, the others estimated) |"
+    )
 
 
 def read(path: Path) -> dict[str, Any]:

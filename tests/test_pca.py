@@ -9,6 +9,7 @@ from saegrid.config import make_config
 from saegrid.errors import ResultsError
 from saegrid.grid import Grid
 from saegrid.run import prepare_store
+from saegrid.sealed import write_sealed
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,14 @@ def test_the_table_and_what_is_damaged(made, tmp_path):
     path = store.folder / "pca.json"
     path.write_text(path.read_text().replace("0.", "1.", 1))
     with pytest.raises(ResultsError, match=r"pca\.json: damaged"):
+        baselines.load(grid)
+    pca.make(config, store)
+    assert len(baselines.load(grid)) == len(table)
+    records = [
+        {name: record[name] for name in ("store_id", "components", "fvu")} for record in table.to_dict("records")
+    ]
+    write_sealed(path, {"data_sha256": store.data_sha256, "records": records})
+    with pytest.raises(ResultsError, match=r"pca\.json: lacks 'fvu_no_sink', as by an older version; delete it"):
         baselines.load(grid)
     pca.make(config, store)
     assert len(baselines.load(grid)) == len(table)

@@ -19,15 +19,20 @@ COLUMNS = ["store_id", "components", *MEASURES]
 def load(grid: Grid, root: str | Path = ".") -> pd.DataFrame:
     """The records of the `pca.json` of each of the grid's stores; none for a store that has no such file.
 
-    Raises `ResultsError` for a damaged one.
+    Raises `ResultsError` for one that is damaged or of an older form.
     """
     folders = {run.store_id: Path(root) / run.store_dir / run.store_id for run in grid.runs()}
     records = []
     for path in (folder / "pca.json" for folder in folders.values()):
         try:
-            records += read_sealed(path)["records"] if path.exists() else []
-        except (DamagedError, KeyError) as error:
+            made = read_sealed(path)["records"] if path.exists() else []
+            records += [{name: record[name] for name in COLUMNS} for record in made]
+        except DamagedError as error:
             raise ResultsError(f"{error}; delete the file, and it is made again") from None
+        except KeyError as error:
+            raise ResultsError(
+                f"{path}: lacks {error}, as by an older version; delete it, and it is made again"
+            ) from None
     return pd.DataFrame(records, columns=COLUMNS)
 
 

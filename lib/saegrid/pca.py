@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saegrid.baselines import COMPONENTS, MEASURES
+from saegrid.baselines import COLUMNS, COMPONENTS, MEASURES
 from saegrid.config import RunConfig
 from saegrid.errors import DamagedError
 from saegrid.lm import load_lm
@@ -28,8 +28,11 @@ def make(config: RunConfig, store: Store) -> None:
     """Write the store's `pca.json`, unless it is there: a record for each number of `COMPONENTS`."""
     path = store.folder / "pca.json"
     try:
-        if path.exists() and read_sealed(path)["data_sha256"] == store.data_sha256:
-            return
+        if path.exists():
+            made = read_sealed(path)
+            whole = all(set(COLUMNS) <= record.keys() for record in made["records"])  # else by an older version
+            if whole and made["data_sha256"] == store.data_sha256:
+                return
     except (DamagedError, KeyError) as error:
         print(f"{error}; it is made again", flush=True)
     mean, directions = principal(store)
