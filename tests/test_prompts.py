@@ -76,9 +76,9 @@ def test_local_dataset_splits_share_no_prompt(tmp_path):
 
 
 def test_a_prompt_is_cut_behind_max_tokens(tmp_path):
-    config = config_for(dataset=save_dataset(tmp_path), train_tokens=100, val_tokens=50, max_tokens=7)
+    config = config_for(dataset=save_dataset(tmp_path), train_tokens=100, val_tokens=50, max_tokens=9)
     prompts = make_prompts(config, tiny_tokenizer())
-    assert {len(prompt.tokens) for prompt in prompts["eval"]} == {7}
+    assert {len(prompt.tokens) for prompt in prompts["eval"]} == {9}
     assert rows(prompts["train"]) == 100
 
 

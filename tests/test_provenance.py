@@ -4,15 +4,17 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
+import chaos_workflow
 import pytest
 import transformers.utils.chat_template_utils as chat_templates
 from safetensors.torch import load_file, save_file
 from tiny import save_dataset, save_model
 
-from saegrid import fetch, records, results
+from saegrid import fetch, pca, records, results
 from saegrid.activations import collect, open_store, store_folder
 from saegrid.config import make_config
 from saegrid.errors import StoreError
@@ -274,3 +276,27 @@ def test_no_split_has_a_prompt_of_another(tmp_path, kind):
     texts = {split: {" ".join(tokenizer.decode(p.tokens).split()) for p in some} for split, some in whole.items()}
     assert all(texts[a].isdisjoint(texts[b]) for a, b in (("train", "val"), ("train", "eval"), ("val", "eval")))
     assert sum(facts["left_out"].values()) > 0 and facts["left_out"]["eval"] == 0
+
+
+def test_the_workflow_plans_what_depends_on_changed_data(config, tmp_path):
+    folder = chaos_workflow.checkout(tmp_path / "checkout", {})
+    places = {"runs_dir": str(folder / "runs"), "store_dir": str(folder / "activations")}
+    config = make_config(**config.model_dump() | places)
+    grid = grid_of(config, folder)
+    (folder / "params" / "chaos.yaml").write_text(json.dumps(grid.model_dump()))
+    target = f"{grid.results_dir}/results_tidy.csv"
+
+    def planned():
+        done = chaos_workflow.snakemake(folder, target, "--dry-run").wait()
+        log = (folder / "log.txt").read_text()
+        (folder / "log.txt").write_text("")
+        assert done == 0, log
+        return {line.split()[0] for line in log.splitlines() if re.fullmatch(r"\w+ +1", line)} or log
+
+    finished(config)
+    pca.make(config, open_store(config))
+    results.make(grid)
+    assert "Nothing to be done" in planned()
+    replaced(tmp_path / "data" / "train.jsonl", "train ", "other ")
+    assert mend(grid)
+    assert planned() == {"activations", "pca", "train", "tables"}
