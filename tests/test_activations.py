@@ -200,7 +200,7 @@ def test_a_store_of_other_parameters_or_changed_sources_is_refused(sources, tmp_
     (folder / "manifest.json").write_text(manifest)
     assert open_store(config).n_train == 500
     save_model(tmp_path / "model", "qwen2")
-    with pytest.raises(StoreError, match=r"model/config\.json changed since"):
+    with pytest.raises(StoreError, match=r": model, model/config\.json changed since"):
         open_store(config)
     save_model(tmp_path / "model", "llama")
     save_dataset(tmp_path / "data", train=41)
@@ -281,11 +281,12 @@ def test_a_model_that_takes_fewer_tokens_names_max_tokens(tmp_path, sources):
     data = tmp_path / "long"
     data.mkdir()
     for split in ("train", "test"):
-        (data / f"{split}.jsonl").write_text(json.dumps({"question": "x" * 80, "answer": "y"}) + "\n")
+        (data / f"{split}.jsonl").write_text(json.dumps({"question": split * 20, "answer": "y"}) + "\n")
     config = config_for({"model": model, "dataset": str(data)}, tmp_path, train_tokens=1, val_tokens=1, eval_prompts=1)
     with pytest.raises(ConfigError):  # one prompt can't serve validation and training
         collect(config)
-    (data / "train.jsonl").write_text((json.dumps({"question": "x" * 80, "answer": "y"}) + "\n") * 4)
+    rows = [json.dumps({"question": letter * 80, "answer": "y"}) + "\n" for letter in "abcd"]
+    (data / "train.jsonl").write_text("".join(rows))
     with pytest.raises(ConfigError, match=r"max_tokens = 512: .* takes at most 64"):
         collect(config)
     assert collect(config.model_copy(update={"max_tokens": 64})).exists()

@@ -38,6 +38,7 @@ def local_sources(config: RunConfig) -> dict[str, str]:
         found["model"] = files_sha256(weight_files(folder))
         patterns = [*HUB_FILES, "additional_chat_templates/*.jinja"]
         paths = {path for pattern in patterns if pattern != "*.safetensors" for path in folder.glob(pattern)}
+        paths -= {folder / "generation_config.json"}  # how to sample
         found |= _each("model", folder, sorted(paths))
     if config.dataset.startswith("embedded:"):
         found["dataset"] = f"reasoning-gym {importlib.metadata.version('reasoning-gym')}"
@@ -84,7 +85,8 @@ def check_sources(config: RunConfig, folder: Path, manifest: dict[str, Any]) -> 
     parameters = {name.split("/")[0] for name in now}
     made = {name: digest for name, digest in sources.items() if name.split("/")[0] in parameters}
     names = sorted(name for name in now.keys() | made.keys() if now.get(name) != made.get(name))
-    names = [name for name in names if not any(other.startswith(f"{name}/") for other in names)]
+    if any(name.startswith("dataset/") for name in names):
+        names.remove("dataset")
     if names:
         raise StoreError(f"{folder}: {', '.join(names)} changed since it was made; {MEND}")
 
