@@ -83,17 +83,18 @@ from saegrid.config import make_config
 config = make_config(k=4, layer=1, eval_prompts=2, train_tokens=100, val_tokens=50, **PARAMETERS)
 collect(config)
 manifest = open_store(config).manifest
-print(json.dumps([manifest["model"], manifest["data"], open_store(config).n_train]))
+print(json.dumps([manifest["model"], manifest["data"], open_store(config).n_train, manifest["sources"]["model"]]))
 """
 
 
 def test_model_and_published_activations_come_from_the_hub(hub, tmp_path):
     local = {"model": "some/model", "dataset": save_dataset(tmp_path / "data"), "store_dir": str(tmp_path)}
-    model, _, rows = in_another_process(hub, COLLECT.replace("PARAMETERS", repr(local)))
-    assert (model["model"], model["revision"], rows) == ("some/model", COMMIT, 100)
+    model, _, rows, commit = in_another_process(hub, COLLECT.replace("PARAMETERS", repr(local)))
+    assert (model["model"], model["revision"], rows, commit) == ("some/model", COMMIT, 100, COMMIT)
     files = {"model": "some/model", "activations": "some/acts", "store_dir": str(tmp_path)}
-    _, data, rows = in_another_process(hub, COLLECT.replace("PARAMETERS", repr(files)))
+    _, data, rows, commit = in_another_process(hub, COLLECT.replace("PARAMETERS", repr(files)))
     assert (data["revision"], data["files"], rows) == (COMMIT, {"all": "instruct_base_layer1.pt"}, 40)
+    assert commit == COMMIT
 
 
 def test_without_the_hub_what_is_cached_is_used_and_the_rest_is_one_line(hub, tmp_path):

@@ -86,7 +86,7 @@ def check_sources(config: RunConfig, folder: Path, manifest: dict[str, Any]) -> 
     made = {name: digest for name, digest in sources.items() if name.split("/")[0] in parameters}
     names = sorted(name for name in now.keys() | made.keys() if now.get(name) != made.get(name))
     if any(name.startswith("dataset/") for name in names):
-        names.remove("dataset")
+        names = [name for name in names if name != "dataset"]
     if names:
         raise StoreError(f"{folder}: {', '.join(names)} changed since it was made; {MEND}")
 
