@@ -49,7 +49,8 @@ def local_sources(config: RunConfig) -> dict[str, str]:
     if config.activations and _folder("activations", config):
         from saegrid.published import published_files  # imports torch
 
-        found["activations"] = files_sha256(list(published_files(config)[0].values()))
+        with contextlib.suppress(ConfigError):  # the files are gone
+            found["activations"] = files_sha256(list(published_files(config)[0].values()))
     return found
 
 
