@@ -137,8 +137,9 @@ def test_links_to_other_hosts_are_allowed_and_dead_links_are_found(tmp_path):
 
 def test_an_empty_site_and_a_failing_renderer_are_told(tmp_path):
     assert site.check(tmp_path) == ["no page was rendered"]
+    (tmp_path / "_quarto.yml").write_text("project: [")
     with pytest.raises(SiteError, match="ended with code"):
-        site.render(tmp_path)  # no _quarto.yml
+        site.render(tmp_path)
 
 
 # --- the sources

@@ -126,7 +126,7 @@ def check_sources(root: str | Path) -> list[str]:
     div, an unclosed code block, an include that is not there, a cell that is no list of lines."""
     root = Path(root)
     faults = []
-    for path in sorted([*root.glob("*.qmd"), *(root / "report").rglob("*.qmd")]):
+    for path in sorted([*root.glob("*.qmd"), *root.glob("*/_*.md"), *(root / "report").rglob("*.qmd")]):
         faults += [f"{path.relative_to(root)}: {fault}" for fault in _faults(path.read_text(encoding="utf-8"), path)]
     for path in sorted((root / "report").rglob("*.ipynb")):
         for n, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"], 1):
