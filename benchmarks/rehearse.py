@@ -313,7 +313,9 @@ def preset_row(found: dict[str, Any]) -> str:
     """The preset's row in README, as a test holds it against results/rehearsal.json."""
     grid, made = found["grid"], sum(row["measured"] for row in found["runs"])
     what = f"{grid['runs']} runs: the published setting on the published activation files (needs the Hub)"
-    took = f"{grid['hours']:.1f} hours, {grid['processor_hours']:.1f} of processor time"
+    cores = found["machine"]["cores"]
+    alone = f"at least {grid['processor_hours'] / cores:.1f} hours on {cores} cores"
+    took = f"{grid['processor_hours']:.1f} processor hours, so {alone}"
     space = f"{grid['peak_gb']:.1f} GB of memory, {grid['disk_gb']:.1f} GB of disk"
     if grid["peak_gb"] < LAPTOP_GB:
         laptop = "a laptop with 16 GB needs no change"
