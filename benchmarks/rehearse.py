@@ -285,12 +285,8 @@ def run_row(run: RunConfig, like: RunConfig, record: dict[str, Any], folder: Pat
 def machine() -> dict[str, Any]:
     from saegrid.run import processor
 
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "load": round(os.getloadavg()[2], 1),  # of the last 15 minutes: above the cores, others took time, too
-    }
+    memory_gb = round(psutil.virtual_memory().total / 1e9, 1)
+    return {"processor": processor(), "cores": os.cpu_count(), "memory_gb": memory_gb}
 
 
 def told(found: dict[str, Any]) -> list[str]:
