@@ -36,11 +36,11 @@ from splice_race import measure as measure_splice
 from torch import Tensor
 
 from saegrid import kernels
-from saegrid.atomic import write_json
-from saegrid.config import RunConfig, make_config
+from saegrid.config.run_config import RunConfig, make_config
+from saegrid.data.store import Store
+from saegrid.experiment.run import prepare_store
 from saegrid.kernels.state import TrainState
-from saegrid.run import prepare_store
-from saegrid.store import Store
+from saegrid.storage.atomic import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_STEPS = 2  # of each contender, before it is timed

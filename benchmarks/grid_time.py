@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from ours import RULES
 from prepare import Shape, trained
 
-from saegrid.calibration import rms_pre_acts
-from saegrid.grid import load_grid
-from saegrid.sae import initial_sae
+from saegrid.config.grid import load_grid
+from saegrid.core.sae import initial_sae
+from saegrid.core.thresholds import rms_pre_acts
 
 if TYPE_CHECKING:
     from bench import Bench

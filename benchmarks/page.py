@@ -14,8 +14,9 @@ from typing import Any
 
 from page_plots import NAMES, curve_plot, step_plot
 
-from saegrid.atomic import write_text
-from saegrid.tables import MISSING, Markdown, html_block, markdown
+from saegrid.analysis.numbers import MISSING
+from saegrid.report.tables import Markdown, html_block, markdown
+from saegrid.storage.atomic import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 QUALITY = {"val_mse": ".4g", "l0": ".1f", "dead_pct": ".1f"}

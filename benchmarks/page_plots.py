@@ -12,9 +12,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 
-from saegrid.plots import figure
-from saegrid.style import ABOVE, INK, PALETTE, STYLE
-from saegrid.tables import Markdown
+from saegrid.report.figures.plots import figure
+from saegrid.report.figures.style import ABOVE, INK, PALETTE, STYLE
+from saegrid.report.tables import Markdown
 
 MARKS = {  # contender: colour, shape, name; told apart by shape as well as by colour
     "saegrid": ("#d55e00", "o", "this project"),

@@ -33,17 +33,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saegrid import kernels
-from saegrid.atomic import write_text
-from saegrid.calibration import calibrated_factor, ordinary
-from saegrid.config import RunConfig, make_config
-from saegrid.evaluation import evaluate_rows, on_prompts, spliced
+from saegrid.analysis.peers import KEYS
+from saegrid.config.recipes import RECIPES
+from saegrid.config.run_config import RunConfig, make_config
+from saegrid.core.evaluation import evaluate_rows, on_prompts, spliced
+from saegrid.core.sae import SAE, JumpReLU, TopK
+from saegrid.core.thresholds import calibrated_factor, ordinary
+from saegrid.data.store import Store
+from saegrid.experiment.run import Run, prepare_store
 from saegrid.formats import load_sae
 from saegrid.kernels import cpu as kernel
-from saegrid.peers import KEYS
-from saegrid.recipes import RECIPES
-from saegrid.run import Run, prepare_store
-from saegrid.sae import SAE, JumpReLU, TopK
-from saegrid.store import Store
+from saegrid.storage.atomic import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 KS = (16, 32, 64, 128)

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saegrid import kernels
-from saegrid.config import make_config
+from saegrid.config.run_config import make_config
+from saegrid.core.sae import initial_sae
+from saegrid.data.store import Store
 from saegrid.kernels.state import Params, Rule, StepSettings, TrainState
-from saegrid.sae import initial_sae
-from saegrid.store import Store
 
 TRAIN_BATCH = 512
 TIMED_BATCHES = 4

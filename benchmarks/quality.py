@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py
 
-Same seed, rows, order and number of steps, through `saegrid.run.Run`; `bench.py` puts the result into results.json.
+Same seed, rows, order and number of steps, through `saegrid.experiment.run.Run`; `bench.py` puts the result into results.json.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from saegrid.config import RunConfig, make_config
-from saegrid.evaluation import evaluate_rows
-from saegrid.run import Run
+from saegrid.config.run_config import RunConfig, make_config
+from saegrid.core.evaluation import evaluate_rows
+from saegrid.experiment.run import Run
 
 CASES = (
     {"arch": "TopK", "k": 64},

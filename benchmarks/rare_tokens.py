@@ -15,16 +15,16 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from saegrid.evaluation import replacement, scored_rows
+from saegrid.core.evaluation import replacement, scored_rows
+from saegrid.core.metrics import sink_norm
+from saegrid.core.splice import load_baseline, scored_positions, splice
+from saegrid.data.language_model import load_lm
+from saegrid.data.prompts import make_prompts
+from saegrid.data.sources import pinned
+from saegrid.experiment.finished_run import load_config
+from saegrid.experiment.run import prepare_store
 from saegrid.formats import load_sae
 from saegrid.kernels import cpu as kernel
-from saegrid.lm import load_lm
-from saegrid.metrics import sink_norm
-from saegrid.prompts import make_prompts
-from saegrid.provenance import pinned
-from saegrid.records import load_config
-from saegrid.run import prepare_store
-from saegrid.splice import load_baseline, scored_positions, splice
 
 BINS = {"0": -1, "1 to 10": 0, "11 to 100": 10, "101 to 1,000": 100, "more": 1000}
 """Training rows with a token, and the most that the bin before has."""

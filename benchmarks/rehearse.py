@@ -32,9 +32,9 @@ import psutil
 import standin
 import yaml
 
-from saegrid.atomic import write_json, write_text
-from saegrid.config import RunConfig
-from saegrid.grid import Grid, load_grid
+from saegrid.config.grid import Grid, load_grid
+from saegrid.config.run_config import RunConfig
+from saegrid.storage.atomic import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ["lib", "benchmarks", "notebooks", "params", "workflow", "_quarto.yml"]
@@ -147,8 +147,8 @@ class Rehearsal:
     def time_steps(self) -> None:
         """Milliseconds of a training step of every grid point, by the real loop on the real rows."""
         from saegrid import kernels
-        from saegrid.config import make_config
-        from saegrid.run import prepare_store
+        from saegrid.config.run_config import make_config
+        from saegrid.experiment.run import prepare_store
 
         for run in self.grid.runs():
             known = read(self.step_times)
@@ -170,7 +170,7 @@ class Enough(Exception):
 def timed_steps(config: RunConfig, store: Any) -> dict[str, float]:
     """Median milliseconds from one step of a run's own training to the next, by the clock and of all processors."""
     from saegrid import kernels
-    from saegrid.train import train
+    from saegrid.core.train import train
 
     times: list[tuple[float, float]] = []
 
@@ -283,7 +283,7 @@ def run_row(run: RunConfig, like: RunConfig, record: dict[str, Any], folder: Pat
 
 
 def machine() -> dict[str, Any]:
-    from saegrid.run import processor
+    from saegrid.experiment.provenance import processor
 
     memory_gb = round(psutil.virtual_memory().total / 1e9, 1)
     return {"processor": processor(), "cores": os.cpu_count(), "memory_gb": memory_gb}

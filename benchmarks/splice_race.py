@@ -14,14 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saegrid import kernels
-from saegrid.calibration import calibrated_threshold
-from saegrid.config import RunConfig, make_config
-from saegrid.files import save_sae
+from saegrid.config.run_config import RunConfig, make_config
+from saegrid.core.sae import ARCHITECTURES, SAE
+from saegrid.core.thresholds import calibrated_threshold
+from saegrid.data.language_model import load_lm, model_folder
+from saegrid.data.prompts import make_prompts
+from saegrid.data.store import Store
 from saegrid.formats import export
-from saegrid.lm import load_lm, model_folder
-from saegrid.prompts import make_prompts
-from saegrid.sae import ARCHITECTURES, SAE
-from saegrid.store import Store
+from saegrid.formats.run_folder import save_sae
 
 KS = (16, 32, 64, 128, 256)
 ARCHS = ("TopK", "BatchTopK")

@@ -34,8 +34,8 @@ class Ours(Splice):
 
     def __call__(self, inputs: dict[str, Tensor]) -> Ours:
         from saegrid import kernels, load_sae
-        from saegrid.config import make_config
-        from saegrid.lm import load_lm
+        from saegrid.config.run_config import make_config
+        from saegrid.data.language_model import load_lm
 
         spec = self.spec
         kernels.set_threads(spec["threads"])
@@ -48,7 +48,7 @@ class Ours(Splice):
         return self
 
     def evaluate(self, sae, tokens: Tensor) -> dict[str, float]:
-        from saegrid.splice import evaluate, mean_losses
+        from saegrid.core.splice import evaluate, mean_losses
 
         if self.count % len(self.saes) == 0:
             self.baseline = self._timed_baseline(tokens)
@@ -60,8 +60,8 @@ class Ours(Splice):
         return mean_losses(evaluate(self.lm, self.baseline, layer, replace))
 
     def _timed_baseline(self, tokens: Tensor):
-        from saegrid.prompts import Prompt
-        from saegrid.splice import make_baseline
+        from saegrid.core.splice import make_baseline
+        from saegrid.data.prompts import Prompt
 
         started = time.perf_counter()
         prompts = [Prompt(row.tolist(), template=index) for index, row in enumerate(tokens)]

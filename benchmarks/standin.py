@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import embedding_bag
 
-from saegrid.atomic import write_json
-from saegrid.prompts import gsm_symbolic, split_templates
+from saegrid.data.prompts import gsm_symbolic, split_templates
+from saegrid.storage.atomic import write_json
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 ROOM = 293

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from saegrid import plots, results
+from saegrid.experiment import results
+from saegrid.report.figures import plots
 
 df = results.read_tidy("results/full")
 pictures = {

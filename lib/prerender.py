@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from saegrid.site import prepare
+from saegrid.report.site import prepare
 
 for page in prepare(Path.cwd()):
     print(f"{page}: not made yet, a placeholder stands in")

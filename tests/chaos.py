@@ -34,12 +34,12 @@ import torch
 from tiny import save_dataset, save_model
 from tqdm.auto import tqdm
 
-from saegrid import records, results
-from saegrid.config import RunConfig, make_config
+from saegrid.config.grid import Grid
+from saegrid.config.run_config import RunConfig, make_config
 from saegrid.errors import SaegridError
-from saegrid.grid import Grid
-from saegrid.mend import mend
-from saegrid.run import Run
+from saegrid.experiment import finished_run, results
+from saegrid.experiment.mend import mend
+from saegrid.experiment.run import Run
 
 DEADLINE = 120
 """Seconds after which a run counts as hanging."""
@@ -369,8 +369,17 @@ def spoiled_run(bench: Bench, place: Path, dice: random.Random) -> tuple[str, st
 
 def _tables(run_id: str, runs_dir: Path) -> list[str]:
     df = results.tidy([run_id], runs_dir)
-    loaders = (records.load_prompts, records.load_latents, records.load_positions, records.load_curves)
-    return [df.to_csv(), *(load(df, runs_dir).to_csv() for load in loaders), str(records.load_timing(df, runs_dir))]
+    loaders = (
+        finished_run.load_prompts,
+        finished_run.load_latents,
+        finished_run.load_positions,
+        finished_run.load_curves,
+    )
+    return [
+        df.to_csv(),
+        *(load(df, runs_dir).to_csv() for load in loaders),
+        str(finished_run.load_timing(df, runs_dir)),
+    ]
 
 
 def spoiled_store(bench: Bench, place: Path, dice: random.Random) -> tuple[str, str]:

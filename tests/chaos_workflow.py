@@ -19,8 +19,8 @@ from pathlib import Path
 import chaos
 import yaml
 
-from saegrid.config import make_config
-from saegrid.grid import load_grid
+from saegrid.config.grid import load_grid
+from saegrid.config.run_config import make_config
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ["lib", "benchmarks", "notebooks", "workflow"]

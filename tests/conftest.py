@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saegrid.config import RunConfig
-from saegrid.grid import Grid
-from saegrid.records import RUN_FILES, TIDY
-from saegrid.sealed import write_sealed, write_sums
+from saegrid.config.grid import Grid
+from saegrid.config.run_config import RunConfig
+from saegrid.experiment.finished_run import RUN_FILES, TIDY
+from saegrid.storage.checksums import write_sealed, write_sums
 
 D_IN = 256
 N_TEMPLATES = 12

@@ -12,14 +12,14 @@ from test_cuda import assert_same_metrics
 from test_kernels import apart, assert_same_codes, assert_well_formed, make_params, make_rows, start
 from triton.runtime import interpreter
 
-from saegrid.activations import collect, open_store
-from saegrid.config import make_config
+from saegrid.config.run_config import make_config
+from saegrid.core.evaluation import evaluate_rows
+from saegrid.core.train import CHECKPOINT, load_checkpoint, train
+from saegrid.data.collect import collect, open_store
 from saegrid.errors import ConfigError, SaegridError
-from saegrid.evaluation import evaluate_rows
-from saegrid.kernels import _triton_stages as stages
 from saegrid.kernels import cuda, reference
+from saegrid.kernels.cuda import stages
 from saegrid.kernels.state import Rule, StepSettings
-from saegrid.train import CHECKPOINT, load_checkpoint, train
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 D_IN, D_SAE, N = 20, 40, 7
@@ -236,7 +236,7 @@ def test_training_ends_as_with_the_reference(store, tmp_path, arch):
 
 def test_a_loss_that_is_read_late_names_its_steps(store, tmp_path, monkeypatch):
     """Tensors are looked at every so many steps, at checkpoints and behind each epoch; none of them with a bad loss."""
-    monkeypatch.setattr("saegrid.train.CHECK_STEPS", 2)
+    monkeypatch.setattr("saegrid.core.train.CHECK_STEPS", 2)
     sent = store.batches
     monkeypatch.setattr(store, "batches", lambda *args, **named: (x * 1e30 for x in sent(*args, **named)))
     with pytest.raises(SaegridError, match=r"the loss is (inf|nan) at one of the steps 1 to 2; try a smaller"):

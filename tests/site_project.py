@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from saegrid import findings, latents_page, pages, results, site
-from saegrid.atomic import write_json
+from saegrid.analysis import selection
+from saegrid.experiment import results
+from saegrid.report import assemble, site
+from saegrid.report.pages import latents_page
+from saegrid.storage.atomic import write_json
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ["_quarto.yml", "method.qmd", "recipes.qmd", "speed.qmd", "reproduce.qmd", "notebooks", "lib"]
@@ -50,13 +53,13 @@ def build(root, grid):
     results.make(grid, root)
     write_latents(root, grid)
     execute(root, grid, *NOTEBOOKS)
-    pages.make(grid, root)
+    assemble.make(grid, root)
     return site.render(root)
 
 
 def write_latents(root, grid):
     """Described latents with numbers from formulas, some of whose tokens are hostile."""
-    best = findings.recommend(results.read_tidy(root / grid.results_dir))
+    best = selection.recommend(results.read_tidy(root / grid.results_dir))
     words = [" the", " of", "\n", "7", *HOSTILE]
     latents = []
     for n in range(45):

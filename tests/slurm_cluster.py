@@ -91,7 +91,7 @@ class Cluster:
     def _daemon(self, *command: str) -> None:
         """It ends with the test's process, even by kill -9."""
         with open(self.root / f"{command[0]}.log", "ab") as log:
-            tied = [sys.executable, "-m", "saegrid.tied", *command]
+            tied = [sys.executable, "-m", "saegrid.storage.processes", *command]
             self.daemons.append(subprocess.Popen(tied, stdout=log, stderr=log, env=self.environment))
 
     def call(self, *command: str, check: bool = True) -> str:

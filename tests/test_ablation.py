@@ -1,10 +1,13 @@
 import pandas as pd
 import pytest
 
-from saegrid import card, evidence, findings, intervals, records, results
-from saegrid.ablation import beside, by_recipe, forest, recipe_section, verdict
+from saegrid.analysis import findings, intervals
+from saegrid.analysis.ablation import beside, by_recipe
+from saegrid.config.recipes import RECIPES
 from saegrid.errors import ResultsError
-from saegrid.recipes import RECIPES
+from saegrid.experiment import finished_run, results
+from saegrid.report.pages import home_page, recipes_page
+from saegrid.report.pages.ablation_section import forest, recipe_section, verdict
 
 
 @pytest.fixture
@@ -32,9 +35,9 @@ def test_means_over_seeds_and_their_range(mixed):
 
 def test_the_card_compares_recipes_where_there_is_more_than_one(mixed):
     section = recipe_section(mixed)
-    assert "improved but aux_coef = 0.0" in section and section in card.model_card(mixed)
+    assert "improved but aux_coef = 0.0" in section and section in home_page.model_card(mixed)
     assert recipe_section(mixed.iloc[:2]) == ""
-    assert "## Recipes" not in card.model_card(mixed.iloc[:2])
+    assert "## Recipes" not in home_page.model_card(mixed.iloc[:2])
 
 
 def test_the_published_findings_are_tested_on_the_published_recipe_alone(mixed):
@@ -46,7 +49,7 @@ def test_the_published_findings_are_tested_on_the_published_recipe_alone(mixed):
 def test_intervals_over_templates_and_seeds(fake_grid, fake_runs):
     """Seeds that differ more than prompts do make the interval wider than the prompts alone would."""
     df = results.tidy(fake_grid, fake_runs / "runs")
-    drawn = intervals.draws(records.load_prompts(df, fake_runs / "runs"))
+    drawn = intervals.draws(finished_run.load_prompts(df, fake_runs / "runs"))
     ids = list(df.sort_values("delta_loss")["run_id"].iloc[[0, -1]])
     low, high = intervals.central(intervals.over_seeds(drawn, ids))
     alone = [intervals.interval(drawn, {run_id: 1.0}) for run_id in ids]
@@ -57,7 +60,7 @@ def test_intervals_over_templates_and_seeds(fake_grid, fake_runs):
 
 def test_a_switched_choice_beside_the_whole_recipe(mixed, fake_grid, fake_runs):
     """One that adds to every prompt's loss is told from the recipe, one that adds to half of them alike is not."""
-    prompts = records.load_prompts(results.tidy(fake_grid, fake_runs / "runs"), fake_runs / "runs")
+    prompts = finished_run.load_prompts(results.tidy(fake_grid, fake_runs / "runs"), fake_runs / "runs")
     one = prompts[prompts["run_id"] == prompts["run_id"].iloc[0]].reset_index(drop=True)
     choices = [{}, {"aux_coef": 0.0}, {"warmup": 0.0}, {"sinks": "keep"}]
     signs = one["template"].astype("category").cat.codes % 2 * 2 - 1
@@ -89,7 +92,7 @@ def test_a_switched_choice_beside_the_whole_recipe(mixed, fake_grid, fake_runs):
 
 
 def test_the_recipes_page_is_made_from_kept_tables(mixed, fake_grid, fake_runs, tmp_path):
-    assert "`make recipes` does it" in evidence.page(tmp_path)
+    assert "`make recipes` does it" in recipes_page.page(tmp_path)
     df = results.tidy(fake_grid, fake_runs / "runs")
     pairs = df[df["k"] == 64].iloc[[0, 1, 2, 3]]
     recipes = [{"recipe": "published"}] * 2 + [{**RECIPES["improved"], "recipe": "improved"}] * 2
@@ -97,13 +100,13 @@ def test_the_recipes_page_is_made_from_kept_tables(mixed, fake_grid, fake_runs, 
         name: [(row | new)[name] for row, new in zip(pairs.to_dict("records"), recipes, strict=True)] for name in df
     }
     kept = pairs.assign(**values).assign(arch="BatchTopK", expansion=8, seed=[0, 1, 0, 1])
-    prompts = records.load_prompts(df, fake_runs / "runs")
+    prompts = finished_run.load_prompts(df, fake_runs / "runs")
     folder = tmp_path / "results/recipes"
     results.write_tables(kept, folder, prompts[prompts["run_id"].isin(kept["run_id"])])
-    page = evidence.page(tmp_path)
+    page = recipes_page.page(tmp_path)
     old, new = (kept[kept["recipe"] == recipe]["delta_loss"].mean() for recipe in ("published", "improved"))
     assert f"{100 * new / old:.1f}% of it" in page and "`make ablation` does it" in page
     path = folder / "results_prompts.csv"
     path.write_text(path.read_text().replace("0", "1", 1))
     with pytest.raises(ResultsError, match=r"results_prompts\.csv"):
-        evidence.page(tmp_path)
+        recipes_page.page(tmp_path)

@@ -14,16 +14,16 @@ from safetensors.torch import load_file
 from tiny import D_IN, save_dataset, save_model, tiny_model
 from transformers import AutoTokenizer
 
-from saegrid.activations import collect, open_store, store_folder
-from saegrid.config import make_config
+from saegrid.config.grid import Grid
+from saegrid.config.run_config import make_config
+from saegrid.data.collect import collect, open_store, store_folder
+from saegrid.data.language_model import weight_files
+from saegrid.data.prompts import make_prompts
+from saegrid.data.store import ShardWriter, Store
 from saegrid.errors import ConfigError, StoreError
-from saegrid.fetch import files_sha256
-from saegrid.grid import Grid
-from saegrid.lm import weight_files
-from saegrid.mend import mend
-from saegrid.prompts import make_prompts
-from saegrid.sealed import read_sealed, write_sealed
-from saegrid.store import ShardWriter, Store
+from saegrid.experiment.mend import mend
+from saegrid.storage.checksums import read_sealed, write_sealed
+from saegrid.storage.hub_access import files_sha256
 
 SHARD_ROWS = 64
 

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from tiny import save_dataset, save_model
 
-from saegrid.config import make_config
-from saegrid.run import Run
+from saegrid.config.run_config import make_config
+from saegrid.experiment.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"

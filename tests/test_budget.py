@@ -1,7 +1,10 @@
 import pandas as pd
 
-from saegrid import card, records, results
-from saegrid.budget import budget_section, by_budget
+from saegrid.analysis import selection
+from saegrid.analysis.budget import by_budget
+from saegrid.experiment import finished_run, results
+from saegrid.report.pages import home_page
+from saegrid.report.pages.home_page import budget_section
 
 
 def rows(*runs):
@@ -36,11 +39,11 @@ def test_nothing_within_a_budget():
 
 def test_the_card_has_the_table_with_intervals(fake_grid, fake_runs):
     df = results.tidy(fake_grid, fake_runs / "runs")
-    prompts = records.load_prompts(df, fake_runs / "runs")
+    prompts = finished_run.load_prompts(df, fake_runs / "runs")
     table = by_budget(df, prompts)
     for row in table.to_dict("records"):
         for budget in map(int, row["budget"].split(" to ")):
-            within = results.candidates(df)[lambda runs, budget=budget: runs["l0"] <= 1.05 * budget]
+            within = selection.candidates(df)[lambda runs, budget=budget: runs["l0"] <= 1.05 * budget]
             assert row["delta_loss"] == within["delta_loss"].min()
     assert table["sparser"].iloc[1].count("[") == 1
-    assert budget_section(df, prompts) in card.model_card(df, prompts)
+    assert budget_section(df, prompts) in home_page.model_card(df, prompts)

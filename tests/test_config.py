@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saegrid.config import STORE_FIELDS, RunConfig, make_config
+from saegrid.config.notebook import check_names, config_from_namespace
+from saegrid.config.recipes import RECIPES, THETA_TIE, described
+from saegrid.config.run_config import STORE_FIELDS, RunConfig, make_config
 from saegrid.errors import ConfigError
-from saegrid.notebook import check_names, config_from_namespace
-from saegrid.recipes import RECIPES, THETA_TIE, described
 
 NOTEBOOK = "notebooks/train.ipynb"
 

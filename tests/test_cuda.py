@@ -12,12 +12,12 @@ from test_kernels import apart, make_params, make_rows, start
 from tiny import save_dataset, save_model
 
 from saegrid import kernels
-from saegrid.config import make_config
+from saegrid.config.run_config import make_config
+from saegrid.data.store import received, sent
 from saegrid.errors import ConfigError
+from saegrid.experiment.run import Run
 from saegrid.kernels import reference
 from saegrid.kernels.state import Params, Rule, StepSettings, TrainState
-from saegrid.run import Run
-from saegrid.transfer import received, sent
 
 triton = pytest.importorskip("triton", reason="Triton is published for Linux on x86-64 only")
 GPU = kernels._missing_for_cuda() == "" and torch.cuda.is_available()

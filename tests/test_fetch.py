@@ -13,7 +13,8 @@ from hub_server import COMMIT, serve
 from tiny import D_IN, save_dataset, save_model
 
 from saegrid.errors import ConfigError
-from saegrid.fetch import files_sha256, local_folder, replacing_folder
+from saegrid.storage.hub_access import files_sha256, local_folder
+from saegrid.storage.locks import replacing_folder
 
 
 def tensor_bytes(tensor):
@@ -47,9 +48,9 @@ def in_another_process(environment, code):
 
 SHAPES = """
 import json
-from saegrid.config import make_config
+from saegrid.config.run_config import make_config
 from saegrid.errors import ConfigError
-from saegrid.lm import lm_shape
+from saegrid.data.language_model import lm_shape
 answers = []
 for parameters in CASES:
     try:
@@ -78,8 +79,8 @@ def test_the_hubs_answers_become_one_line(hub):
 
 COLLECT = """
 import json
-from saegrid.activations import collect, open_store
-from saegrid.config import make_config
+from saegrid.data.collect import collect, open_store
+from saegrid.config.run_config import make_config
 config = make_config(k=4, layer=1, eval_prompts=2, train_tokens=100, val_tokens=50, **PARAMETERS)
 collect(config)
 manifest = open_store(config).manifest

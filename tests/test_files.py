@@ -4,11 +4,11 @@ import pickle
 import pytest
 import torch
 
-from saegrid.config import make_config
+from saegrid.config.run_config import make_config
+from saegrid.core.sae import initial_sae
 from saegrid.errors import SaeFileError
-from saegrid.files import load_folder, published_state_dict, save_sae
 from saegrid.formats import load_sae
-from saegrid.sae import initial_sae
+from saegrid.formats.run_folder import load_folder, published_state_dict, save_sae
 
 
 @pytest.fixture

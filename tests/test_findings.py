@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saegrid import findings, intervals, published_table, records, results
-from saegrid.findings import FAILS, HOLDS, NOT_TESTABLE
+from saegrid.analysis import findings, intervals, published_sweep, selection
+from saegrid.analysis.findings import FAILS, HOLDS, NOT_TESTABLE
+from saegrid.experiment import finished_run, results
 
 
 def rows(*given):
@@ -76,9 +77,9 @@ def test_5_little_gain():
 
 
 def test_the_published_rows():
-    verdicts = [finding.verdict for finding in findings.all_findings(published_table.rows())]
+    verdicts = [finding.verdict for finding in findings.all_findings(published_sweep.rows())]
     assert verdicts == [NOT_TESTABLE, NOT_TESTABLE, HOLDS, HOLDS, HOLDS]
-    sweet, dense, large = findings.all_findings(published_table.rows())[2:]
+    sweet, dense, large = findings.all_findings(published_sweep.rows())[2:]
     assert sweet.effect == pytest.approx(0.247 - 0.406)
     assert "27.4 to 44.5% of its latents" in dense.sentence
     assert large.effect == pytest.approx(0.406 - 0.354)
@@ -94,7 +95,7 @@ def test_nothing_is_testable_on_an_empty_table(fake_grid, fake_runs):
 
 def test_sentences_follow_the_rows(fake_grid, fake_runs):
     df = results.tidy(fake_grid, fake_runs / "runs")
-    prompts = records.load_prompts(df, fake_runs / "runs")
+    prompts = finished_run.load_prompts(df, fake_runs / "runs")
     before = findings.all_findings(df, prompts)
     after = findings.all_findings(df.assign(delta_loss=df["delta_loss"] * 1.5, l0=df["l0"] * 0.9), prompts)
     for old, new in zip(before, after, strict=True):
@@ -105,8 +106,8 @@ def test_sentences_follow_the_rows(fake_grid, fake_runs):
 
 def test_recommended_is_the_lowest_loss_of_the_sparse():
     df = rows(("JumpReLU", 4, 0.1, 1.0, 5, 0.01), ("TopK", 4, 64, 1.0, 5, 0.3), ("BatchTopK", 4, 64, 1.0, 5, 0.2))
-    assert findings.recommend(df)["run_id"] == "run2"
-    assert findings.recommend(df.iloc[:1])["run_id"] == "run0"
+    assert selection.recommend(df)["run_id"] == "run2"
+    assert selection.recommend(df.iloc[:1])["run_id"] == "run0"
 
 
 def prompts_of(run_id, deltas, templates):

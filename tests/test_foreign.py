@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from test_formats import D_IN, D_SAE, FACTS, K, assert_same, make, rows
 from tokenizers.processors import TemplateProcessing
 
-from saegrid import dictionary_learning, hub, saelens, sparsify
-from saegrid.activations import _starts_alike, collect, open_store
-from saegrid.config import make_config
+from saegrid.config.run_config import make_config
+from saegrid.core.sae import Gated, JumpReLU, ReLU, TopK
+from saegrid.data.collect import _starts_alike, collect, open_store
+from saegrid.data.prompts import Prompt
 from saegrid.errors import SaeFileError
-from saegrid.files import save_sae
-from saegrid.formats import export, load_sae
-from saegrid.prompts import Prompt
-from saegrid.run import Run
-from saegrid.sae import Gated, JumpReLU, ReLU, TopK
+from saegrid.experiment.run import Run
+from saegrid.formats import dictionary_learning, export, load_sae, saelens, sparsify
+from saegrid.formats.run_folder import save_sae
+from saegrid.report.publish import upload
 
 LENS, DICTIONARY, SPARSIFY = "saelens", "dictionary_learning", "sparsify"
 CONFIG = {LENS: "cfg.json", DICTIONARY: "config.json", SPARSIFY: "cfg.json"}
@@ -428,7 +428,7 @@ def test_a_fact_that_can_not_be_told_writes_nothing(format, facts, why, tmp_path
 def test_a_gated_sae_is_released_as_what_it_is(tmp_path):
     sae = make("Gated")
     digest = save_sae(sae, tmp_path / "run", "Gated_exp4x_k7", {"layer": 3, "prepend_bos": True})
-    hub._write_sae(tmp_path / "run", {"weights_sha256": digest, "name": "a"}, tmp_path / "part", "a")
+    upload._write_sae(tmp_path / "run", {"weights_sha256": digest, "name": "a"}, tmp_path / "part", "a")
     cfg = json.loads((tmp_path / "part/saelens/a/cfg.json").read_text())
     assert (cfg["architecture"], cfg["metadata"]["prepend_bos"]) == ("gated", True)
     assert_same(load_sae(tmp_path / "part/saelens/a"), sae)

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from test_fetch import in_another_process, serve
 
 import saegrid
-from saegrid.config import BATCH_CUT
+from saegrid.config.run_config import BATCH_CUT
+from saegrid.core.sae import ARCHITECTURES, SAE, JumpReLU
 from saegrid.errors import SaeFileError
-from saegrid.files import save_sae
 from saegrid.formats import export, load_sae
-from saegrid.sae import ARCHITECTURES, SAE, JumpReLU
+from saegrid.formats.run_folder import save_sae
 
 D_IN, D_SAE, K = 24, 96, 7
 TRAINED = "JumpReLU, a theta for each latent"

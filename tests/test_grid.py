@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from papermill.cli import _resolve_type
 
-from saegrid.config import RunConfig, make_config
+from saegrid.config.grid import Grid, load_grid, papermill_arguments
+from saegrid.config.recipes import RECIPES, described
+from saegrid.config.run_config import RunConfig, make_config
 from saegrid.errors import ConfigError
-from saegrid.grid import Grid, load_grid, papermill_arguments
-from saegrid.recipes import RECIPES, described
 
 PRESETS = sorted(Path("params").glob("*.yaml"))
 

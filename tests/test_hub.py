@@ -19,12 +19,13 @@ from huggingface_hub import ModelCard, SpaceCard
 from safetensors.torch import save_file
 from test_peers import peers_python
 
-from saegrid import hub, records, results
+from saegrid.config.grid import Grid
+from saegrid.core.sae import initial_sae
 from saegrid.errors import SaegridError
-from saegrid.files import save_sae
+from saegrid.experiment import finished_run, results
 from saegrid.formats import load_sae
-from saegrid.grid import Grid
-from saegrid.sae import initial_sae
+from saegrid.formats.run_folder import save_sae
+from saegrid.report.publish import upload
 
 ROOT = Path(__file__).parents[1]
 REPO, SPACE = f"{ORGANISATION}/grid", f"{ORGANISATION}/report"
@@ -92,7 +93,7 @@ def project(finished, tmp_path):
 @pytest.fixture(scope="module")
 def folder(finished):
     """The repository folder of the finished grid."""
-    return hub.build(Grid(**GRID), finished / "published", REPO, SPACE, root=finished)
+    return upload.build(Grid(**GRID), finished / "published", REPO, SPACE, root=finished)
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def test_the_folder_has_every_file_and_its_manifest(folder, finished):
 
 def test_a_published_name_is_the_first_runs_and_others_keep_it_in_a_folder(folder, finished):
     df = results.tidy(Grid(**GRID), finished / "runs")
-    places = hub.places(df)
+    places = upload.places(df)
     assert list(places.values()) == [
         "BatchTopK_exp4x_k16",
         "seed1/BatchTopK_exp4x_k16",
@@ -154,7 +155,7 @@ def test_a_published_name_is_the_first_runs_and_others_keep_it_in_a_folder(folde
 
 
 def test_the_same_runs_give_the_same_bytes(folder, project):
-    again = hub.build(Grid(**GRID), project / "again", REPO, SPACE, root=project)
+    again = upload.build(Grid(**GRID), project / "again", REPO, SPACE, root=project)
     assert tree(again) == tree(folder)
 
 
@@ -165,7 +166,7 @@ def test_the_card_parses_and_its_model_index_holds_every_run(folder, finished):
     for run in Grid(**GRID).runs():
         stated = json.loads((finished / "runs" / run.run_id / "metrics.json").read_text())
         found = {r.metric_type: r.metric_value for r in card.data.eval_results if r.metric_args["run_id"] == run.run_id}
-        assert found == {name: stated[name] for name in records.METRICS}
+        assert found == {name: stated[name] for name in finished_run.METRICS}
 
 
 def test_the_card_is_plain_markdown_with_the_verdicts_and_every_run(folder):
@@ -183,8 +184,8 @@ def test_a_folder_with_something_else_is_left_alone(project):
     precious.mkdir()
     (precious / "thesis.tex").write_text("-")
     (precious / "manifest.json").write_text('{"files": []}')
-    with pytest.raises(hub.HubError, match="holds something else"):
-        hub.build(Grid(**GRID), precious, root=project)
+    with pytest.raises(upload.HubError, match="holds something else"):
+        upload.build(Grid(**GRID), precious, root=project)
     assert set(tree(precious)) == {"thesis.tex", "manifest.json"}
 
 
@@ -214,10 +215,10 @@ def _others_site(root, run):
 @pytest.mark.parametrize("damage", [_no_metrics, _other_weights, _cut_weights, _no_site, _others_site])
 def test_an_unfinished_or_damaged_grid_leaves_the_folder_as_it_was(project, damage):
     grid = Grid(**GRID)
-    before = tree(hub.build(grid, project / "folder", root=project))
+    before = tree(upload.build(grid, project / "folder", root=project))
     damage(project, grid.runs()[-1])
     with pytest.raises(SaegridError) as error:
-        hub.build(grid, project / "folder", root=project)
+        upload.build(grid, project / "folder", root=project)
     assert "\n" not in str(error.value)
     assert tree(project / "folder") == before
 
@@ -236,7 +237,7 @@ def test_a_dry_run_shows_what_would_go_where_and_asks_nothing(project, server):
     sizes = {line[12:]: line[:10].strip() for line in lines if not line.startswith("/")}
     for name, content in tree(project / "published" / "small").items():
         if not name.startswith("site/"):
-            assert sizes[name] == hub._size(len(content))
+            assert sizes[name] == upload._size(len(content))
     assert REPO in lines[-2] and SPACE in lines[-1] and server.requests == []
 
 
@@ -328,7 +329,7 @@ def test_the_cards_own_code_downloads_and_gives_what_the_card_states(uploaded, t
 
 
 def test_code_of_a_card_without_a_repository_runs_in_its_folder(finished, server):
-    folder = hub.build(Grid(**GRID), finished / "local", root=finished)
+    folder = upload.build(Grid(**GRID), finished / "local", root=finished)
     save_file({"rows": rows()}, folder / "rows.safetensors")
     own, plain, _ = python_blocks((folder / "README.md").read_text())
     first, second = (fresh_process(server, folder, f"{code}\n{MEASURE}") for code in (own, plain))
@@ -337,12 +338,12 @@ def test_code_of_a_card_without_a_repository_runs_in_its_folder(finished, server
 
 @pytest.mark.parametrize("arch", ["TopK", "BatchTopK", "JumpReLU"])
 def test_the_published_class_gives_each_architectures_codes(folder, finished, arch, monkeypatch):
-    from saegrid import hub_card
+    from saegrid.report.publish import model_card
 
     df = results.tidy(Grid(**GRID), finished / "runs")
     best = df[df["arch"] == arch].iloc[0]
-    file = hub.places(df)[best["run_id"]]
-    code = python_blocks(hub_card.load_text(best, file))[1]
+    file = upload.places(df)[best["run_id"]]
+    code = python_blocks(model_card.load_text(best, file))[1]
     monkeypatch.chdir(folder)
     names = {}
     exec(code, names)
@@ -356,7 +357,7 @@ def test_the_published_class_gives_each_architectures_codes(folder, finished, ar
 
 
 def test_an_upload_that_is_killed_goes_on_where_it_was(project, server):
-    hub.build(Grid(**GRID), project / "published" / "small", REPO, root=project)
+    upload.build(Grid(**GRID), project / "published" / "small", REPO, root=project)
     weights = max(tree(project / "published" / "small").values(), key=len)
     digest = hashlib.sha256(weights).hexdigest()
     server.faults.append(["PUT", digest, "hang", 1])

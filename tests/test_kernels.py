@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saegrid import kernels
-from saegrid.calibration import start_of_theta
+from saegrid.core.thresholds import start_of_theta
 from saegrid.errors import ConfigError
-from saegrid.kernels import _cpu_encode, cpu, reference
+from saegrid.kernels import cpu, reference
+from saegrid.kernels.cpu import encode
 from saegrid.kernels.state import Codes, Params, Rule, StepSettings, TrainState
 
 D_IN, D_SAE = 48, 192
@@ -638,7 +639,7 @@ def test_rows_in_blocks_give_the_codes_of_the_whole(monkeypatch, rule, sinks_fir
     params, x = make_params(), make_rows(300, sinks=8)
     x = x if sinks_first else x.flip(0)
     whole = cpu.encode(params, x, rule, matmul)
-    monkeypatch.setattr(_cpu_encode, "BLOCK_VALUES", 37 * D_SAE)
+    monkeypatch.setattr(encode, "BLOCK_VALUES", 37 * D_SAE)
     assert_same_codes(cpu.encode(params, x, rule, matmul), whole, params, x)
 
 
@@ -688,7 +689,7 @@ def test_same_bytes(rule, matmul):
 def test_bf16_selects_but_does_not_set_values(rule):
     """Nearly the same pairs are kept; the values of those that are kept are float32's."""
     params, x = make_params(5), make_rows(256, 5)
-    assert _cpu_encode._share_kept(params, x - params.b_pre, rule) <= _cpu_encode.BF16_BELOW
+    assert encode._share_kept(params, x - params.b_pre, rule) <= encode.BF16_BELOW
     exact, actual = reference.encode(params, x, rule), cpu.encode(params, x, rule, "bf16")
     assert_well_formed(actual)
     z, z_exact = dense(actual), dense(exact)

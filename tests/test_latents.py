@@ -11,14 +11,15 @@ import torch
 from tiny import save_dataset, save_model
 from torch.nn import functional as F
 
-from saegrid import card, latents, latents_page
-from saegrid.activations import open_store
-from saegrid.config import make_config
+from saegrid.config.run_config import make_config
+from saegrid.core.metrics import SINK_RATIO
+from saegrid.data.collect import open_store
+from saegrid.data.language_model import load_lm
 from saegrid.errors import SaegridError
-from saegrid.files import load_folder
-from saegrid.lm import load_lm
-from saegrid.metrics import SINK_RATIO
-from saegrid.run import Run
+from saegrid.experiment import latents
+from saegrid.experiment.run import Run
+from saegrid.formats.run_folder import load_folder
+from saegrid.report.pages import home_page, latents_page
 
 VOCABULARY = 257  # tokens of the tokenizer; the model has room for three more
 SPARSITY = {"TopK": {"k": 4}, "BatchTopK": {"k": 4}, "JumpReLU": {"threshold": 0.5}}
@@ -136,7 +137,7 @@ def test_the_home_pages_code_runs_and_both_ways_agree(place, arch, monkeypatch):
     folder, _ = finished(place, "llama", arch)
     monkeypatch.chdir(place)
     row = pd.Series(json.loads((folder / "metrics.json").read_text()))
-    own, plain = re.findall(r"```python\n(.*?)```", card.load_text(row), flags=re.S)
+    own, plain = re.findall(r"```python\n(.*?)```", home_page.load_text(row), flags=re.S)
     given = torch.randn(4, row["d_in"], generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(torch, "randn", lambda *shape: given)
     x_hats = []

@@ -10,9 +10,9 @@ import zoo
 from tiny import D_IN, LAYOUTS, N_LAYERS, VOCAB, save_model, tiny_model, tiny_tokenizer
 from transformers import AutoConfig
 
-from saegrid.config import make_config
+from saegrid.config.run_config import make_config
+from saegrid.data.language_model import check_tokens, final_from, hidden_at, lm_shape, load_lm, logits_from, take_apart
 from saegrid.errors import ConfigError, SaegridError
-from saegrid.lm import check_tokens, final_from, hidden_at, lm_shape, load_lm, logits_from, take_apart
 
 
 def padded(*lengths):
@@ -291,7 +291,7 @@ def test_weights_that_are_damaged_or_incomplete_are_one_line(folder):
 
 def test_importing_the_module_and_asking_for_the_shape_needs_no_torch():
     code = (
-        "import sys; from saegrid.config import make_config; from saegrid.lm import lm_shape\n"
+        "import sys; from saegrid.config.run_config import make_config; from saegrid.data.language_model import lm_shape\n"
         "assert lm_shape(make_config(k=4)) == (576, 30)\n"
         "assert not {'torch', 'transformers'} & set(sys.modules), 'imported too early'"
     )

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
+from saegrid.core.metrics import Moments, Reconstruction, sink_norm, splice_metrics
 from saegrid.kernels.state import Codes
-from saegrid.metrics import Moments, Reconstruction, sink_norm, splice_metrics
 
 X = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 3.0]])
 X_HAT = torch.tensor([[1.0, 1.0], [3.0, 0.0], [2.0, 1.0]])

@@ -10,7 +10,7 @@ import torch
 from processes import called
 from published import BatchTopK
 
-from saegrid.files import load_folder
+from saegrid.formats.run_folder import load_folder
 
 SMALL = "train_tokens=1500 val_tokens=600 eval_prompts=2 epochs=2 expansion=1 threads=1"
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from tiny import save_dataset, save_model
 
-from saegrid import baselines, pca
-from saegrid.config import make_config
+from saegrid.config.grid import Grid
+from saegrid.config.run_config import make_config
 from saegrid.errors import ResultsError
-from saegrid.grid import Grid
-from saegrid.run import prepare_store
-from saegrid.sealed import write_sealed
+from saegrid.experiment import pca, pca_table
+from saegrid.experiment.run import prepare_store
+from saegrid.storage.checksums import write_sealed
 
 
 @pytest.fixture(scope="module")
@@ -56,21 +56,21 @@ def test_the_table_and_what_is_damaged(made, tmp_path):
     constants = config.model_dump(exclude={"k"}) | {"batch_size": 64}
     grid = Grid(name="tiny", title="Tiny", constants=constants, axes=[{"k": [2, 4]}])
     (store.folder / "pca.json").unlink(missing_ok=True)
-    assert baselines.load(grid).empty and baselines.read(tmp_path).empty
+    assert pca_table.load(grid).empty and pca_table.read(tmp_path).empty
     pca.make(config, store)
-    table = baselines.load(grid)
-    assert list(table.columns) == baselines.COLUMNS and set(table["store_id"]) == {config.store_id}
+    table = pca_table.load(grid)
+    assert list(table.columns) == pca_table.COLUMNS and set(table["store_id"]) == {config.store_id}
     path = store.folder / "pca.json"
     path.write_text(path.read_text().replace("0.", "1.", 1))
     with pytest.raises(ResultsError, match=r"pca\.json: damaged"):
-        baselines.load(grid)
+        pca_table.load(grid)
     pca.make(config, store)
-    assert len(baselines.load(grid)) == len(table)
+    assert len(pca_table.load(grid)) == len(table)
     records = [
         {name: record[name] for name in ("store_id", "components", "fvu")} for record in table.to_dict("records")
     ]
     write_sealed(path, {"data_sha256": store.data_sha256, "records": records})
     with pytest.raises(ResultsError, match=r"pca\.json: lacks 'fvu_no_sink', as by an older version; delete it"):
-        baselines.load(grid)
+        pca_table.load(grid)
     pca.make(config, store)
-    assert len(baselines.load(grid)) == len(table)
+    assert len(pca_table.load(grid)) == len(table)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from saegrid.core.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from saegrid.formats import export, load_sae
-from saegrid.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK
 
 ROOT = Path(__file__).parents[1]
 D_IN, D_SAE, K = 128, 2048, 32

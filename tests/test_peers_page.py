@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saegrid import evidence, peers
+from saegrid.analysis import peers
+from saegrid.report.pages import recipes_page
 
 CONTENDERS = [("saegrid", "BatchTopK", 0.00), ("saegrid", "JumpReLU", -0.01), ("sae-lens", "BatchTopK", 0.05)]
 
@@ -64,7 +65,7 @@ def test_seeds_that_a_contender_lacks_and_rates_that_were_not_chosen_are_left_ou
 
 
 def test_the_page_has_its_table_and_its_verdict(folder):
-    page = evidence.page(folder.parents[1])
+    page = recipes_page.page(folder.parents[1])
     assert (
         "JumpReLU has an FVU without sinks of 0.290 against 0.350 of the best other one (sae-lens BatchTopK; +" in page
     )
@@ -75,4 +76,4 @@ def test_the_page_has_its_table_and_its_verdict(folder):
 
 
 def test_without_the_runs_the_page_says_what_makes_them(tmp_path):
-    assert "Not measured yet: `make peer-quality` does it." in evidence.page(tmp_path)
+    assert "Not measured yet: `make peer-quality` does it." in recipes_page.page(tmp_path)

@@ -13,18 +13,19 @@ import pytest
 import torch
 from tiny import D_IN, save_dataset, save_model, tiny_tokenizer
 
-from saegrid import embedded, fetch
-from saegrid.activations import collect, open_store
-from saegrid.config import make_config
+from saegrid.config.grid import Grid, load_grid
+from saegrid.config.notebook import check_names
+from saegrid.config.run_config import make_config
+from saegrid.core.sae import TopK
+from saegrid.data import embedded
+from saegrid.data.collect import collect, open_store
+from saegrid.data.prompts import make_prompts
 from saegrid.errors import ConfigError, DiskError, SaeFileError, SaegridError
-from saegrid.fetch import cache_dir, files_sha256, local_folder, own_cache_dir
+from saegrid.experiment.run import Run
 from saegrid.formats import export, load_sae
-from saegrid.grid import Grid, load_grid
-from saegrid.hub import build
-from saegrid.notebook import check_names
-from saegrid.prompts import make_prompts
-from saegrid.run import Run
-from saegrid.sae import TopK
+from saegrid.report.publish.upload import build
+from saegrid.storage import hub_access
+from saegrid.storage.hub_access import cache_dir, files_sha256, local_folder, own_cache_dir
 
 SMALL = {"layer": 1, "k": 4, "train_tokens": 400, "val_tokens": 100, "eval_prompts": 4, "max_tokens": 64}
 SMALL |= {"epochs": 1, "batch_size": 64, "threads": 1}
@@ -127,7 +128,7 @@ def test_files_are_hashed_each_time_but_large_ones_that_nobody_touched(tmp_path,
     monkeypatch.setenv("SAEGRID_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "file"
     for limit in (10, 1):
-        monkeypatch.setattr(fetch, "SMALL", limit)
+        monkeypatch.setattr(hub_access, "SMALL", limit)
         hashes = set()
         for content in (b"one", b"two", b"six"):  # of one size, and by the clock of one time
             path.write_bytes(content)
@@ -145,19 +146,19 @@ def test_a_user_without_a_home_has_a_cache_and_is_told_once(tmp_path, monkeypatc
     monkeypatch.delenv("SAEGRID_CACHE", raising=False)
     monkeypatch.setenv("HOME", "/dev/null/nowhere")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    fetch._temporary_cache.cache_clear()
+    hub_access._temporary_cache.cache_clear()
     try:
         folder = cache_dir()
         assert folder == own_cache_dir() == tmp_path / f"saegrid-{os.getuid()}"
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert capsys.readouterr().err.count("no cache that can be written to") == 1
-        fetch._temporary_cache.cache_clear()
+        hub_access._temporary_cache.cache_clear()
         folder.rmdir()
         folder.symlink_to(tmp_path)  # as somebody else may have put there
         with pytest.raises(DiskError, match="belongs to somebody else; set SAEGRID_CACHE"):
             cache_dir()
     finally:
-        fetch._temporary_cache.cache_clear()
+        hub_access._temporary_cache.cache_clear()
 
 
 def test_a_shared_cache_that_has_the_model_is_used_as_it_is(monkeypatch):
@@ -171,8 +172,8 @@ os.chdir(sys.argv[1])
 import tiny
 from pathlib import Path
 tiny.save_model("m"); tiny.save_dataset(Path("d"), 60, 20)
-from saegrid.config import make_config
-from saegrid.run import Run
+from saegrid.config.run_config import make_config
+from saegrid.experiment.run import Run
 run = Run(make_config(model="m", dataset="d", arch="TopK", expansion=2, **SMALL))
 run.train(); run.evaluate(); run.close()
 print("trained with", run.config.kernel)
@@ -186,7 +187,7 @@ def python_of_nobody():
     environment = {"PYTHONPATH": os.pathsep.join(places)}
     for python in (sys.executable, f"/usr/bin/python{sys.version_info.major}.{sys.version_info.minor}"):
         try:
-            command = [python, "-c", "import ssl, numpy, saegrid.config"]
+            command = [python, "-c", "import ssl, numpy, saegrid.config.run_config"]
             done = subprocess.run(command, env=environment, user=NOBODY, group=NOBODY, extra_groups=[], check=False)
         except OSError:
             continue

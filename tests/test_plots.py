@@ -7,8 +7,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from saegrid import captions, charts, plots, published_table, records, results
-from saegrid.tables import number
+from saegrid.analysis import published_sweep, selection
+from saegrid.analysis.numbers import number
+from saegrid.experiment import finished_run, results
+from saegrid.report.figures import captions, charts, plots
 
 
 @pytest.fixture
@@ -20,11 +22,11 @@ def df(fake_grid, fake_runs):
 @pytest.fixture
 def long(df, fake_runs):
     return {
-        "learning_curves": records.load_curves(df, fake_runs / "runs"),
-        "firing_histogram": records.load_latents(df, fake_runs / "runs"),
-        "error_by_position": records.load_positions(df, fake_runs / "runs"),
+        "learning_curves": finished_run.load_curves(df, fake_runs / "runs"),
+        "firing_histogram": finished_run.load_latents(df, fake_runs / "runs"),
+        "error_by_position": finished_run.load_positions(df, fake_runs / "runs"),
         **dict.fromkeys(["frontier", "heatmap", "dead_latents"], df),
-        "against_published": pd.concat([df, published_table.rows()], ignore_index=True),
+        "against_published": pd.concat([df, published_sweep.rows()], ignore_index=True),
     }
 
 
@@ -50,9 +52,9 @@ def test_the_frontier_has_a_mark_a_run_at_its_numbers(df):
     marks = {tuple(mark.get_offsets()[0]) for mark in ax.collections}
     assert marks == set(zip(df["l0"], df["delta_loss"], strict=True))
     (line,) = ax.lines
-    front = plots.pareto(results.candidates(df), "delta_loss")
+    front = selection.pareto(selection.candidates(df), "delta_loss")
     assert list(line.get_ydata()) == list(front["delta_loss"])
-    dense = set(df["run_id"]) - set(results.candidates(df)["run_id"])
+    dense = set(df["run_id"]) - set(selection.candidates(df)["run_id"])
     assert dense and not dense & set(front["run_id"])
     hollow = [mark for mark in ax.collections if len(mark.get_facecolor()) == 0]
     assert {mark.get_offsets()[0][0] for mark in hollow} == set(df[df["run_id"].isin(dense)]["l0"])
@@ -60,8 +62,8 @@ def test_the_frontier_has_a_mark_a_run_at_its_numbers(df):
 
 def test_pareto_by_hand():
     df = pd.DataFrame({"l0": [1, 2, 3, 4, 2], "loss": [5.0, 3.0, 4.0, 1.0, 2.0], "good": [5.0, 3.0, 4.0, 9.0, 2.0]})
-    assert list(plots.pareto(df, "loss")["loss"]) == [5.0, 2.0, 1.0]
-    assert list(plots.pareto(df, "good", lower_is_better=False)["good"]) == [5.0, 9.0]
+    assert list(selection.pareto(df, "loss")["loss"]) == [5.0, 2.0, 1.0]
+    assert list(selection.pareto(df, "good", lower_is_better=False)["good"]) == [5.0, 9.0]
 
 
 def test_the_heat_map_writes_every_value(df):
@@ -120,11 +122,11 @@ def test_two_figures_share_no_id_and_the_same_table_gives_the_same_bytes(df):
 
 def test_texts_for_those_who_do_not_see_the_figure(df):
     alt, caption = captions.frontier_alt(df, "delta_loss"), captions.frontier_caption(df, "delta_loss")
-    front = plots.pareto(results.candidates(df), "delta_loss")
+    front = selection.pareto(selection.candidates(df), "delta_loss")
     assert all(row["name"] in alt for row in front.to_dict("records"))
     for arch, count in front["arch"].value_counts().items():
         assert f"{count} {arch}" in caption
-    assert f"Hollow: {len(df) - len(results.candidates(df))} run" in caption
+    assert f"Hollow: {len(df) - len(selection.candidates(df))} run" in caption
     worst = df.loc[df["dead_pct"].idxmax()]
     assert f"{worst['dead_pct']:.1f} for {worst['name']}" in captions.heatmap_alt(df, "dead_pct")
 
@@ -146,9 +148,9 @@ def test_the_interactive_frontier_has_the_same_marks_line_and_links(df):
         zip(df["name"], df["l0"], df["delta_loss"], strict=True)
     )
     assert {row["page"] for row in marks} == {f"runs/{run_id}.html" for run_id in df["run_id"]}
-    front = plots.pareto(results.candidates(df), "delta_loss")
+    front = selection.pareto(selection.candidates(df), "delta_loss")
     assert [row["delta_loss"] for row in line] == list(front["delta_loss"])
-    assert {row["name"] for row in marks if row["dense"]} == set(df["name"]) - set(results.candidates(df)["name"])
+    assert {row["name"] for row in marks if row["dense"]} == set(df["name"]) - set(selection.candidates(df)["name"])
     assert re.search(r"<svg [^>]*aria-label", figure)  # the static picture is there, too
     assert "</script><b>" not in charts.frontier_figure(df.assign(name="</script><b>"), "delta_loss")
 

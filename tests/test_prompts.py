@@ -8,9 +8,9 @@ from tiny import save_dataset, save_model, tiny_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from saegrid.config import make_config
+from saegrid.config.run_config import make_config
+from saegrid.data.prompts import Prompt, gsm_symbolic, make_prompts, split_templates
 from saegrid.errors import ConfigError
-from saegrid.prompts import Prompt, gsm_symbolic, make_prompts, split_templates
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 

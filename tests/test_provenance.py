@@ -14,18 +14,19 @@ import transformers.utils.chat_template_utils as chat_templates
 from safetensors.torch import load_file, save_file
 from tiny import save_dataset, save_model
 
-from saegrid import fetch, pca, records, results
-from saegrid.activations import collect, open_store, store_folder
-from saegrid.config import make_config
+from saegrid.config.grid import Grid
+from saegrid.config.run_config import make_config
+from saegrid.core.splice import load_baseline
+from saegrid.core.train import CHECKPOINT
+from saegrid.data.collect import collect, open_store, store_folder
+from saegrid.data.prompts import draw_prompts
+from saegrid.data.sources import pinned
 from saegrid.errors import StoreError
-from saegrid.grid import Grid
-from saegrid.mend import mend
-from saegrid.prompts import draw_prompts
-from saegrid.provenance import pinned
-from saegrid.run import Run, prepare_store
-from saegrid.sealed import read_sealed, write_sealed
-from saegrid.splice import load_baseline
-from saegrid.train import CHECKPOINT
+from saegrid.experiment import finished_run, pca, results
+from saegrid.experiment.mend import mend
+from saegrid.experiment.run import Run, prepare_store
+from saegrid.storage import hub_access
+from saegrid.storage.checksums import read_sealed, write_sealed
 
 SMALL = {"layer": 1, "max_tokens": 64, "train_tokens": 600, "val_tokens": 200, "eval_prompts": 4, "text": "chat"}
 SMALL |= {"arch": "TopK", "k": 4, "expansion": 2, "epochs": 1, "batch_size": 64, "threads": 1, "kernel": "reference"}
@@ -75,7 +76,7 @@ CHANGES = {
 
 
 def test_every_source_is_noticed_though_size_and_time_are_the_same(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "SMALL", 10_000)  # so that the weights' hash is a remembered one
+    monkeypatch.setattr(hub_access, "SMALL", 10_000)  # so that the weights' hash is a remembered one
     monkeypatch.setenv("SAEGRID_CACHE", str(tmp_path / "cache"))
     folder = collect(config)
     made = open_store(config).manifest["sources"]
@@ -226,7 +227,7 @@ def test_a_finished_grid_is_made_again_where_its_data_changed_and_taken_back_whe
     prepare_store(config)
     with contextlib.closing(Run(config)) as run:
         assert run.finished  # what was set aside is of the store that came out the same
-    assert records.load_run(run_dir)["data_sha256"] == first["data_sha256"]
+    assert finished_run.load_run(run_dir)["data_sha256"] == first["data_sha256"]
 
 
 def test_a_run_is_made_again_where_only_its_evaluation_prompts_changed(config, tmp_path, capsys):

@@ -6,9 +6,10 @@ import re
 import subprocess
 from pathlib import Path
 
-from saegrid import baselines, findings, peers, results, scaling
-from saegrid.ablation import beside, by_recipe
-from saegrid.recipes import RECIPES
+from saegrid.analysis import findings, peers, scaling, selection
+from saegrid.analysis.ablation import beside, by_recipe
+from saegrid.config.recipes import RECIPES
+from saegrid.experiment import pca_table, results
 
 README = Path("README.md").read_text()
 TREE = re.search(r"## What is where\n\n```\n(.*?)```", README, re.S)[1]
@@ -59,7 +60,7 @@ def test_the_make_targets_exist():
 
 def test_the_readmes_numbers_are_those_of_the_committed_table():
     df = results.read_tidy("results/full")
-    best = findings.recommend(df)
+    best = selection.recommend(df)
     first = findings.batchtopk_beats_topk(df)
     verdicts = [finding.verdict for finding in findings.all_findings(df)]
     text = " ".join(README.split())
@@ -83,7 +84,7 @@ def test_the_readmes_recipes_are_those_of_the_committed_table():
     loss = table["delta_loss"].map("{:.3f}".format)
     told = f"from {loss['BatchTopK', 'published']} to {loss['BatchTopK', 'improved']} nats/token"
     assert f"{told}, and Matryoshka loses {loss['Matryoshka', 'improved']}." in " ".join(README.split())
-    pca = baselines.read("results/recipes").set_index("components").loc[64]
+    pca = pca_table.read("results/recipes").set_index("components").loc[64]
     assert f"| 64 | {pca['fvu_no_sink']:.3f} | | {pca['delta_loss']:.3f} |" in README
 
 

@@ -9,10 +9,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from saegrid.fetch import files_sha256
+from saegrid.config.grid import load_grid
+from saegrid.experiment.results import read_tidy
 from saegrid.formats import load_sae
-from saegrid.grid import load_grid
-from saegrid.results import read_tidy
+from saegrid.storage.hub_access import files_sha256
 
 COMMAND = [sys.executable, "benchmarks/rehearse.py", "--size", "small", "--epochs", "1", "--folder"]
 

@@ -14,9 +14,10 @@ import chaos_workflow
 import pytest
 import torch
 
-from saegrid import atomic, checkpoint
+from saegrid.core import checkpoint
 from saegrid.errors import DamagedError, DiskError
-from saegrid.sealed import check_sum, check_sums, read_sealed, write_sealed, write_sum, write_sums
+from saegrid.storage import atomic
+from saegrid.storage.checksums import check_sum, check_sums, read_sealed, write_sealed, write_sum, write_sums
 
 
 def test_a_short_chaos(tmp_path):
@@ -32,7 +33,7 @@ def test_a_short_chaos(tmp_path):
 def test_chaos_finds_what_it_looks_for(tmp_path):
     """Files that are written in place, and tables that believe what they read, do not pass."""
     broken = (
-        "import chaos, saegrid.atomic as atomic, saegrid.records as records, sys\n"
+        "import chaos, saegrid.storage.atomic as atomic, saegrid.experiment.finished_run as records, sys\n"
         "from pathlib import Path\n"
         "records.check_sums = lambda *a: None\n"
         "records.checked_bytes = lambda path: path.read_bytes()\n"
@@ -65,9 +66,7 @@ def test_a_killed_workflow_leaves_no_lock_and_no_orphan(tmp_path):
 
 
 def test_a_command_ends_with_its_parent():
-    sleeper = (
-        "import subprocess, sys; print(subprocess.Popen([sys.executable, '-m', 'saegrid.tied', 'sleep', '60']).pid)"
-    )
+    sleeper = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-m', 'saegrid.storage.processes', 'sleep', '60']).pid)"
     code = f"{sleeper}; sys.stdout.flush(); import time; time.sleep(60)"
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     child = int(parent.stdout.readline())

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
 import targets
 
-from saegrid import card, grid, records, results
-from saegrid.config import make_config
+from saegrid.config import grid
+from saegrid.config.run_config import make_config
+from saegrid.data.manifest import read_manifest
 from saegrid.errors import SaegridError, StoreError
-from saegrid.manifest import read_manifest
-from saegrid.sealed import read_sealed, write_sealed
+from saegrid.experiment import finished_run, results
+from saegrid.report.pages import home_page
+from saegrid.storage.checksums import read_sealed, write_sealed
 
 FOUND = sorted(Path("tests/fuzz/found").glob("*/*"))
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -108,7 +110,7 @@ def test_a_message_can_not_steer_a_terminal():
 
 def test_a_title_is_text_in_the_report(fake_grid, fake_runs):
     df = results.tidy(fake_grid, fake_runs / "runs")
-    text = card.model_card(
-        df, records.load_prompts(df, fake_runs / "runs"), title="<script>alert(1)</script>", links="r/"
+    text = home_page.model_card(
+        df, finished_run.load_prompts(df, fake_runs / "runs"), title="<script>alert(1)</script>", links="r/"
     )
     assert "<script" not in str(text)

@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 D_IN = 128
 MEASURE = """
 import json, resource, sys
-from saegrid.activations import collect
-from saegrid.config import make_config
-from saegrid.run import Run
+from saegrid.data.collect import collect
+from saegrid.config.run_config import make_config
+from saegrid.experiment.run import Run
 step, parameters = sys.argv[1], json.loads(sys.argv[2])
 config = make_config(**parameters)
 if step == "collect":

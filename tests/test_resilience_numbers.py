@@ -8,13 +8,14 @@ import pytest
 import torch
 from tiny import D_IN, save_dataset, save_model
 
-from saegrid import captions, plots, records, results
-from saegrid.config import make_config
+from saegrid.config.run_config import make_config
+from saegrid.data.language_model import load_lm
 from saegrid.errors import ConfigError, SaegridError, StoreError
-from saegrid.lm import load_lm
-from saegrid.preflight import available, check_chat, check_fits, needed
-from saegrid.run import Run, prepare_store
-from saegrid.sealed import read_sealed, write_sealed
+from saegrid.experiment import finished_run, results
+from saegrid.experiment.preflight import available, check_chat, check_fits, needed
+from saegrid.experiment.run import Run, prepare_store
+from saegrid.report.figures import captions, plots
+from saegrid.storage.checksums import read_sealed, write_sealed
 
 SMALL = {"layer": 1, "max_tokens": 64, "train_tokens": 600, "val_tokens": 200, "eval_prompts": 4, "epochs": 2}
 SMALL |= {"batch_size": 64, "threads": 1, "kernel": "reference", "expansion": 4, "arch": "TopK", "k": 3}
@@ -77,7 +78,7 @@ def test_rows_that_can_not_be_used_stop_the_run_in_one_line(config, tmp_path, ca
 def test_a_run_on_published_files_ends_and_is_found_finished_without_them(config, sources, tmp_path):
     own = config(activations=acts(tmp_path / "files", GOOD.half(), GOOD[:200].half()))
     run = finish(own)
-    row = records.load_run(run.folder, run.run_id)
+    row = finished_run.load_run(run.folder, run.run_id)
     assert row["model_sha256"] == load_lm(own).identity["sha256"]
     assert captions.position_alt(run.positions) == "The rows come from published files, whose positions are not known."
     plots.error_by_position(run.positions).figure.savefig(tmp_path / "positions.svg")
@@ -109,10 +110,12 @@ def test_a_loss_that_diverges_stops_the_run(config, tmp_path):
 @pytest.mark.parametrize("kernel", ["reference", "cpu"])
 def test_an_sae_of_dead_latents_has_finite_metrics(config, kernel):
     run = finish(config(arch="JumpReLU", k=0, threshold=1e9, kernel=kernel))
-    row = records.load_run(run.folder, run.run_id)
+    row = finished_run.load_run(run.folder, run.run_id)
     assert row["l0"] == row["l0_eval"] == 0.0 and row["dead_pct"] == 100.0
     assert row["nmse"] > 0 and row["delta_loss"] == row["delta_loss"]
-    assert (records.load_latents(results.tidy([run.run_id], run.folder.parent), run.folder.parent)["fired"] == 0).all()
+    assert (
+        finished_run.load_latents(results.tidy([run.run_id], run.folder.parent), run.folder.parent)["fired"] == 0
+    ).all()
 
 
 @pytest.mark.parametrize("kernel", ["reference", "cpu"])
@@ -130,8 +133,8 @@ def test_the_same_run_twice_has_the_same_bytes(config, tmp_path, kernel, arch):
 @pytest.mark.parametrize("kernel", ["reference", "cpu"])
 def test_thread_counts_agree(config, kernel):
     """To 1e-4 of each metric after 20 steps: sums in another order; the cpu kernel's own loops have none."""
-    rows = [records.load_run(finish(config(kernel=kernel, threads=threads)).folder) for threads in (1, 2)]
-    for name in records.METRICS:
+    rows = [finished_run.load_run(finish(config(kernel=kernel, threads=threads)).folder) for threads in (1, 2)]
+    for name in finished_run.METRICS:
         assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-4, abs=1e-6), name
 
 

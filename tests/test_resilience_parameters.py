@@ -9,8 +9,8 @@ import pytest
 import yaml
 from processes import called
 
-from saegrid.config import RunConfig
-from saegrid.grid import load_grid
+from saegrid.config.grid import load_grid
+from saegrid.config.run_config import RunConfig
 
 SECONDS, PAPERMILL_SECONDS = 5, 15
 TOPK = {"arch": "TopK", "k": 4}

@@ -8,11 +8,12 @@ import pandas as pd
 import pytest
 from conftest import reseal
 
-from saegrid import published_table, records, results
-from saegrid.config import make_config
+from saegrid.analysis import published_sweep, selection
+from saegrid.config.recipes import YOUNGER
+from saegrid.config.run_config import make_config
 from saegrid.errors import ResultsError
-from saegrid.recipes import YOUNGER
-from saegrid.sealed import SUMS, write_sealed
+from saegrid.experiment import finished_run, results
+from saegrid.storage.checksums import SUMS, write_sealed
 
 
 def change(root, run, **changes):
@@ -24,7 +25,7 @@ def change(root, run, **changes):
 def test_a_row_a_run_in_the_order_of_the_grid(fake_grid, fake_runs):
     df = results.tidy(fake_grid, fake_runs / "runs")
     assert list(df["run_id"]) == [run.run_id for run in fake_grid.runs()]
-    assert list(df.columns) == [*records.TIDY, "source"]
+    assert list(df.columns) == [*finished_run.TIDY, "source"]
     assert set(df["source"]) == {"own"}
     assert df.loc[df["arch"] == "JumpReLU", "k"].isna().all()
     assert df.loc[df["arch"] != "JumpReLU", "threshold"].isna().all()
@@ -40,17 +41,17 @@ def test_the_tidy_file_reads_back_as_it_was(fake_grid, fake_runs):
 def test_tables_from_before_there_were_recipes_are_read(fake_grid, fake_runs):
     folder = results.make(fake_grid, fake_runs)
     df = results.read_tidy(folder)
-    pd.read_csv(folder / "results_tidy.csv").drop(columns=[*YOUNGER, *records.YOUNGER_NUMBERS]).to_csv(
+    pd.read_csv(folder / "results_tidy.csv").drop(columns=[*YOUNGER, *finished_run.YOUNGER_NUMBERS]).to_csv(
         folder / "results_tidy.csv", index=False
     )
     (folder / SUMS).unlink()
-    none = dict.fromkeys(records.YOUNGER_NUMBERS, math.nan)
+    none = dict.fromkeys(finished_run.YOUNGER_NUMBERS, math.nan)
     pd.testing.assert_frame_equal(results.read_tidy(folder)[df.columns], df.assign(**none), check_exact=True)
     path = fake_runs / "runs" / df["run_id"][0] / "metrics.json"
     row = json.loads(path.read_text())
     path.write_text(json.dumps({name: value for name, value in row.items() if name not in YOUNGER}))
     reseal(path.parent)
-    assert records.load_run(path.parent) == row
+    assert finished_run.load_run(path.parent) == row
 
 
 @pytest.mark.parametrize(("arch", "younger"), [("BatchTopK", "encoder_tie"), ("JumpReLU", "theta_tie")])
@@ -58,7 +59,7 @@ def test_the_config_of_an_older_run_is_not_filled_from_todays_recipe(tmp_path, a
     then = make_config(arch=arch, k=4, recipe="improved", lr=1e-3, **{younger: 0.0})
     recorded = {name: value for name, value in then.identity().items() if name != younger}
     write_sealed(tmp_path / "config.json", {"run_id": then.run_id} | recorded)
-    assert records.load_config(tmp_path, then.run_id) == then
+    assert finished_run.load_config(tmp_path, then.run_id) == then
 
 
 def test_published_files_hold_the_published_columns(fake_grid, fake_runs):
@@ -66,12 +67,12 @@ def test_published_files_hold_the_published_columns(fake_grid, fake_runs):
     short, full = pd.read_csv(folder / "results.csv"), pd.read_csv(folder / "results_full.csv")
     assert list(full.columns[: len(results.PUBLISHED)]) == results.PUBLISHED
     assert list(full.columns[: len(results.PUBLISHED)]) == list(
-        published_table.rows().columns[: len(results.PUBLISHED)]
+        published_sweep.rows().columns[: len(results.PUBLISHED)]
     )
     assert set(short["arch"]) == {"BatchTopK", "TopK"}
     assert {"val_mse", "nmse", "dead_pct"} < set(short.columns)
     assert "delta_loss" not in short
-    assert set(records.METRICS) < set(full.columns)
+    assert set(finished_run.METRICS) < set(full.columns)
     assert len(full) == len(fake_grid.runs())
     assert "BatchTopK,4,220,," in (folder / "results_full.csv").read_text()
 
@@ -132,22 +133,22 @@ def test_a_table_with_a_hole_is_refused(fake_grid, fake_runs):
 def test_long_form_files_carry_the_axes(fake_grid, fake_runs):
     df = results.tidy(fake_grid, fake_runs / "runs")
     for load, column in (
-        (records.load_prompts, "ce_spliced_sum"),
-        (records.load_latents, "fired"),
-        (records.load_positions, "sq_error"),
-        (records.load_curves, "val_mse"),
-        (records.load_timing, "train_seconds"),
+        (finished_run.load_prompts, "ce_spliced_sum"),
+        (finished_run.load_latents, "fired"),
+        (finished_run.load_positions, "sq_error"),
+        (finished_run.load_curves, "val_mse"),
+        (finished_run.load_timing, "train_seconds"),
     ):
         long = load(df, fake_runs / "runs")
         assert set(long["run_id"]) == set(df["run_id"])
         assert {"arch", "expansion", "k", "threshold", "seed", column} <= set(long.columns)
     (fake_runs / "runs" / df["run_id"][0] / "prompts.csv").unlink()
     with pytest.raises(ResultsError, match=r"prompts\.csv: no such file"):
-        records.load_prompts(df, fake_runs / "runs")
+        finished_run.load_prompts(df, fake_runs / "runs")
 
 
 def test_published_rows_by_hand():
-    df = published_table.rows()
+    df = published_sweep.rows()
     first = df.iloc[0]
     assert (first["name"], first["d_sae"], first["val_mse"]) == ("BatchTopK_exp4x_k220", 4 * 896, 0.0228)
     assert df["name"].iloc[-1] == "JumpReLU_exp8x_t0.1"
@@ -157,25 +158,25 @@ def test_published_rows_by_hand():
 
 def test_nmse_is_mse_over_one_pooled_variance():
     """Row 6 by hand: 0.0435 ± 0.00005 over 0.000915 ± 0.0000005. All nine bounds meet."""
-    df = published_table.bounds()
+    df = published_sweep.bounds()
     assert df.loc[5, "var_low"] == pytest.approx(0.04345 / 0.0009155)
     assert df.loc[5, "var_high"] == pytest.approx(0.04355 / 0.0009145)
-    low, high = published_table.meet(df, "var")
+    low, high = published_sweep.meet(df, "var")
     assert (round(low, 3), round(high, 3)) == (47.460, 47.584)
 
 
 def test_frac_rec_is_clean_over_spliced():
     """Row 1 by hand: f = 92.9 ± 0.05 %, delta = 0.247 ± 0.0005. All nine bounds meet."""
-    df = published_table.bounds()
+    df = published_sweep.bounds()
     assert df.loc[0, "ce_low"] == pytest.approx(0.9285 * 0.2465 / (1 - 0.9285))
     assert df.loc[0, "ce_high"] == pytest.approx(0.9295 * 0.2475 / (1 - 0.9295))
-    low, high = published_table.meet(df, "ce")
+    low, high = published_sweep.meet(df, "ce")
     assert (round(low, 3), round(high, 3)) == (3.201, 3.215)
 
 
 def test_frac_rec_is_not_the_fraction_of_loss_recovered():
-    df = published_table.bounds()
-    low, high = published_table.meet(df, "usual")
+    df = published_sweep.bounds()
+    low, high = published_sweep.meet(df, "usual")
     assert low > high
     assert df.loc[0, "usual_high"] <= 3.52
     assert df.loc[6, "usual_low"] >= 4.19
@@ -183,19 +184,19 @@ def test_frac_rec_is_not_the_fraction_of_loss_recovered():
 
 def test_dense_runs_are_no_candidates_unless_all_are():
     df = pd.DataFrame({"l0": [99.0, 100.0, 500.0], "d_sae": 1000})
-    assert list(results.candidates(df)["l0"]) == [99.0]
-    assert list(results.candidates(df.iloc[1:])["l0"]) == [100.0, 500.0]
-    published = results.candidates(published_table.rows())
+    assert list(selection.candidates(df)["l0"]) == [99.0]
+    assert list(selection.candidates(df.iloc[1:])["l0"]) == [100.0, 500.0]
+    published = selection.candidates(published_sweep.rows())
     assert set(published["arch"]) == {"BatchTopK", "JumpReLU"} and (published["l0"].fillna(0) < 717).all()
 
 
 def test_same_settings_stand_together_and_the_others_apart():
-    published = published_table.rows()
+    published = published_sweep.rows()
     own = published.iloc[[1, 6]].assign(source="own", delta_loss=9.0)
-    same, apart = results.same_settings(own, published)
+    same, apart = selection.same_settings(own, published)
     assert list(same["source"]) == ["own", "published"] * 2
     assert list(same["name"]) == [name for name in own["name"] for _ in range(2)]
     assert len(apart) == len(published) - 2 and not set(apart["name"]) & set(own["name"])
-    same, apart = results.same_settings(own.assign(threshold_unit="rms"), published)
+    same, apart = selection.same_settings(own.assign(threshold_unit="rms"), published)
     assert set(same["arch"]) == {"BatchTopK"}  # a threshold in RMS is another setting
-    assert len(results.same_settings(own.assign(expansion=3), published)[0]) == 0
+    assert len(selection.same_settings(own.assign(expansion=3), published)[0]) == 0

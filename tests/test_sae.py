@@ -2,9 +2,9 @@ import pytest
 import torch
 from published import CLASSES
 
-from saegrid.config import make_config
-from saegrid.files import from_published, published_state_dict
-from saegrid.sae import ARCHITECTURES, BatchTopK, fold_scale, initial_sae
+from saegrid.config.run_config import make_config
+from saegrid.core.sae import ARCHITECTURES, BatchTopK, fold_scale, initial_sae
+from saegrid.formats.run_folder import from_published, published_state_dict
 
 SPARSITY = {arch: {"threshold": 0.4} if arch == "JumpReLU" else {"k": 5} for arch in ARCHITECTURES}
 SCALED = {"ReLU": {"recipe": "improved"}, "Gated": {"recipe": "improved"}}

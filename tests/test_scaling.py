@@ -3,8 +3,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saegrid import scaling
-from saegrid.grid import load_grid
+from saegrid.analysis import scaling
+from saegrid.config.grid import load_grid
+from saegrid.report.pages import scaling_section
 
 
 @pytest.fixture
@@ -28,8 +29,8 @@ def test_exponents_are_those_that_the_runs_follow(runs):
             assert row["low"] - 0.02 <= true <= row["high"] + 0.02
     assert found["spread"].between(1.025, 1.075).all()
     slope = rows.loc[("fvu_no_sink", "k"), "slope"]
-    assert f"{slope:+.2f}".replace("-", "−") in scaling.exponent_table(found, len(runs))
-    assert f"- Twice the K multiplies FVU without sinks by {2**slope:.2f} [" in scaling.verdict(found)
+    assert f"{slope:+.2f}".replace("-", "−") in scaling_section.exponent_table(found, len(runs))
+    assert f"- Twice the K multiplies FVU without sinks by {2**slope:.2f} [" in scaling_section.verdict(found)
 
 
 def test_sizes_that_do_not_vary_are_left_out(runs):
@@ -39,12 +40,12 @@ def test_sizes_that_do_not_vary_are_left_out(runs):
 
 
 def test_curves_have_a_line_a_value(runs):
-    ax = scaling.curves(runs, y="delta_loss", x="k", by="d_sae")
+    ax = scaling_section.curves(runs, y="delta_loss", x="k", by="d_sae")
     assert [line.get_label() for line in ax.lines] == ["1,024", "2,048", "4,096"]
     first = runs[runs["d_sae"] == 1024].groupby("k")["delta_loss"].mean()
     assert list(ax.lines[0].get_ydata()) == pytest.approx(list(first))
     plt.close(ax.figure)
-    ax = scaling.curves(runs.assign(dead_pct=0.0), y="dead_pct", x="k", by="d_sae")
+    ax = scaling_section.curves(runs.assign(dead_pct=0.0), y="dead_pct", x="k", by="d_sae")
     assert (ax.get_yscale(), ax.get_xscale()) == ("linear", "log")
     plt.close(ax.figure)
 

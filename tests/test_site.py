@@ -12,10 +12,14 @@ import pytest
 from conftest import reseal
 from site_project import HOSTILE, NOTEBOOKS, build, execute
 
-from saegrid import captions, findings, pages, records, results, site
+from saegrid.analysis import selection
+from saegrid.analysis.numbers import number
 from saegrid.errors import ResultsError
-from saegrid.mend import mend
-from saegrid.tables import number
+from saegrid.experiment import finished_run, results
+from saegrid.experiment.mend import mend
+from saegrid.report import assemble, site
+from saegrid.report.figures import captions
+from saegrid.report.pages import run_pages
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +111,8 @@ def test_every_notebook_is_written_in_lines(built):
 
 def test_pages_of_runs_that_are_no_longer_in_the_grid_go(built, fake_grid, tmp_path):
     df = results.read_tidy(built / fake_grid.results_dir)
-    pages.write_run_pages(df, built / "runs", tmp_path)
-    pages.write_run_pages(df.head(2), built / "runs", tmp_path)
+    run_pages.write_run_pages(df, built / "runs", tmp_path)
+    run_pages.write_run_pages(df.head(2), built / "runs", tmp_path)
     assert len(list(tmp_path.glob("*.ipynb"))) == 2
 
 
@@ -132,7 +136,7 @@ def test_a_changed_number_changes_the_pages(built, fake_grid, tmp_path):
     reseal(path.parent)
     results.make(fake_grid, root)
     execute(root, fake_grid, "results")
-    pages.make(fake_grid, root)
+    assemble.make(fake_grid, root)
     site.render(root)
     for page in ("report/results.html", "index.html", "report/runs/index.html"):
         cells = re.findall(rf"{run.run_id}\.html.*?</tr>", text(root, page), flags=re.S)
@@ -149,7 +153,7 @@ def test_a_deleted_run_stops_the_report_with_one_line(built, fake_grid, tmp_path
     notebook = root / "runs" / run.run_id / "train.ipynb"
     notebook.unlink()
     with pytest.raises(ResultsError, match=f"{run.run_id}/train.ipynb"):
-        pages.make(fake_grid, root)
+        assemble.make(fake_grid, root)
     (root / "runs" / run.run_id / "metrics.json").unlink()
     with pytest.raises(ResultsError, match=run.run_id):
         results.make(fake_grid, root)
@@ -162,7 +166,7 @@ def test_a_damaged_notebook_stops_the_report_and_is_made_again(built, fake_grid,
     notebook = root / "runs" / run.run_id / "train.ipynb"
     notebook.write_text(notebook.read_text().replace("0", "1", 1))
     with pytest.raises(ResultsError, match=f"{run.run_id}/train.ipynb: damaged .*mend"):
-        pages.make(fake_grid, root)
+        assemble.make(fake_grid, root)
     assert any(f"{run.run_id}/train.ipynb: damaged" in line for line in mend(fake_grid, root))
     assert not notebook.with_name("metrics.json").exists() and notebook.with_name("metrics.json.aside").exists()
     assert not any(run.run_id in line for line in mend(fake_grid, root))
@@ -298,12 +302,12 @@ def test_numbers_on_the_page_are_those_of_results_full(built, fake_grid, open_pa
     )
     checked = set()
     for href, column, value, shown in seen:
-        if column in records.METRICS:
+        if column in finished_run.METRICS:
             expected = full.loc[href.removesuffix(".html"), column]
             assert float(value) == expected
             assert shown.strip("★ ") == number(expected, column)
             checked.add((href, column))
-    assert len(checked) == len(full) * len(records.METRICS)
+    assert len(checked) == len(full) * len(finished_run.METRICS)
 
 
 def test_a_point_of_the_frontier_shows_its_run_and_leads_there(built, fake_grid, open_page):
@@ -327,7 +331,7 @@ def test_a_point_of_the_frontier_shows_its_run_and_leads_there(built, fake_grid,
     mark.focus()
     page.keyboard.press("Enter")
     page.wait_for_url(f"**/runs/{row['run_id']}.html")
-    assert page.locator("h1").inner_text() == pages.title(row)
+    assert page.locator("h1").inner_text() == run_pages.title(row)
 
 
 def test_print_and_readers_without_scripts_get_the_static_frontier(open_page):
@@ -403,7 +407,7 @@ def test_a_latent_opens_from_its_piece_and_tokens_are_found(open_page):
 
 
 def test_pages_read_without_scripts(built, fake_grid, open_page):
-    best = findings.recommend(results.read_tidy(built / fake_grid.results_dir))
+    best = selection.recommend(results.read_tidy(built / fake_grid.results_dir))
     page = open_page("index.html", scripts=False)
     assert best["name"] in page.inner_text("main")
     assert page.locator("figure.plot svg").is_visible()

@@ -12,8 +12,9 @@ import pytest
 import yaml
 from site_project import ROOT, copy_sources
 
-from saegrid import pages, site
-from saegrid.site import SiteError
+from saegrid.report import site
+from saegrid.report.pages import run_pages
+from saegrid.report.site import SiteError
 
 
 def text(root, page):
@@ -65,7 +66,7 @@ def test_the_committed_parts_are_what_their_tables_give(clone):
     """All but the drawing of the figures, whose last digits may differ between machines."""
     parts = ["results/_published.md", "results/_recipes.md", "benchmarks/_speed.md"]
     before = [(clone / part).read_text(encoding="utf-8") for part in parts]
-    pages.write_committed_parts(clone)
+    run_pages.write_committed_parts(clone)
     run(sys.executable, clone / "benchmarks/page.py", cwd=clone)
     for part, old in zip(parts, before, strict=True):
         new = (clone / part).read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ import yaml
 from chaos_workflow import ROOT, SOURCES
 from tiny import save_dataset, save_model
 
-from saegrid.grid import load_grid
+from saegrid.config.grid import load_grid
 
 COMMAND = re.search(r"^snakemake .*profiles/slurm.*$", Path("README.md").read_text(), re.MULTILINE)[0]
 GRID_FILE = re.search(r"grid=(\S+)", COMMAND)[1]

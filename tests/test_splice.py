@@ -5,15 +5,11 @@ import pytest
 import torch
 import transformers
 
-from saegrid.config import make_config
-from saegrid.errors import StoreError
-from saegrid.evaluation import on_prompts, reconstructed
-from saegrid.kernels import cpu, reference
-from saegrid.lm import load_lm, take_apart
-from saegrid.metrics import splice_metrics
-from saegrid.prompts import Prompt, make_prompts
-from saegrid.sae import TopK
-from saegrid.splice import (
+from saegrid.config.run_config import make_config
+from saegrid.core.evaluation import on_prompts, reconstructed
+from saegrid.core.metrics import splice_metrics
+from saegrid.core.sae import TopK
+from saegrid.core.splice import (
     Baseline,
     evaluate,
     load_baseline,
@@ -22,6 +18,10 @@ from saegrid.splice import (
     save_baseline,
     scored_positions,
 )
+from saegrid.data.language_model import load_lm, take_apart
+from saegrid.data.prompts import Prompt, make_prompts
+from saegrid.errors import StoreError
+from saegrid.kernels import cpu, reference
 
 SIZES = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 48, "num_attention_heads": 3, "num_hidden_layers": 4}
 CONFIGS = {

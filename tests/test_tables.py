@@ -6,7 +6,10 @@ from xml.etree import ElementTree
 import pandas as pd
 import pytest
 
-from saegrid import card, findings, published_table, records, results, tables
+from saegrid.analysis import findings, numbers, published_sweep, selection
+from saegrid.experiment import finished_run, results
+from saegrid.report import tables
+from saegrid.report.pages import home_page
 
 
 def parse(text):
@@ -31,11 +34,11 @@ def parse(text):
     ],
 )
 def test_numbers(value, name, shown):
-    assert tables.number(value, name) == shown
+    assert numbers.number(value, name) == shown
 
 
 def test_a_missing_value_is_a_dash_and_never_zero():
-    df = published_table.rows()
+    df = published_sweep.rows()
     table = parse(tables.html_table(df, ["name", "k", "l0"], caption="Published"))
     rows = table.findall(".//tbody/tr")
     assert "".join(rows[0].findall("td")[1].itertext()) == "–"
@@ -45,7 +48,7 @@ def test_a_missing_value_is_a_dash_and_never_zero():
 
 
 def test_units_headers_caption_and_best():
-    df = published_table.rows()
+    df = published_sweep.rows()
     table = parse(tables.html_table(df, ["name", "delta_loss", "frac_rec_pct"], caption="A & B"))
     heads = ["".join(head.itertext()) for head in table.findall(".//thead/tr/th")]
     assert heads == ["Run", "Delta loss nats/token", "frac_rec %"]
@@ -57,7 +60,7 @@ def test_units_headers_caption_and_best():
 
 
 def test_columns_that_hold_nothing_are_left_out():
-    df = published_table.rows().assign(theta_over_rms=math.nan)
+    df = published_sweep.rows().assign(theta_over_rms=math.nan)
     table = parse(tables.html_table(df, ["name", "theta_over_rms", "nothing", "nmse"], caption="c"))
     assert len(table.findall(".//thead/tr/th")) == 2
 
@@ -70,14 +73,14 @@ def test_names_lead_to_their_runs_and_cells_carry_full_precision(fake_grid, fake
 
 
 def test_what_a_notebook_shows_is_markdown_and_no_html_output():
-    text = tables.html_table(published_table.rows(), ["name", "nmse"], caption="c")
+    text = tables.html_table(published_sweep.rows(), ["name", "nmse"], caption="c")
     assert text._repr_markdown_() == text
     assert not hasattr(text, "_repr_html_")
     assert len(repr(text)) < 40
 
 
 def test_text_is_escaped():
-    df = published_table.rows().head(1).assign(name="<b>&")
+    df = published_sweep.rows().head(1).assign(name="<b>&")
     table = parse(tables.html_table(df, ["name", "nmse"], caption="<i>"))
     assert table.find(".//tbody/tr/th").text == "<b>&"
 
@@ -93,9 +96,9 @@ def test_run_metrics_and_files(fake_grid, fake_runs):
 
 def test_the_card_holds_the_recommended_run_and_every_verdict(fake_grid, fake_runs):
     df = results.tidy(fake_grid, fake_runs / "runs")
-    prompts = records.load_prompts(df, fake_runs / "runs")
-    text = card.model_card(df, prompts)
-    best = findings.recommend(df)
+    prompts = finished_run.load_prompts(df, fake_runs / "runs")
+    text = home_page.model_card(df, prompts)
+    best = selection.recommend(df)
     assert f"**Recommended: `{best['name']}`**" in text
     assert f"**{best['delta_loss']:.3f} nats/token**" in text
     assert f"{best['name']}.pt" in text
@@ -107,7 +110,7 @@ def test_the_card_holds_the_recommended_run_and_every_verdict(fake_grid, fake_ru
 
 
 def test_the_arithmetic_on_the_method_page_is_computed():
-    text = card.published_note()
+    text = home_page.published_note()
     for number in ("[47.460, 47.584]", "[3.201, 3.215]", "at most 3.48", "at least 4.19"):
         assert number in text
 
@@ -120,9 +123,9 @@ def test_dense_runs_get_no_star_and_the_table_says_so():
 
 
 def test_settings_of_both_sweeps_are_shown_in_pairs():
-    published = published_table.rows()
+    published = published_sweep.rows()
     own = published.head(2).assign(source="own", run_id=["a", "b"])
-    table = parse(tables.beside(results.same_settings(own, published)[0], ["name", "source", "nmse"], links="runs/"))
+    table = parse(tables.beside(selection.same_settings(own, published)[0], ["name", "source", "nmse"], links="runs/"))
     assert [row.find("td").text for row in table.findall(".//tbody/tr")] == ["own", "published"] * 2
     assert [link.get("href") for link in table.iter("a")] == ["runs/a.html", "runs/b.html"]
     assert "share no setting" in tables.beside(own.head(0), ["name"])

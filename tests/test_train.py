@@ -4,15 +4,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from saegrid.activations import collect, open_store
-from saegrid.calibration import calibrated_threshold
-from saegrid.config import make_config
+from saegrid.config.run_config import make_config
+from saegrid.core.row_statistics import estimate
+from saegrid.core.sae import initial_sae
+from saegrid.core.thresholds import calibrated_threshold
+from saegrid.core.train import CHECKPOINT, learning_rate, load_checkpoint, train
+from saegrid.data.collect import collect, open_store
+from saegrid.data.store import Store
 from saegrid.errors import DamagedError, SaegridError
-from saegrid.estimates import estimate
 from saegrid.kernels import reference
-from saegrid.sae import initial_sae
-from saegrid.store import Store
-from saegrid.train import CHECKPOINT, learning_rate, load_checkpoint, train
 
 
 def rows(n, heavy=1.0):

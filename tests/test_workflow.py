@@ -13,7 +13,7 @@ import pytest
 from hub_server import ORGANISATION, client_environment, python_blocks, serve
 from huggingface_hub import ModelCard
 
-from saegrid.grid import load_grid
+from saegrid.config.grid import load_grid
 
 ROOT = Path.cwd()
 SOURCES = ["lib", "benchmarks", "notebooks", "params", "workflow"]
@@ -157,10 +157,10 @@ def test_one_gpu_is_used_by_one_run_at_a_time(tmp_path):
 
 MEASURE = """
 import torch
-from saegrid.activations import open_store
-from saegrid.config import make_config
-from saegrid.lm import load_lm
-from saegrid.splice import evaluate, load_baseline, mean_losses
+from saegrid.data.collect import open_store
+from saegrid.config.run_config import make_config
+from saegrid.data.language_model import load_lm
+from saegrid.core.splice import evaluate, load_baseline, mean_losses
 config = make_config(**CONFIG)
 store = open_store(config)
 with torch.no_grad():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import zoo
 
-from saegrid.lm import hidden_at, logits_from, take_apart
+from saegrid.data.language_model import hidden_at, logits_from, take_apart
 
 LENGTHS = (24, 13, 7)
 DOC = zoo.DOC.read_text()

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from saegrid.data.language_model import take_apart
 from saegrid.errors import SaegridError
-from saegrid.lm import take_apart
 
 DOC = Path(__file__).parents[1] / "docs/models.md"
 LAYER = 1

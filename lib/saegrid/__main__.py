@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from saegrid.config.grid import Grid, load_grid
+from saegrid.data.language_model import lm_shape
+from saegrid.data.prompts import check_dataset
 from saegrid.errors import ConfigError, SaegridError
-from saegrid.fetch import local_folder
-from saegrid.grid import Grid, load_grid
-from saegrid.lm import lm_shape
-from saegrid.preflight import check
-from saegrid.prompts import check_dataset
+from saegrid.experiment.preflight import check
+from saegrid.storage.hub_access import local_folder
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,29 +71,29 @@ def _run(options: argparse.Namespace) -> None:
     if options.command == "list":
         _list(grid)
     elif options.command == "tables":
-        from saegrid import results
+        from saegrid.experiment import results
 
         results.make(grid)
     elif options.command == "latents":
-        from saegrid import latents  # imports torch
+        from saegrid.report.pages import latents_page  # imports torch
 
-        latents.make(grid)
+        latents_page.make(grid)
     elif options.command == "mend":
-        from saegrid.mend import mend
+        from saegrid.experiment.mend import mend
 
         for line in mend(grid):
             print(line)
     elif options.command == "pages":
-        from saegrid import results
+        from saegrid.experiment import results
 
         results.read_tidy(grid.results_dir)  # a missing table is told before the plots' packages are imported
-        from saegrid import pages
+        from saegrid.report import assemble
 
-        pages.make(grid)
+        assemble.make(grid)
     elif options.command == "publish":
-        from saegrid import hub
+        from saegrid.report.publish import upload
 
-        hub.publish(grid, options.repo, options.space, options.folder, options.dry_run)
+        upload.publish(grid, options.repo, options.space, options.folder, options.dry_run)
     else:
         _collect(grid, options.store_id, options.command == "pca")
 
@@ -109,12 +109,12 @@ def _checked(grid_file: Path) -> Grid:
 
 
 def _site(grid_file: Path | None) -> None:
-    from saegrid import site
+    from saegrid.report import site
 
     if grid_file:
-        from saegrid import pages
+        from saegrid.report import assemble
 
-        pages.make(_checked(grid_file))
+        assemble.make(_checked(grid_file))
     print(site.render(Path()))
 
 
@@ -129,11 +129,11 @@ def _collect(grid: Grid, store_id: str, with_pca: bool) -> None:
     if store_id not in stores:
         raise SaegridError(f"store_id = {store_id!r}: the grid {grid.name} has {', '.join(stores)}")
     check(stores[store_id])  # with a model on the Hub, too
-    from saegrid.run import prepare_store  # imports torch
+    from saegrid.experiment.run import prepare_store  # imports torch
 
     store = prepare_store(stores[store_id])
     if with_pca:
-        from saegrid import pca
+        from saegrid.experiment import pca
 
         pca.make(stores[store_id], store)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+
 MAX_CHARACTERS = 1000
 """A message is one line on a screen, whatever a file's content put into it."""
 

@@ -15,22 +15,23 @@ import pandas as pd
 import torch
 from safetensors.torch import save
 
-from saegrid import checkpoint, records
-from saegrid.dictionary_learning import read_dictionary
+from saegrid.config.grid import load_grid, papermill_arguments
+from saegrid.core import checkpoint
+from saegrid.core.sae import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from saegrid.core.splice import load_baseline
+from saegrid.core.train import load_checkpoint
+from saegrid.data.manifest import FORMAT
+from saegrid.data.published_activations import _load
+from saegrid.data.store import META, Store
 from saegrid.errors import SaegridError
-from saegrid.files import save_sae
+from saegrid.experiment import finished_run
+from saegrid.experiment.finished_run import RUN_FILES
 from saegrid.formats import export, load_sae
-from saegrid.grid import load_grid, papermill_arguments
-from saegrid.manifest import FORMAT
-from saegrid.published import _load
-from saegrid.records import RUN_FILES
-from saegrid.sae import BatchTopK, Gated, JumpReLU, ReLU, TopK
-from saegrid.saelens import read_saelens
-from saegrid.sealed import SUMS, write_sealed, write_sums
-from saegrid.sparsify import read_sparsify
-from saegrid.splice import load_baseline
-from saegrid.store import META, Store
-from saegrid.train import load_checkpoint
+from saegrid.formats.dictionary_learning import read_dictionary
+from saegrid.formats.run_folder import save_sae
+from saegrid.formats.saelens import read_saelens
+from saegrid.formats.sparsify import read_sparsify
+from saegrid.storage.checksums import SUMS, write_sealed, write_sums
 
 SPLIT = b"\n--\n"
 """Between the parts of an input that stands for several files."""
@@ -90,11 +91,11 @@ def run_files(data: bytes, folder: Path) -> None:
         if stated := _object(facts):
             _quietly(checkpoint.write, path, _checkpoint_tensors(), stated)
             _quietly(load_checkpoint, path, TopK(2, 2, k=1), "r", "")
-    loaders = {b"l": records.load_curves, b"t": records.load_timing, b"c": records.load_latents}
+    loaders = {b"l": finished_run.load_curves, b"t": finished_run.load_timing, b"c": finished_run.load_latents}
     if kind in b"ltcx":
-        _quietly(loaders.get(kind, records.load_prompts), pd.DataFrame([RUN]), folder)
+        _quietly(loaders.get(kind, finished_run.load_prompts), pd.DataFrame([RUN]), folder)
     if kind in b"ms":
-        records.load_run(run_dir, "run")
+        finished_run.load_run(run_dir, "run")
 
 
 def published_sae(data: bytes, folder: Path) -> None:
@@ -199,7 +200,7 @@ def _store_seed() -> bytes:
 
 
 def _run_seeds(folder: Path) -> list[bytes]:
-    row = {name: 1.0 for name in records.TIDY} | dict.fromkeys(records.HASHES, "ab" * 32) | {"run_id": "run"}
+    row = {name: 1.0 for name in finished_run.TIDY} | dict.fromkeys(finished_run.HASHES, "ab" * 32) | {"run_id": "run"}
     found = [b"m" + json.dumps(row).encode(), b'l{"epoch": 0, "val_mse": 1.5}\n{"epoch": 1, "val_mse": 0.5}\n']
     found += [b't{"run_id": "run", "train_seconds": 1.5}', b"s" + b"ab" * 32 + b"  metrics.json\n"]
     found += [b"clatent,fired,mean_act,max_act\n0,1,2.0,3.0\n", b"xprompt,template,n_tokens\n0,0,12\n"]

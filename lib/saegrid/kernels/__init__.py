@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from saegrid.errors import ConfigError
-from saegrid.fetch import can_write, own_cache_dir
+from saegrid.storage.hub_access import can_write, own_cache_dir
 
 logger = logging.getLogger(__name__)
 

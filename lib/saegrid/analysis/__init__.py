@@ -1,0 +1,1 @@
+"""From tables to numbers: findings, intervals, selection. Free of torch and HTML."""

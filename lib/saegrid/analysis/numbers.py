@@ -1,0 +1,117 @@
+"""How numbers are shown: title, unit and digits of each column. Free of torch and HTML."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a column of the tidy table is shown."""
+
+    title: str
+    unit: str = ""
+    digits: str = ""
+    """Format of a number; empty: as it is."""
+    best: str = ""
+    """`min`, `max`, or empty where no value is better than another."""
+
+
+COLUMNS = {
+    "name": Column("Run"),
+    "arch": Column("Architecture"),
+    "source": Column("Source"),
+    "expansion": Column("Expansion", "d_sae / d_in", "d"),
+    "k": Column("K", "latents/token", "d"),
+    "threshold": Column("Threshold θ", "act", "g"),
+    "recipe": Column("Recipe"),
+    "seed": Column("Seed", "", "d"),
+    "seeds": Column("Seeds", "", "d"),
+    "d_sae": Column("d_sae", "latents", ",d"),
+    "l0": Column("L0", "latents/token", ",.1f"),
+    "l0_no_sink": Column("L0 without sinks", "latents/token", ",.1f"),
+    "l0_eval": Column("L0 on the prompts", "latents/token", ",.1f"),
+    "l0_share_pct": Column("L0 / d_sae", "%", ".1f"),
+    "val_mse": Column("MSE", "act²", "#.4g", "min"),
+    "val_mse_batch": Column("MSE, batch cut", "act²", "#.4g", "min"),
+    "nmse": Column("NMSE", "1", "#.3g", "min"),
+    "fvu": Column("FVU", "1", "#.3g", "min"),
+    "fvu_no_sink": Column("FVU without sinks", "1", ".3f", "min"),
+    "fvu_eval": Column("FVU on the prompts", "1", ".3f", "min"),
+    "sink_pct": Column("Sink rows", "%", ".2f"),
+    "dead_pct": Column("Dead latents", "%", ".1f", "min"),
+    "dead_pct_no_sink": Column("Dead latents without sinks", "%", ".1f", "min"),
+    "ce_clean": Column("CE clean", "nats/token", ".3f"),
+    "ce_spliced": Column("CE spliced", "nats/token", ".3f", "min"),
+    "ce_zero": Column("CE zero", "nats/token", ".3f"),
+    "ce_mean": Column("CE mean", "nats/token", ".3f"),
+    "delta_loss": Column("Delta loss", "nats/token", ".3f", "min"),
+    "delta_interval": Column("Delta loss, 95% interval", "nats/token"),
+    "delta_more": Column("Delta loss more", "nats/token", "+.3f"),
+    "delta_change": Column("More than the whole recipe's", "nats/token"),
+    "delta_range": Column("Delta loss, range over seeds", "nats/token"),
+    "budget": Column("Best within an L0 of", "latents/token"),
+    "smaller": Column("Half the latents costs", "nats/token"),
+    "sparser": Column("The sparser budget costs", "nats/token"),
+    "frac_rec_pct": Column("frac_rec", "%", ".1f", "max"),
+    "loss_recovered_zero": Column("Loss recovered (zero)", "1", ".3f", "max"),
+    "loss_recovered_mean": Column("Loss recovered (mean)", "1", ".3f", "max"),
+    "inference_threshold": Column("Threshold at inference", "act", "#.3g"),
+    "theta_over_rms": Column("θ / RMS(pre_acts)", "1", "#.3g"),
+    "n_train_rows": Column("Training rows", "rows", ",d"),
+    "n_val_rows": Column("Validation rows", "rows", ",d"),
+    "n_eval_prompts": Column("Prompts", "", ",d"),
+    "n_eval_tokens": Column("Scored tokens", "", ",d"),
+    "steps": Column("Steps", "", ",d"),
+    "best_epoch": Column("Best epoch", "", "d"),
+    "train_seconds": Column("Training", "s", ",.0f"),
+    "eval_seconds": Column("Evaluation", "s", ",.0f"),
+    "train_rows_per_second": Column("Training speed", "rows/s", ",.0f"),
+    "cosine": Column("Cosine", "1", ".2f"),
+    "max_act": Column("Largest activation", "act", "#.3g"),
+}
+"""Every column that a page shows: title, unit, format, direction."""
+
+
+def number(value: Any, name: str = "") -> str:
+    """A value of the column `name` as text: the column's format, a true minus sign, a dash where it is missing."""
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return MISSING
+    column = COLUMNS.get(name, Column(name))
+    if isinstance(value, str):
+        return value
+    text = format(int(value) if column.digits.endswith("d") else value, column.digits).removesuffix(".")
+    return text.replace("-", "−") if "e" not in text else text
+
+
+def change(value: float, low: float, high: float, digits: int = 3) -> str:
+    """A difference with its interval: `+0.081 [+0.044, +0.120]`."""
+    return f"{signed(value, digits)} [{signed(low, digits)}, {signed(high, digits)}]"
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """A difference with its sign: `+0.081`, with a true minus sign."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def between(values: pd.Series, digits: str) -> str:
+    """The smallest and the largest value: `4 to 6`, or `4` where they read the same."""
+    low, high = format(values.min(), digits), format(values.max(), digits)
+    return low if low == high else f"{low} to {high}"
+
+
+def counted(n: int, word: str) -> str:
+    """A number of things: `1 seed`, `3 seeds`."""
+    return f"{n} {word if n == 1 else f'{word}s'}"
+
+
+def header(name: str) -> str:
+    """Title and unit of a column as one line: `Delta loss (nats/token)`."""
+    column = COLUMNS.get(name, Column(name))
+    return f"{column.title} ({column.unit})" if column.unit not in ("", "1") else column.title

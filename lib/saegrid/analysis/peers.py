@@ -1,0 +1,63 @@
+"""This project's SAEs beside other libraries', at matched L0, as `benchmarks/peer_quality.py` found. Free of torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from saegrid.analysis import intervals
+
+OWN = "saegrid"
+KEYS = ["peer", "arch", "k", "rate", "seed"]
+COMPARED = (
+    ("fvu_no_sink", "an FVU without sinks", "fvu_eval", "More FVU"),
+    ("delta_loss", "a delta loss", "delta_loss", "More delta loss"),
+)
+"""Measures, in words; what of theirs is compared on the prompts, with an interval; the title of its column."""
+MEANS = ["l0_no_sink", "fvu_no_sink", "fvu_eval", "dead_pct_no_sink", "delta_loss"]
+CONTENDER = ["peer", "arch"]
+
+
+def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The runs of each contender's best learning rate, that of its first seed's lowest FVU without sinks on the
+    validation rows, and their losses by prompt; both with a `run_id`.
+
+    K without an SAE of this project are left out, and of a K the seeds that a contender does not have yet.
+    """
+    runs = pd.read_csv(folder / "runs.csv").dropna(subset="fvu_no_sink")
+    prompts = pd.read_csv(folder / "prompts.csv", dtype={"template": "string"})
+    runs, prompts = (
+        df.assign(run_id=df.round({"rate": 6})[KEYS].astype(str).agg(" ".join, axis=1)) for df in (runs, prompts)
+    )
+    search = runs[runs["seed"] == runs["seed"].min()].groupby([*CONTENDER, "k"])
+    chosen = runs.loc[search["fvu_no_sink"].idxmin(), [*CONTENDER, "k", "rate"]]
+    chosen["tried"] = search["rate"].nunique().to_numpy()
+    best = runs.merge(chosen)
+    best = best[best["k"].isin(best.loc[best["peer"] == OWN, "k"])]
+    have = best.groupby(["k", "seed"])["run_id"].transform("size")
+    best = best[have == have.groupby(best["k"]).transform("max")]
+    return best, prompts[prompts["run_id"].isin(best["run_id"])]
+
+
+def compared(runs: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
+    """One row a K and contender: means over seeds, and what it has more than this project's SAE at that K.
+
+    That is the one of its architectures whose FVU without sinks is the lowest. `delta_loss_more` and `fvu_eval_more`
+    are (difference, low, high): the bounds are its central 95% interval, over problem templates and seeds.
+    """
+    drawn, rows = {measure: intervals.draws(prompts, measure) for measure in intervals.MEASURES}, []
+    for k, group in runs.groupby("k"):
+        own = group[group["peer"] == OWN].groupby("arch")["fvu_no_sink"].mean().idxmin()
+        base = group[(group["peer"] == OWN) & (group["arch"] == own)]
+        for (peer, arch), those in group.groupby(CONTENDER, sort=False):
+            means = those[MEANS].mean()
+            more = {
+                f"{name}_more": (means[name] - base[name].mean(), *intervals.difference(drawn[name], those, base))
+                for name in drawn
+            }
+            rates = " and ".join(f"{rate:.2g}" for rate in sorted(those["rate"].unique()))
+            row = {"k": k, "peer": peer, "arch": arch, "is_base": (peer, arch) == (OWN, own), "rates": rates}
+            row |= {"tried": those["tried"].max(), "seeds": len(those)}
+            rows.append(row | dict(means) | more)
+    return pd.DataFrame(rows).sort_values(["k", "delta_loss"], ignore_index=True)

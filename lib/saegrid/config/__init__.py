@@ -1,0 +1,1 @@
+"""What a run is: parameters, architectures, recipes and grids. Free of torch."""

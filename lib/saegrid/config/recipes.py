@@ -1,0 +1,69 @@
+"""Recipes: named sets of training choices, free of torch.
+
+A parameter left at "recipe" or -1 takes its recipe's value; any other value switches that choice alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "published": {
+        **{"b_pre_init": "zero", "encoder_init": "kaiming", "act_scale": "none", "sinks": "keep"},
+        **{"aux_coef": 0.0, "dead_window": 0.05, "encoder_tie": 0.0},
+        **{"lr": 1e-4, "lr_schedule": "cosine", "warmup": 0.0, "grad_clip": 0.0, "project_grad": False},
+    },
+    "improved": {
+        **{"b_pre_init": "centre", "encoder_init": "decoder", "act_scale": "unit", "sinks": "apart"},
+        **{"aux_coef": 1 / 32, "dead_window": 0.05, "encoder_tie": 3.0},
+        **{"lr": 2e-3, "lr_schedule": "linear", "warmup": 0.05, "grad_clip": 1.0, "project_grad": True},
+    },
+}
+"""What the model card says, and what the field has learnt since (`saegrid/config/run_config.py` says what each choice does)."""
+
+BANDWIDTH, L0_COEF = 0.3, 0.1
+"""Of JumpReLU's trained thresholds, beside rows with a mean square of 1 (measured: LOG.md)."""
+
+THETA_TIE = 10.0
+"""Weight decay of JumpReLU's trained thresholds towards their mean, by their learning rate (measured: LOG.md)."""
+
+L1_COEF = 1.0
+"""Of ReLU and Gated at the start, beside rows with a mean square of 1, by d_in."""
+
+YOUNGER = {
+    **{"recipe": "published", "prefixes": 0, "theta_tie": 0.0},
+    **{"bandwidth": BANDWIDTH, "l0_coef": L0_COEF, "l1_coef": L1_COEF},
+} | {
+    name: RECIPES["published"][name]
+    for name in ("act_scale", "sinks", "aux_coef", "dead_window", "encoder_tie", "lr_schedule", "warmup")
+}
+"""Parameters younger than the first tables, and what runs did before: such runs keep their ids and their rows."""
+
+
+def choices(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's recipe says, by its `recipe`, `arch` and `k`; thetas that are trained, JumpReLU's, have a tie too.
+
+    An unknown recipe is left for `RunConfig` to refuse.
+    """
+    recipe, k = run.get("recipe"), run.get("k")
+    trained = run.get("arch") == "JumpReLU" and isinstance(k, Real) and k > 0  # type: ignore[operator]
+    known = RECIPES[recipe if isinstance(recipe, str) and recipe in RECIPES else "published"]
+    return known | {"theta_tie": THETA_TIE if trained else 0.0}
+
+
+def resolve(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with each choice that is left to the recipe (absent, "recipe" or -1) at the recipe's value."""
+    said = choices(parameters).items()
+    return parameters | {name: value for name, value in said if _is_left(parameters.get(name, -1))}
+
+
+def described(run: Mapping[str, Any]) -> str:
+    """A run's recipe in words: `improved`, or `improved but grad_clip = 0.0` where choices were switched."""
+    switched = [f"{name} = {run[name]}" for name, value in choices(run).items() if run[name] != value]
+    return f"{run['recipe']} but {', '.join(switched)}" if switched else run["recipe"]
+
+
+def _is_left(value: Any) -> bool:
+    return value == "recipe" or (value == -1 and not isinstance(value, bool))

@@ -1,0 +1,321 @@
+"""The parameters of one run: validated, documented, free of torch.
+
+`RunConfig` is the single list of parameters. The tagged cell of `notebooks/train.ipynb` repeats its names and
+defaults (a test holds the two against each other), a grid file sets them under `constants` and `axes`, and every
+row of the result tables carries them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from saegrid.config.recipes import BANDWIDTH, L0_COEF, L1_COEF, YOUNGER, resolve
+from saegrid.errors import ConfigError, explain
+from saegrid.storage.hub_access import expanded
+
+EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
+EMBEDDED_DATASET = "embedded:gsm_symbolic"
+
+Arch = Literal["TopK", "BatchTopK", "JumpReLU", "Matryoshka", "ReLU", "Gated"]
+BATCH_CUT = ("BatchTopK", "Matryoshka")
+"""Architectures whose codes are cut by the batch in training, and by a calibrated threshold in use."""
+
+
+def has_thetas(arch: str, has_k: bool) -> bool:
+    """Whether an SAE of this architecture, for which a k was given or not, has a threshold a latent."""
+    return arch == "Gated" or (arch == "JumpReLU" and has_k)
+
+
+class RunConfig(BaseModel):
+    """One grid point. `k=0` and `threshold=0.0` mean "not given"; papermill has no other way to say so.
+
+    "recipe" and -1 mean "as the recipe says" (`saegrid/config/recipes.py`); a validated config holds what it says.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    # --- language model ---
+    model: str = Field(EMBEDDED_MODEL, min_length=1)
+    """`embedded:smollm2-135m-instruct`, a local folder, or the Hub id of a causal language model."""
+    model_revision: str = ""
+    """Hub revision (branch, tag or commit); empty is the default branch."""
+    layer: int = Field(12, ge=0)
+    """Index of the decoder block whose output is read: `hidden_states[layer + 1]`."""
+    site: Literal["resid_post"] = "resid_post"
+    """Where in the block: the residual stream behind it."""
+    lm_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the language model's passes, for the activations and for the splice."""
+
+    # --- text ---
+    dataset: str = Field(EMBEDDED_DATASET, min_length=1)
+    """`embedded:gsm_symbolic`, a folder with `train.jsonl` and `test.jsonl` (`question`, `answer`), or a Hub id."""
+    dataset_revision: str = ""
+    """Hub revision of the dataset; empty is the default branch."""
+    text: Literal["plain", "chat"] = "plain"
+    """Question + worked answer as plain text, or through the tokenizer's chat template."""
+    max_tokens: int = Field(512, ge=2)
+    """A prompt is cut behind this many tokens."""
+    train_tokens: int = Field(100_000, ge=1)
+    """Rows of activations to train on."""
+    val_tokens: int = Field(20_000, ge=1)
+    """Rows of activations for validation, from templates (or prompts) that training never sees."""
+    eval_prompts: int = Field(50, ge=1)
+    """Prompts for the splice, from templates (or prompts) that neither training nor validation sees."""
+    data_seed: int = Field(0, ge=0)
+    """Seed of the prompts and of the split."""
+
+    # --- activations ---
+    activations: str = ""
+    """Folder or Hub dataset with published `{stage}_layer{layer}[_train|_val].pt` files; empty: run the model."""
+    activations_revision: str = ""
+    """Hub revision of `activations`."""
+    activations_stage: str = "instruct_base"
+    """Stage in the published files' names."""
+    act_dtype: Literal["float16", "float32"] = "float16"
+    """Precision of the stored rows (the published files are float16)."""
+
+    # --- sparse autoencoder ---
+    arch: Arch = "BatchTopK"
+    """Architecture."""
+    expansion: int = Field(8, ge=1, le=1024)
+    """d_sae / d_in."""
+    k: int = Field(0, ge=0)
+    """Latents per row: kept by TopK; on average over the batch, by BatchTopK and Matryoshka; on average over held-out
+    rows, by Gated and by JumpReLU, whose thresholds are then trained; aimed at by ReLU; 0: not given."""
+    threshold: float = Field(0.0, ge=0.0, allow_inf_nan=False)
+    """JumpReLU's theta where it is to stay as it is, one for all latents; 0.0: not given."""
+    threshold_unit: Literal["absolute", "rms"] = "absolute"
+    """Unit of `threshold`: the activations' own, or the RMS of the pre-activations at the start of training."""
+
+    prefixes: int = Field(0, ge=0, le=16)
+    """Matryoshka's nested dictionaries: d_sae latents, half of them, a quarter, …; 0: 5 of them for Matryoshka."""
+    bandwidth: float = Field(BANDWIDTH, gt=0.0, allow_inf_nan=False)
+    """JumpReLU with k: width of the band around theta that tells its gradient, in scaled pre-activations."""
+    l0_coef: float = Field(L0_COEF, ge=0.0, allow_inf_nan=False)
+    """JumpReLU with k: weight of (L0 / k - 1)² beside the mean squared error of rows with a mean square of 1."""
+    theta_tie: float = Field(-1.0, ge=0.0, allow_inf_nan=False)
+    """JumpReLU with k: weight decay of thetas towards their mean, by their learning rate, 10 lr; 0: none; -1: 10."""
+    l1_coef: float = Field(L1_COEF, gt=0.0, allow_inf_nan=False)
+    """ReLU, Gated: weight of L1 by d_in at the start, from where it is moved so that k latents a row are active."""
+
+    # --- training ---
+    recipe: Literal["published", "improved"] = "published"
+    """Training choices as the model card has them, or as the field has learnt since; each can be switched alone."""
+    epochs: int = Field(10, ge=1)
+    """Passes over the training rows."""
+    batch_size: int = Field(512, ge=1)
+    """Rows a step, before sinks are set apart."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the weights and of the order of the rows."""
+    lr_final: float = Field(0.0, ge=0.0, le=1.0)
+    """The learning rate ends at `lr * lr_final` (torch's default is 0; the code behind the data used 0.1)."""
+    checkpoint_steps: int = Field(1000, ge=1)
+    """A checkpoint at least every so many steps, besides the one behind each epoch."""
+
+    # --- training: choices that the recipe makes ---
+    lr: float = Field(-1.0, gt=0.0, allow_inf_nan=False)
+    """Adam's largest learning rate, in scaled units where `act_scale` scales."""
+    lr_schedule: Literal["recipe", "cosine", "linear"] = "recipe"
+    """Cosine annealing over all steps, or constant and then falling in a line over the last fifth."""
+    warmup: float = Field(-1.0, ge=0.0, lt=1.0)
+    """Share of the steps in which the learning rate rises from 0."""
+    grad_clip: float = Field(-1.0, ge=0.0, allow_inf_nan=False)
+    """Largest global gradient norm; 0: no clipping (the code behind the data used 1.0)."""
+    project_grad: bool | Literal["recipe"] = "recipe"
+    """Remove the part of the decoder's gradient along each decoder direction before Adam."""
+    b_pre_init: Literal["recipe", "zero", "mean", "centre"] = "recipe"
+    """Start of `b_pre`: zeros, the training rows' mean (as the code behind the data did), or that without sinks."""
+    encoder_init: Literal["recipe", "kaiming", "decoder"] = "recipe"
+    """Start of the encoder: torch's `Linear` default, or the transposed decoder."""
+    encoder_tie: float = Field(-1.0, ge=0.0, allow_inf_nan=False)
+    """Weight decay of the encoder towards the transposed decoder, by learning rate; 0: none."""
+    act_scale: Literal["recipe", "none", "unit"] = "recipe"
+    """Train on rows as they are, or at a mean square of 1 (sinks left out); saved weights take rows as they are."""
+    sinks: Literal["recipe", "keep", "apart"] = "recipe"
+    """Attention sinks: rows like all others, or left out of training, their direction for two latents alone."""
+    aux_coef: float = Field(-1.0, ge=0.0, allow_inf_nan=False)
+    """Weight of AuxK's loss, by which dead latents learn what the others leave over; 0: none."""
+    dead_window: float = Field(-1.0, gt=0.0, le=1.0)
+    """Share of the run's rows after which a latent that has not fired is dead to AuxK."""
+
+    # --- machine ---
+    kernel: Literal["auto", "reference", "cpu", "cuda"] = "auto"
+    """Which implementation of the training step; `auto` takes the fastest that runs here and records it."""
+    matmul: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of the encoder's product while training; evaluation always uses fp32."""
+    threads: int = Field(0, ge=0)
+    """Threads of one run; 0: `OMP_NUM_THREADS` where it is set, else all cores. Recorded, and used again on resume."""
+
+    # --- places: not part of a run's identity ---
+    runs_dir: str = Field("runs", min_length=1)
+    """Folder for the runs."""
+    store_dir: str = Field("activations", min_length=1)
+    """Folder for the activation stores."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_recipe_says(cls, parameters: Any) -> Any:
+        if not isinstance(parameters, dict):
+            return parameters
+        default = 5 if parameters.get("arch") == "Matryoshka" else 0
+        return resolve(parameters) | {"prefixes": parameters.get("prefixes", 0) or default}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_yaml_means_it(cls, value: Any, info: ValidationInfo) -> Any:
+        """`1e-4` is a string in YAML 1.1, and papermill's `-p revision 123` is a number."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if annotation is float and isinstance(value, str):
+            try:
+                return float(value)
+            except ValueError:
+                return value
+        if annotation is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return str(value)
+        return value
+
+    @model_validator(mode="after")
+    def _arch_and_its_sparsity(self) -> RunConfig:
+        if self.arch == "JumpReLU":
+            if self.k and self.threshold:
+                raise ValueError(f"k = {self.k}: JumpReLU takes a threshold that stays, or a k to train thresholds for")
+            if not self.k and not self.threshold:
+                raise ValueError(
+                    "threshold = 0.0: JumpReLU needs a threshold above 0, such as 0.1 or 0.5, or a k to train them for"
+                )
+            if self.k and self.act_scale != "unit":
+                raise ValueError(_scaled_only(self.k, "JumpReLU trains its thresholds"))
+        else:
+            if self.threshold:
+                raise ValueError(f"threshold = {self.threshold}: not a parameter of {self.arch}, which takes k")
+            if not self.k:
+                raise ValueError(f"k = 0: {self.arch} needs a k of at least 1, such as 64, 128 or 220")
+            if self.presses_l1 and self.act_scale != "unit":
+                raise ValueError(_scaled_only(self.k, f"{self.arch} weighs its L1"))
+        if self.theta_tie and not (self.arch == "JumpReLU" and self.k):
+            raise ValueError(f"theta_tie = {self.theta_tie:g}: a parameter of JumpReLU with a k alone")
+        if self.prefixes and self.arch != "Matryoshka":
+            raise ValueError(f"prefixes = {self.prefixes}: not a parameter of {self.arch}, but of Matryoshka")
+        return self
+
+    @model_validator(mode="after")
+    def _kernel_and_what_it_can(self) -> RunConfig:
+        if self.kernel == "cuda" and self.not_on_cuda:
+            raise ValueError(f"kernel = 'cuda': has no {self.not_on_cuda} yet; take 'auto' or 'cpu', or leave it out")
+        return self
+
+    @field_validator("runs_dir", "store_dir")
+    @classmethod
+    def _a_place(cls, value: str) -> str:
+        return check_place(value)
+
+    def check_shape(self, d_in: int, n_layers: int) -> None:
+        """Hold the run against the language model's shape. Raises `ConfigError`."""
+        if self.layer >= n_layers:
+            raise ConfigError(f"layer = {self.layer}: {self.model} has layers 0 to {n_layers - 1}")
+        if self.k > self.expansion * d_in:
+            raise ConfigError(
+                f"k = {self.k}: at most d_sae = expansion * d_in = {self.expansion} * {d_in} = {self.expansion * d_in}"
+            )
+        if self.prefixes and self.k > (smallest := self.expansion * d_in >> (self.prefixes - 1)):
+            raise ConfigError(
+                f"prefixes = {self.prefixes}: the smallest has {smallest} latents, fewer than k = {self.k}"
+            )
+
+    @property
+    def trains_theta(self) -> bool:
+        """Whether each latent has a threshold of its own, which training moves."""
+        return has_thetas(self.arch, self.k > 0)
+
+    @property
+    def presses_l1(self) -> bool:
+        """Whether an L1 penalty brings L0 to k."""
+        return self.arch in ("ReLU", "Gated")
+
+    @property
+    def not_on_cuda(self) -> str:
+        """The first choice that the `cuda` kernel lacks; empty where it has all."""
+        if self.prefixes or self.presses_l1:
+            return f"arch = '{self.arch}'"
+        if self.trains_theta:
+            return f"k = {self.k} for JumpReLU"
+        if self.sinks == "apart":
+            return "sinks = 'apart'"
+        for name, value in (("aux_coef", self.aux_coef), ("encoder_tie", self.encoder_tie)):
+            if value:
+                return f"{name} = {value:g}"
+        return ""
+
+    def check_training(self) -> None:
+        """Hold a batch against the rows, where their number is known. Raises `ConfigError`."""
+        if not self.activations and self.batch_size > self.train_tokens:
+            raise ConfigError(f"batch_size = {self.batch_size}: at most train_tokens = {self.train_tokens}")
+
+    @property
+    def name(self) -> str:
+        """The published file name without its ending: `BatchTopK_exp8x_k220`, `JumpReLU_exp8x_t0.5`; with another
+        recipe than the published one, that one behind it."""
+        sparsity = f"t{self.threshold:g}" if self.threshold else f"k{self.k}"
+        recipe = "" if self.recipe == "published" else f"_{self.recipe}"
+        return f"{self.arch}_exp{self.expansion}x_{sparsity}{recipe}"
+
+    @property
+    def run_id(self) -> str:
+        """Unique name of the run: readable part, seed, and a hash of every parameter that can change its result."""
+        identity = self.identity()
+        younger = {name for name, value in YOUNGER.items() if identity[name] == value}
+        return f"{self.name}_s{self.seed}_{_digest({n: v for n, v in identity.items() if n not in younger})}"
+
+    @property
+    def store_id(self) -> str:
+        """Unique name of the activation store that the run reads."""
+        return f"layer{self.layer}_{_digest(self.model_dump(include=STORE_FIELDS))}"
+
+    def identity(self) -> dict[str, Any]:
+        """Every parameter that can change the run's result."""
+        return self.model_dump(exclude=PLACES)
+
+
+PLACES = {"runs_dir", "store_dir"}
+STORE_FIELDS = {
+    *("model", "model_revision", "layer", "site", "lm_dtype"),
+    *("dataset", "dataset_revision", "text", "max_tokens", "train_tokens", "val_tokens", "eval_prompts", "data_seed"),
+    *("activations", "activations_revision", "activations_stage", "act_dtype"),
+}
+"""Parameters that decide what is in an activation store, its evaluation prompts included."""
+
+
+def _scaled_only(k: int, what: str) -> str:
+    return f"k = {k}: {what} on scaled rows only: act_scale = 'unit', as recipe = 'improved' has it"
+
+
+def make_config(**parameters: Any) -> RunConfig:
+    """`RunConfig` with every mistake told in one line.
+
+    Raises:
+        ConfigError: names the first parameter at fault, its value, and what is allowed.
+    """
+    try:
+        return RunConfig(**parameters)
+    except ValidationError as error:
+        raise ConfigError(explain(error, RunConfig.model_fields, flat=True)) from None
+
+
+def check_place(path: str) -> str:
+    """A folder's name that a shell line, a Snakemake pattern and a link can carry, its `~` expanded.
+
+    Raises `ValueError`.
+    """
+    path = str(expanded(path)) if path.startswith("~") else path
+    if not path.isprintable() or re.search(r"[{}\\\"'`$*?<>|;&]", path) or path.startswith("-"):
+        raise ValueError("a folder's name without quotes, braces and the shell's own characters is needed")
+    return path
+
+
+def _digest(parameters: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,0 +1,97 @@
+"""What a trained SAE is judged by: its reconstruction of held-out rows, and the model's loss with it spliced in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import ModuleType
+
+import pandas as pd
+import torch
+
+from saegrid.config.run_config import RunConfig
+from saegrid.core.metrics import Reconstruction, sink_norm, splice_metrics
+from saegrid.core.sae import SAE
+from saegrid.core.splice import Baseline, evaluate, load_baseline, mean_losses, scored_positions
+from saegrid.data.language_model import load_lm
+from saegrid.data.sources import pinned
+from saegrid.data.store import Store
+
+
+def evaluate_rows(
+    sae: SAE, store: Store, batch_size: int, kernel: ModuleType
+) -> tuple[dict[str, float], pd.DataFrame, pd.DataFrame]:
+    """Metrics of the validation rows; firing of each latent; squared error by token position."""
+    sums = Reconstruction(sae.d_sae, sink_norm(store.batches("val", batch_size, device=sae.device)))
+    errors = []
+    for x in store.batches("val", batch_size, device=sae.device):
+        codes = sae.codes(x, kernel)
+        errors.append(sums.add(x, kernel.decode(sae.params, codes), codes))
+    mean_act = (sums.act_sum / sums.fired.clamp_min(1)).numpy()
+    latents = pd.DataFrame({"latent": range(sae.d_sae), "fired": sums.fired, "mean_act": mean_act})
+    latents["max_act"] = sums.act_max
+    mean = sums.every.mean
+    batches = store.batches("val", batch_size, device=sae.device)
+    centred = torch.cat([(x.double() - mean).square().sum(1) for x in batches])
+    rows = pd.DataFrame({"position": store.meta("val")["positions"], "sq_error": torch.cat(errors).cpu()})
+    rows["sq_norm_centred"] = centred.cpu()
+    positions = rows.groupby("position").agg(
+        n_rows=("sq_error", "size"), sq_error=("sq_error", "mean"), sq_norm_centred=("sq_norm_centred", "mean")
+    )
+    return sums.result(), latents, positions.reset_index()
+
+
+def spliced(config: RunConfig, store: Store, sae: SAE, kernel: ModuleType, leave_sinks: bool = False) -> pd.DataFrame:
+    """A row for each evaluation prompt: its losses with the SAE spliced in (`splice.evaluate`), and `reconstructed`.
+
+    Args:
+        leave_sinks: the attention sinks' rows stay as they are.
+    """
+    baseline = load_baseline(store.folder, store.data_sha256)
+    lm = load_lm(pinned(config, store.manifest))
+    limit = sink_norm(scored_rows(baseline)) if leave_sinks else math.inf
+    losses = evaluate(lm, baseline, config.layer, replacement(sae, kernel, limit))
+    return losses.join(reconstructed(baseline, sae, kernel))
+
+
+def replacement(sae: SAE, kernel: ModuleType, limit: float = math.inf) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What the splice puts in place of rows (n, d_in): their reconstruction; those of a norm above `limit` stay."""
+
+    def replace(x: torch.Tensor) -> torch.Tensor:
+        x = x.to(sae.device)
+        x_hat = kernel.decode(sae.params, sae.codes(x, kernel))
+        return torch.where(x.norm(dim=1, keepdim=True) > limit, x, x_hat)
+
+    return replace
+
+
+def reconstructed(baseline: Baseline, sae: SAE, kernel: ModuleType) -> pd.DataFrame:
+    """A row for each evaluation prompt, of its scored positions.
+
+    active: pairs of position and latent; sq_error: Σ ‖x - x_hat‖²; sq_norm_centred: Σ ‖x - mean‖², the mean that of
+    all prompts. The latter two leave sinks out, so that their quotient of sums is FVU without sinks on the prompts.
+    """
+    x = scored_rows(baseline)
+    limit = sink_norm(x)
+    ordinary = [rows.norm(dim=1) <= limit for rows in x]
+    mean = torch.cat([rows[keep] for rows, keep in zip(x, ordinary, strict=True)]).double().mean(0)
+    sums = []
+    for rows, keep in zip(x, ordinary, strict=True):
+        codes = sae.codes(rows.to(sae.device), kernel)
+        x_hat = kernel.decode(sae.params, codes).cpu()
+        errors = (rows.double() - x_hat.double())[keep].square().sum().item()
+        centred = (rows.double() - mean)[keep].square().sum().item()
+        sums.append({"active": len(codes.values), "sq_error": errors, "sq_norm_centred": centred})
+    return pd.DataFrame(sums)
+
+
+def on_prompts(sums: pd.DataFrame) -> dict[str, float]:
+    """L0, FVU without sinks and the splice's metrics on the prompts, from the rows of `spliced`."""
+    total = sums.sum(numeric_only=True)
+    found = {"l0_eval": total["active"] / total["n_tokens"], "fvu_eval": total["sq_error"] / total["sq_norm_centred"]}
+    return {name: float(value) for name, value in found.items()} | splice_metrics(**mean_losses(sums))
+
+
+def scored_rows(baseline: Baseline) -> list[torch.Tensor]:
+    """Rows of each prompt's scored positions, (n, d_in) float32."""
+    return [rows[scored_positions(prompt)].float() for rows, prompt in zip(baseline.x, baseline.prompts, strict=True)]

@@ -1,0 +1,102 @@
+"""Thresholds from rows: where they start, and what makes L0 equal K on held-out rows."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from saegrid.core.metrics import sink_norm
+from saegrid.core.sae import SAE
+from saegrid.data.store import Store
+from saegrid.kernels.state import Params, Rule
+
+CALIBRATION_ROWS = 65_536
+"""At most so many validation rows set a threshold."""
+TINY = 1e-6
+
+
+def calibrated_threshold(sae: SAE, store: Store, batch_size: int, kernel: ModuleType) -> float:
+    """The scalar above which `k` pre-activations a row lie, on average over validation rows (arXiv:2412.06410, §3).
+
+    The middle between the last value kept and the first one left out, so that rounding moves no latent over the cut;
+    0 where fewer are positive.
+    """
+    spare = 2  # a batch's own cut must lie below the cut over all batches
+    while True:
+        batches = _held_out_values(sae, store, batch_size, kernel, spare * sae.k)
+        count = sum(rows for rows, _ in batches) * sae.k
+        values = torch.cat([values for _, values in batches])
+        if count >= len(values):
+            return 0.0
+        cut = values.kthvalue(len(values) - count).values.item()  # the largest value left out
+        complete = (len(kept) < rows * spare * sae.k or kept.min().item() <= cut for rows, kept in batches)
+        if all(complete) or spare * sae.k >= sae.d_sae:
+            return (cut + values.kthvalue(len(values) - count + 1).values.item()) / 2
+        spare *= 2
+
+
+def _held_out_values(sae, store, batch_size, kernel, k: int) -> list[tuple[int, Tensor]]:
+    """(rows, kept pre-activations) of validation batches that keep `k` a row."""
+    kept, rows = [], 0
+    for x in store.batches("val", batch_size, device=sae.device):
+        x = x[: CALIBRATION_ROWS - rows]
+        kept.append((len(x), kernel.encode(sae.params, x, Rule("batchtopk", k=min(k, sae.d_sae))).values))
+        rows += len(x)
+        if rows >= CALIBRATION_ROWS:
+            break
+    return kept
+
+
+def calibrated_factor(
+    params: Params, k: int, store: Store, batch_size: int, kernel: ModuleType, scale: float = 1.0
+) -> float:
+    """What all thetas are to be multiplied by, so that `k` latents a row are active on average over validation rows.
+
+    The middle between the ratios pre / theta of the last pair kept and of the first one left out. A latent without a
+    threshold (theta 0) keeps all that is positive; where those alone are k a row or more, the factor is 1.
+
+    Args:
+        scale: of the rows x / scale that the weights are for.
+    """
+    share = 1.0
+    while True:
+        lower = params._replace(theta=params.theta * share)
+        ratios, rows, always = [], 0, 0
+        for x in store.batches("val", batch_size, device=params.theta.device.type):
+            x = x[: CALIBRATION_ROWS - rows]
+            codes = kernel.encode(lower, x / scale if scale != 1 else x, Rule("jumprelu", k=k))
+            theta = params.theta[codes.latents.long()]
+            always += int((theta == 0).sum())
+            ratios.append((codes.values / theta)[theta > 0])
+            rows += len(x)
+            if rows >= CALIBRATION_ROWS:
+                break
+        ratio, count = torch.cat(ratios), rows * k - always
+        if count <= 0:
+            return 1.0
+        if count < len(ratio):
+            kept = ratio.topk(count + 1, sorted=True).values
+            return ((kept[-2] + kept[-1]) / 2).item()
+        if share < TINY:  # fewer pairs are positive
+            return share
+        share /= 2
+
+
+def start_of_theta(params: Params, x: Tensor, k: int) -> float:
+    """The cut that leaves `k` pre-activations a row above it, on average over rows x (N, d_in) without sinks."""
+    x = ordinary(x)
+    pre = torch.addmm(params.b_enc, x - params.b_pre, params.W_enc.T).flatten()
+    return max(pre.topk(min(len(x) * k, len(pre)), sorted=False).values.min().item(), TINY)
+
+
+def rms_pre_acts(params: Params, x: Tensor) -> float:
+    """Root mean square of the pre-activations of rows x (N, d_in), attention sinks left out: the unit of "rms"."""
+    x = ordinary(x)
+    return torch.addmm(params.b_enc, x - params.b_pre, params.W_enc.T).double().square().mean().sqrt().item()
+
+
+def ordinary(x: Tensor) -> Tensor:
+    """The rows of x (N, d_in) that are no attention sinks."""
+    return x[x.norm(dim=1) <= sink_norm([x])]

@@ -1,0 +1,308 @@
+"""The training loop of all recipes, resumable at any moment."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saegrid.config.run_config import RunConfig
+from saegrid.core import checkpoint
+from saegrid.core.row_statistics import Estimates, estimate
+from saegrid.core.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, fold_scale, initial_sae
+from saegrid.core.thresholds import calibrated_factor, calibrated_threshold, rms_pre_acts, start_of_theta
+from saegrid.data.store import Store
+from saegrid.errors import ConfigError, DamagedError, SaegridError
+from saegrid.kernels.reference import folded_gate
+from saegrid.kernels.state import Params, Rule, StepSettings, TrainState
+from saegrid.storage.atomic import write_text
+
+CHECKPOINT = "checkpoint.safetensors"
+DECAY = 0.2
+"""Share of the steps, at the end, in which a "linear" learning rate falls."""
+LARGEST_AIM = 4.0
+"""ReLU is trained for K times or by this at most, whatever an epoch's rows say."""
+CHECK_STEPS = 100
+"""On a GPU the loss is read back, and held to be finite, after so many steps: each look waits for the device."""
+
+
+@dataclass
+class Progress:
+    """Where training stands: all that a checkpoint holds."""
+
+    state: TrainState
+    best: Params
+    epoch: int = 0
+    batch: int = 0  # batches of this epoch already taken
+    sq_error: float | Tensor = 0.0  # of this epoch so far; on the device until it is read
+    rows: int = 0  # of this epoch that steps have taken so far
+    active: int | Tensor = 0  # pairs of row and latent of this epoch so far
+    best_val_mse: float = math.inf
+    best_epoch: int = -1
+    aim: float = 1.0  # L0 of training rows by that of held-out rows: ReLU is trained for so many times K
+    curve: list[dict] = field(default_factory=list)
+    seconds: float = 0.0  # of training, over all resumes
+    _since: float = field(default_factory=time.perf_counter)
+
+    def lap(self) -> None:
+        """Add the time since the last lap to `seconds`."""
+        now = time.perf_counter()
+        self.seconds, self._since = self.seconds + now - self._since, now
+
+
+def train(
+    config: RunConfig,
+    store: Store,
+    kernel: ModuleType,
+    run_dir: Path,
+    matmul: str = "fp32",
+    report: Callable[[int], None] = lambda rows: None,
+    device: str = "cpu",
+) -> tuple[SAE, Progress]:
+    """Train one SAE, from the run's last checkpoint where there is one.
+
+    Adam, the learning rate set per step; mean squared error; unit-norm decoder rows after each step; the weights of
+    the epoch with the lowest validation MSE are kept (with the training rule: BatchTopK cuts each validation batch), of
+    ReLU, whose L0 is free, those of the last.
+    BatchTopK's scalar threshold, or what trained thetas are multiplied by, is then calibrated on validation rows. With
+    `act_scale` all of this, checkpoints too, is in the units of the scaled rows, and the scale is folded into the
+    weights at the end, as Gated's two encoders are into one. With sinks apart, no step sees a sink.
+
+    Args:
+        report: called with the number of rows of each batch, and once with those done before a resume.
+        device: where the kernel works (`kernels.device`), and where the SAE lies afterwards.
+
+    Returns:
+        The SAE at its best epoch, and the learning curve with what else the loop knows.
+
+    Raises:
+        SaegridError: the loss is no longer finite; the message names the step, or on a GPU the steps.
+        ConfigError: a batch is larger than the training rows.
+    """
+    if config.batch_size > store.n_train:
+        raise ConfigError(f"batch_size = {config.batch_size}: at most the {store.n_train} training rows")
+    found = estimate(config, store)
+    sae = initial_sae(config, store.d_in, found.mean, found.sink)
+    sae.threshold /= found.scale
+    if isinstance(sae, JumpReLU) and config.threshold_unit == "rms":
+        rows = next(store.batches("train", config.batch_size))
+        sae.threshold = config.threshold * rms_pre_acts(sae.params, rows / found.scale)
+    if config.trains_theta or config.presses_l1:
+        rows = next(store.batches("train", config.batch_size, config.seed))
+        cut = start_of_theta(sae.params, rows / found.scale, config.k)
+        sae.theta.fill_(cut)
+        if config.presses_l1:
+            sae.b_enc.sub_(cut)
+    sae.to(device)
+    if found.sink is not None:
+        found = found._replace(sink=found.sink.to(device), mean=found.mean.to(device))
+    path = run_dir / CHECKPOINT
+    progress = _resumed(path, sae, config.run_id, store.data_sha256)
+    progress = progress or Progress(TrainState.start(sae.params), _copy(sae.params))
+    report(progress.epoch * store.n_train + min(progress.batch * config.batch_size, store.n_train))
+    while progress.epoch < config.epochs:
+        _epoch(config, store, kernel, matmul, sae, progress, path, report, found)
+        _validate(config, store, kernel, sae, progress, found.scale)
+        write_text(run_dir / "metrics.jsonl", "".join(json.dumps(point) + "\n" for point in progress.curve))
+        save_checkpoint(path, progress, config.run_id, store.data_sha256)
+    for weights, best in zip(sae.params, progress.best, strict=True):
+        weights.copy_(best)
+    if isinstance(sae, Gated):
+        sae.fold_gate()
+    fold_scale(sae, found.scale)
+    if isinstance(sae, BatchTopK):
+        sae.inference_threshold = calibrated_threshold(sae, store, config.batch_size, kernel)
+    elif config.trains_theta:
+        sae.theta.mul_(calibrated_factor(sae.params, config.k, store, config.batch_size, kernel))
+    progress.lap()
+    return sae, progress
+
+
+def _resumed(path: Path, sae: SAE, run_id: str, data_sha256: str) -> Progress | None:
+    """The run's checkpoint; a damaged one is named and dropped, and the run starts again."""
+    try:
+        return load_checkpoint(path, sae, run_id, data_sha256)
+    except DamagedError as error:
+        print(f"{error}; the run starts again", flush=True)
+        path.unlink(missing_ok=True)
+        return None
+
+
+def learning_rate(config: RunConfig, step: int, steps: int) -> float:
+    """Rises over the first `warmup` of the steps, ends at `lr * lr_final`; between, `lr_schedule` says."""
+    floor = config.lr * config.lr_final
+    if config.lr_schedule == "cosine":
+        share = 0.5 * (1 + math.cos(math.pi * step / steps))
+    else:
+        share = min(1.0, (steps - step) / (DECAY * steps))
+    rise = min(1.0, (step + 1) / (config.warmup * steps)) if config.warmup else 1.0
+    return rise * (floor + (config.lr - floor) * share)
+
+
+def _epoch(config, store, kernel, matmul, sae, progress: Progress, path: Path, report, found: Estimates) -> None:
+    steps = config.epochs * math.ceil(store.n_train / config.batch_size)
+    state, seen = progress.state, progress.state.step
+    settings = step_settings(config, store, matmul)._replace(sink=found.sink)
+    rule = sae.training_rule
+    if isinstance(sae, ReLU):
+        rule = rule._replace(aim=progress.aim)
+    batches = store.batches(
+        "train", config.batch_size, config.seed, progress.epoch, start=progress.batch, device=sae.device
+    )
+    for x in batches:
+        progress.batch += 1
+        report(len(x))
+        x = found.to_train_on(x)
+        if not len(x):
+            continue
+        if found.scale != 1:
+            x = x / found.scale
+        loss, active = kernel.train_step(state, x, rule, settings._replace(lr=learning_rate(config, state.step, steps)))
+        progress.sq_error = progress.sq_error + loss * x.numel() * found.scale**2
+        progress.rows += len(x)
+        progress.active = progress.active + active
+        at_checkpoint = state.step % config.checkpoint_steps == 0
+        if at_checkpoint or isinstance(loss, float) or state.step - seen >= CHECK_STEPS:
+            _read_loss(config, progress, seen)
+            seen = state.step
+        if at_checkpoint:
+            save_checkpoint(path, progress, config.run_id, store.data_sha256)
+    _read_loss(config, progress, seen)
+
+
+def step_settings(config: RunConfig, store: Store, matmul: str) -> StepSettings:
+    """What all steps of a run share."""
+    d_sae = config.expansion * store.d_in
+    return StepSettings(
+        config.lr,
+        config.grad_clip,
+        config.project_grad,
+        matmul,
+        aux_coef=config.aux_coef,
+        aux_k=max(1, store.d_in // 2),
+        dead_after=math.ceil(config.dead_window * config.epochs * store.n_train),
+        prefixes=tuple(d_sae >> halvings for halvings in reversed(range(config.prefixes))),
+        bandwidth=config.bandwidth,
+        l0_coef=config.l0_coef,
+        l1_coef=config.l1_coef,
+        tie=config.encoder_tie,
+        theta_tie=config.theta_tie,
+    )
+
+
+def _read_loss(config, progress: Progress, seen: int) -> None:
+    """Wait for the device's sums, and hold the loss of all steps behind step `seen` to be finite."""
+    progress.sq_error, progress.active = float(progress.sq_error), int(progress.active)
+    if not math.isfinite(progress.sq_error):
+        step = progress.state.step
+        where = f"at step {step}" if step == seen + 1 else f"at one of the steps {seen + 1} to {step}"
+        raise SaegridError(f"lr = {config.lr:g}: the loss is {progress.sq_error} {where}; try a smaller one")
+
+
+def _validate(config, store, kernel, sae, progress: Progress, scale: float) -> None:
+    """Close the epoch: validation MSE with the training rule, the learning curve, the best weights."""
+    params, rule = progress.state.params, sae.training_rule
+    if isinstance(sae, Gated):
+        params, rule = folded_gate(params), Rule("jumprelu")
+    if config.trains_theta:
+        factor = calibrated_factor(params, config.k, store, config.batch_size, kernel, scale)
+        params = params._replace(theta=params.theta * factor)
+    sq_error, active = 0.0, 0
+    fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.device)
+    for x in store.batches("val", config.batch_size, device=sae.device):
+        x = x / scale if scale != 1 else x
+        codes = kernel.encode(params, x, rule)
+        sq_error += (kernel.decode(params, codes) - x).double().square().sum().item() * scale**2
+        active += len(codes.values)
+        fired[codes.latents.long()] = True
+    train_l0, val_l0 = progress.active / progress.rows, active / store.n_val
+    if isinstance(sae, ReLU) and active:
+        progress.aim = min(LARGEST_AIM, max(1 / LARGEST_AIM, train_l0 / val_l0))
+    steps = config.epochs * math.ceil(store.n_train / config.batch_size)
+    val_mse = sq_error / (store.n_val * store.d_in)
+    if not math.isfinite(val_mse):
+        raise SaegridError(
+            f"lr = {config.lr:g}: the validation loss is {val_mse} at step {progress.state.step}; try a smaller one"
+        )
+    progress.curve.append(
+        {
+            "epoch": progress.epoch,
+            "step": progress.state.step,
+            "rows": (progress.epoch + 1) * store.n_train,
+            "lr": learning_rate(config, progress.state.step, steps),
+            "train_mse": progress.sq_error / (progress.rows * store.d_in),
+            "val_mse": val_mse,
+            "train_l0": train_l0,
+            "val_l0": val_l0,
+            "val_dead_pct": 100 * (~fired).double().mean().item(),
+        }
+    )
+    if val_mse < progress.best_val_mse or isinstance(sae, ReLU):  # its L0 is free: the lowest error is the densest's
+        progress.best, progress.best_val_mse = _copy(progress.state.params), val_mse
+        progress.best_epoch = progress.epoch
+    progress.epoch, progress.batch = progress.epoch + 1, 0
+    progress.sq_error, progress.rows, progress.active = 0.0, 0, 0
+
+
+def save_checkpoint(path: Path, progress: Progress, run_id: str, data_sha256: str) -> None:
+    """Write all of `progress`. Raises `DiskError`; the checkpoint before it is then unchanged."""
+    progress.lap()
+    state = progress.state
+    parts = {"weights": state.params, "m": state.m, "v": state.v, "best": progress.best}
+    tensors = {f"{part}.{name}": t for part, params in parts.items() for name, t in params._asdict().items()}
+    tensors["quiet"] = state.quiet
+    facts = {"run_id": run_id, "data_sha256": data_sha256, "step": state.step, "l1": state.l1}
+    checkpoint.write(path, tensors, facts | {"plain": plain(progress)})
+
+
+def plain(progress: Progress) -> dict[str, Any]:
+    """What a checkpoint holds of `progress` besides tensors."""
+    return {name: value for name, value in vars(progress).items() if name not in ("state", "best", "_since")}
+
+
+def load_checkpoint(path: Path, sae: SAE, run_id: str, data_sha256: str) -> Progress | None:
+    """The progress that a checkpoint holds, with the SAE's own tensors as weights; None where there is none.
+
+    Raises:
+        DamagedError: the file is damaged, of another shape, another run's, or was trained on other rows.
+    """
+    if not path.exists():
+        return None
+    tensors, facts = checkpoint.read(path)
+    try:
+        if facts["run_id"] != run_id:
+            raise DamagedError(f"{path}: damaged checkpoint (of the run {facts['run_id']})")
+        if facts["data_sha256"] != data_sha256:
+            raise DamagedError(f"{path}: a checkpoint on other rows than the store has now")
+        targets = sae.params._asdict().items()
+        parts = {
+            part: Params(
+                **{
+                    name: tensors[f"{part}.{name}"].reshape(t.shape).to(t.device) if t.numel() else t.clone()
+                    for name, t in targets
+                }
+            )
+            for part in ("weights", "m", "v", "best")
+        }
+        quiet = tensors["quiet"].reshape(sae.b_enc.shape).to(sae.device)
+        state = TrainState(sae.params, parts["m"], parts["v"], facts["step"], quiet, facts["l1"])
+        progress = Progress(state, parts["best"])
+        for name in plain(progress):
+            setattr(progress, name, facts["plain"][name])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise DamagedError(f"{path}: damaged checkpoint ({error!r})") from None
+    for target, saved in zip(sae.params, parts["weights"], strict=True):
+        target.copy_(saved)
+    return progress
+
+
+def _copy(params: Params) -> Params:
+    return Params(*(tensor.clone() for tensor in params))

@@ -1,0 +1,1 @@
+"""From text and a language model to rows of activations on disk."""

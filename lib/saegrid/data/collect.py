@@ -1,0 +1,220 @@
+"""Collect the residual stream of a run's prompts into an activation store, or take published files for it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save
+from tqdm.auto import tqdm
+
+from saegrid.config.run_config import STORE_FIELDS, RunConfig
+from saegrid.data.language_model import LM, check_tokens, hidden_at, lm_shape, load_lm
+from saegrid.data.manifest import FORMAT, MEND, SHARD_ROWS
+from saegrid.data.prompts import Prompt, draw_prompts
+from saegrid.data.published_activations import add_published, published_files
+from saegrid.data.sources import check_sources, hub_sources, local_sources
+from saegrid.data.store import ShardWriter, Store
+from saegrid.errors import StoreError
+from saegrid.storage.atomic import write_bytes, write_json
+from saegrid.storage.checksums import write_sealed
+from saegrid.storage.hub_access import files_sha256
+from saegrid.storage.locks import replacing_folder, waiting_lock
+
+__all__ = ["Store", "collect", "open_store"]
+
+BATCH_TOKENS = 2048
+"""Padded tokens in one pass of the model."""
+WINDOW = 512
+"""Prompts that are sorted by length together: bounds the memory, as rows are written in the prompts' order."""
+
+
+def collect(config: RunConfig, device: str | None = None, shard_rows: int = SHARD_ROWS) -> Path:
+    """Folder of the run's activation store, made where it is missing; two processes never make one twice.
+
+    A row is the output of block `layer` (`resid_post`) at one stored position of a prompt; rows are in the order of
+    the prompts and of the positions in them, whatever the batches were.
+
+    Args:
+        device: where the language model runs; by default a GPU where there is one.
+
+    Raises:
+        ConfigError: the model or the dataset is missing or unfit.
+        StoreError: a store is there and is damaged or made from something else, or the rows can't be stored.
+    """
+    folder = store_folder(config)
+    if not (folder / "manifest.json").exists():
+        with waiting_lock(folder.with_name(f".{folder.name}.lock")):
+            if not (folder / "manifest.json").exists():
+                with replacing_folder(folder) as temporary:
+                    _make(config, temporary, device, shard_rows)
+    open_store(config)
+    return folder
+
+
+def open_store(config: RunConfig) -> Store:
+    """The run's activation store, if it is whole and made from this run's parameters and from unchanged sources.
+
+    Raises:
+        StoreError: it is missing, damaged, or made from other parameters or other files.
+    """
+    folder = store_folder(config)
+    if not (folder / "manifest.json").exists():
+        raise StoreError(f"{folder}: no activation store here; collect it first")
+    store = Store(folder)
+    for name, value in _parameters(config).items():
+        made = store.manifest["parameters"].get(name)
+        if made != value:
+            raise StoreError(f"{folder}: made with {name} = {made!r}, where the run has {value!r}; delete the folder")
+    check_sources(config, folder, store.manifest)
+    return store
+
+
+def store_folder(config: RunConfig) -> Path:
+    return Path(config.store_dir) / config.store_id
+
+
+def _make(config: RunConfig, folder: Path, device: str | None, shard_rows: int) -> None:
+    """Write a whole store into an empty folder, its manifest last."""
+    started = time.perf_counter()
+    sources = local_sources(config)  # before they are read: what changes meanwhile shows when the store is opened
+    d_in, n_layers = lm_shape(config)
+    config.check_shape(d_in, n_layers)
+    dtype = getattr(torch, config.act_dtype)
+    writers = {split: ShardWriter(folder, split, d_in, dtype, shard_rows) for split in ("train", "val")}
+    source = (_add_published if config.activations else _add_collected)(config, writers, device)
+    shards = {split: writer.close() for split, writer in writers.items()}
+    mean = save({"mean": writers["train"].mean})
+    write_bytes(folder / "mean.safetensors", mean)
+    digest = hashlib.sha256("".join(shard["sha256"] for split in shards for shard in shards[split]).encode())
+    seconds = time.perf_counter() - started
+    rows = sum(writer.rows for writer in writers.values())
+    write_json(folder / "timing.json", {"collect_seconds": round(seconds, 3), "rows_per_second": round(rows / seconds)})
+    manifest = {
+        "format": FORMAT,
+        "parameters": _parameters(config),
+        **source,
+        "sources": sources | hub_sources(config, "" if config.activations else source["data"]["revision"]),
+        "d_in": d_in,
+        "act_dtype": config.act_dtype,
+        "shards": shards,
+        "mean": _entry("mean.safetensors", mean),
+        "data_sha256": digest.hexdigest(),
+        "statistics": {split: writer.statistics() for split, writer in writers.items()},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    write_sealed(folder / "manifest.json", manifest)
+
+
+def _add_collected(config: RunConfig, writers: dict[str, ShardWriter], device: str | None) -> dict[str, Any]:
+    """Run the language model over the prompts; the manifest's facts on where the rows come from."""
+    lm, prompts, facts = _model_and_prompts(config, device)
+    for split, writer in writers.items():
+        rows = sum(len(prompt.positions) for prompt in prompts[split])
+        with tqdm(total=rows, unit="tok", unit_scale=True, desc=f"activations ({split})", mininterval=1.0) as bar:
+            for first in range(0, len(prompts[split]), WINDOW):
+                for index, acts in enumerate(_residuals(lm, prompts[split][first : first + WINDOW], config.layer, bar)):
+                    prompt = prompts[split][first + index]
+                    positions = torch.tensor(prompt.positions)
+                    tokens = torch.tensor(prompt.tokens)[positions]
+                    writer.add(acts, tokens, positions, torch.full_like(positions, first + index))
+    data = {
+        "dataset": config.dataset,
+        **facts,
+        "sha256": _identity(prompts),
+        "prompts": {split: len(some) for split, some in prompts.items()},
+        "templates": {split: len({prompt.template for prompt in some}) for split, some in prompts.items()},
+        "shared_prefix": prompts["eval"][0].prefix,
+        "context_size": max(len(prompt.tokens) for prompt in prompts["train"]),
+        "prepend_bos": _starts_alike(prompts["train"], getattr(lm.tokenizer, "bos_token_id", None)),
+    }
+    return {"model": {**lm.identity, "device": lm.model.device.type}, "data": data}
+
+
+def _starts_alike(prompts: list[Prompt], start_token: int | None) -> bool | None:
+    """Whether the prompts begin with the tokenizer's start token; None: some do and some do not."""
+    begin = {start_token is not None and prompt.tokens[0] == start_token for prompt in prompts}
+    return begin.pop() if len(begin) == 1 else None
+
+
+def _model_and_prompts(config: RunConfig, device: str | None) -> tuple[LM, dict[str, list[Prompt]], dict[str, Any]]:
+    """The run's language model, prompts that it can take, and facts on them. Raises `ConfigError`."""
+    lm = load_lm(config, device)
+    prompts, facts = draw_prompts(config, lm.tokenizer)
+    check_tokens(config, lm, (prompt.tokens for some in prompts.values() for prompt in some))
+    return lm, prompts, facts
+
+
+def check_prompts(store: Store, prompts: dict[str, list[Prompt]]) -> None:
+    """Hold prompts that were drawn again against those of a collected store. Raises `StoreError`."""
+    data = store.manifest["data"]
+    if "prompts" in data and data["sha256"] != _identity(prompts):
+        raise StoreError(f"{store.folder}: dataset and tokenizer give other prompts now than its rows have; {MEND}")
+
+
+def _identity(prompts: dict[str, list[Prompt]]) -> str:
+    """SHA-256 of all prompts as one JSON text, which is never held as a whole."""
+    digest = hashlib.sha256(b"{")
+    for n, (split, some) in enumerate(prompts.items()):
+        digest.update(f"{', ' if n else ''}{json.dumps(split)}: [".encode())
+        for i, prompt in enumerate(some):
+            digest.update(f"{', ' if i else ''}{json.dumps(vars(prompt))}".encode())
+        digest.update(b"]")
+    digest.update(b"}")
+    return digest.hexdigest()
+
+
+def _residuals(lm: LM, prompts: list[Prompt], layer: int, bar: tqdm) -> list[torch.Tensor]:
+    """Rows of each prompt at its stored positions, (n, d_in) float32, in the order of the prompts."""
+    rows: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
+    for indices in _by_length(prompts):
+        longest = max(len(prompts[index].tokens) for index in indices)
+        ids = torch.zeros(len(indices), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, index in enumerate(indices):
+            length = len(prompts[index].tokens)
+            ids[row, :length] = torch.tensor(prompts[index].tokens)
+            mask[row, :length] = 1
+        hidden = hidden_at(lm, ids, mask, layer).float().cpu()  # (B, T, d_in)
+        for row, index in enumerate(indices):
+            rows[index] = hidden[row, prompts[index].positions]
+            bar.update(len(rows[index]))
+    return rows
+
+
+def _by_length(prompts: list[Prompt]) -> Iterator[list[int]]:
+    """Indices of prompts of like length, so many that padded they have at most BATCH_TOKENS tokens."""
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].tokens))
+    while order:
+        size = max(1, BATCH_TOKENS // len(prompts[order[0]].tokens))
+        yield order[:size]
+        order = order[size:]
+
+
+def _add_published(config: RunConfig, writers: dict[str, ShardWriter], device: str | None) -> dict[str, Any]:
+    """Take the rows of published files; `train_tokens` and `val_tokens` do not apply.
+
+    The language model, which the splice needs, is loaded first: what does not fit is told before any row is read.
+    """
+    files, revision = published_files(config)
+    model = _model_and_prompts(config, device)[0].identity
+    add_published(config, files, writers)
+    names = {split: path.name for split, path in files.items()}
+    data = {"activations": config.activations, "revision": revision, "files": names}
+    data["note"] = "all rows of the published files: train_tokens and val_tokens do not apply"
+    data["sha256"] = files_sha256(list(files.values()))
+    return {"model": model, "data": data}
+
+
+def _parameters(config: RunConfig) -> dict[str, Any]:
+    return config.model_dump(include=STORE_FIELDS)
+
+
+def _entry(name: str, content: bytes) -> dict[str, Any]:
+    return {"file": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

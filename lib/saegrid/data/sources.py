@@ -1,0 +1,120 @@
+"""What a store's rows and reference passes are made from, and what of it has changed since. Free of torch.
+
+Weights, the model's other files, text and code count by their content. What comes from the Hub counts by its commit,
+which the store records: a branch that moves on changes nothing of a store that is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.metadata
+import re
+from pathlib import Path
+from typing import Any
+
+from saegrid.config.run_config import RunConfig
+from saegrid.data import embedded
+from saegrid.data.language_model import HUB_FILES, weight_files
+from saegrid.data.manifest import FORMAT, MEND, of_format
+from saegrid.errors import ConfigError, DamagedError, StoreError
+from saegrid.storage.checksums import read_json, read_sealed
+from saegrid.storage.hub_access import files_sha256, local_folder
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+ROW_CODE = ("activations", "embedded", "lm", "prompts", "published", "splice", "store")
+"""Modules whose change can change a store's rows, or the reference passes beside them."""
+
+
+def local_sources(config: RunConfig) -> dict[str, str]:
+    """SHA-256 of all that a store is made from and that is on this machine.
+
+    A name is a parameter, or a parameter (or "code") and a file: `model`, the weights; `model/tokenizer.json`; …
+    """
+    found = {f"code/{name}.py": files_sha256([Path(__file__).with_name(f"{name}.py")]) for name in ROW_CODE}
+    if config.model.startswith("embedded:"):
+        found["model"] = embedded.GGUF_SHA256
+    elif folder := _folder("model", config):
+        found["model"] = files_sha256(weight_files(folder))
+        patterns = [*HUB_FILES, "additional_chat_templates/*.jinja"]
+        paths = {path for pattern in patterns if pattern != "*.safetensors" for path in folder.glob(pattern)}
+        paths -= {folder / "generation_config.json"}  # how to sample
+        found |= _each("model", folder, sorted(paths))
+    if config.dataset.startswith("embedded:"):
+        found["dataset"] = f"reasoning-gym {importlib.metadata.version('reasoning-gym')}"
+    elif folder := _folder("dataset", config):
+        paths = [path for path in (folder / "test.jsonl", folder / "train.jsonl") if path.exists()]
+        found["dataset"] = files_sha256(paths)
+        found |= _each("dataset", folder, paths)
+    if config.activations and _folder("activations", config):
+        from saegrid.data.published_activations import published_files  # imports torch
+
+        with contextlib.suppress(ConfigError):  # the files are gone
+            found["activations"] = files_sha256(list(published_files(config)[0].values()))
+    return found
+
+
+def hub_sources(config: RunConfig, dataset_revision: str) -> dict[str, str]:
+    """Commits of a store's model and dataset where they come from the Hub and have been fetched."""
+    found = {}
+    if not (config.model.startswith("embedded:") or _folder("model", config)):
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(config.model, "config.json", revision=config.model_revision or None)
+        found["model"] = Path(path).parent.name if isinstance(path, str) else config.model_revision
+    if not (config.dataset.startswith("embedded:") or _folder("dataset", config)):
+        found["dataset"] = dataset_revision
+    return {name: commit for name, commit in found.items() if commit}
+
+
+def pinned(config: RunConfig, manifest: dict[str, Any]) -> RunConfig:
+    """The config with the commits of model and dataset that its store was made from."""
+    made = manifest["sources"]
+    names = [name for name in ("model", "dataset") if COMMIT.fullmatch(made.get(name, ""))]
+    return config.model_copy(update={f"{name}_revision": made[name] for name in names})
+
+
+def check_sources(config: RunConfig, folder: Path, manifest: dict[str, Any]) -> None:
+    """Hold what a store says that it was made from against what is there now. Raises `StoreError`.
+
+    A parameter's folder that is gone can't be compared, and need not be.
+    """
+    if manifest.get("format") != FORMAT:
+        raise StoreError(of_format(folder / "manifest.json", manifest.get("format")))
+    sources: dict[str, str] = manifest["sources"]
+    now = local_sources(config)
+    parameters = {name.split("/")[0] for name in now}
+    made = {name: digest for name, digest in sources.items() if name.split("/")[0] in parameters}
+    names = sorted(name for name in now.keys() | made.keys() if now.get(name) != made.get(name))
+    if any(name.startswith("dataset/") for name in names):
+        names = [name for name in names if name != "dataset"]
+    if names:
+        raise StoreError(f"{folder}: {', '.join(names)} changed since it was made; {MEND}")
+
+
+def check_made_from(run_dir: Path, folder: Path) -> None:
+    """Hold a finished run's hashes and reference losses against its store, where that is whole. Raises `StoreError`."""
+    try:
+        manifest, sums = read_sealed(folder / "manifest.json"), read_sealed(folder / "baseline.json")["sums"]
+        stored = {"data_sha256": manifest["data_sha256"], "model_sha256": manifest["model"]["sha256"]}
+        row = read_json(run_dir / "metrics.json")
+        with open(run_dir / "prompts.csv", newline="", encoding="utf-8") as file:
+            prompts = list(csv.DictReader(file))
+        rows_differ = any(row[name] != digest for name, digest in stored.items())
+        prompts_differ = any([float(row[name]) for row in prompts] != values for name, values in sums.items())
+    except (DamagedError, KeyError, OSError, ValueError):
+        return
+    if rows_differ or prompts_differ:
+        what = "trained on other rows" if rows_differ else "measured on other prompts"
+        raise StoreError(f"{run_dir}: {what} than its store {folder} has now")
+
+
+def _each(parameter: str, folder: Path, paths: list[Path]) -> dict[str, str]:
+    return {f"{parameter}/{path.relative_to(folder).as_posix()}": files_sha256([path]) for path in paths}
+
+
+def _folder(parameter: str, config: RunConfig) -> Path | None:
+    """The local folder that a parameter names; None for what is on the Hub, or was a folder and is gone."""
+    with contextlib.suppress(ConfigError):
+        return local_folder(parameter, getattr(config, parameter))
+    return None

@@ -1,0 +1,299 @@
+"""The activation store on disk: sharded safetensors and a manifest; written once, read back in bounded memory.
+
+<store_dir>/<store_id>/
+    manifest.json               parameters, identities, shards with their hashes; written last
+    train-00000.safetensors     acts (n, d_in), token_ids, positions, prompts (n,) int32; …
+    val-00000.safetensors       …
+    mean.safetensors            mean of the training rows (d_in,), float32
+    timing.json                 seconds, apart from what is compared
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from saegrid.data.manifest import BUFFER_SHARDS, MEND, read_manifest
+from saegrid.errors import StoreError
+from saegrid.storage.atomic import write_bytes
+
+pass  # MOVED
+
+META = ("token_ids", "positions", "prompts")
+PREFETCH = 4
+"""Batches made ahead by the background thread."""
+
+
+class ShardWriter:
+    """Writes one split's rows as shards, in the order in which they come, and sums up their statistics.
+
+    Args:
+        shard_rows: rows of a full shard.
+        dtype: of the stored rows; all statistics are those of the rows as stored.
+    """
+
+    def __init__(self, folder: Path, split: str, d_in: int, dtype: torch.dtype, shard_rows: int):
+        self.folder, self.split, self.d_in, self.dtype, self.shard_rows = folder, split, d_in, dtype, shard_rows
+        self.shards: list[dict[str, Any]] = []
+        self.rows = 0
+        self._parts: list[dict[str, Tensor]] = []
+        self._pending = 0
+        self._sum = torch.zeros(d_in, dtype=torch.float64)
+        self._sum_squares = 0.0
+        self._norms: list[Tensor] = []
+        self._first_norms: list[Tensor] = []
+
+    def add(self, acts: Tensor, token_ids: Tensor, positions: Tensor, prompts: Tensor) -> None:
+        """Rows acts (n, d_in) and what they belong to, (n,) each; -1 where it is not known.
+
+        Raises:
+            StoreError: values that are not finite, or too large for the stored dtype.
+        """
+        stored = acts.to("cpu", self.dtype)
+        if not stored.isfinite().all():
+            self._refuse(acts)
+        meta = (tensor.to(torch.int32) for tensor in (token_ids, positions, prompts))
+        self._parts.append({"acts": stored, **dict(zip(META, meta, strict=True))})
+        self._pending += len(stored)
+        self.rows += len(stored)
+        exact = stored.double()
+        squares = exact.square().sum(1)
+        self._sum += exact.sum(0)
+        self._sum_squares += squares.sum().item()
+        self._norms.append(squares.sqrt().float())
+        self._first_norms.append(self._norms[-1][positions == 0])
+        while self._pending >= self.shard_rows:
+            self._write(self.shard_rows)
+
+    def close(self) -> list[dict[str, Any]]:
+        """Write what is left. Returns the shards: file, rows, bytes, sha256."""
+        if self._pending:
+            self._write(self._pending)
+        return self.shards
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean row (d_in,), float32, summed in float64."""
+        return (self._sum / self.rows).float()
+
+    def statistics(self) -> dict[str, float | int | None]:
+        """Rows; one pooled variance over all elements, and per row around the mean row; norms."""
+        elements = self.rows * len(self._sum)
+        norms, first = torch.cat(self._norms), torch.cat(self._first_norms)
+        return {
+            "rows": self.rows,
+            "pooled_variance": self._sum_squares / elements - (self._sum.sum().item() / elements) ** 2,
+            "sq_norm_centred": self._sum_squares / self.rows - (self._sum / self.rows).square().sum().item(),
+            "median_norm": norms.median().item(),
+            "max_norm": norms.max().item(),
+            "mean_norm_at_position_0": first.mean().item() if len(first) else None,
+        }
+
+    def _write(self, rows: int) -> None:
+        whole = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
+        content = save({name: tensor[:rows].contiguous() for name, tensor in whole.items()})
+        name = f"{self.split}-{len(self.shards):05d}.safetensors"
+        write_bytes(self.folder / name, content)
+        digest = hashlib.sha256(content).hexdigest()
+        self.shards.append({"file": name, "rows": rows, "bytes": len(content), "sha256": digest})
+        self._parts = [{name: tensor[rows:].clone() for name, tensor in whole.items()}]
+        self._pending -= rows
+
+    def _refuse(self, acts: Tensor) -> None:
+        if not acts.isfinite().all():
+            raise StoreError(f"{self.split} activations hold NaN or infinity: nothing to train on")
+        name, limit = str(self.dtype).removeprefix("torch."), torch.finfo(self.dtype).max
+        largest = acts.abs().max().item()
+        raise StoreError(f"act_dtype = {name!r}: an activation of {largest:.4g} is above its {limit:g}; take 'float32'")
+
+
+class Store:
+    """An activation store, opened. Each shard's hash is checked when it is first read.
+
+    Attributes:
+        folder: where it lies.
+        manifest: the content of `manifest.json`.
+        d_in, n_train, n_val: its shape.
+        mean: mean of the training rows (d_in,), float32.
+        data_sha256, model_sha256: hash of all rows; of the language model's weights, which the splice loads.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self.d_in: int = self.manifest["d_in"]
+        self.n_train: int = sum(shard["rows"] for shard in self.manifest["shards"]["train"])
+        self.n_val: int = sum(shard["rows"] for shard in self.manifest["shards"]["val"])
+        self.data_sha256: str = self.manifest["data_sha256"]
+        self.model_sha256: str = self.manifest["model"]["sha256"]
+        self._checked: set[str] = set()
+        self.mean: Tensor = self._read(self.manifest["mean"])["mean"]
+
+    def batches(
+        self,
+        split: str,
+        batch_size: int,
+        seed: int | None = None,
+        epoch: int = 0,
+        start: int = 0,
+        buffer_shards: int = BUFFER_SHARDS,
+        device: str = "cpu",
+    ) -> Iterator[Tensor]:
+        """Batches of float32 rows (N, d_in) on `device`, each row once; the last batch may be smaller.
+
+        Without a seed in the stored order. With one, the shards are put in a random order, and the rows of
+        `buffer_shards` shards at a time are shuffled: the same seed, epoch and batch size give the same batches.
+
+        Args:
+            start: how many batches to pass over, without reading them.
+            buffer_shards: bounds the memory: so many shards, and one more that is cut by the bound.
+        """
+        batches = self._batches(split, batch_size, seed, epoch, start, buffer_shards)
+        return received(_prefetched(sent(batches, device)))
+
+    def rows(self, split: str) -> Tensor:
+        """All rows of a split in the stored order, float32 (n, d_in). For small stores."""
+        return torch.cat([self._read(shard)["acts"].float() for shard in self.manifest["shards"][split]])
+
+    def meta(self, split: str) -> dict[str, Tensor]:
+        """`token_ids`, `positions` and `prompts` of a split's rows in the stored order, int32 (n,)."""
+        shards = [self._read(shard) for shard in self.manifest["shards"][split]]
+        return {name: torch.cat([shard[name] for shard in shards]) for name in META}
+
+    def _batches(self, split, batch_size, seed, epoch, start, buffer_shards) -> Iterator[Tensor]:
+        shards = list(self.manifest["shards"][split])
+        if seed is not None:
+            order = torch.randperm(len(shards), generator=_generator(seed, epoch, "shards"))
+            shards = [shards[index] for index in order]
+        ends = list(itertools.accumulate(shard["rows"] for shard in shards))
+        per_group = max(1, buffer_shards * max(shard["rows"] for shard in shards) // batch_size)  # batches
+        first_group, skip = divmod(start, per_group)
+        last: tuple[int, Tensor | None] = (-1, None)  # the shard that the bound of two groups may cut
+        for group in range(first_group, -(-ends[-1] // (per_group * batch_size))):
+            low = group * per_group * batch_size
+            high = min(low + per_group * batch_size, ends[-1])
+            buffer = torch.empty(high - low, self.d_in, dtype=getattr(torch, self.manifest["act_dtype"]))
+            for index, (shard, end) in enumerate(zip(shards, ends, strict=True)):
+                begin = end - shard["rows"]
+                if begin >= high or end <= low:
+                    continue
+                acts = last[1] if last[0] == index else self._read(shard)["acts"]
+                last = (index, acts)
+                part = acts[max(low - begin, 0) : high - begin]
+                buffer[max(begin - low, 0) :][: len(part)] = part
+            rows = torch.arange(high - low)
+            if seed is not None:
+                rows = torch.randperm(high - low, generator=_generator(seed, epoch, group))
+            for chosen in rows.split(batch_size)[skip:]:
+                yield buffer[chosen]
+            skip = 0
+
+    def _read(self, entry: dict[str, Any]) -> dict[str, Tensor]:
+        """Tensors of one of the store's files, its hash checked at the first time."""
+        path = self.folder / entry["file"]
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise StoreError(f"{path}: {error.strerror}; {MEND}") from None
+        if entry["file"] not in self._checked:
+            if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+                raise StoreError(f"{path}: damaged (not the SHA-256 of the manifest); {MEND}")
+            self._checked.add(entry["file"])
+        return self._fitting(entry, content)
+
+    def _fitting(self, entry: dict[str, Any], content: bytes) -> dict[str, Tensor]:
+        """The tensors of a file, of the kind and shape that the manifest states."""
+        path = self.folder / entry["file"]
+        try:
+            tensors = load(content)
+        except Exception as error:  # SafetensorError, and what torch says of a kind of number that it lacks
+            raise StoreError(f"{path}: damaged ({error}); {MEND}") from None
+        stored = getattr(torch, self.manifest["act_dtype"])
+        wanted = {"mean": ((self.d_in,), torch.float32)}
+        if "rows" in entry:
+            wanted = {"acts": ((entry["rows"], self.d_in), stored)}
+            wanted |= dict.fromkeys(META, ((entry["rows"],), torch.int32))
+        if {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} != wanted:
+            raise StoreError(f"{path}: damaged (not the tensors that the manifest states); {MEND}")
+        return tensors
+
+
+def _generator(*key: Any) -> torch.Generator:
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _prefetched(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches, made ahead on a thread; it ends with the iterator, and what it raises is raised here."""
+    ready: queue.Queue = queue.Queue(maxsize=PREFETCH)
+    dropped = threading.Event()
+
+    def put(item: Any) -> None:
+        while not dropped.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                put((batch, None))
+                if dropped.is_set():
+                    return
+            put((None, None))
+        except BaseException as error:
+            put((None, error))
+
+    thread = threading.Thread(target=work, daemon=True, name="saegrid-prefetch")
+    thread.start()
+    try:
+        while True:
+            batch, error = ready.get()
+            if error is not None:
+                raise error
+            if batch is None:
+                return
+            yield batch
+    finally:
+        dropped.set()
+        thread.join()
+
+
+Sent = tuple[Tensor, "torch.cuda.Event | None"]
+
+
+def sent(batches: Iterator[Tensor], device: str) -> Iterator[Sent]:
+    """Float32 rows on `device`, each batch with the event that its copy is done. For the thread that makes batches.
+
+    Rows cross in the precision in which they are stored, from pinned memory and on a stream of their own, and become
+    float32 on the GPU. On "cpu" nothing is copied, and there is no event.
+    """
+    if device == "cpu":
+        for batch in batches:
+            yield batch.float(), None
+        return
+    stream = torch.cuda.Stream()
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            rows = batch.pin_memory().to(device, non_blocking=True).float()
+            yield rows, stream.record_event()
+
+
+def received(batches: Iterator[Sent]) -> Iterator[Tensor]:
+    """The rows, ready for the current stream, which waits for their copy; the host does not."""
+    for rows, arrived in batches:
+        if arrived is not None:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(arrived)
+            rows.record_stream(stream)  # or the copying stream might write over rows that are still in use
+        yield rows

@@ -1,0 +1,1 @@
+"""One run from parameters to a row of the tables."""

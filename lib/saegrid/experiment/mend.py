@@ -1,0 +1,154 @@
+"""Find what is damaged or outdated in a grid's stores, runs and tables, and drop its commit marker: the next run makes
+it again.
+
+A store counts once its `manifest.json` is there, its baseline by `baseline.json`, a run by `metrics.json`, the tables
+by `SHA256SUMS`; each states the SHA-256 of what belongs to it. A store is outdated when what it was made from has
+changed, a run when its store has. Free of torch, as every workflow begins with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from saegrid.config.grid import Grid
+from saegrid.config.run_config import RunConfig
+from saegrid.data.manifest import MEND, read_manifest
+from saegrid.data.sources import check_made_from, check_sources
+from saegrid.errors import DamagedError, SaegridError, StoreError
+from saegrid.experiment import finished_run, results
+from saegrid.storage.atomic import disk_errors
+from saegrid.storage.checksums import SUMS, check_sum, check_sums, file_sha256, read_sealed, sum_of
+
+
+def mend(grid: Grid, root: str | Path = ".") -> list[str]:
+    """Drop what is damaged or outdated and not in use. Returns a line for each, in the order in which it was found.
+
+    The metrics of runs whose store is made again are set aside: a run takes them back where the store comes out the
+    same.
+    """
+    root = Path(root)
+    runs = {root / run.runs_dir / run.run_id: run for run in grid.runs()}
+    stores = {root / run.store_dir / run.store_id: run for run in runs.values()}
+    found: list[str] = []
+    outdated: set[Path] = set()
+    for folder, run in sorted(stores.items()):
+        lock = folder.with_name(f".{folder.name}.lock")
+        found += _dropped(folder, lock, _store_faults(folder))
+        if changes := _dropped(folder, lock, _changes(folder, run)):
+            found += changes
+            outdated.add(folder)
+    again = False
+    for folder, run in runs.items():
+        store = root / run.store_dir / run.store_id
+        found += _dropped(folder, folder / ".lock", _run_faults(folder, run.run_id))
+        aside = _dropped(folder, folder / ".lock", _set_aside(folder, store, store in outdated))
+        found += [] if store in outdated else aside
+        again |= bool(aside)
+    found += _dropped(root / grid.results_dir, None, _table_faults(root / grid.results_dir, again))
+    return found
+
+
+def _dropped(folder: Path, lock: Path | None, faults: Iterator[tuple[str, list[str]]]) -> list[str]:
+    """Remove the markers of what is at fault, unless another process holds the folder's lock."""
+    if not folder.is_dir():
+        return []
+    lines = []
+    try:
+        with FileLock(lock, timeout=0) if lock else disk_errors(folder):
+            for line, markers in faults:
+                for marker in markers:
+                    with disk_errors(folder / marker):
+                        (folder / marker).unlink(missing_ok=True)
+                lines.append(f"{line}; it is made again")
+    except Timeout:  # at work: what it reads, it checks itself
+        pass
+    return lines
+
+
+def _store_faults(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    manifest = folder / "manifest.json"
+    if not manifest.exists():
+        return
+    try:
+        data = _check_manifest(folder)
+    except SaegridError as error:
+        yield str(error).removesuffix(f"; {MEND}"), ["manifest.json", "baseline.json"]
+        return
+    for name in ("baseline.json", "pca.json"):
+        if (folder / name).exists():
+            try:
+                _check_made_of(folder / name, data)
+            except DamagedError as error:
+                yield str(error), [name]
+
+
+def _changes(folder: Path, run: RunConfig) -> Iterator[tuple[str, list[str]]]:
+    """Whether what a whole store was made from has changed."""
+    try:
+        if (folder / "manifest.json").exists():
+            check_sources(run, folder, read_sealed(folder / "manifest.json"))
+    except SaegridError as error:
+        told = str(error).removesuffix(f"; {MEND}")
+        yield told, ["manifest.json", "baseline.json", "pca.json"]
+
+
+def _check_manifest(folder: Path) -> str:
+    """Hold a store's files against its manifest. Returns the hash of its rows."""
+    content = read_manifest(folder)
+    for entry in [*content["shards"]["train"], *content["shards"]["val"], content["mean"]]:
+        path = folder / entry["file"]
+        if file_sha256(path) != entry["sha256"]:
+            raise DamagedError(f"{path}: damaged (not the SHA-256 in manifest.json)")
+    return content["data_sha256"]
+
+
+def _check_made_of(path: Path, data_sha256: str) -> None:
+    """Hold a file that was made from a store's rows, and for the baseline its tensors, against their hashes."""
+    content = read_sealed(path)
+    if content.get("data_sha256") != data_sha256:
+        raise DamagedError(f"{path}: damaged (another store's)")
+    tensors = path.with_suffix(".safetensors")
+    if path.name == "baseline.json" and file_sha256(tensors) != content.get("x_sha256"):
+        raise DamagedError(f"{tensors}: damaged (not the SHA-256 in {path.name})")
+
+
+def _run_faults(folder: Path, run_id: str) -> Iterator[tuple[str, list[str]]]:
+    if (folder / "metrics.json").exists():
+        try:
+            finished_run.check_run(folder, run_id)
+        except SaegridError as error:
+            yield str(error).removesuffix(f"; {finished_run.MEND}"), ["metrics.json"]
+            return
+        try:
+            check_sum(folder / finished_run.NOTEBOOK)
+        except DamagedError as error:
+            with disk_errors(folder):
+                (folder / "metrics.json").rename(folder / finished_run.SET_ASIDE)
+            yield str(error), [sum_of(folder / finished_run.NOTEBOOK).name]
+
+
+def _set_aside(folder: Path, store: Path, outdated: bool) -> Iterator[tuple[str, list[str]]]:
+    """Set a finished run's metrics aside where its store is made again, or is not the one that it was made from."""
+    if (folder / "metrics.json").exists():
+        try:
+            if outdated:
+                raise StoreError(f"{folder}: its store is made again")
+            check_made_from(folder, store)
+        except StoreError as error:
+            with disk_errors(folder):
+                (folder / "metrics.json").rename(folder / finished_run.SET_ASIDE)
+            yield str(error), []
+
+
+def _table_faults(folder: Path, again: bool) -> Iterator[tuple[str, list[str]]]:
+    """Damaged tables, or those of runs that are made again."""
+    if (folder / SUMS).exists():
+        try:
+            if again:
+                raise DamagedError(f"{folder / SUMS}: the tables of runs that are made again")
+            check_sums(folder)
+        except DamagedError as error:
+            yield str(error), [*results.TABLES, SUMS]

@@ -1,0 +1,48 @@
+"""What an SAE has to beat, as a table: PCA with as many components as an SAE has active latents. Free of torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from saegrid.config.grid import Grid
+from saegrid.errors import DamagedError, ResultsError
+from saegrid.storage.checksums import check_sums, read_sealed
+
+FILE = "results_baselines.csv"
+COMPONENTS = (16, 32, 64, 128, 256)
+MEASURES = ["fvu", "fvu_no_sink", "delta_loss", "frac_rec_pct", "loss_recovered_mean", "loss_recovered_zero"]
+COLUMNS = ["store_id", "components", *MEASURES]
+
+
+def load(grid: Grid, root: str | Path = ".") -> pd.DataFrame:
+    """The records of the `pca.json` of each of the grid's stores; none for a store that has no such file.
+
+    Raises `ResultsError` for one that is damaged or of an older form.
+    """
+    folders = {run.store_id: Path(root) / run.store_dir / run.store_id for run in grid.runs()}
+    records = []
+    for path in (folder / "pca.json" for folder in folders.values()):
+        try:
+            made = read_sealed(path)["records"] if path.exists() else []
+            records += [{name: record[name] for name in COLUMNS} for record in made]
+        except DamagedError as error:
+            raise ResultsError(f"{error}; delete the file, and it is made again") from None
+        except KeyError as error:
+            raise ResultsError(
+                f"{path}: lacks {error}, as by an older version; delete it, and it is made again"
+            ) from None
+    return pd.DataFrame(records, columns=COLUMNS)
+
+
+def read(results_dir: str | Path) -> pd.DataFrame:
+    """Read `results_baselines.csv`; no rows where there is none. Raises `ResultsError` for a damaged one."""
+    path = Path(results_dir) / FILE
+    if not path.exists():
+        return pd.DataFrame(columns=COLUMNS)
+    try:
+        check_sums(path.parent, [path.name])
+        return pd.read_csv(path, dtype={"store_id": str})[COLUMNS]
+    except (DamagedError, KeyError, ValueError, pd.errors.ParserError) as error:
+        raise ResultsError(f"{path}: {error}; make it again with `python -m saegrid tables`") from None

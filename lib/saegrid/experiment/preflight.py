@@ -1,0 +1,83 @@
+"""What can be wrong with a run is told before anything is loaded: its shape, its data, its memory. Free of torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from saegrid.config.run_config import RunConfig
+from saegrid.data.language_model import lm_shape
+from saegrid.data.manifest import BUFFER_SHARDS, SHARD_ROWS
+from saegrid.data.prompts import check_dataset
+from saegrid.errors import ConfigError
+from saegrid.storage.hub_access import local_folder
+
+BASE = 700e6
+"""Bytes of Python with torch, transformers, numba and pandas, and what a language model's pass takes on the way."""
+STATES = 5
+"""Copies of the weights while training: themselves, Adam's two moments, the best epoch's, and the gradients."""
+ROW_VALUES = 3
+"""Values per batch row and latent: pre-activations, and what selecting among them takes."""
+
+
+def check(config: RunConfig) -> None:
+    """Hold a run against its model's shape, its rows, its dataset and the memory that is free. Raises `ConfigError`."""
+    d_in, n_layers = lm_shape(config)
+    config.check_shape(d_in, n_layers)
+    config.check_training()
+    check_dataset(config)
+    check_chat(config)
+    check_fits(config, d_in)
+
+
+def check_chat(config: RunConfig) -> None:
+    """Whether a model on this machine has a chat template, where the run wants one. Raises `ConfigError`."""
+    folder = None if config.model.startswith("embedded:") else local_folder("model", config.model)
+    if config.text != "chat" or not folder or (folder / "chat_template.jinja").exists():
+        return
+    with contextlib.suppress(OSError):
+        if '"chat_template"' in (folder / "tokenizer_config.json").read_text(encoding="utf-8"):
+            return
+    raise ConfigError(f"text = 'chat': the tokenizer of {config.model} has no chat template")
+
+
+def check_fits(config: RunConfig, d_in: int) -> None:
+    """Hold what a run needs against the memory that is free. Raises `ConfigError` with both numbers."""
+    needs, free = needed(config, d_in), available()
+    if config.kernel != "cuda" and free is not None and needs > free:
+        raise ConfigError(
+            f"expansion = {config.expansion}, batch_size = {config.batch_size}: the run needs about "
+            f"{needs / 1e9:.1f} GB of memory (d_sae = {config.expansion * d_in}), and {free / 1e9:.1f} GB are free"
+        )
+
+
+def needed(config: RunConfig, d_in: int) -> int:
+    """Bytes that training holds at most, whatever the number of rows; the language model's weights are apart."""
+    d_sae = config.expansion * d_in
+    weights = 4 * (2 * d_sae * d_in + d_sae + 2 * d_in)
+    stored = {"float16": 2, "float32": 4}[config.act_dtype]
+    rows = (
+        min(config.train_tokens, BUFFER_SHARDS * SHARD_ROWS) if not config.activations else BUFFER_SHARDS * SHARD_ROWS
+    )
+    buffer = (rows + 3 * SHARD_ROWS) * d_in * stored
+    batch = 4 * config.batch_size * (ROW_VALUES * d_sae + 8 * d_in)
+    return int(BASE + STATES * weights + buffer + batch)
+
+
+def available() -> int | None:
+    """Bytes that this process may still take: the machine's free memory, or its control group's; None: not known."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))))
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        facts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        found.append(limit - used + int(facts["inactive_file"]))  # a cache that gives way
+    if not found and hasattr(os, "sysconf"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(found, default=None)

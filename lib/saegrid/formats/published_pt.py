@@ -1,0 +1,167 @@
+"""The published `.pt` file: a bare state dict, and who says what it does not: the caller, a sidecar, its name."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from saegrid.config.run_config import BATCH_CUT, Arch
+from saegrid.core.sae import ARCHITECTURES, SAE, BatchTopK
+from saegrid.errors import SaeFileError
+from saegrid.formats.run_folder import PUBLISHED_SHAPES, THETA, from_published, shape_and_rule, write_state_dict
+from saegrid.storage.atomic import write_json
+from saegrid.storage.foreign_files import as_model, check_sizes, check_tensors, read_json, read_pt
+
+PUBLISHED_NAME = re.compile(
+    r"(?P<arch>TopK|BatchTopK|JumpReLU|Matryoshka|ReLU|Gated)_exp(?P<expansion>\d{1,6})x_"
+    r"(k(?P<k>\d{1,9})|t(?P<threshold>\d[\d.e+-]*))(_improved)?"
+)
+SAME_THRESHOLD = 1e-5
+"""Relative; a published name has six digits."""
+
+
+class Told(NamedTuple):
+    """What one source says about an SAE; None: it does not say."""
+
+    who: str
+    arch: str | None = None
+    k: int | None = None
+    threshold: float | None = None  # JumpReLU's theta, BatchTopK's calibrated cut
+    expansion: int | None = None
+
+
+class _Sidecar(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+    arch: Arch
+    d_in: int | None = None
+    d_sae: int | None = None
+    k: int | None = Field(None, ge=0)
+    threshold: float | None = Field(None, ge=0.0, allow_inf_nan=False)
+    inference_threshold: float | None = Field(None, ge=0.0, allow_inf_nan=False)
+    threshold_unit: str = "absolute"
+
+
+def read_published(path: Path, given: Told) -> SAE:
+    """The SAE of a published `.pt` file; what the caller gives goes before the sidecar, and that before the name.
+
+    A BatchTopK has a calibrated threshold only where one of them tells it, else it cuts per batch.
+
+    Raises:
+        SaeFileError: not such a file, nothing tells its architecture and sparsity, or two sources contradict.
+    """
+    state = read_pt(path)
+    own = {THETA: ("d_sae",)} if isinstance(state, dict) and THETA in state else {}
+    sizes = check_tensors(state, {"encoder.weight": ("d_sae", "d_in"), **PUBLISHED_SHAPES, **own}, path)
+    sidecar, unit = _sidecar(path, sizes)
+    told = agree(path, [given, sidecar, _from_name(path, unit)])
+    if not told.arch:
+        raise SaeFileError(
+            f"{path}: nothing tells its architecture: give arch= ({', '.join(ARCHITECTURES)}) and its k= or threshold="
+        )
+    if told.expansion not in (None, sizes["d_sae"] / sizes["d_in"]):
+        d_sae = f"{told.expansion} * {sizes['d_in']}"
+        raise SaeFileError(f"{path}: its name says d_sae = {d_sae}, and the weights have {sizes['d_sae']}")
+    theta = told.threshold if told.arch not in BATCH_CUT else None
+    theta = theta or None if own else theta
+    check_sparsity(path, told.arch, told.k, theta, sizes["d_sae"], state.get(THETA))
+    sae = from_published(state, told.arch, told.k or 0, theta or 0.0)
+    if isinstance(sae, BatchTopK):
+        sae.inference_threshold = told.threshold
+    return sae
+
+
+def given_by(arch: str, k: int, threshold: float) -> Told:
+    """The caller's part, "" and 0 meaning "not given". Raises `SaeFileError` for an impossible value."""
+    if arch and arch not in ARCHITECTURES:
+        raise SaeFileError(f"arch = {arch!r}: one of {', '.join(ARCHITECTURES)}")
+    if not isinstance(k, int) or k < 0:
+        raise SaeFileError(f"k = {k!r}: a whole number of at least 1")
+    if not (threshold >= 0 and math.isfinite(threshold)):
+        raise SaeFileError(f"threshold = {threshold!r}: a number above 0")
+    return Told("what is given", arch or None, k or None, threshold or None)
+
+
+def _sidecar(path: Path, sizes: dict[str, int]) -> tuple[Told, str]:
+    """What `{name}.json`, else `cfg.json`, says; nothing, where it is the configuration of another tool."""
+    for sidecar in (path.with_suffix(".json"), path.with_name("cfg.json")):
+        if sidecar.exists() and "arch" in (content := read_json(sidecar)):
+            cfg = as_model(_Sidecar, content, sidecar)
+            check_sizes(cfg, sizes, sidecar)
+            own = {"JumpReLU": None if cfg.k else cfg.threshold} | dict.fromkeys(BATCH_CUT, cfg.inference_threshold)
+            theta = own.get(cfg.arch)
+            return Told(sidecar.name, cfg.arch, cfg.k or None, theta), cfg.threshold_unit
+    return Told("no sidecar"), "absolute"
+
+
+def _from_name(path: Path, unit: str) -> Told:
+    name = PUBLISHED_NAME.fullmatch(path.stem)
+    if not name:
+        return Told("its name")
+    try:
+        theta = float(name["threshold"]) if name["threshold"] and unit == "absolute" else None
+    except ValueError:
+        return Told("its name")
+    return Told("its name", name["arch"], int(name["k"]) if name["k"] else None, theta, int(name["expansion"]))
+
+
+def agree(where: Path, told: list[Told]) -> Told:
+    """What the sources say together, the first that speaks of each. Raises `SaeFileError` where two contradict."""
+    agreed: dict[str, Any] = {}
+    for field in Told._fields[1:]:
+        says = [(source.who, getattr(source, field)) for source in told if getattr(source, field) is not None]
+        first_who, first = says[0] if says else ("", None)
+        for who, value in says[1:]:
+            if value != first and not (field == "threshold" and math.isclose(value, first, rel_tol=SAME_THRESHOLD)):
+                raise SaeFileError(f"{where}: {field} is {first} by {first_who}, and {value} by {who}")
+        agreed[field] = first
+    return Told("all", **agreed)
+
+
+def check_sparsity(
+    where: Path, arch: str, k: int | None, threshold: float | None, d_sae: int, theta: Tensor | None = None
+) -> None:
+    """Raises `SaeFileError` where an architecture lacks its k or threshold, or is given the other's.
+
+    Args:
+        theta: thresholds of the latents (d_sae,), where the file has them: a JumpReLU or Gated needs nothing else then.
+    """
+    if theta is not None:
+        own = arch in ("JumpReLU", "Gated")
+        if not own or threshold is not None:
+            what = f"threshold = {threshold}" if own else f"arch = {arch!r}"
+            raise SaeFileError(f"{where}: {what}: the file has a theta for each latent, as JumpReLU or Gated have")
+        if (theta < 0).any():
+            raise SaeFileError(f"{where}: a theta below 0")
+        return
+    if arch == "JumpReLU":
+        if k is not None:
+            raise SaeFileError(f"{where}: k = {k}: not a parameter of JumpReLU, which takes threshold")
+        if threshold is None:
+            raise SaeFileError(f"{where}: nothing tells JumpReLU's theta: give threshold=")
+        return
+    if arch == "Gated":
+        raise SaeFileError(f"{where}: nothing tells Gated's theta for each latent")
+    if k is None and arch != "ReLU":
+        raise SaeFileError(f"{where}: nothing tells {arch}'s k: give k=")
+    least = 0 if arch == "ReLU" else 1  # another library's ReLU has no k
+    if k is not None and not least <= k <= d_sae:
+        raise SaeFileError(f"{where}: k = {k}: from 1 to d_sae = {d_sae}")
+    if threshold is not None:
+        raise SaeFileError(f"{where}: threshold = {threshold}: not a parameter of {arch}, which takes k")
+
+
+def write_published(sae: SAE, folder: Path, facts: dict[str, Any]) -> Path:
+    """`{name}.pt`, and `{name}.json` with what a bare state dict does not tell. Returns the former's path."""
+    theta = f"{sae.threshold:g}" if float(f"{sae.threshold:g}") == sae.threshold else repr(sae.threshold)
+    sparsity = f"t{theta}" if sae.arch == "JumpReLU" and not sae.k else f"k{sae.k}"
+    name = facts.get("name") or f"{sae.arch}_exp{sae.d_sae / sae.d_in:g}x_{sparsity}"
+    if not re.fullmatch(r"[\w.+-]+", str(name)):
+        raise SaeFileError(f"name = {name!r}: letters, digits and _ . + - make a file name")
+    write_state_dict(sae, folder / f"{name}.pt")
+    write_json(folder / f"{name}.json", facts | shape_and_rule(sae))
+    return folder / f"{name}.pt"

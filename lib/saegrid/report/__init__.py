@@ -1,0 +1,1 @@
+"""Numbers as sentences, figures and pages, and the website and repository made of them."""

@@ -1,0 +1,36 @@
+"""Every page and include of the report, written from the tables and the runs' folders."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from saegrid.config.grid import Grid
+from saegrid.experiment import finished_run, pca_table, results
+from saegrid.report.figures import charts
+from saegrid.report.pages import home_page
+from saegrid.report.pages.run_pages import write_committed_parts, write_run_pages
+from saegrid.report.site import HOME, front_matter
+from saegrid.storage.atomic import write_text
+
+
+def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None) -> None:
+    """Write the home page, a page for every run of a grid, and their index; committed pages' parts, too.
+
+    Reads the grid's tables (`results.make`) and the runs' folders; writes `index.qmd` and `report/`.
+    Raises `ResultsError` for a table or a run's file that is missing.
+    """
+    root = Path(root)
+    runs_dir = root / (runs_dir or grid.runs_dir)
+    report = root / "report"
+    df = results.read_tidy(root / grid.results_dir)
+    prompts = finished_run.load_prompts(df, runs_dir)
+    beside = pca_table.read(root / grid.results_dir)
+    home = home_page.model_card(df, prompts, title=grid.title, links="report/", baseline=beside)
+    write_text(root / "index.qmd", front_matter(*HOME) + home)
+    write_committed_parts(root)
+    write_run_pages(df, runs_dir, report / "runs")
+    charts.write_library(report)
+    (report / "data").mkdir(exist_ok=True)
+    for name in (name for name in results.TABLES if (root / grid.results_dir / name).exists()):
+        shutil.copyfile(root / grid.results_dir / name, report / "data" / name)

@@ -1,0 +1,98 @@
+"""Sentences for figures: what a figure says, for its caption and for readers who don't see it. All from the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from saegrid.analysis import selection
+from saegrid.analysis.numbers import COLUMNS, counted, header, number
+from saegrid.report.figures import plots
+
+STILL_FALLING = 0.01
+"""A curve that fell by more than this share in its last epoch was not done."""
+
+
+def point(row: Mapping[str, Any], y: str) -> str:
+    """A run's place in the frontier: `L0 127.9, delta loss 0.442 nats/token`."""
+    unit = COLUMNS[y].unit
+    return f"L0 {number(row['l0'], 'l0')}, {COLUMNS[y].title} {number(row[y], y)}" + (f" {unit}" if unit != "1" else "")
+
+
+def frontier_alt(df: pd.DataFrame, y: str, lower_is_better: bool = True) -> str:
+    """What the frontier shows, in a sentence for those who don't see it."""
+    front = selection.pareto(selection.candidates(df), y, lower_is_better=lower_is_better)
+    points = "; ".join(f"{r['name']}: L0 {number(r['l0'], 'l0')}, {number(r[y], y)}" for r in front.to_dict("records"))
+    return f"{header(y)} against L0 for {len(df)} runs. On the Pareto set, from sparse to dense: {points}."
+
+
+def frontier_caption(
+    df: pd.DataFrame, y: str, lower_is_better: bool = True, baseline: pd.DataFrame | None = None
+) -> str:
+    """What the frontier says, and what its marks mean."""
+    sparse = selection.candidates(df)
+    front = selection.pareto(sparse, y, lower_is_better=lower_is_better)
+    held = " and ".join(f"{count} {arch}" for arch, count in front["arch"].value_counts().items())
+    ends = [f"{number(row[y], y)} at L0 {number(row['l0'], 'l0')}" for row in front.iloc[[0, -1]].to_dict("records")]
+    moves = f", {COLUMNS[y].title} from {ends[0]} to {ends[1]}" if len(front) > 1 else f", {ends[0]}"
+    dense = len(df) - len(sparse)
+    left_out = (
+        f" Hollow: {counted(dense, 'run')} that fire {selection.DENSE_SHARE_PCT:g}% of the latents or "
+        "more; dense runs are left out of the Pareto set, as they are of the recommendation."
+    )
+    return (
+        f"On the Pareto set {'is' if len(front) == 1 else 'are'} {held}{moves}. One mark a run, colour and shape by "
+        f"architecture, size by expansion; {'lower' if lower_is_better else 'higher'} and further left is better. "
+        f"A mark leads to its run's page.{left_out if dense else ''}"
+        + (" Pale: the published recipe." if plots.recipes_differ(df) else "")
+        + (" Dashed: PCA with as many components." if len(plots.pca_line(df, y, baseline)) else "")
+    )
+
+
+def heatmap_alt(df: pd.DataFrame, metric: str) -> str:
+    """The best and the worst field of a heat map in a sentence."""
+    rows = df[df[metric].notna()].sort_values(metric)
+    low, high = (f"{number(r[metric], metric)} for {r['name']}" for r in (rows.iloc[0], rows.iloc[-1]))
+    return f"{header(metric)} by setting: from {low} to {high}."
+
+
+def position_alt(df: pd.DataFrame) -> str:
+    """How far the first position stands out, in a sentence."""
+    size = df[df["position"] >= 0].groupby("position")["sq_norm_centred"].mean()
+    if size.empty:
+        return "The rows come from published files, whose positions are not known."
+    ratio = size.iloc[0] / size.iloc[1:].median()
+    return f"Variance and squared error by position: the first position has {ratio:,.0f} times the median variance."
+
+
+def curves_text(curves: pd.DataFrame) -> str:
+    """Where the learning curves end, and how many still fall."""
+    ends, falling = {}, 0
+    for _, run in curves.sort_values("epoch").groupby("run_id"):
+        last = run["val_mse"].to_numpy()
+        ends[run["name"].iloc[0]] = last[-1]
+        falling += len(last) > 1 and last[-1] < (1 - STILL_FALLING) * last[-2]
+    low, high = min(ends, key=ends.get), max(ends, key=ends.get)
+    return (
+        f"Validation MSE ends between {number(ends[low], 'val_mse')} ({low}) and {number(ends[high], 'val_mse')} "
+        f"({high}); {falling} of {len(ends)} runs still fell by more than {STILL_FALLING:.0%} in the last epoch."
+    )
+
+
+def firing_text(latents: pd.DataFrame) -> str:
+    """How often the median live latent of each architecture fires."""
+    alive = latents[latents["fired"] > 0]
+    share = (100 * alive["fired"] / alive["n_val_rows"]).groupby(alive["arch"]).median()
+    parts = ", ".join(f"{value:.2g}% in {arch}" for arch, value in share.items())
+    return f"The median live latent fires on this share of the validation rows: {parts}."
+
+
+def dead_text(df: pd.DataFrame) -> str:
+    """The run with the fewest and that with the most dead latents, of those with a K."""
+    rows = df[df["k"].notna()].sort_values("dead_pct")
+    if rows.empty:
+        return "These rows hold no run with a K."
+    low, high = (f"{number(r['dead_pct'], 'dead_pct')}% ({r['name']})" for r in (rows.iloc[0], rows.iloc[-1]))
+    return f"Dead latents range from {low} to {high}."

@@ -1,0 +1,310 @@
+"""Plots of the report: `plot(df, *, ax=None) -> Axes`. Long-form data in; no files read, nothing saved or shown."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from html import escape
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from saegrid.analysis.numbers import header, number
+from saegrid.analysis.selection import DENSE_SHARE_PCT, candidates, pareto
+from saegrid.report.figures.style import ABOVE, INK, MARKERS, PALE, PALETTE, STYLE, WIDE, styled
+from saegrid.report.figures.svg import page_svg
+from saegrid.report.tables import Markdown, html_block
+
+
+@styled
+def frontier(
+    df: pd.DataFrame,
+    *,
+    y: str = "delta_loss",
+    ax: Axes | None = None,
+    lower_is_better: bool = True,
+    links: str = "",
+    baseline: pd.DataFrame | None = None,
+) -> Axes:
+    """L0 against a measure of fidelity: one mark a run, the Pareto set joined.
+
+    Colour and shape tell the architecture, size the expansion; with `links` a mark leads to its run's page. Dense runs
+    (no `results.candidates`) are hollow and not in the Pareto set: they would buy their fidelity with density alone.
+    Beside other recipes, runs of the published one are pale. `baseline` (`saegrid.experiment.pca_table`) is a dashed line.
+    """
+    pale = recipes_differ(df)
+    sparse = candidates(df)
+    front = pareto(sparse, y, lower_is_better=lower_is_better)
+    filled = set(sparse["run_id"])
+    ax.plot(front["l0"], front[y], color=INK, alpha=0.45, linewidth=1.2, zorder=1)
+    beside = pca_line(df, y, baseline)
+    if len(beside):
+        ax.plot(beside["components"], beside[y], color=INK, alpha=0.45, linewidth=1.2, linestyle="--", zorder=1)
+    for row in df.sort_values("expansion", ascending=False).to_dict("records"):
+        mark = ax.scatter(
+            row["l0"],
+            row[y],
+            s=_size(row["expansion"]),
+            marker=MARKERS[row["arch"]],
+            facecolor=PALETTE[row["arch"]] if row["run_id"] in filled else "none",
+            edgecolor=INK if row["run_id"] in filled else PALETTE[row["arch"]],
+            linewidth=0.6 if row["run_id"] in filled else 1.4,
+            alpha=PALE if pale and row["recipe"] == "published" else None,
+            zorder=2,
+        )
+        mark.set_gid(f"mark: {row['name']}: L0 {number(row['l0'], 'l0')}, {header(y)} {number(row[y], y)}")
+        if links:
+            mark.set_urls([f"{links}{row['run_id']}.html"])
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.set_xlabel("L0 (latents/token, log scale)")
+    ax.set_ylabel(header(y))
+    if spans_widely(df, y, beside):
+        ax.set_yscale("log")
+        ax.set_ylabel(f"{header(y)}, log scale")
+    _frontier_legend(df, ax, len(beside) > 0)
+    return ax
+
+
+def spans_widely(df: pd.DataFrame, y: str, beside: pd.DataFrame) -> bool:
+    """Whether the frontier of `y`, PCA's line (`pca_line`) included, needs a logarithmic axis."""
+    values = pd.concat([df[y], beside[y]])
+    return values.min() > 0 and values.max() / values.min() > WIDE
+
+
+def pca_line(df: pd.DataFrame, y: str, baseline: pd.DataFrame | None) -> pd.DataFrame:
+    """Where the frontier shows PCA: `components` and `y`, for as many components as the densest run has active latents;
+    no rows where `y` was not measured for it, or several stores were."""
+    if baseline is None or y not in baseline or baseline["store_id"].nunique() != 1:
+        return pd.DataFrame(columns=["components", y], dtype=float)
+    return baseline[baseline["components"] <= df["l0"].max()][["components", y]]
+
+
+@styled
+def heatmap(df: pd.DataFrame, *, metric: str = "delta_loss", ax: Axes | None = None) -> Axes:
+    """Architecture and K or threshold down, expansion across, the value written in each field (mean over seeds)."""
+    rows = df.assign(setting=[setting(row, recipe=True) for row in df.to_dict("records")])
+    order = _in_order(rows)["setting"].unique()
+    table = rows.pivot_table(index="setting", columns="expansion", values=metric, sort=False)
+    table = table.reindex(index=order, columns=sorted(table.columns))
+    labels = table.map(lambda value: number(value, metric))
+    sns.heatmap(table, annot=labels, fmt="", cmap="cividis", ax=ax, cbar_kws={"label": header(metric)})
+    ax.grid(False)
+    ax.set_xticklabels([f"{size}x" for size in table.columns])
+    ax.tick_params(axis="y", rotation=0)
+    ax.set_xlabel("Expansion")
+    ax.set_ylabel("")
+    return ax
+
+
+@styled
+def dead_latents(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Share of dead latents over K, one line an architecture, expansion and recipe (mean over seeds)."""
+    rows = df[df["k"].notna()].astype({"k": int})
+    groups = rows.groupby(["arch", "expansion", "recipe"])
+    styles = dict(zip(sorted(rows["expansion"].unique()), ("-", "--", ":", "-."), strict=False))
+    for (arch, expansion, recipe), group in groups:
+        published = recipe == "published"
+        line = group.groupby("k")["dead_pct"].mean()
+        ax.plot(
+            line.index,
+            line,
+            color=PALETTE[arch],
+            marker=MARKERS[arch],
+            markerfacecolor=PALETTE[arch] if published else "none",
+            linestyle=styles.get(expansion, "-"),
+            label=f"{arch}, {expansion}x" + ("" if published else f", {recipe}"),
+        )
+    ax.set_xticks(sorted(rows["k"].unique()))
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel(header("k"))
+    ax.set_ylabel(header("dead_pct"))
+    ax.legend(ncols=3, **ABOVE)
+    return ax
+
+
+@styled
+def learning_curves(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """MSE over the epochs: validation, one line a run; of a single run the training rows' too (dashed)."""
+    df = _as_runs(df)
+    for (_, arch), group in df.groupby(["run_id", "arch"], sort=False):
+        color = PALETTE.get(arch, INK)
+        marker = MARKERS.get(arch, "o")
+        (line,) = ax.plot(group["epoch"], group["val_mse"], color=color, marker=marker, markersize=3.5, alpha=0.8)
+        if arch:
+            line.set_gid(f"mark: {group['name'].iloc[0]}")
+    if df["run_id"].nunique() == 1:
+        line.set_label("validation rows")
+        ax.plot(df["epoch"], df["train_mse"], color=color, linestyle="--", label="training rows")
+        ax.legend()
+    else:
+        ax.legend(handles=_arch_handles(df), ncols=3, **ABOVE)
+    if (df["val_mse"] > 0).all():
+        ax.set_yscale("log")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("Epoch")
+    ax.set_ylabel("MSE (act², log scale)")
+    return ax
+
+
+@styled
+def firing_histogram(df: pd.DataFrame, *, n_rows: int = 0, ax: Axes | None = None) -> Axes:
+    """Histogram of how often latents fire. Latents that never fire are left out: they are dead.
+
+    Of several runs, the mean of each architecture's runs, and a band from the lowest to the highest of them.
+    `n_rows` is the number of validation rows where `df` has no column `n_val_rows`.
+    """
+    df = _as_runs(df)
+    rates = np.log10((df["fired"] / df.get("n_val_rows", n_rows)).where(df["fired"] > 0))
+    lowest = rates.min() if rates.notna().any() else -1.0
+    bins = np.linspace(lowest, 0.0 if lowest < 0 else 1.0, 31)
+    centres = (bins[:-1] + bins[1:]) / 2
+    for arch, runs in df.groupby("arch"):
+        groups = [rates[run.index] for _, run in runs.groupby("run_id")]
+        shares = np.array([100 * np.histogram(group.dropna(), bins)[0] / len(group) for group in groups])
+        color, marker = PALETTE.get(arch, INK), MARKERS.get(arch, "o")
+        ax.plot(centres, shares.mean(0), color=color, marker=marker, markersize=3.5, label=arch)
+        ax.fill_between(centres, shares.min(0), shares.max(0), color=color, alpha=0.15, linewidth=0)
+    ax.set_ylim(bottom=0)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{float(f'{100 * 10**value:.2g}'):g}%")
+    ax.set_xlabel("Share of validation rows on which a latent fires (log scale)")
+    ax.set_ylabel("Latents (% of d_sae)")
+    if df["arch"].any():
+        ax.legend()
+    return ax
+
+
+@styled
+def error_by_position(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Squared reconstruction error by token position, beside the variance there: the sink shows at the first one.
+
+    Of several runs, one line an architecture (mean over its runs). Rows of published files, whose positions are not
+    known (-1), are left out.
+    """
+    df = _as_runs(df)
+    df = df[df["position"] >= 0]
+    ax.set_xlabel("Token position, counted from 1 (log scale)")
+    ax.set_ylabel("Mean square (act², log scale)")
+    if df.empty:
+        ax.text(0.5, 0.5, "positions not known", transform=ax.transAxes, ha="center", color=INK)
+        return ax
+    size = df.groupby("position")["sq_norm_centred"].mean()
+    ax.plot(size.index + 1, size, color=INK, linestyle="--", linewidth=1.2, label="‖x − mean‖², the variance")
+    for arch, group in df.groupby("arch"):
+        error = group.groupby("position")["sq_error"].mean()
+        color, marker = PALETTE.get(arch, INK), MARKERS.get(arch, "o")
+        label = f"‖x − x̂‖², {arch}" if arch else "‖x − x̂‖²"
+        ax.plot(error.index + 1, error, color=color, marker=marker, markersize=3, label=label)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.legend()
+    return ax
+
+
+@styled
+def against_published(df: pd.DataFrame, *, metric: str = "delta_loss", ax: Axes | None = None) -> Axes:
+    """One measure at every setting, ours (filled) and published (open) on one line each; `source` tells them apart."""
+    rows = df.assign(setting=[f"{setting(row)}, {row['expansion']}x" for row in df.to_dict("records")])
+    order = list(_in_order(rows)["setting"].unique())
+    for (source, arch), group in rows.groupby(["source", "arch"]):
+        own = source == "own"
+        ax.scatter(
+            group[metric],
+            [order.index(name) for name in group["setting"]],
+            marker=MARKERS[arch],
+            s=60,
+            facecolor=PALETTE[arch] if own else "none",
+            edgecolor=PALETTE[arch],
+            linewidth=1.6,
+        )
+    ax.set_yticks(range(len(order)), order)
+    ax.invert_yaxis()
+    ax.set_xlabel(header(metric))
+    handles = [
+        Line2D([], [], marker="o", linestyle="", color=INK, label="own"),
+        Line2D([], [], marker="o", linestyle="", color=INK, markerfacecolor="none", label="published"),
+    ]
+    ax.legend(handles=handles, ncols=3, **ABOVE)
+    return ax
+
+
+def setting(row: Mapping, recipe: bool = False) -> str:
+    """Architecture and K or threshold of a row: `TopK, K = 64`, `JumpReLU, θ = 0.5`; with its `recipe`, if another than
+    the published one, on demand."""
+    sparsity = f"K = {row['k']}" if pd.isna(row["threshold"]) else f"θ = {row['threshold']:g}"
+    other = recipe and row.get("recipe", "published") != "published"
+    return f"{row['arch']}, {sparsity}" + (f", {row['recipe']}" if other else "")
+
+
+def recipes_differ(df: pd.DataFrame) -> bool:
+    """Whether rows of the published recipe stand beside rows of another."""
+    return "recipe" in df and "published" in set(df["recipe"]) and df["recipe"].nunique() > 1
+
+
+def figure(ax: Axes, *, alt: str, caption: str, above: str = "") -> Markdown:
+    """An Axes as a figure of a page: inline SVG in the page's own text colour, with a text for those who don't see it.
+
+    `above` is HTML that stands over the picture, such as its interactive form. Marks keep their links, and get their
+    names as tooltips; no script is needed.
+    """
+    with plt.rc_context(STYLE):
+        buffer = io.StringIO()
+        ax.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    plt.close(ax.figure)  # or the notebook shows it once more
+    svg = page_svg(buffer.getvalue(), INK, alt)
+    parts = [*([above] if above else []), svg, f"<figcaption>{escape(caption)}</figcaption>"]
+    return html_block('<figure class="plot">\n' + "\n".join(parts) + "\n</figure>")
+
+
+def side_by_side(figures: Iterable[Markdown]) -> Markdown:
+    """Figures in two columns where there is room for them."""
+    parts = [figure.removeprefix("```{=html}\n").removesuffix("\n```\n") for figure in figures]
+    return html_block('<div class="figures">\n' + "\n".join(parts) + "\n</div>")
+
+
+def standalone_svg(ax: Axes) -> str:
+    """An Axes as an SVG file with a white background and dark ink, for places that have no page around it."""
+    with plt.rc_context(STYLE | {"svg.fonttype": "path"}):
+        buffer = io.StringIO()
+        ax.figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def _size(expansion: float) -> float:
+    return 26.0 * np.sqrt(expansion)
+
+
+def _as_runs(df: pd.DataFrame) -> pd.DataFrame:
+    """Frames of a single run don't say which: they get the columns that tell runs apart."""
+    return df if "arch" in df else df.assign(run_id="", name="", arch="")
+
+
+def _in_order(df: pd.DataFrame) -> pd.DataFrame:
+    by_arch = df.assign(order=df["arch"].map(list(PALETTE).index))
+    return by_arch.sort_values(["order", "k", "threshold", "expansion"])
+
+
+def _arch_handles(df: pd.DataFrame) -> list[Line2D]:
+    shown = [arch for arch in PALETTE if arch in set(df["arch"])]
+    return [Line2D([], [], color=PALETTE[arch], marker=MARKERS[arch], linestyle="", label=arch) for arch in shown]
+
+
+def _frontier_legend(df: pd.DataFrame, ax: Axes, with_pca: bool) -> None:
+    dot = {"color": INK, "marker": "o", "linestyle": "", "alpha": 0.5}
+    sizes = sorted(df["expansion"].unique())
+    sizes = [Line2D([], [], markersize=np.sqrt(_size(size)), label=f"{size}x", **dot) for size in sizes]
+    rest = [Line2D([], [], color=INK, alpha=0.45, linewidth=1.2, label="Pareto set")]
+    if len(candidates(df)) < len(df):
+        label = f"dense, ≥ {DENSE_SHARE_PCT:g}% fire"
+        rest.append(Line2D([], [], color=INK, marker="^", markerfacecolor="none", linestyle="", label=label))
+    if with_pca:
+        rest.append(Line2D([], [], color=INK, alpha=0.45, linewidth=1.2, linestyle="--", label="PCA"))
+    if recipes_differ(df):
+        rest.append(Line2D([], [], color=INK, marker="o", alpha=PALE / 2, linestyle="", label="published"))
+    ax.legend(handles=[*_arch_handles(df), *sizes, *rest], ncols=4, **ABOVE)

@@ -1,0 +1,226 @@
+"""The latents page: cards of single latents, the table that leads to them, and the pieces that the page loads.
+
+Free of torch: the content comes from `report/latents/latents.json`, which `saegrid latents` computes. A card is made
+here once, whether it stands in the page or in a piece, and every string of the tokenizer is escaped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from saegrid.analysis import selection
+from saegrid.analysis.numbers import number
+from saegrid.config.grid import Grid
+from saegrid.errors import SaegridError
+from saegrid.experiment import results
+from saegrid.experiment.latents import describe
+from saegrid.report.pages import latents_page
+from saegrid.report.tables import Markdown, html_block, markdown
+from saegrid.storage.atomic import write_json, write_text
+
+CHUNK = 20
+"""Latents in a piece."""
+GALLERY = 6
+"""Latents that stand in the page itself."""
+SHOWN_TOKENS = 4
+UNKNOWN = "the rows come from published files, whose tokens are not known."
+
+
+def load(folder: str | Path) -> dict[str, Any]:
+    """The described latents. Raises `SaegridError` where they are missing or damaged."""
+    path = Path(folder) / "latents.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SaegridError(f"{path}: {error.strerror}; `python -m saegrid latents GRID` makes it") from None
+    except ValueError as error:
+        raise SaegridError(f"{path}: not JSON: {error}") from None
+
+
+def write_chunks(data: Mapping[str, Any], folder: str | Path) -> None:
+    """Write the pieces `chunk-00.js`, …: scripts that hand over ready cards, so that a page from a disk loads them too
+    (a browser fetches no JSON from `file://`). Pieces of an earlier sample go."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("chunk-*.js"):
+        old.unlink()
+    known = {entry["latent"] for entry in data["latents"]}
+    for n, start in enumerate(range(0, max(1, len(data["latents"])), CHUNK)):
+        part = {entry["latent"]: card(entry, data, known) for entry in data["latents"][start : start + CHUNK]}
+        write_text(folder / f"chunk-{n:02d}.js", f"saegridLatents({json.dumps(part, ensure_ascii=False)})\n")
+
+
+def introduction(data: Mapping[str, Any], runs: str) -> Markdown:
+    """Which run, how many latents, and what the sample is; `runs` is where run pages lie."""
+    share = 100 * data["n_alive"] / data["d_sae"]
+    return Markdown(
+        f"[{data['name']}]({runs}{data['run_id']}.ipynb), the recommended run, has {data['d_sae']:,} latents. "
+        f"{data['n_alive']:,} of them ({share:.0f}%) fire on at least one of {data['n_val_rows']:,} validation rows. "
+        f"Here are **{len(data['latents'])}**, spread evenly over the range from the rarest to the most frequent.\n"
+    )
+
+
+def how(data: Mapping[str, Any]) -> Markdown:
+    """How each number on the page is made, and what it does not say."""
+    apart = data["sinks"] == "apart" and data["n_sink_rows"]
+    contexts = "Where it fires most, one context a prompt and none twice with the same last five tokens."
+    if not data["tokens_known"]:
+        contexts = f"None: {UNKNOWN}"
+    given = "- Latents 0 and 1 were not learnt: they have the attention sinks' direction, up and down.\n"
+    return Markdown(
+        "## How this is made\n\n"
+        f"- **Fires on.** The share of all {data['n_val_rows']:,} validation rows on which the latent is above 0; "
+        "training saw none of them.\n"
+        f"- **Contexts.** {contexts} "
+        f"{data['n_sink_rows']:,} attention-sink rows (norm above 10 times the median, most of them first tokens) are "
+        "left out: their norm would fill every list.\n"
+        "- **Promotes and demotes.** The latent's decoder direction goes through the final norm's scale and the "
+        "language model's head, and what the head says to a zero vector is taken off: logits, centred over the "
+        "vocabulary, as if the residual stream at the end were this direction alone. This is the direct path only: the "
+        f"blocks behind layer {data['layer']}, which read the direction too, are left out. Read the order, not the "
+        "size.\n"
+        "- **Nearest directions.** Cosine between decoder directions, over all latents of the dictionary. Those in "
+        "this sample have a link.\n"
+        "- Latents were sampled by how often they fire, not by how well they read.\n" + (given if apart else "")
+    )
+
+
+def browser(data: Mapping[str, Any], chunks: str) -> Markdown:
+    """The table of all sampled latents beside the place where a chosen one is shown.
+
+    `chunks` is the folder of the pieces as seen from the page. Without scripts it is a plain table.
+    """
+    rows = []
+    for n, entry in enumerate(data["latents"]):
+        peaks = _unique(context["tokens"][context["peak"]] for context in entry["contexts"])
+        promoted, demoted = ([token for token, _ in entry[name]] for name in ("promoted", "demoted"))
+        words = " ".join(_unique([*peaks, *promoted, *demoted]))
+        share = 100 * entry["fired"] / data["n_val_rows"]
+        rows.append(
+            f'<tr data-latent="{entry["latent"]}" data-chunk="{n // CHUNK:02d}" data-search="{escape(words)}">'
+            f'<th scope="row" data-value="{entry["latent"]}">{entry["latent"]}</th>'
+            f'<td data-value="{share!r}">{_percent(share)}</td>'
+            f'<td data-value="{entry["max_act"]!r}">{number(entry["max_act"], "max_act")}</td>'
+            f'<td class="text">{_tokens(peaks[:SHOWN_TOKENS])}</td>'
+            f'<td class="text">{_tokens(promoted[:SHOWN_TOKENS])}</td></tr>'
+        )
+    heads = ['<th scope="col">Latent</th>', '<th scope="col">Fires on <span class="unit">% of rows</span></th>']
+    heads += ['<th scope="col">Largest <span class="unit">act</span></th>']
+    heads += [f'<th scope="col" class="text">{title}</th>' for title in ("Fires most on", "Promotes")]
+    caption = f"{len(data['latents'])} latents of {data['name']}, from rare to frequent."
+    return html_block(
+        f'<div class="latents" data-chunks="{escape(chunks)}">\n'
+        '<div class="latent-list">\n'
+        f'<div class="table-scroll" role="region" tabindex="0" aria-label="{escape(caption)}">\n'
+        '<table class="table table-sm results" data-quarto-disable-processing="true" data-tools="latents" '
+        f'data-filter-label="Search tokens">\n<caption>{escape(caption)}</caption>\n'
+        f"<thead><tr>{''.join(heads)}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody></table></div></div>\n"
+        '<div class="latent-shown"></div>\n</div>'
+    )
+
+
+def gallery(data: Mapping[str, Any], size: int = GALLERY) -> Markdown:
+    """Cards of a few latents at even steps of the sample, in the page itself."""
+    entries = data["latents"]
+    steps = sorted({round((n + 0.5) * len(entries) / size) for n in range(size)}) if entries else []
+    return markdown(*(html_block(card(entries[min(n, len(entries) - 1)], data)) for n in steps))
+
+
+def card(entry: Mapping[str, Any], data: Mapping[str, Any], known: set[int] | None = None) -> str:
+    """One latent as an HTML article.
+
+    `known` are the latents that the page can show: neighbours among them get links, where it is given.
+    """
+    share = 100 * entry["fired"] / data["n_val_rows"]
+    facts = f"Fires on <strong>{_percent(share)}%</strong> of {data['n_val_rows']:,} validation rows"
+    if entry["fired_on_sinks"]:
+        facts += f", {entry['fired_on_sinks']:,} of them attention sinks"
+    if entry["max_act"] > 0:
+        facts += f" · largest activation {number(entry['max_act'], 'max_act')}"
+        facts += f", mean where it fires {number(entry['mean_act'], 'max_act')}"
+    near = []
+    for other, cosine, fired in entry["neighbours"]:
+        name = f'<a href="#latent-{other}">{other}</a>' if known and other in known else str(other)
+        dead = "" if fired else ", dead"
+        near.append(f"{name} <small>({number(cosine, 'cosine')}{dead})</small>")
+    return (
+        f'<article class="latent" aria-label="Latent {entry["latent"]}">\n'
+        f'<h3 tabindex="-1">Latent {entry["latent"]}</h3>\n<p class="latent-facts">{facts}.</p>\n'
+        f"{_contexts(entry, data)}\n<dl>\n"
+        f"<dt>Promotes</dt><dd>{_weighted(entry['promoted'])}</dd>\n"
+        f"<dt>Demotes</dt><dd>{_weighted(entry['demoted'])}</dd>\n"
+        f"<dt>Nearest directions</dt><dd>{', '.join(near)}</dd>\n</dl>\n</article>"
+    )
+
+
+def _contexts(entry: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    if not data["tokens_known"]:
+        return f'<p class="latent-none">{UNKNOWN.capitalize()}</p>'
+    if not entry["contexts"]:
+        return '<p class="latent-none">It fires on attention sinks only, the first tokens of the prompts.</p>'
+    lines = [f"<li>{_context(context, entry['max_act'])}</li>" for context in entry["contexts"]]
+    return f'<ol class="contexts">\n{"".join(lines)}\n</ol>'
+
+
+def _context(context: Mapping[str, Any], most: float) -> str:
+    """Tokens in a row, those where the latent fires shaded by its activation, the largest one framed and numbered."""
+    parts = [] if context["whole"] else ["… "]
+    for n, (token, act) in enumerate(zip(context["tokens"], context["acts"], strict=True)):
+        text = escape(_visible(token))
+        if act > 0:
+            shade = f'style="--a:{act / most:.2f}" title="{number(act, "max_act")}"'
+            tag = "strong" if n == context["peak"] else "mark"
+            text = f"<{tag} {shade}>{text}</{tag}>"
+        parts.append(text)
+    value = number(context["acts"][context["peak"]], "max_act")
+    return f'<span class="context">{"".join(parts)}</span> <span class="act">{value}</span>'
+
+
+def _weighted(pairs: Sequence[Sequence[Any]]) -> str:
+    return " ".join(f"{_token(token)}<small>{signed}</small>" for token, signed in ((t, _signed(v)) for t, v in pairs))
+
+
+def _tokens(tokens: Sequence[str]) -> str:
+    return " ".join(map(_token, tokens)) or "–"
+
+
+def _token(token: str) -> str:
+    """A token by itself: a leading space is shown as a middle dot, so that it can be told from none."""
+    text = _visible(token)
+    text = f"·{text[1:]}" if text.startswith(" ") else text
+    return f'<code class="token">{escape(text) or "∅"}</code>'
+
+
+def _visible(token: str) -> str:
+    return token.replace("\r", "␍").replace("\n", "↵").replace("\t", "⇥")
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "−")
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2g}" if share < 10 else f"{share:.0f}"
+
+
+def _unique(tokens: Any) -> list[str]:
+    return list(dict.fromkeys(tokens))
+
+
+def make(grid: Grid, root: str | Path = ".") -> Path:
+    """Describe the latents of a grid's recommended run; writes `report/latents/`. Returns that folder.
+
+    Raises `SaegridError` where the tables, the run or its activation store are missing.
+    """
+    root = Path(root)
+    best = selection.recommend(results.read_tidy(root / grid.results_dir))
+    first = grid.runs()[0]
+    data = describe(root / first.runs_dir / best["run_id"], root / first.store_dir)
+    folder = root / "report" / "latents"
+    latents_page.write_chunks(data, folder)
+    write_json(folder / "latents.json", data)
+    return folder

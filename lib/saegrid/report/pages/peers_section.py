@@ -1,0 +1,92 @@
+"""This project's SAEs and other libraries', as sentences, figures and a table."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from saegrid.analysis.numbers import between, change, counted, header, number, signed
+from saegrid.analysis.peers import COMPARED, OWN
+from saegrid.report.figures.style import ABOVE, log_axes, styled
+from saegrid.report.tables import Markdown, html_table
+
+LOOKS = {
+    ("saegrid", "BatchTopK"): ("#d55e00", "o", "-"),
+    ("saegrid", "JumpReLU"): ("#009e73", "^", "-"),
+    ("saegrid", "Matryoshka"): ("#8d5a2b", "D", "-"),
+    ("sae-lens", "BatchTopK"): ("#3a86c8", "o", "--"),
+    ("sae-lens", "TopK"): ("#3a86c8", "s", ":"),
+    ("sae-lens", "Matryoshka"): ("#3a86c8", "D", "-."),
+    ("dictionary_learning", "BatchTopK"): ("#b5609a", "o", "--"),
+    ("dictionary_learning", "TopK"): ("#b5609a", "s", ":"),
+    ("dictionary_learning", "Matryoshka"): ("#b5609a", "D", "-."),
+    ("sparsify", "TopK"): ("#7b7f87", "s", ":"),
+}
+"""Colour by library, mark by architecture."""
+
+
+def rules(found: pd.DataFrame) -> str:
+    """How the contenders were trained and measured."""
+    tried, seeds = between(found["tried"], "d"), counted(found["seeds"].min(), "seed")
+    return (
+        "Trained by each library's released code (sparsify by the step inside its trainer) with its recommended "
+        "settings, those in steps or tokens scaled to the run's length, at the same width, epochs and batch: the best "
+        f"of {tried} learning rates by FVU on the validation rows, tried three times apart and at last between the "
+        f"best and its better neighbour. Means over {seeds}, of which the first chose the learning rate. "
+        "Attention sinks are left out of everybody's training rows (this project's recipe does so itself), out of "
+        "every measure and out of the splice, and thresholds are calibrated to K without them. This project keeps the "
+        "epoch of the lowest validation MSE, as it always does, the others the last. Intervals are a paired bootstrap "
+        "over problem templates and seeds. All take as many rows to as many latents; the speed page has what a step "
+        "takes in seconds."
+    )
+
+
+def table(found: pd.DataFrame) -> Markdown:
+    """All contenders at each K, as a table of a page."""
+    own = {"Contender": found["peer"] + " " + found["arch"], "K": found["k"].astype(str)}
+    more = {
+        head: found[f"{name}_more"].map(lambda more: " to ".join(map(signed, more[1:]))).mask(found["is_base"], "")
+        for _, _, name, head in COMPARED
+    }
+    columns = [*own, "fvu_no_sink", "dead_pct_no_sink", "delta_loss", *more, "Rate"]
+    own |= more | {"Rate": found["rates"]}
+    caption = (
+        "More: than this project's SAE of the lowest FVU at that K, on the prompts, 95% intervals. Rate: the best "
+        "learning rate by the library's default."
+    )
+    return html_table(found.assign(**own), columns, caption=caption, mark_best=False)
+
+
+def verdict(found: pd.DataFrame) -> str:
+    """At each K, this project's SAE beside the best of the others', in FVU without sinks and in delta loss."""
+    lines = []
+    for k, group in found.groupby("k"):
+        base, others = group[group["is_base"]].iloc[0], group[group["peer"] != OWN]
+        if others.empty:
+            continue
+        told = []
+        for name, words, on_prompts, _ in COMPARED:
+            best = others.loc[others[name].idxmin()]
+            told.append(
+                f"{words} of {number(base[name], name)} against {number(best[name], name)} of the best other one "
+                f"({best['peer']} {best['arch']}; {change(*best[f'{on_prompts}_more'])} on the prompts)"
+            )
+        lines.append(f"- K = {k}: {base['arch']} has {' and '.join(told)}.")
+        absent = [" ".join(name) for name in LOOKS if name not in set(zip(group["peer"], group["arch"], strict=True))]
+        if absent:
+            lines[-1] += f" Not run: {', '.join(absent)}."
+    return "\n".join(lines)
+
+
+@styled
+def curves(found: pd.DataFrame, *, y: str, ax: Axes | None = None) -> Axes:
+    """A measure over the realised L0, one line a contender, both axes logarithmic."""
+    for contender, (color, marker, line) in LOOKS.items():
+        rows = found[(found["peer"] == contender[0]) & (found["arch"] == contender[1])].sort_values("l0_no_sink")
+        if len(rows):
+            ax.plot(rows["l0_no_sink"], rows[y], color=color, marker=marker, linestyle=line, label=" ".join(contender))
+    log_axes(ax, sorted(found["k"].unique()))
+    ax.set_xlabel(header("l0_no_sink"))
+    ax.set_ylabel(header(y))
+    ax.legend(ncols=2, **ABOVE)
+    return ax

@@ -1,0 +1,146 @@
+"""The page about recipes, from tables kept in the repository (`results/recipes`, `results/peers`, …). Free of torch.
+
+It does not depend on the grid of the report that it stands in: these grids take longer than a quick look.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from saegrid.analysis import ablation, intervals, peers, scaling
+from saegrid.analysis.numbers import change, counted, header, number
+from saegrid.experiment import pca_table, results
+from saegrid.report.figures import plots
+from saegrid.report.pages import ablation_section, peers_section, scaling_section
+from saegrid.report.tables import Markdown, html_table, markdown
+
+GRIDS = {"recipes": "Two recipes", "ablation": "What each choice buys", "scaling": "Scaling"}
+"""Folders under `results/`, made by the grid files of the same names, and the titles of their sections."""
+
+VARIED = ("n_train_rows", "expansion", "k")
+SEEDS = (
+    "Intervals: 95%, by a paired bootstrap over prompt templates and seeds; few seeds make them narrower than they "
+    "should be."
+)
+
+
+def page(root: str | Path = ".") -> Markdown:
+    """All sections; one whose tables are missing says by which command they are made."""
+    sections = []
+    for name, title in GRIDS.items():
+        folder, made = Path(root) / "results" / name, f"Not measured yet: `make {name}` does it."
+        if (folder / "results_tidy.csv").exists():
+            made = _scaling(folder) if name == "scaling" else _comparison(folder, name)
+        sections += [f"## {title}", made]
+    made = "Not measured yet: `make peer-quality` does it."
+    folder = Path(root) / "results/peers"
+    sections += ["## Beside other libraries", _peers(folder) if (folder / "runs.csv").exists() else made]
+    return markdown(*sections)
+
+
+def _peers(folder: Path) -> str:
+    runs, prompts = peers.read(folder)
+    found = peers.compared(runs, prompts)
+    figures = []
+    for y in ("delta_loss", "fvu_no_sink"):
+        text = f"{header(y)} over the realised L0, a line for each library and architecture; lower is better."
+        figures.append(plots.figure(peers_section.curves(found, y=y), alt=text, caption=text))
+    return markdown(
+        peers_section.rules(found),
+        peers_section.verdict(found),
+        plots.side_by_side(figures),
+        peers_section.table(found),
+    )
+
+
+def _scaling(folder: Path) -> str:
+    df = results.read_tidy(folder)
+    panels = [("fvu_no_sink", "d_sae", "k"), ("delta_loss", "d_sae", "k")]
+    panels += [("delta_loss", "k", "n_train_rows"), ("dead_pct", "d_sae", "k")]
+    figures = []
+    for y, x, by in panels:
+        text = f"{header(y)} over {header(x)}, a line for each {header(by)}; means over the other sizes."
+        figures.append(plots.figure(scaling_section.curves(df, y=y, x=x, by=by), alt=text, caption=text))
+    found = scaling.exponents(df)
+    table = scaling_section.exponent_table(found, len(df))
+    return markdown(_what(df), scaling_section.verdict(found), plots.side_by_side(figures), table)
+
+
+def _comparison(folder: Path, name: str) -> str:
+    df, prompts = results.read_tidy(folder), results.read_prompts(folder)
+    caption = f"Means over {df['seed'].nunique()} seeds, from make {name}"
+    if ablation.named(df)["recipe"].str.contains(" but ").any():
+        return markdown(_what(df), *_switched(df, prompts, caption))
+    table = ablation.by_recipe(df, prompts)
+    keys = [key for key in ablation.SETTING if table[key].nunique() > 1]
+    columns = [*(["arch"] if "arch" in keys else []), "recipe", "seeds", *ablation.MEANS, *ablation.BETWEEN]
+    said = [_what(df), claim(df, prompts), _beside_pca(table, pca_table.read(folder))]
+    return markdown(*filter(None, said), html_table(table, columns, caption=f"{caption}."))
+
+
+def _switched(df: pd.DataFrame, prompts: pd.DataFrame, caption: str) -> list[str]:
+    """What each choice of a recipe buys: in words, as a figure, and with the means in a table."""
+    found = ablation.beside(df, prompts)
+    text = "Delta loss with one choice of the recipe switched, less that of the whole recipe; bars are 95% intervals."
+    changes = [change(row.delta_more, row.low, row.high) for row in found.itertuples()]
+    changed = found[["recipe"]].assign(delta_change=changes)
+    table = ablation.by_recipe(df).merge(changed, how="left")
+    means = [name for name in ablation.MEANS if name != "dead_pct_no_sink"]  # the column of changes needs the room
+    columns = ["recipe", *means, "delta_change"]
+    return [
+        ablation_section.verdict(found),
+        plots.figure(ablation_section.forest(found), alt=text, caption=text),
+        html_table(table, columns, caption=f"{caption}; “but” names the choice that differs."),
+    ]
+
+
+def _what(df: pd.DataFrame) -> str:
+    one, seeds = df.iloc[0], df["seed"].nunique()
+    kind = f"{one['arch']} runs" if df["arch"].nunique() == 1 else "runs"
+    shown = {name: " and ".join(f"{value:,}" for value in sorted(df[name].unique())) for name in VARIED}
+    text = (
+        f"{len(df)} {kind} on layer {one['layer']} of {one['model'].removeprefix('embedded:')}: "
+        f"{shown['n_train_rows']} tokens, {one['epochs']} epochs, expansion {shown['expansion']}, K = {shown['k']}, "
+        f"{counted(seeds, 'seed')}; judged on {one['n_val_rows']:,} held-out tokens and "
+        f"{one['n_eval_prompts']} prompts."
+    )
+    return text if seeds == 1 else f"{text} {SEEDS}"
+
+
+def _beside_pca(means: pd.DataFrame, pca: pd.DataFrame) -> str:
+    """What as many principal components lose, and which settings lose more; empty where that was not measured."""
+    same = pca[pca["components"].isin(means["k"].unique())]
+    if len(same) != 1 or means["k"].nunique() != 1:
+        return ""
+    row = same.iloc[0]
+    worse = means[means["delta_loss"] > row["delta_loss"]]
+    names = ", ".join(f"{arch} ({recipe})" for arch, recipe in zip(worse["arch"], worse["recipe"], strict=True))
+    return (
+        f"PCA with {row['components']} components has an FVU without sinks of "
+        f"{number(row['fvu_no_sink'], 'fvu_no_sink')} and a delta loss of {number(row['delta_loss'], 'delta_loss')} "
+        "nats/token. " + (f"More is lost by {names}." if names else "Every setting here loses less.")
+    )
+
+
+def claim(df: pd.DataFrame, prompts: pd.DataFrame) -> str:
+    """What `improved` makes of `published`'s delta loss and dead latents, in a sentence for each architecture."""
+    pure = ablation.named(df)
+    drawn, lines = intervals.draws(prompts), []
+    for arch, rows in pure.groupby("arch", sort=False):
+        groups = {recipe: rows[rows["recipe"] == recipe] for recipe in ("published", "improved")}
+        if any(group.empty for group in groups.values()):
+            continue
+        mean = {recipe: group["delta_loss"].mean() for recipe, group in groups.items()}
+        over = {recipe: intervals.over_seeds(drawn, list(group["run_id"])) for recipe, group in groups.items()}
+        low, high = intervals.central(100 * over["improved"] / over["published"])
+        dead = {recipe: group["dead_pct"] for recipe, group in groups.items()}
+        lines.append(
+            f"- **{arch}**: delta loss {number(mean['published'], 'delta_loss')} → "
+            f"{number(mean['improved'], 'delta_loss')} nats/token, "
+            f"{100 * mean['improved'] / mean['published']:.1f}% of it [{low:.1f}, {high:.1f}]; dead latents "
+            f"{number(dead['published'].mean(), 'dead_pct')}% → {number(dead['improved'].mean(), 'dead_pct')}% "
+            f"(at most {number(dead['improved'].max(), 'dead_pct')}%)"
+        )
+    return "\n".join(["From `published` to `improved`:\n", *lines]) if lines else ""

@@ -1,0 +1,161 @@
+"""Pages that are made from the runs and the tables: the home page, the run pages and their index, and the parts of
+committed pages that are made from committed tables."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+
+from saegrid.analysis import selection
+from saegrid.analysis.numbers import number
+from saegrid.config.recipes import described
+from saegrid.errors import DamagedError, ResultsError
+from saegrid.experiment import finished_run
+from saegrid.report.figures.plots import setting
+from saegrid.report.pages import home_page, recipes_page
+from saegrid.report.site import front_matter
+from saegrid.report.tables import Markdown, html_block, html_table, markdown
+from saegrid.storage.atomic import write_text
+from saegrid.storage.checksums import check_sum, read_json, sum_of
+
+INDEX_COLUMNS = ["name", "recipe", "seed", "l0", "fvu_no_sink", "dead_pct", "delta_loss", "frac_rec_pct"]
+AXES = {"arch": "architecture", "expansion": "expansion", "k": "K", "threshold": "threshold"}
+AXES |= {"recipe": "recipe", "seed": "seed"}
+
+
+def write_committed_parts(root: str | Path) -> None:
+    """Write what `method.qmd` and `recipes.qmd` include: it comes from committed tables alone, and is committed."""
+    folder = Path(root) / "results"
+    folder.mkdir(exist_ok=True)
+    write_text(folder / "_published.md", home_page.published_note())
+    write_text(folder / "_recipes.md", recipes_page.page(root))
+
+
+def write_run_pages(df: pd.DataFrame, runs_dir: str | Path, folder: Path) -> None:
+    """The executed notebook of every run as a page, and an index that links all. Pages of other grids' runs go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for page in folder.glob("*.ipynb"):
+        if page.stem not in set(df["run_id"]):
+            page.unlink()
+    rows = df.to_dict("records")
+    for n, row in enumerate(rows):
+        path = Path(runs_dir) / row["run_id"] / finished_run.NOTEBOOK
+        try:
+            check_sum(path)
+            notebook = read_json(path)
+        except DamagedError as error:
+            advice = finished_run.MEND if sum_of(path).exists() else "delete the folder and run it again"
+            raise ResultsError(f"{error}; {advice}") from None
+        page = run_page(notebook, title(row), markdown(summary(row, df), navigation(rows, n)))
+        page = nbformat.writes(nbformat.from_dict(page))  # cells as lists of lines: Quarto reads nothing else
+        write_text(folder / f"{row['run_id']}.ipynb", page + "\n")
+    write_text(folder / "index.qmd", index_page(df, finished_run.load_timing(df, runs_dir)))
+
+
+def run_page(notebook: dict[str, Any], page_title: str, nav: str) -> dict[str, Any]:
+    """An executed notebook as a page of the site.
+
+    It gets a title and links to its neighbours; its own first heading goes. Progress bars and widgets go; HTML outputs
+    become raw Markdown, and figures get a text, so that the page is the same and fetches nothing in either renderer.
+    """
+    page = copy.deepcopy(notebook)
+    page.setdefault("metadata", {}).pop("widgets", None)
+    heading = "the run"
+    for n, cell in enumerate(page["cells"]):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            lines = source.split("\n")
+            if n == 0 and lines[0].startswith("# "):
+                lines = lines[1:]
+            cell["source"] = "\n".join(lines).strip("\n")
+            heading = next((line.lstrip("# ") for line in lines if line.startswith("## ")), heading)
+        elif cell["cell_type"] == "code":
+            cell["outputs"] = [output for output in map(_portable, cell.get("outputs", [])) if output]
+            options = []
+            if "parameters" in cell["metadata"].get("tags", []):
+                options = ["code-fold: true", 'code-summary: "All parameters and their defaults"']
+            if any("image/png" in output.get("data", {}) for output in cell["outputs"]):
+                alt = f"{heading} of {page_title}; the text around the figure has its numbers"
+                options.append(f"fig-alt: {json.dumps(alt, ensure_ascii=False)}")
+            cell["source"] = "".join(f"#| {option}\n" for option in options) + source
+    added = [{"cell_type": "raw", "id": "page-front", "metadata": {}, "source": front_matter(page_title)}]
+    added += [{"cell_type": "markdown", "id": "page-nav", "metadata": {}, "source": nav}]
+    page["cells"] = added + page["cells"]
+    return page
+
+
+def title(row: dict[str, Any]) -> str:
+    """A run in words: `TopK, K = 64, 8x, seed 0`; its recipe too, where it is not the published one."""
+    recipe = described(row)
+    recipe = "" if recipe == "published" else f", {recipe}"
+    return f"{setting(row)}, {row['expansion']}x{recipe}, seed {row['seed']}"
+
+
+def summary(row: dict[str, Any], df: pd.DataFrame) -> str:
+    """What came out of a run, and where it stands in its grid, in a sentence or two."""
+    fit = selection.candidates(df)
+    text = (
+        f"Spliced in, it costs the model **{number(row['delta_loss'], 'delta_loss')} nats/token** with "
+        f"**L0 {number(row['l0'], 'l0')}** of {number(row['d_sae'], 'd_sae')} latents; "
+        f"{number(row['dead_pct'], 'dead_pct')}% of them are dead. "
+    )
+    if row["run_id"] not in set(fit["run_id"]):
+        return text + f"It fires {selection.DENSE_SHARE_PCT:g}% of its latents or more, and so is not ranked."
+    place = 1 + int((fit["delta_loss"] < row["delta_loss"]).sum())
+    front = row["run_id"] in set(selection.pareto(fit, "delta_loss")["run_id"])
+    ranked = "It has the lowest delta loss" if place == 1 else f"By delta loss it is number {place}"
+    text += f"{ranked} of the {len(fit)} runs that are ranked"
+    return text + (" and lies on the [Pareto set](../frontier.ipynb)." if front else ".")
+
+
+def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:
+    """Links to the runs before and behind, and to those that differ along one axis alone."""
+    around = ["[All runs](index.qmd) · [CSV](../data/results_tidy.csv) · [Results](../results.ipynb)"]
+    if n > 0:
+        around.insert(0, f"← [{title(rows[n - 1])}]({rows[n - 1]['run_id']}.ipynb)")
+    if n + 1 < len(rows):
+        around.append(f"[{title(rows[n + 1])}]({rows[n + 1]['run_id']}.ipynb) →")
+    near = {}
+    for other in rows:
+        differing = [name for name in AXES if not _same(*(_on_axis(row, name) for row in (rows[n], other)))]
+        if len(differing) == 1:
+            near.setdefault(AXES[differing[0]], []).append(f"[{title(other)}]({other['run_id']}.ipynb)")
+    lines = [f"- another {axis}: {'; '.join(links)}" for axis, links in near.items()]
+    return markdown(" · ".join(around), *(["The same but for one axis:", "\n".join(lines)] if lines else []))
+
+
+def index_page(df: pd.DataFrame, timing: pd.DataFrame) -> Markdown:
+    """The list of all runs, and what they ran on."""
+    df = df.assign(recipe=[described(row) for row in df.to_dict("records")])
+    table = html_table(
+        df, INDEX_COLUMNS, caption=f"{len(df)} runs; each leads to its executed notebook.", links="./", tools="runs"
+    )
+    said = "One page per run: parameters, curves, numbers, files and hashes."
+    machine = ["## Machine, time and versions", home_page.setting_note(df, timing)]
+    return markdown(front_matter("Runs"), said, table, *machine)
+
+
+def _on_axis(row: dict[str, Any], name: str) -> Any:
+    return described(row) if name == "recipe" else row[name]
+
+
+def _same(a: Any, b: Any) -> bool:
+    return (pd.isna(a) and pd.isna(b)) or (not pd.isna(a) and not pd.isna(b) and a == b)
+
+
+def _portable(output: dict[str, Any]) -> dict[str, Any] | None:
+    """An output that renders alike everywhere; None for progress bars and widgets."""
+    if output.get("output_type") == "stream":
+        return None if output.get("name") == "stderr" else output
+    data = output.get("data", {})
+    if "application/vnd.jupyter.widget-view+json" in data:
+        return None
+    html = data.pop("text/html", None)
+    if html is not None and "text/markdown" not in data:
+        output["data"] = {"text/markdown": html_block("".join(html))}
+    return output

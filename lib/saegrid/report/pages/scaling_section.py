@@ -1,0 +1,60 @@
+"""How loss follows dictionary size, K and tokens, as sentences, figures and a table."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from saegrid.analysis.numbers import change, header, number
+from saegrid.analysis.scaling import MEASURES, SIZES
+from saegrid.report.figures.style import ABOVE, INK, log_axes, styled
+from saegrid.report.tables import Markdown, html_table
+
+
+def exponent_table(found: pd.DataFrame, runs: int) -> Markdown:
+    """The slopes (`exponents`) of so many runs as a table of a page."""
+    rows = []
+    for measure, those in found.groupby("measure", sort=False):
+        slopes = {f"over {SIZES[row.size]}": change(row.slope, row.low, row.high, 2) for row in those.itertuples()}
+        rows.append(
+            {"Measure": header(measure), **slopes, "A run misses the fit by": f"{those['spread'].iloc[0]:.2f}x"}
+        )
+    table = pd.DataFrame(rows)
+    caption = (
+        f"Exponents fitted to {runs} runs, all sizes at once, with 95% intervals by a bootstrap over the runs: "
+        "−0.5 means that four times the size halves the measure. More tokens are more steps, too: epochs and batch are "
+        "the same."
+    )
+    return html_table(table, list(table.columns), caption=caption, mark_best=False)
+
+
+def verdict(found: pd.DataFrame) -> str:
+    """What twice each size does to the measures (`exponents`), in a line for each size."""
+    lines = []
+    for size, rows in found.groupby("size", sort=False):
+        told = [
+            f"{MEASURES[row.measure]} by {2**row.slope:.2f} [{2**row.low:.2f}, {2**row.high:.2f}]"
+            for row in rows.itertuples()
+        ]
+        lines.append(f"- Twice the {SIZES[size]} multiplies {' and '.join(told)}.")
+    return "\n".join(lines)
+
+
+@styled
+def curves(df: pd.DataFrame, *, y: str, x: str, by: str, ax: Axes | None = None) -> Axes:
+    """A measure over one size, one line for each value of another (means over all else), both axes logarithmic.
+
+    A measure that can be 0, such as dead latents, keeps a linear axis.
+    """
+    groups = list(df.groupby(by))
+    for n, (value, group) in enumerate(groups):
+        line = group.groupby(x)[y].mean()
+        shade = 0.35 + 0.65 * (n + 1) / len(groups)
+        ax.plot(line.index, line, color=INK, alpha=shade, marker="osD^vP"[n % 6], label=f"{number(value, by)}")
+    log_axes(ax, sorted(df[x].unique()))
+    if (df[y] <= 0).any():
+        ax.set_yscale("linear")
+    ax.set_xlabel(header(x))
+    ax.set_ylabel(header(y))
+    ax.legend(title=header(by), ncols=4, **ABOVE)
+    return ax

@@ -1,0 +1,45 @@
+"""A process that ends with its parent, even when that is killed by -9: `python -m saegrid.storage.processes COMMAND [ARGUMENT ...]`.
+
+The workflow ties every job to Snakemake in this way, and a run ties its notebook's kernel to papermill, so that
+nothing goes on writing behind a workflow that is gone. Linux only; elsewhere the locks alone keep writers apart.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Have this process killed when its parent ends. `parent`: who that must still be, else it ends at once."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if parent is not None and os.getppid() != parent:  # it ended before the tie was made
+        os._exit(1)
+
+
+def die_with_papermill() -> None:
+    """In a notebook's kernel: end with the process that started it. Elsewhere: nothing."""
+    if os.environ.get("JPY_PARENT_PID") == str(os.getppid()):
+        die_with_parent()
+
+
+def main(command: list[str]) -> int:
+    if not command:
+        print("saegrid.storage.processes: needs a command", file=sys.stderr)
+        return 2
+    die_with_parent(os.getppid())
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        print(f"saegrid.storage.processes: {command[0]}: {error.strerror}", file=sys.stderr)
+        return 127
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
