@@ -47,7 +47,7 @@ def step_plot(results: dict[str, Any]) -> Markdown:
         ax.set_yticks(range(len(lines)), list(lines))
         ax.invert_yaxis()
         ax.set_xscale("log")
-        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        plain_numbers(ax.xaxis)
         ax.set_xlabel("One training step (ms, log scale)")
         ax.figure.legend(loc="outside upper left", ncols=3)  # the plot is narrow beside its long labels
     caption = f"Median time of a step of {batch} rows; each peer in its fastest setting. Left is faster."
@@ -83,8 +83,10 @@ def draw_curves(ax: Axes, record: dict[str, Any]) -> None:
 
 def plain_numbers(axis: Axis) -> None:
     """20 and 50 in place of matplotlib's mathematical powers, which want a renderer for formulas."""
+    low, high = axis.get_view_interval()
+    between = "25" if axis.axis_name == "y" or high < 50 * low else ""  # a long x axis has no room for them
     axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in between else "")
 
 
 def label_of(record: dict[str, Any]) -> str:

@@ -2,7 +2,8 @@
 
     python benchmarks/quality.py
 
-Same seed, rows, order and number of steps, through `saegrid.experiment.run.Run`; `bench.py` puts the result into results.json.
+Same seed, rows, order and number of steps, through `saegrid.experiment.run.Run`; `bench.py` puts the result into
+results.json.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saegrid import kernels
 from saegrid.config.run_config import RunConfig, make_config
-from saegrid.core.sae import ARCHITECTURES, SAE
+from saegrid.core.sae import SAE, SAE_CLASSES
 from saegrid.core.thresholds import calibrated_threshold
 from saegrid.data.language_model import load_lm, model_folder
 from saegrid.data.prompts import make_prompts
@@ -91,7 +91,7 @@ def packed(config: RunConfig, contexts: int, length: int) -> Tensor:
 def _written(folder: Path, config: RunConfig, store: Store, rows: Tensor, arch: str, k: int) -> Path:
     """A folder with one SAE, trained for some steps, in this project's format and in SAELens'."""
     state = trained(rows, Shape(store.d_in, EXPANSION, k, 512), arch, STEPS, **RECIPE)
-    sae: SAE = ARCHITECTURES[arch](store.d_in, EXPANSION * store.d_in, k=k)
+    sae: SAE = SAE_CLASSES[arch](store.d_in, EXPANSION * store.d_in, k=k)
     for own, weights in zip(sae.params, state.params, strict=True):
         own.copy_(weights)
     if arch == "BatchTopK":

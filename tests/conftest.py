@@ -28,6 +28,13 @@ ONE_PIXEL = base64.b64encode(
     )
 ).decode()
 
+LONG = ("test_slurm.py", "test_rehearse.py", "test_workflow.py", "test_resilience.py")
+"""Files of a minute and more: they begin first, so that no worker is left with one at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
 
 @pytest.fixture(scope="session")
 def fake_grid() -> Grid:

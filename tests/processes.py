@@ -1,7 +1,15 @@
-"""Commands as a user calls them, and what they cost."""
+"""Commands and servers as a user meets them, and what commands cost."""
 
+import json
+import os
 import resource
 import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
 
 
 def called(arguments, **options):
@@ -10,3 +18,22 @@ def called(arguments, **options):
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, **options)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def in_another_process(environment, code):
+    """Run code under other environment variables, as the Hub's client reads them when it is imported."""
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN")
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**clean, **environment}, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def peers_python() -> str:
+    """The peers' Python, or a skip that says how to make it."""
+    python = os.environ.get("SAEGRID_PEERS_PYTHON") or str(ROOT / ".venv-peers/bin/python")
+    if not Path(python).exists():
+        pytest.skip(f"no {python}: `make peers` makes the environment with sae-lens, dictionary-learning and sparsify")
+    return python

@@ -61,6 +61,16 @@ def save_model(folder, layout="llama", chat=False):
     return str(folder)
 
 
+def save_deep_model(folder, d_in=8, n_layers=13):
+    """A folder with a model that has a block 12, and a dataset: what published activation files are read beside."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": d_in, "num_hidden_layers": n_layers}
+    LlamaForCausalLM(LlamaConfig(**LLAMA | shape, initializer_range=0.3)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    save_dataset(folder, test=60)
+    return str(folder)
+
+
 def save_dataset(folder, train=40, test=10):
     """`train.jsonl` and `test.jsonl` of GSM8K's form; every question is another one."""
     folder.mkdir(exist_ok=True)

@@ -18,17 +18,27 @@ def ascii_controls(text: str) -> str:
     return "".join(char if char.isprintable() or char.isspace() else ascii(char)[1:-1] for char in text)
 
 
+def one_line(text: str) -> str:
+    """Text as one line of at most `MAX_CHARACTERS`, without characters that would steer a terminal."""
+    line = " ".join(ascii_controls(str(text)).split())
+    half = MAX_CHARACTERS // 2 - 1
+    return line if len(line) <= MAX_CHARACTERS else f"{line[:half]}…{line[-half:]}"
+
+
 class SaegridError(ValueError):
     """A mistake that the user can mend. Its message is one line; no traceback is shown for it.
 
     In a notebook the cell shows the message alone (`_render_traceback_` is IPython's hook for that),
     and papermill ends its stderr with it.
+
+    Args:
+        message: what is wrong; `fact` keeps it as one line.
+        advice: what to do about it; the text of the error closes with it.
     """
 
-    def __init__(self, message: str):
-        line = " ".join(ascii_controls(str(message)).split())
-        half = MAX_CHARACTERS // 2 - 1
-        super().__init__(line if len(line) <= MAX_CHARACTERS else f"{line[:half]}…{line[-half:]}")
+    def __init__(self, message: str, advice: str = ""):
+        self.fact = one_line(message)
+        super().__init__(f"{self.fact}; {advice}" if advice else self.fact)
 
     def _render_traceback_(self) -> list[str]:
         return [f"{type(self).__name__}: {self}"]

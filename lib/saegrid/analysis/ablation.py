@@ -6,27 +6,34 @@ import pandas as pd
 
 from saegrid.analysis import intervals
 from saegrid.analysis.numbers import number
-from saegrid.config.recipes import described
+from saegrid.config import settings
+from saegrid.config.recipes import described, switched
 from saegrid.errors import ResultsError
 
-SETTING = ["arch", "expansion", "k", "threshold"]
 MEANS = ["l0", "fvu_no_sink", "dead_pct", "dead_pct_no_sink", "delta_loss"]
 BETWEEN = ["delta_interval", "delta_range"]
 """How sure the mean delta loss is: its interval where it can be told, else its range over the seeds."""
 
 
 def named(df: pd.DataFrame) -> pd.DataFrame:
-    """The rows with their recipe in words: `improved but sinks = keep`."""
-    return df.assign(recipe=[described(row) for row in df.to_dict("records")])
+    """The rows with their recipe in words (`improved but sinks = keep`), `base` (`improved`) and `switched`."""
+    rows = df.to_dict("records")
+    words, choices = [described(row) for row in rows], [switched(row) for row in rows]
+    return df.assign(base=df["recipe"], recipe=words, switched=choices)
+
+
+def setting(df: pd.DataFrame) -> list[str]:
+    """The columns that, beside the recipe, tell settings of these rows apart."""
+    return [*(name for name in settings.USUAL if name != "recipe"), *settings.unusual(df.to_dict("records"))]
 
 
 def by_recipe(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> pd.DataFrame:
     """One row a setting and recipe, in the table's order: means over the seeds, their number, how sure delta loss is.
 
-    Columns: `SETTING`, `recipe` in words, `seeds`, `MEANS`, and one of `BETWEEN`: `delta_interval` (95%, over templates
-    and seeds) where the runs' per-prompt sums are given, else `delta_range` (over the seeds).
+    Columns: those of `setting`, `recipe` in words, `seeds`, `MEANS`, and one of `BETWEEN`: `delta_interval` (95%,
+    over templates and seeds) where the runs' per-prompt sums are given, else `delta_range` (over the seeds).
     """
-    groups = named(df).groupby([*SETTING, "recipe"], sort=False, dropna=False)
+    groups = named(df).groupby([*setting(df), "recipe"], sort=False, dropna=False)
     table = groups[MEANS].mean().assign(seeds=groups["seed"].nunique())
     if prompts is None:
         bounds = groups["delta_loss"].agg(lambda seeds: _between(seeds.min(), seeds.max()) if len(seeds) > 1 else "")
@@ -45,15 +52,16 @@ def beside(df: pd.DataFrame, prompts: pd.DataFrame, base: str = "improved") -> p
     Raises:
         ResultsError: the runs are of more than one setting, or a choice has other seeds than `base`.
     """
-    rows, whole = named(df), f"{base} but "
-    if len(rows[SETTING].drop_duplicates()) > 1:
+    rows = named(df)
+    if len({settings.key(row, "recipe") for row in df.to_dict("records")}) > 1:
         raise ResultsError("ablation: runs of more than one setting; compare one at a time")
     own = rows[rows["recipe"] == base]
     drawn, found = intervals.draws(prompts), []
-    for recipe, those in rows[rows["recipe"].str.startswith(whole)].groupby("recipe", sort=False):
+    changed = rows[(rows["base"] == base) & (rows["switched"] != "")]
+    for choice, those in changed.groupby("switched", sort=False):
         low, high = intervals.difference(drawn, those, own)
         more = those["delta_loss"].mean() - own["delta_loss"].mean()
-        choice = recipe.removeprefix(whole)
+        recipe = those["recipe"].iloc[0]
         found.append({"recipe": recipe, "choice": choice, "delta_more": more, "low": low, "high": high})
     columns = ["recipe", "choice", "delta_more", "low", "high"]
     return pd.DataFrame(found, columns=columns).sort_values("delta_more", ascending=False, ignore_index=True)

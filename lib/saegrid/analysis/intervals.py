@@ -63,7 +63,8 @@ def over_seeds(drawn: pd.DataFrame, run_ids: Sequence[str]) -> np.ndarray:
     """
     values = drawn[list(run_ids)].to_numpy()
     picked = np.random.default_rng(SEED + 1).integers(values.shape[1], size=values.shape)
-    return np.take_along_axis(values, picked, axis=1).mean(axis=1)
+    means: np.ndarray = np.take_along_axis(values, picked, axis=1).mean(axis=1)
+    return means
 
 
 def difference(drawn: pd.DataFrame, runs: pd.DataFrame, base: pd.DataFrame) -> tuple[float, float]:

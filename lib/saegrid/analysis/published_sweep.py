@@ -61,7 +61,7 @@ def meet(df: pd.DataFrame, name: str) -> tuple[float, float]:
 
 
 def _text() -> list[dict[str, str]]:
-    text = resources.files("saegrid").joinpath("published_results.csv").read_text(encoding="utf-8")
+    text = resources.files("saegrid.analysis").joinpath("published_results.csv").read_text(encoding="utf-8")
     return list(csv.DictReader(text.splitlines()))
 
 

@@ -38,4 +38,5 @@ def exponents(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def _fit(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.linalg.lstsq(x, y, rcond=None)[0]
+    slopes: np.ndarray = np.linalg.lstsq(x, y, rcond=None)[0]
+    return slopes

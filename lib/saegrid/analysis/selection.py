@@ -50,7 +50,7 @@ pass  # MOVED
 
 
 def recommend(df: pd.DataFrame) -> pd.Series:
-    """The row with the lowest delta loss of the `results.candidates`: those that are sparse."""
+    """The row with the lowest delta loss of the `selection.candidates`: those that are sparse."""
     return selection.candidates(df).nsmallest(1, "delta_loss").iloc[0]
 
 

@@ -31,7 +31,8 @@ class _Loader(yaml.SafeLoader):
         for name in names:
             if names.count(name) > 1 and name != "<<":
                 raise yaml.constructor.ConstructorError(None, None, f"{name} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 class Grid(BaseModel):

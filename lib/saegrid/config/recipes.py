@@ -6,8 +6,9 @@ A parameter left at "recipe" or -1 takes its recipe's value; any other value swi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
+
+from saegrid.config.architectures import ARCHITECTURES
 
 RECIPES: dict[str, dict[str, Any]] = {
     "published": {
@@ -21,7 +22,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         **{"lr": 2e-3, "lr_schedule": "linear", "warmup": 0.05, "grad_clip": 1.0, "project_grad": True},
     },
 }
-"""What the model card says, and what the field has learnt since (`saegrid/config/run_config.py` says what each choice does)."""
+"""What the model card says, and what the field has learnt since. `run_config.py` says what each choice does."""
 
 BANDWIDTH, L0_COEF = 0.3, 0.1
 """Of JumpReLU's trained thresholds, beside rows with a mean square of 1 (measured: LOG.md)."""
@@ -48,9 +49,10 @@ def choices(run: Mapping[str, Any]) -> dict[str, Any]:
     An unknown recipe is left for `RunConfig` to refuse.
     """
     recipe, k = run.get("recipe"), run.get("k")
-    trained = run.get("arch") == "JumpReLU" and isinstance(k, Real) and k > 0  # type: ignore[operator]
+    arch = ARCHITECTURES.get(str(run.get("arch")))
+    tied = arch is not None and arch.has_tied_thetas(isinstance(k, (int, float)) and k > 0)
     known = RECIPES[recipe if isinstance(recipe, str) and recipe in RECIPES else "published"]
-    return known | {"theta_tie": THETA_TIE if trained else 0.0}
+    return known | {"theta_tie": THETA_TIE if tied else 0.0}
 
 
 def resolve(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -59,10 +61,15 @@ def resolve(parameters: dict[str, Any]) -> dict[str, Any]:
     return parameters | {name: value for name, value in said if _is_left(parameters.get(name, -1))}
 
 
+def switched(run: Mapping[str, Any]) -> str:
+    """The choices in which a run differs from its recipe: `grad_clip = 0.0`; empty where there are none."""
+    return ", ".join(f"{name} = {run[name]}" for name, value in choices(run).items() if run[name] != value)
+
+
 def described(run: Mapping[str, Any]) -> str:
     """A run's recipe in words: `improved`, or `improved but grad_clip = 0.0` where choices were switched."""
-    switched = [f"{name} = {run[name]}" for name, value in choices(run).items() if run[name] != value]
-    return f"{run['recipe']} but {', '.join(switched)}" if switched else run["recipe"]
+    differs = switched(run)
+    return f"{run['recipe']} but {differs}" if differs else run["recipe"]
 
 
 def _is_left(value: Any) -> bool:

@@ -14,21 +14,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from saegrid.config.architectures import ARCHITECTURES, Arch
 from saegrid.config.recipes import BANDWIDTH, L0_COEF, L1_COEF, YOUNGER, resolve
 from saegrid.errors import ConfigError, explain
 from saegrid.storage.hub_access import expanded
 
 EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
 EMBEDDED_DATASET = "embedded:gsm_symbolic"
-
-Arch = Literal["TopK", "BatchTopK", "JumpReLU", "Matryoshka", "ReLU", "Gated"]
-BATCH_CUT = ("BatchTopK", "Matryoshka")
-"""Architectures whose codes are cut by the batch in training, and by a calibrated threshold in use."""
-
-
-def has_thetas(arch: str, has_k: bool) -> bool:
-    """Whether an SAE of this architecture, for which a k was given or not, has a threshold a latent."""
-    return arch == "Gated" or (arch == "JumpReLU" and has_k)
 
 
 class RunConfig(BaseModel):
@@ -162,7 +154,8 @@ class RunConfig(BaseModel):
     def _as_the_recipe_says(cls, parameters: Any) -> Any:
         if not isinstance(parameters, dict):
             return parameters
-        default = 5 if parameters.get("arch") == "Matryoshka" else 0
+        arch = ARCHITECTURES.get(str(parameters.get("arch", "BatchTopK")))
+        default = arch.prefixes if arch else 0
         return resolve(parameters) | {"prefixes": parameters.get("prefixes", 0) or default}
 
     @field_validator("*", mode="before")
@@ -181,26 +174,26 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _arch_and_its_sparsity(self) -> RunConfig:
-        if self.arch == "JumpReLU":
+        arch, name = ARCHITECTURES[self.arch], self.arch
+        if arch.takes_threshold:
             if self.k and self.threshold:
-                raise ValueError(f"k = {self.k}: JumpReLU takes a threshold that stays, or a k to train thresholds for")
+                raise ValueError(f"k = {self.k}: {name} takes a threshold that stays, or a k to train thresholds for")
             if not self.k and not self.threshold:
                 raise ValueError(
-                    "threshold = 0.0: JumpReLU needs a threshold above 0, such as 0.1 or 0.5, or a k to train them for"
+                    f"threshold = 0.0: {name} needs a threshold above 0, such as 0.1 or 0.5, or a k to train them for"
                 )
-            if self.k and self.act_scale != "unit":
-                raise ValueError(_scaled_only(self.k, "JumpReLU trains its thresholds"))
-        else:
-            if self.threshold:
-                raise ValueError(f"threshold = {self.threshold}: not a parameter of {self.arch}, which takes k")
-            if not self.k:
-                raise ValueError(f"k = 0: {self.arch} needs a k of at least 1, such as 64, 128 or 220")
-            if self.presses_l1 and self.act_scale != "unit":
-                raise ValueError(_scaled_only(self.k, f"{self.arch} weighs its L1"))
-        if self.theta_tie and not (self.arch == "JumpReLU" and self.k):
+        elif self.threshold:
+            raise ValueError(f"threshold = {self.threshold}: not a parameter of {name}, which takes k")
+        elif not self.k:
+            raise ValueError(f"k = 0: {name} needs a k of at least 1, such as 64, 128 or 220")
+        if self.presses_l1 and self.act_scale != "unit":
+            raise ValueError(_scaled_only(self.k, f"{name} weighs its L1"))
+        if self.trains_theta and self.act_scale != "unit":
+            raise ValueError(_scaled_only(self.k, f"{name} trains its thresholds"))
+        if self.theta_tie and not arch.has_tied_thetas(self.k > 0):
             raise ValueError(f"theta_tie = {self.theta_tie:g}: a parameter of JumpReLU with a k alone")
-        if self.prefixes and self.arch != "Matryoshka":
-            raise ValueError(f"prefixes = {self.prefixes}: not a parameter of {self.arch}, but of Matryoshka")
+        if self.prefixes and not arch.prefixes:
+            raise ValueError(f"prefixes = {self.prefixes}: not a parameter of {name}, but of Matryoshka")
         return self
 
     @model_validator(mode="after")
@@ -230,12 +223,12 @@ class RunConfig(BaseModel):
     @property
     def trains_theta(self) -> bool:
         """Whether each latent has a threshold of its own, which training moves."""
-        return has_thetas(self.arch, self.k > 0)
+        return ARCHITECTURES[self.arch].has_thetas(self.k > 0)
 
     @property
     def presses_l1(self) -> bool:
         """Whether an L1 penalty brings L0 to k."""
-        return self.arch in ("ReLU", "Gated")
+        return ARCHITECTURES[self.arch].l1
 
     @property
     def not_on_cuda(self) -> str:
@@ -243,7 +236,7 @@ class RunConfig(BaseModel):
         if self.prefixes or self.presses_l1:
             return f"arch = '{self.arch}'"
         if self.trains_theta:
-            return f"k = {self.k} for JumpReLU"
+            return f"k = {self.k} for {self.arch}"
         if self.sinks == "apart":
             return "sinks = 'apart'"
         for name, value in (("aux_coef", self.aux_coef), ("encoder_tie", self.encoder_tie)):

@@ -61,7 +61,8 @@ def _header(path: Path) -> dict[str, Any]:
         (size,) = struct.unpack("<Q", file.read(8))
         if size > MAX_HEADER_BYTES:
             raise ValueError(f"a header of {size:,} bytes")
-        return json.loads(file.read(size))
+        header: dict[str, Any] = json.loads(file.read(size))
+        return header
 
 
 def _digest(tensors: dict[str, Tensor], facts: dict[str, Any]) -> str:
@@ -69,5 +70,5 @@ def _digest(tensors: dict[str, Tensor], facts: dict[str, Any]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import ModuleType
 
 import pandas as pd
 import torch
@@ -16,10 +15,12 @@ from saegrid.core.splice import Baseline, evaluate, load_baseline, mean_losses, 
 from saegrid.data.language_model import load_lm
 from saegrid.data.sources import pinned
 from saegrid.data.store import Store
+from saegrid.errors import StoreError
+from saegrid.kernels import Kernel
 
 
 def evaluate_rows(
-    sae: SAE, store: Store, batch_size: int, kernel: ModuleType
+    sae: SAE, store: Store, batch_size: int, kernel: Kernel
 ) -> tuple[dict[str, float], pd.DataFrame, pd.DataFrame]:
     """Metrics of the validation rows; firing of each latent; squared error by token position."""
     sums = Reconstruction(sae.d_sae, sink_norm(store.batches("val", batch_size, device=sae.device)))
@@ -41,20 +42,22 @@ def evaluate_rows(
     return sums.result(), latents, positions.reset_index()
 
 
-def spliced(config: RunConfig, store: Store, sae: SAE, kernel: ModuleType, leave_sinks: bool = False) -> pd.DataFrame:
+def spliced(config: RunConfig, store: Store, sae: SAE, kernel: Kernel, leave_sinks: bool = False) -> pd.DataFrame:
     """A row for each evaluation prompt: its losses with the SAE spliced in (`splice.evaluate`), and `reconstructed`.
 
     Args:
         leave_sinks: the attention sinks' rows stay as they are.
     """
     baseline = load_baseline(store.folder, store.data_sha256)
+    if baseline is None:
+        raise StoreError(f"{store.folder}: no baseline of the splice here; `prepare_store` makes it")
     lm = load_lm(pinned(config, store.manifest))
     limit = sink_norm(scored_rows(baseline)) if leave_sinks else math.inf
     losses = evaluate(lm, baseline, config.layer, replacement(sae, kernel, limit))
     return losses.join(reconstructed(baseline, sae, kernel))
 
 
-def replacement(sae: SAE, kernel: ModuleType, limit: float = math.inf) -> Callable[[torch.Tensor], torch.Tensor]:
+def replacement(sae: SAE, kernel: Kernel, limit: float = math.inf) -> Callable[[torch.Tensor], torch.Tensor]:
     """What the splice puts in place of rows (n, d_in): their reconstruction; those of a norm above `limit` stay."""
 
     def replace(x: torch.Tensor) -> torch.Tensor:
@@ -65,7 +68,7 @@ def replacement(sae: SAE, kernel: ModuleType, limit: float = math.inf) -> Callab
     return replace
 
 
-def reconstructed(baseline: Baseline, sae: SAE, kernel: ModuleType) -> pd.DataFrame:
+def reconstructed(baseline: Baseline, sae: SAE, kernel: Kernel) -> pd.DataFrame:
     """A row for each evaluation prompt, of its scored positions.
 
     active: pairs of position and latent; sq_error: Σ ‖x - x_hat‖²; sq_norm_centred: Σ ‖x - mean‖², the mean that of

@@ -20,8 +20,8 @@ class Moments:
     """Sums over rows from which variances follow: per dimension, in float64."""
 
     rows: int = 0
-    total: Tensor | float = 0.0  # (d_in,)
-    squares: Tensor | float = 0.0  # (d_in,)
+    total: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # (d_in,)
+    squares: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # (d_in,)
 
     def add(self, x: Tensor) -> None:
         """Add the rows x (N, d_in)."""
@@ -64,12 +64,12 @@ class Reconstruction:
     sq_error_no_sink: float = 0.0
     active: int = 0
     active_no_sink: int = 0
-    fired: Tensor = None  # (d_sae,) int64: rows on which a latent fired
-    fired_no_sink: Tensor = None  # (d_sae,) int64
-    act_sum: Tensor = None  # (d_sae,) float64
-    act_max: Tensor = None  # (d_sae,) float32
+    fired: Tensor = field(init=False)  # (d_sae,) int64: rows on which a latent fired
+    fired_no_sink: Tensor = field(init=False)  # (d_sae,) int64
+    act_sum: Tensor = field(init=False)  # (d_sae,) float64
+    act_max: Tensor = field(init=False)  # (d_sae,) float32
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.fired, self.fired_no_sink = torch.zeros(2, self.d_sae, dtype=torch.int64)
         self.act_sum = torch.zeros(self.d_sae, dtype=torch.float64)
         self.act_max = torch.zeros(self.d_sae)

@@ -6,13 +6,12 @@ All share one encoder and decoder (`kernels.reference` has the formulas) and dif
 from __future__ import annotations
 
 import math
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from saegrid.config.run_config import RunConfig
-from saegrid.kernels import reference
+from saegrid.kernels import Kernel, reference
 from saegrid.kernels.reference import keep_apart
 from saegrid.kernels.state import Codes, Params, Rule
 
@@ -28,6 +27,9 @@ class SAE(nn.Module):
         inference_threshold: scalar cut that BatchTopK uses once calibrated; None: it cuts per batch.
         theta: JumpReLU's and Gated's thetas (d_sae,), at least 0, where each latent has its own.
     """
+
+    l0_is_free = False
+    """Whether nothing after training brings L0 to `k`: training then aims at it, and the last epoch counts."""
 
     def __init__(
         self,
@@ -73,7 +75,14 @@ class SAE(nn.Module):
         """What a code keeps in use: the same as in training, unless a class says otherwise."""
         return self.training_rule
 
-    def codes(self, x: Tensor, kernel: ModuleType = reference) -> Codes:
+    def trained_form(self, params: Params) -> tuple[Params, Rule]:
+        """Weights and rule that encode validation rows during training, for weights in their form for training."""
+        return params, self.training_rule
+
+    def finish(self) -> None:
+        """Turn the SAE from its form for training into that for use, in place."""
+
+    def codes(self, x: Tensor, kernel: Kernel = reference) -> Codes:
         """Sparse codes of the rows x (N, d_in)."""
         return kernel.encode(self.params, x, self.rule)
 
@@ -142,6 +151,8 @@ class ReLU(JumpReLU):
     besides, for decoder rows of unit norm (arXiv:2309.08600).
     """
 
+    l0_is_free = True
+
     @property
     def training_rule(self) -> Rule:
         return Rule("relu", k=self.k)
@@ -155,7 +166,7 @@ class Gated(JumpReLU):
     """z = ReLU(exp(gain) pre + theta) where pre > 0, 0 elsewhere: gate and magnitude of one encoder (arXiv:2404.16014).
 
     L1 presses on the gates alone, so that it shrinks no magnitude; its weight is moved so that k latents a row are
-    active. `fold_gate` ends training: in use it is a JumpReLU with one theta a latent.
+    active. `finish` folds the two into one: in use it is a JumpReLU with one theta a latent.
     """
 
     @property
@@ -166,16 +177,17 @@ class Gated(JumpReLU):
     def rule(self) -> Rule:
         return self.training_rule if len(self.gain) else Rule("jumprelu", k=self.k)
 
-    def fold_gate(self) -> None:
-        """Turn the SAE from its form in training into that in use, in place."""
+    def trained_form(self, params: Params) -> tuple[Params, Rule]:
+        return reference.folded_gate(params), Rule("jumprelu")
+
+    def finish(self) -> None:
         folded = reference.folded_gate(self.params)
         for name, tensor in folded._asdict().items():
             getattr(self, name).data = tensor.clone()
 
 
-ARCHITECTURES: dict[str, type[SAE]] = {
-    cls.__name__: cls for cls in (TopK, BatchTopK, JumpReLU, Matryoshka, ReLU, Gated)
-}
+SAE_CLASSES: dict[str, type[SAE]] = {cls.__name__: cls for cls in (TopK, BatchTopK, JumpReLU, Matryoshka, ReLU, Gated)}
+"""The class of each architecture in `saegrid.config.architectures`."""
 
 
 def initial_sae(config: RunConfig, d_in: int, mean: Tensor, sink: Tensor | None = None) -> SAE:
@@ -190,7 +202,7 @@ def initial_sae(config: RunConfig, d_in: int, mean: Tensor, sink: Tensor | None 
     """
     d_sae = config.expansion * d_in
     theta = torch.zeros(d_sae) if config.trains_theta else None
-    sae = ARCHITECTURES[config.arch](d_in, d_sae, k=config.k, threshold=config.threshold, theta=theta)
+    sae = SAE_CLASSES[config.arch](d_in, d_sae, k=config.k, threshold=config.threshold, theta=theta)
     if config.arch == "Gated":
         sae.gain.data = torch.zeros(d_sae)
     generator = torch.Generator().manual_seed(config.seed)

@@ -7,7 +7,7 @@ per store (`Baseline`) and is shared by every SAE of a grid; an SAE costs one pa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from saegrid.data.language_model import LM, final_from, hidden_at
+from saegrid.data.language_model import LM, final_from, hidden_at, padded_batches
 from saegrid.data.prompts import Prompt
 from saegrid.errors import DamagedError, StoreError
 from saegrid.storage.atomic import write_bytes
@@ -53,8 +53,8 @@ def scored_positions(prompt: Prompt) -> Tensor:
 
 def make_baseline(lm: LM, prompts: list[Prompt], layer: int, mean: Tensor) -> Baseline:
     """Run the shared passes. `mean` (d_in,) is the training rows' mean."""
-    x: list[Tensor] = [None] * len(prompts)
-    for indices, ids, mask in _batches(prompts):
+    x: list[Tensor] = [torch.empty(0)] * len(prompts)
+    for indices, ids, mask in padded_batches([prompt.tokens for prompt in prompts], BATCH_TOKENS):
         hidden = hidden_at(lm, ids, mask, layer)
         for row, index in enumerate(indices):
             x[index] = hidden[row, : len(prompts[index].tokens)].clone()
@@ -80,9 +80,9 @@ def splice(
         x: residual stream behind block `layer` of each prompt, (T, d_in).
         replace: maps the rows at the scored positions (n, d_in) to those put in their place; called once per batch.
     """
-    found: list[Tensor] = [None] * len(prompts)
-    for indices, ids, mask in _batches(prompts):
-        hidden = torch.zeros(*ids.shape, x[0].shape[1], dtype=x[0].dtype, device=lm.model.device)
+    found: list[Tensor] = [torch.empty(0)] * len(prompts)
+    for indices, ids, mask in padded_batches([prompt.tokens for prompt in prompts], BATCH_TOKENS):
+        hidden = torch.zeros(*ids.shape, x[0].shape[1], dtype=x[0].dtype, device=str(lm.model.device))
         where = [scored_positions(prompts[index]) for index in indices]
         for row, index in enumerate(indices):
             hidden[row, : len(x[index])] = x[index]
@@ -134,7 +134,7 @@ def load_baseline(folder: Path, data_sha256: str = "") -> Baseline | None:
         stored = read_bytes(weights)
         if hashlib.sha256(stored).hexdigest() != content["x_sha256"]:
             raise DamagedError(f"{weights}: damaged (not the SHA-256 in {path.name})")
-        x = load(stored)["x"].split([len(p.tokens) for p in prompts])
+        x = torch.split(load(stored)["x"], [len(p.tokens) for p in prompts])
         return Baseline(prompts, list(x), pd.DataFrame(content["sums"])[SUMS])
     except DamagedError as error:
         raise StoreError(str(error)) from None
@@ -142,27 +142,13 @@ def load_baseline(folder: Path, data_sha256: str = "") -> Baseline | None:
         raise StoreError(f"{path}: damaged ({error!r})") from None
 
 
-def _batches(prompts: list[Prompt]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """(indices, input_ids (B, T), attention_mask (B, T)) by falling length, padded on the right."""
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].tokens))
-    while order:
-        longest = len(prompts[order[0]].tokens)
-        size = max(1, BATCH_TOKENS // longest)
-        indices, order = order[:size], order[size:]
-        ids = torch.zeros(len(indices), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, index in enumerate(indices):
-            tokens = prompts[index].tokens
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
-        yield indices, ids, mask
-
-
 @torch.inference_mode()
 def _cross_entropy(lm: LM, final: Tensor, targets: Tensor) -> Tensor:
     """Loss of each row, (n,) float64 nats, from final states (n, d_in)."""
     losses = [
         F.cross_entropy(lm.head(states).float(), wanted, reduction="none").double()
-        for states, wanted in zip(final.split(HEAD_ROWS), targets.to(final.device).split(HEAD_ROWS), strict=True)
+        for states, wanted in zip(
+            torch.split(final, HEAD_ROWS), torch.split(targets.to(final.device), HEAD_ROWS), strict=True
+        )
     ]
     return torch.cat(losses)

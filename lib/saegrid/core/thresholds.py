@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from saegrid.core.metrics import sink_norm
 from saegrid.core.sae import SAE
 from saegrid.data.store import Store
+from saegrid.kernels import Kernel
 from saegrid.kernels.state import Params, Rule
 
 CALIBRATION_ROWS = 65_536
@@ -17,7 +16,7 @@ CALIBRATION_ROWS = 65_536
 TINY = 1e-6
 
 
-def calibrated_threshold(sae: SAE, store: Store, batch_size: int, kernel: ModuleType) -> float:
+def calibrated_threshold(sae: SAE, store: Store, batch_size: int, kernel: Kernel) -> float:
     """The scalar above which `k` pre-activations a row lie, on average over validation rows (arXiv:2412.06410, §3).
 
     The middle between the last value kept and the first one left out, so that rounding moves no latent over the cut;
@@ -37,7 +36,7 @@ def calibrated_threshold(sae: SAE, store: Store, batch_size: int, kernel: Module
         spare *= 2
 
 
-def _held_out_values(sae, store, batch_size, kernel, k: int) -> list[tuple[int, Tensor]]:
+def _held_out_values(sae: SAE, store: Store, batch_size: int, kernel: Kernel, k: int) -> list[tuple[int, Tensor]]:
     """(rows, kept pre-activations) of validation batches that keep `k` a row."""
     kept, rows = [], 0
     for x in store.batches("val", batch_size, device=sae.device):
@@ -50,7 +49,7 @@ def _held_out_values(sae, store, batch_size, kernel, k: int) -> list[tuple[int, 
 
 
 def calibrated_factor(
-    params: Params, k: int, store: Store, batch_size: int, kernel: ModuleType, scale: float = 1.0
+    params: Params, k: int, store: Store, batch_size: int, kernel: Kernel, scale: float = 1.0
 ) -> float:
     """What all thetas are to be multiplied by, so that `k` latents a row are active on average over validation rows.
 

@@ -8,21 +8,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from saegrid.config.architectures import ARCHITECTURES
 from saegrid.config.run_config import RunConfig
 from saegrid.core import checkpoint
 from saegrid.core.row_statistics import Estimates, estimate
-from saegrid.core.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, fold_scale, initial_sae
+from saegrid.core.sae import SAE, fold_scale, initial_sae
 from saegrid.core.thresholds import calibrated_factor, calibrated_threshold, rms_pre_acts, start_of_theta
 from saegrid.data.store import Store
 from saegrid.errors import ConfigError, DamagedError, SaegridError
-from saegrid.kernels.reference import folded_gate
-from saegrid.kernels.state import Params, Rule, StepSettings, TrainState
+from saegrid.kernels import Kernel
+from saegrid.kernels.state import Params, StepSettings, TrainState
 from saegrid.storage.atomic import write_text
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -48,7 +48,7 @@ class Progress:
     best_val_mse: float = math.inf
     best_epoch: int = -1
     aim: float = 1.0  # L0 of training rows by that of held-out rows: ReLU is trained for so many times K
-    curve: list[dict] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0  # of training, over all resumes
     _since: float = field(default_factory=time.perf_counter)
 
@@ -58,10 +58,28 @@ class Progress:
         self.seconds, self._since = self.seconds + now - self._since, now
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What all epochs of a training share."""
+
+    config: RunConfig
+    store: Store
+    kernel: Kernel
+    matmul: str
+    sae: SAE
+    found: Estimates
+    path: Path  # the checkpoint
+    report: Callable[[int], None]
+
+    @property
+    def steps(self) -> int:
+        return self.config.epochs * math.ceil(self.store.n_train / self.config.batch_size)
+
+
 def train(
     config: RunConfig,
     store: Store,
-    kernel: ModuleType,
+    kernel: Kernel,
     run_dir: Path,
     matmul: str = "fp32",
     report: Callable[[int], None] = lambda rows: None,
@@ -92,7 +110,7 @@ def train(
     found = estimate(config, store)
     sae = initial_sae(config, store.d_in, found.mean, found.sink)
     sae.threshold /= found.scale
-    if isinstance(sae, JumpReLU) and config.threshold_unit == "rms":
+    if config.threshold and config.threshold_unit == "rms":
         rows = next(store.batches("train", config.batch_size))
         sae.threshold = config.threshold * rms_pre_acts(sae.params, rows / found.scale)
     if config.trains_theta or config.presses_l1:
@@ -108,17 +126,17 @@ def train(
     progress = _resumed(path, sae, config.run_id, store.data_sha256)
     progress = progress or Progress(TrainState.start(sae.params), _copy(sae.params))
     report(progress.epoch * store.n_train + min(progress.batch * config.batch_size, store.n_train))
+    run = _Run(config, store, kernel, matmul, sae, found, path, report)
     while progress.epoch < config.epochs:
-        _epoch(config, store, kernel, matmul, sae, progress, path, report, found)
-        _validate(config, store, kernel, sae, progress, found.scale)
+        _epoch(run, progress)
+        _validate(run, progress)
         write_text(run_dir / "metrics.jsonl", "".join(json.dumps(point) + "\n" for point in progress.curve))
         save_checkpoint(path, progress, config.run_id, store.data_sha256)
     for weights, best in zip(sae.params, progress.best, strict=True):
         weights.copy_(best)
-    if isinstance(sae, Gated):
-        sae.fold_gate()
+    sae.finish()
     fold_scale(sae, found.scale)
-    if isinstance(sae, BatchTopK):
+    if ARCHITECTURES[sae.arch].batch_cut:
         sae.inference_threshold = calibrated_threshold(sae, store, config.batch_size, kernel)
     elif config.trains_theta:
         sae.theta.mul_(calibrated_factor(sae.params, config.k, store, config.batch_size, kernel))
@@ -147,25 +165,27 @@ def learning_rate(config: RunConfig, step: int, steps: int) -> float:
     return rise * (floor + (config.lr - floor) * share)
 
 
-def _epoch(config, store, kernel, matmul, sae, progress: Progress, path: Path, report, found: Estimates) -> None:
-    steps = config.epochs * math.ceil(store.n_train / config.batch_size)
+def _epoch(run: _Run, progress: Progress) -> None:
+    """Train on the rows of an epoch that no step has seen yet."""
+    config, store, sae, found = run.config, run.store, run.sae, run.found
     state, seen = progress.state, progress.state.step
-    settings = step_settings(config, store, matmul)._replace(sink=found.sink)
+    settings = step_settings(config, store, run.matmul)._replace(sink=found.sink)
     rule = sae.training_rule
-    if isinstance(sae, ReLU):
+    if sae.l0_is_free:
         rule = rule._replace(aim=progress.aim)
     batches = store.batches(
         "train", config.batch_size, config.seed, progress.epoch, start=progress.batch, device=sae.device
     )
     for x in batches:
         progress.batch += 1
-        report(len(x))
+        run.report(len(x))
         x = found.to_train_on(x)
         if not len(x):
             continue
         if found.scale != 1:
             x = x / found.scale
-        loss, active = kernel.train_step(state, x, rule, settings._replace(lr=learning_rate(config, state.step, steps)))
+        lr = learning_rate(config, state.step, run.steps)
+        loss, active = run.kernel.train_step(state, x, rule, settings._replace(lr=lr))
         progress.sq_error = progress.sq_error + loss * x.numel() * found.scale**2
         progress.rows += len(x)
         progress.active = progress.active + active
@@ -174,7 +194,7 @@ def _epoch(config, store, kernel, matmul, sae, progress: Progress, path: Path, r
             _read_loss(config, progress, seen)
             seen = state.step
         if at_checkpoint:
-            save_checkpoint(path, progress, config.run_id, store.data_sha256)
+            save_checkpoint(run.path, progress, config.run_id, store.data_sha256)
     _read_loss(config, progress, seen)
 
 
@@ -184,8 +204,8 @@ def step_settings(config: RunConfig, store: Store, matmul: str) -> StepSettings:
     return StepSettings(
         config.lr,
         config.grad_clip,
-        config.project_grad,
-        matmul,
+        config.project_grad is True,
+        "bf16" if matmul == "bf16" else "fp32",
         aux_coef=config.aux_coef,
         aux_k=max(1, store.d_in // 2),
         dead_after=math.ceil(config.dead_window * config.epochs * store.n_train),
@@ -198,7 +218,7 @@ def step_settings(config: RunConfig, store: Store, matmul: str) -> StepSettings:
     )
 
 
-def _read_loss(config, progress: Progress, seen: int) -> None:
+def _read_loss(config: RunConfig, progress: Progress, seen: int) -> None:
     """Wait for the device's sums, and hold the loss of all steps behind step `seen` to be finite."""
     progress.sq_error, progress.active = float(progress.sq_error), int(progress.active)
     if not math.isfinite(progress.sq_error):
@@ -207,11 +227,10 @@ def _read_loss(config, progress: Progress, seen: int) -> None:
         raise SaegridError(f"lr = {config.lr:g}: the loss is {progress.sq_error} {where}; try a smaller one")
 
 
-def _validate(config, store, kernel, sae, progress: Progress, scale: float) -> None:
+def _validate(run: _Run, progress: Progress) -> None:
     """Close the epoch: validation MSE with the training rule, the learning curve, the best weights."""
-    params, rule = progress.state.params, sae.training_rule
-    if isinstance(sae, Gated):
-        params, rule = folded_gate(params), Rule("jumprelu")
+    config, store, kernel, sae, scale = run.config, run.store, run.kernel, run.sae, run.found.scale
+    params, rule = sae.trained_form(progress.state.params)
     if config.trains_theta:
         factor = calibrated_factor(params, config.k, store, config.batch_size, kernel, scale)
         params = params._replace(theta=params.theta * factor)
@@ -223,10 +242,9 @@ def _validate(config, store, kernel, sae, progress: Progress, scale: float) -> N
         sq_error += (kernel.decode(params, codes) - x).double().square().sum().item() * scale**2
         active += len(codes.values)
         fired[codes.latents.long()] = True
-    train_l0, val_l0 = progress.active / progress.rows, active / store.n_val
-    if isinstance(sae, ReLU) and active:
+    train_l0, val_l0 = int(progress.active) / progress.rows, active / store.n_val
+    if sae.l0_is_free and active:
         progress.aim = min(LARGEST_AIM, max(1 / LARGEST_AIM, train_l0 / val_l0))
-    steps = config.epochs * math.ceil(store.n_train / config.batch_size)
     val_mse = sq_error / (store.n_val * store.d_in)
     if not math.isfinite(val_mse):
         raise SaegridError(
@@ -237,15 +255,15 @@ def _validate(config, store, kernel, sae, progress: Progress, scale: float) -> N
             "epoch": progress.epoch,
             "step": progress.state.step,
             "rows": (progress.epoch + 1) * store.n_train,
-            "lr": learning_rate(config, progress.state.step, steps),
-            "train_mse": progress.sq_error / (progress.rows * store.d_in),
+            "lr": learning_rate(config, progress.state.step, run.steps),
+            "train_mse": float(progress.sq_error) / (progress.rows * store.d_in),
             "val_mse": val_mse,
             "train_l0": train_l0,
             "val_l0": val_l0,
             "val_dead_pct": 100 * (~fired).double().mean().item(),
         }
     )
-    if val_mse < progress.best_val_mse or isinstance(sae, ReLU):  # its L0 is free: the lowest error is the densest's
+    if val_mse < progress.best_val_mse or sae.l0_is_free:  # of a free L0 the lowest error is the densest's
         progress.best, progress.best_val_mse = _copy(progress.state.params), val_mse
         progress.best_epoch = progress.epoch
     progress.epoch, progress.batch = progress.epoch + 1, 0

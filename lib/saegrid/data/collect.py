@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from safetensors.torch import save
 from tqdm.auto import tqdm
 
 from saegrid.config.run_config import STORE_FIELDS, RunConfig
-from saegrid.data.language_model import LM, check_tokens, hidden_at, lm_shape, load_lm
+from saegrid.data.language_model import LM, check_tokens, hidden_at, lm_shape, load_lm, padded_batches
 from saegrid.data.manifest import FORMAT, MEND, SHARD_ROWS
 from saegrid.data.prompts import Prompt, draw_prompts
 from saegrid.data.published_activations import add_published, published_files
@@ -155,7 +154,7 @@ def check_prompts(store: Store, prompts: dict[str, list[Prompt]]) -> None:
     """Hold prompts that were drawn again against those of a collected store. Raises `StoreError`."""
     data = store.manifest["data"]
     if "prompts" in data and data["sha256"] != _identity(prompts):
-        raise StoreError(f"{store.folder}: dataset and tokenizer give other prompts now than its rows have; {MEND}")
+        raise StoreError(f"{store.folder}: dataset and tokenizer give other prompts now than its rows have", MEND)
 
 
 def _identity(prompts: dict[str, list[Prompt]]) -> str:
@@ -173,28 +172,12 @@ def _identity(prompts: dict[str, list[Prompt]]) -> str:
 def _residuals(lm: LM, prompts: list[Prompt], layer: int, bar: tqdm) -> list[torch.Tensor]:
     """Rows of each prompt at its stored positions, (n, d_in) float32, in the order of the prompts."""
     rows: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
-    for indices in _by_length(prompts):
-        longest = max(len(prompts[index].tokens) for index in indices)
-        ids = torch.zeros(len(indices), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, index in enumerate(indices):
-            length = len(prompts[index].tokens)
-            ids[row, :length] = torch.tensor(prompts[index].tokens)
-            mask[row, :length] = 1
+    for indices, ids, mask in padded_batches([prompt.tokens for prompt in prompts], BATCH_TOKENS):
         hidden = hidden_at(lm, ids, mask, layer).float().cpu()  # (B, T, d_in)
         for row, index in enumerate(indices):
             rows[index] = hidden[row, prompts[index].positions]
             bar.update(len(rows[index]))
     return rows
-
-
-def _by_length(prompts: list[Prompt]) -> Iterator[list[int]]:
-    """Indices of prompts of like length, so many that padded they have at most BATCH_TOKENS tokens."""
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].tokens))
-    while order:
-        size = max(1, BATCH_TOKENS // len(prompts[order[0]].tokens))
-        yield order[:size]
-        order = order[size:]
 
 
 def _add_published(config: RunConfig, writers: dict[str, ShardWriter], device: str | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Both are exact: the blocks that are not needed are passed over, nothing else of 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -266,6 +266,30 @@ def check_tokens(config: RunConfig, lm: LM, prompts: Iterable[list[int]]) -> Non
         except (RuntimeError, IndexError) as error:
             where = f"max_tokens = {config.max_tokens}: {config.model} fails on a prompt of {len(longest)} tokens"
             raise ConfigError(f"{where}: {first_line(error)}") from None
+
+
+def padded_batches(texts: Sequence[list[int]], limit: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Token ids in batches of like length, the longest first, padded on the right.
+
+    Args:
+        limit: tokens of a batch, padding included; a longer text is a batch of its own.
+
+    Yields:
+        Indices of the texts, input_ids (B, T) and attention_mask (B, T), both int64.
+    """
+    import torch
+
+    order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
+    while order:
+        longest = len(texts[order[0]])
+        size = max(1, limit // longest)
+        indices, order = order[:size], order[size:]
+        ids = torch.zeros(len(indices), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, index in enumerate(indices):
+            ids[row, : len(texts[index])] = torch.tensor(texts[index])
+            mask[row, : len(texts[index])] = 1
+        yield indices, ids, mask
 
 
 def hidden_at(lm: LM, input_ids: Tensor, attention_mask: Tensor, layer: int) -> Tensor:

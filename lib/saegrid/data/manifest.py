@@ -84,18 +84,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = read_sealed(path)
         if manifest.get("format") != FORMAT:
-            raise StoreError(of_format(path, manifest.get("format")))
+            raise StoreError(of_format(path, manifest.get("format")), MEND)
         _Manifest.model_validate(manifest)
         for entry in [*manifest["shards"]["train"], *manifest["shards"]["val"], manifest["mean"]]:
             size = (folder / entry["file"]).stat().st_size
             if size != entry["bytes"]:
-                raise StoreError(f"{folder / entry['file']}: damaged ({size} bytes, not {entry['bytes']}); {MEND}")
+                raise StoreError(f"{folder / entry['file']}: damaged ({size} bytes, not {entry['bytes']})", MEND)
     except OSError as error:
-        raise StoreError(f"{error.filename}: {error.strerror}; {MEND}") from None
+        raise StoreError(f"{error.filename}: {error.strerror}", MEND) from None
     except DamagedError as error:
-        raise StoreError(_older(path) or f"{error}; {MEND}") from None
+        raise StoreError(_older(path) or str(error), MEND) from None
     except ValidationError as error:
-        raise StoreError(f"{path}: damaged ({explain(error)}); {MEND}") from None
+        raise StoreError(f"{path}: damaged ({explain(error)})", MEND) from None
     return manifest
 
 
@@ -109,4 +109,5 @@ def _older(path: Path) -> str:
 
 
 def of_format(path: Path, found: Any) -> str:
-    return f"{path}: a store of format {found!r}, where this version reads {FORMAT}; {MEND}"
+    """What to say of a store of another format."""
+    return f"{path}: a store of format {found!r}, where this version reads {FORMAT}"

@@ -169,7 +169,7 @@ def _stop_the_clock(config: RunConfig, tokenizer: Any) -> None:
     try:
         template = _compile_jinja_template(tokenizer.get_chat_template())
     except (ValueError, TemplateError) as error:
-        raise ConfigError(f"text = 'chat': the chat template of {config.model} can't be used: {error}") from None
+        raise ConfigError(f"text = 'chat': the chat template of {config.model} fails: {error}") from None
     template.environment.globals["strftime_now"] = DAY.strftime
 
 

@@ -22,8 +22,8 @@ from saegrid.storage.checksums import read_json, read_sealed
 from saegrid.storage.hub_access import files_sha256, local_folder
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-ROW_CODE = ("activations", "embedded", "lm", "prompts", "published", "splice", "store")
-"""Modules whose change can change a store's rows, or the reference passes beside them."""
+ROW_CODE = ("data/*.py", "core/splice.py")
+"""Modules whose change can change a store's rows, or the reference passes that are kept with them."""
 
 
 def local_sources(config: RunConfig) -> dict[str, str]:
@@ -31,7 +31,9 @@ def local_sources(config: RunConfig) -> dict[str, str]:
 
     A name is a parameter, or a parameter (or "code") and a file: `model`, the weights; `model/tokenizer.json`; …
     """
-    found = {f"code/{name}.py": files_sha256([Path(__file__).with_name(f"{name}.py")]) for name in ROW_CODE}
+    package = Path(__file__).parents[1]
+    paths = sorted(path for pattern in ROW_CODE for path in package.glob(pattern))
+    found = {f"code/{path.name}": files_sha256([path]) for path in paths}
     if config.model.startswith("embedded:"):
         found["model"] = embedded.GGUF_SHA256
     elif folder := _folder("model", config):
@@ -80,7 +82,7 @@ def check_sources(config: RunConfig, folder: Path, manifest: dict[str, Any]) -> 
     A parameter's folder that is gone can't be compared, and need not be.
     """
     if manifest.get("format") != FORMAT:
-        raise StoreError(of_format(folder / "manifest.json", manifest.get("format")))
+        raise StoreError(of_format(folder / "manifest.json", manifest.get("format")), MEND)
     sources: dict[str, str] = manifest["sources"]
     now = local_sources(config)
     parameters = {name.split("/")[0] for name in now}
@@ -89,7 +91,7 @@ def check_sources(config: RunConfig, folder: Path, manifest: dict[str, Any]) -> 
     if any(name.startswith("dataset/") for name in names):
         names = [name for name in names if name != "dataset"]
     if names:
-        raise StoreError(f"{folder}: {', '.join(names)} changed since it was made; {MEND}")
+        raise StoreError(f"{folder}: {', '.join(names)} changed since it was made", MEND)
 
 
 def check_made_from(run_dir: Path, folder: Path) -> None:

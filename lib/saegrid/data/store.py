@@ -203,10 +203,10 @@ class Store:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise StoreError(f"{path}: {error.strerror}; {MEND}") from None
+            raise StoreError(f"{path}: {error.strerror}", MEND) from None
         if entry["file"] not in self._checked:
             if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-                raise StoreError(f"{path}: damaged (not the SHA-256 of the manifest); {MEND}")
+                raise StoreError(f"{path}: damaged (not the SHA-256 of the manifest)", MEND)
             self._checked.add(entry["file"])
         return self._fitting(entry, content)
 
@@ -216,14 +216,14 @@ class Store:
         try:
             tensors = load(content)
         except Exception as error:  # SafetensorError, and what torch says of a kind of number that it lacks
-            raise StoreError(f"{path}: damaged ({error}); {MEND}") from None
+            raise StoreError(f"{path}: damaged ({error})", MEND) from None
         stored = getattr(torch, self.manifest["act_dtype"])
         wanted = {"mean": ((self.d_in,), torch.float32)}
         if "rows" in entry:
             wanted = {"acts": ((entry["rows"], self.d_in), stored)}
             wanted |= dict.fromkeys(META, ((entry["rows"],), torch.int32))
         if {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} != wanted:
-            raise StoreError(f"{path}: damaged (not the tensors that the manifest states); {MEND}")
+            raise StoreError(f"{path}: damaged (not the tensors that the manifest states)", MEND)
         return tensors
 
 

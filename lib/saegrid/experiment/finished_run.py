@@ -50,7 +50,7 @@ def advising(advice: str = MEND) -> Iterator[None]:
     try:
         yield
     except DamagedError as error:
-        raise ResultsError(f"{error}; {advice}") from None
+        raise ResultsError(str(error), advice) from None
 
 
 def load_run(run_dir: str | Path, run_id: str = "") -> dict[str, Any]:
@@ -157,7 +157,7 @@ def _files(df: pd.DataFrame, runs_dir: str | Path, name: str) -> list[tuple[str,
     files = [(run_id, Path(runs_dir) / run_id / name) for run_id in df["run_id"]]
     for _, path in files:
         if not path.is_file():
-            raise ResultsError(f"{path}: no such file; {MEND}")
+            raise ResultsError(f"{path}: no such file", MEND)
     return files
 
 
@@ -169,7 +169,7 @@ def _load_csvs(df: pd.DataFrame, runs_dir: str | Path, name: str) -> pd.DataFram
         try:
             frames.append(pd.read_csv(io.BytesIO(content)).assign(run_id=run_id))
         except (ValueError, pd.errors.ParserError) as error:
-            raise ResultsError(f"{path}: not a table: {error}; {MEND}") from None
+            raise ResultsError(f"{path}: not a table: {error}", MEND) from None
     return _with_axes(pd.concat(frames, ignore_index=True), df)
 
 

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from saegrid.config.grid import Grid
 from saegrid.config.run_config import RunConfig
-from saegrid.data.manifest import MEND, read_manifest
+from saegrid.data.manifest import read_manifest
 from saegrid.data.sources import check_made_from, check_sources
 from saegrid.errors import DamagedError, SaegridError, StoreError
 from saegrid.experiment import finished_run, results
@@ -75,7 +75,7 @@ def _store_faults(folder: Path) -> Iterator[tuple[str, list[str]]]:
     try:
         data = _check_manifest(folder)
     except SaegridError as error:
-        yield str(error).removesuffix(f"; {MEND}"), ["manifest.json", "baseline.json"]
+        yield error.fact, ["manifest.json", "baseline.json"]
         return
     for name in ("baseline.json", "pca.json"):
         if (folder / name).exists():
@@ -91,8 +91,7 @@ def _changes(folder: Path, run: RunConfig) -> Iterator[tuple[str, list[str]]]:
         if (folder / "manifest.json").exists():
             check_sources(run, folder, read_sealed(folder / "manifest.json"))
     except SaegridError as error:
-        told = str(error).removesuffix(f"; {MEND}")
-        yield told, ["manifest.json", "baseline.json", "pca.json"]
+        yield error.fact, ["manifest.json", "baseline.json", "pca.json"]
 
 
 def _check_manifest(folder: Path) -> str:
@@ -120,7 +119,7 @@ def _run_faults(folder: Path, run_id: str) -> Iterator[tuple[str, list[str]]]:
         try:
             finished_run.check_run(folder, run_id)
         except SaegridError as error:
-            yield str(error).removesuffix(f"; {finished_run.MEND}"), ["metrics.json"]
+            yield error.fact, ["metrics.json"]
             return
         try:
             check_sum(folder / finished_run.NOTEBOOK)

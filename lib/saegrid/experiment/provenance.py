@@ -9,21 +9,16 @@ from pathlib import Path
 
 import saegrid
 
-CODE = (
-    *("activations.py", "calibration.py", "embedded.py", "estimates.py", "evaluation.py", "fetch.py", "files.py"),
-    *("lm.py", "metrics.py", "model_config.py", "prompts.py", "published.py"),
-    *("recipes.py", "run.py", "sae.py", "splice.py", "store.py", "train.py", "transfer.py", "kernels"),
-)
-"""Sources whose change can change a run's result: their hash is the run's code version."""
+CODE = ("config", "core", "data", "experiment", "kernels")
+"""Folders whose change can change a run's result: the hash of their sources is the run's code version."""
 
 
 def code_version() -> str:
     """Version of the package, with a hash of the sources that can change a result."""
     digest = hashlib.sha256()
-    root = package_files(saegrid)
+    root = Path(str(package_files(saegrid)))
     for name in CODE:
-        part = root / name
-        for source in sorted(part.glob("*.py")) if part.is_dir() else [part]:
+        for source in sorted((root / name).rglob("*.py")):
             digest.update(source.read_bytes())
     return f"{saegrid.__version__}+{digest.hexdigest()[:12]}"
 

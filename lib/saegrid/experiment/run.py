@@ -15,9 +15,10 @@ import torch
 from tqdm.auto import tqdm
 
 from saegrid import kernels
+from saegrid.config.architectures import ARCHITECTURES
 from saegrid.config.run_config import RunConfig, make_config
 from saegrid.core.evaluation import evaluate_rows, on_prompts, spliced
-from saegrid.core.sae import SAE, JumpReLU
+from saegrid.core.sae import SAE
 from saegrid.core.splice import load_baseline, make_baseline, save_baseline
 from saegrid.core.thresholds import rms_pre_acts
 from saegrid.core.train import CHECKPOINT, train
@@ -28,7 +29,7 @@ from saegrid.data.published_activations import published_files
 from saegrid.data.sources import check_made_from, check_sources, pinned
 from saegrid.data.store import Store
 from saegrid.errors import DamagedError, SaegridError, StoreError
-from saegrid.experiment.finished_run import MEND, METRICS, NOTEBOOK, SET_ASIDE, check_run, load_config, load_run
+from saegrid.experiment.finished_run import METRICS, NOTEBOOK, SET_ASIDE, check_run, load_config, load_run
 from saegrid.experiment.preflight import check
 from saegrid.experiment.provenance import code_version, processor
 from saegrid.formats.run_folder import load_folder, save_sae
@@ -120,7 +121,7 @@ class Run:
         try:
             check_run(self.folder, self.run_id)
         except SaegridError as error:
-            print(f"{str(error).removesuffix(f'; {MEND}')}; the run is made again", flush=True)
+            print(f"{error.fact}; the run is made again", flush=True)
             path.unlink()
             return False
         return True
@@ -240,7 +241,7 @@ class Run:
         row |= {"n_val_rows": self.store.n_val, "n_eval_prompts": len(sums), "n_eval_tokens": int(sums.n_tokens.sum())}
         row |= {"steps": int(curve["step"].max()), "best_epoch": self.best_epoch}
         row |= {"inference_threshold": sae.inference_threshold, "theta_over_rms": None}
-        if isinstance(sae, JumpReLU):
+        if ARCHITECTURES[sae.arch].cut(config.k > 0) in ("threshold", "theta"):
             batch = next(self.store.batches("val", config.batch_size))
             theta = sae.theta.mean().item() if len(sae.theta) else sae.threshold
             row |= {"inference_threshold": theta, "theta_over_rms": theta / rms_pre_acts(sae.params, batch)}

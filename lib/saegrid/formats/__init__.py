@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from saegrid.config.run_config import BATCH_CUT, Arch
+from saegrid.config.architectures import ARCHITECTURES, Arch
 from saegrid.core.sae import SAE
 from saegrid.errors import SaeFileError
 from saegrid.formats import dictionary_learning, run_folder, saelens, sparsify
@@ -161,11 +161,11 @@ def _load_folder(folder: Path, given: Told) -> SAE:
     if len(present) > 1:
         raise SaeFileError(f"{folder}: holds more than one SAE: {', '.join(present)}")
     sae = READERS[_kind(folder, present)](folder)
-    arch = sae.arch
-    theta = sae.inference_threshold if arch in BATCH_CUT else sae.threshold or None
-    own = Told("its configuration", arch, sae.k or None, theta)
+    batch_cut = ARCHITECTURES[sae.arch].batch_cut
+    theta = sae.inference_threshold if batch_cut else sae.threshold or None
+    own = Told("its configuration", sae.arch, sae.k or None, theta)
     told = agree(folder, [own, given])
-    if arch in BATCH_CUT:
+    if batch_cut:
         sae.inference_threshold = told.threshold
     elif (told.k, told.threshold) != (own.k, own.threshold):
         name = "k" if told.k != own.k else "threshold"
@@ -181,14 +181,14 @@ def _kind(folder: Path, present: list[str]) -> str:
 
 
 def _read_own(folder: Path) -> SAE:
-    """A run's SAE. `files.load_folder` trusts its `cfg.json`, so that is held against the weights first."""
+    """A run's SAE. `run_folder.load_folder` trusts its `cfg.json`, so that is held against the weights first."""
     path, weights_path = folder / "cfg.json", folder / "sae.safetensors"
     cfg = as_model(_OwnCfg, read_json(path), path)
     tensors = read_safetensors(weights_path)
     own = {"theta": ("d_sae",)} if "theta" in tensors else {}
     sizes = check_tensors(tensors, OWN_SHAPES | own, weights_path)
     check_sizes(cfg, sizes, path)
-    theta = cfg.threshold if cfg.arch == "JumpReLU" and not own else cfg.threshold or None
+    theta = cfg.threshold if ARCHITECTURES[cfg.arch].takes_threshold and not own else cfg.threshold or None
     check_sparsity(path, cfg.arch, cfg.k or None, theta, sizes["d_sae"], tensors.get("theta"))
     return run_folder.load_folder(folder)
 

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from saegrid.config.run_config import BATCH_CUT, Arch
-from saegrid.core.sae import ARCHITECTURES, SAE, BatchTopK
+from saegrid.config.architectures import ARCHITECTURES, Arch
+from saegrid.core.sae import SAE, SAE_CLASSES, BatchTopK
 from saegrid.errors import SaeFileError
 from saegrid.formats.run_folder import PUBLISHED_SHAPES, THETA, from_published, shape_and_rule, write_state_dict
 from saegrid.storage.atomic import write_json
 from saegrid.storage.foreign_files import as_model, check_sizes, check_tensors, read_json, read_pt
 
 PUBLISHED_NAME = re.compile(
-    r"(?P<arch>TopK|BatchTopK|JumpReLU|Matryoshka|ReLU|Gated)_exp(?P<expansion>\d{1,6})x_"
+    rf"(?P<arch>{'|'.join(ARCHITECTURES)})_exp(?P<expansion>\d{{1,6}})x_"
     r"(k(?P<k>\d{1,9})|t(?P<threshold>\d[\d.e+-]*))(_improved)?"
 )
 SAME_THRESHOLD = 1e-5
@@ -61,12 +61,12 @@ def read_published(path: Path, given: Told) -> SAE:
     told = agree(path, [given, sidecar, _from_name(path, unit)])
     if not told.arch:
         raise SaeFileError(
-            f"{path}: nothing tells its architecture: give arch= ({', '.join(ARCHITECTURES)}) and its k= or threshold="
+            f"{path}: nothing tells its architecture: give arch= ({', '.join(SAE_CLASSES)}) and its k= or threshold="
         )
     if told.expansion not in (None, sizes["d_sae"] / sizes["d_in"]):
         d_sae = f"{told.expansion} * {sizes['d_in']}"
         raise SaeFileError(f"{path}: its name says d_sae = {d_sae}, and the weights have {sizes['d_sae']}")
-    theta = told.threshold if told.arch not in BATCH_CUT else None
+    theta = None if ARCHITECTURES[told.arch].batch_cut else told.threshold
     theta = theta or None if own else theta
     check_sparsity(path, told.arch, told.k, theta, sizes["d_sae"], state.get(THETA))
     sae = from_published(state, told.arch, told.k or 0, theta or 0.0)
@@ -78,7 +78,7 @@ def read_published(path: Path, given: Told) -> SAE:
 def given_by(arch: str, k: int, threshold: float) -> Told:
     """The caller's part, "" and 0 meaning "not given". Raises `SaeFileError` for an impossible value."""
     if arch and arch not in ARCHITECTURES:
-        raise SaeFileError(f"arch = {arch!r}: one of {', '.join(ARCHITECTURES)}")
+        raise SaeFileError(f"arch = {arch!r}: one of {', '.join(SAE_CLASSES)}")
     if not isinstance(k, int) or k < 0:
         raise SaeFileError(f"k = {k!r}: a whole number of at least 1")
     if not (threshold >= 0 and math.isfinite(threshold)):
@@ -92,8 +92,9 @@ def _sidecar(path: Path, sizes: dict[str, int]) -> tuple[Told, str]:
         if sidecar.exists() and "arch" in (content := read_json(sidecar)):
             cfg = as_model(_Sidecar, content, sidecar)
             check_sizes(cfg, sizes, sidecar)
-            own = {"JumpReLU": None if cfg.k else cfg.threshold} | dict.fromkeys(BATCH_CUT, cfg.inference_threshold)
-            theta = own.get(cfg.arch)
+            arch = ARCHITECTURES[cfg.arch]
+            theta = cfg.threshold if arch.takes_threshold and not cfg.k else None
+            theta = cfg.inference_threshold if arch.batch_cut else theta
             return Told(sidecar.name, cfg.arch, cfg.k or None, theta), cfg.threshold_unit
     return Told("no sidecar"), "absolute"
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from saegrid.core.sae import ARCHITECTURES, SAE
+from saegrid.core.sae import SAE, SAE_CLASSES
 from saegrid.errors import DamagedError, SaeFileError
 from saegrid.kernels.state import Params
 from saegrid.storage.atomic import write_bytes, write_json
@@ -49,7 +49,7 @@ def published_state_dict(sae: SAE) -> dict[str, Tensor]:
 def check_folded(sae: SAE) -> None:
     """Raises `SaeFileError` for a Gated SAE that is still in its form for training: no file can hold that."""
     if len(sae.gain):
-        raise SaeFileError("Gated: this SAE is in its form for training; fold_gate() ends that")
+        raise SaeFileError("Gated: this SAE is in its form for training; finish() ends that")
 
 
 def from_published(state: dict[str, Tensor], arch: str, k: int = 0, threshold: float = 0.0) -> SAE:
@@ -59,7 +59,7 @@ def from_published(state: dict[str, Tensor], arch: str, k: int = 0, threshold: f
     """
     d_sae, d_in = state["encoder.weight"].shape
     theta = state[THETA].float().clone() if THETA in state else None
-    sae = ARCHITECTURES[arch](d_in, d_sae, k=k, threshold=threshold, theta=theta)
+    sae = SAE_CLASSES[arch](d_in, d_sae, k=k, threshold=threshold, theta=theta)
     sae.b_pre.data.copy_(state["b_pre"])
     sae.W_enc.data.copy_(state["encoder.weight"])
     sae.b_enc.data.copy_(state["encoder.bias"])
@@ -112,7 +112,7 @@ def load_folder(folder: str | Path) -> SAE:
         cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()
         tensors = load_file(weights)
-        sae = ARCHITECTURES[cfg["arch"]](
+        sae = SAE_CLASSES[cfg["arch"]](
             *(cfg[name] for name in ("d_in", "d_sae", "k", "threshold", "inference_threshold")),
             theta=torch.zeros(cfg["d_sae"]) if "theta" in tensors else None,
         )

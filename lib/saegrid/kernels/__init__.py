@@ -7,16 +7,35 @@ import importlib.util
 import logging
 import os
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from saegrid.errors import ConfigError
 from saegrid.storage.hub_access import can_write, own_cache_dir
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saegrid.kernels.state import Codes, Params, Rule, StepSettings, TrainState
 
 logger = logging.getLogger(__name__)
 
 CAPABILITY = (8, 0)
 """Least compute capability of the `cuda` kernel: what Triton supports; bf16 and TF32 come with it."""
+
+
+class Kernel(Protocol):
+    """What the module of each kernel offers. `reference` is the definition; a test holds the others to it."""
+
+    def encode(self, params: Params, x: Tensor, rule: Rule) -> Codes:
+        """Sparse codes of the rows x (N, d_in)."""
+
+    def decode(self, params: Params, codes: Codes) -> Tensor:
+        """Reconstructions x_hat (N, d_in)."""
+
+    def train_step(
+        self, state: TrainState, x: Tensor, rule: Rule, settings: StepSettings
+    ) -> tuple[float | Tensor, int | Tensor]:
+        """Change `state` in place by one step on the rows x (N, d_in); (loss, active pairs), maybe still on a GPU."""
 
 
 class Choice(NamedTuple):
@@ -27,7 +46,7 @@ class Choice(NamedTuple):
     threads: int  # at least 1
 
 
-def load(name: str) -> ModuleType:
+def load(name: str) -> Kernel:
     """The module of a kernel: "reference", "cpu" or "cuda". Raises `ConfigError` for one that does not run here."""
     if name not in ("reference", "cpu", "cuda"):
         raise ConfigError(f"kernel = {name!r}: must be 'reference', 'cpu' or 'cuda'")
@@ -42,11 +61,11 @@ def load(name: str) -> ModuleType:
 def _settle_caches(name: str) -> None:
     """Where compiled code can't be kept in the compiler's own place (read-only checkout, no home): in the cache."""
     if name == "cpu":
-        place = os.environ.get("NUMBA_CACHE_DIR") or Path(__file__).with_name("__pycache__")
+        place = os.environ.get("NUMBA_CACHE_DIR") or Path(__file__).parent / "cpu" / "__pycache__"
         if not can_write(Path(place)):
             import numba
 
-            numba.config.CACHE_DIR = str(own_cache_dir() / "numba")
+            numba.config.CACHE_DIR = str(own_cache_dir() / "numba")  # type: ignore[attr-defined]
     elif name == "cuda":
         place = os.environ.get("TRITON_CACHE_DIR") or os.path.expanduser("~/.triton")
         if not can_write(Path(place)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,9 +87,9 @@ class TrainState:
     step: int = 0
     quiet: Tensor | None = None  # (d_sae,) int64: rows since a latent fired; counted only for AuxK
     l1: float = 1.0  # L1's weight by what it was at the start
-    workspace: dict = field(default_factory=dict, repr=False)  # a kernel's own buffers; never saved
+    workspace: dict[str, Any] = field(default_factory=dict, repr=False)  # a kernel's own buffers; never saved
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.quiet is None:
             self.quiet = torch.zeros_like(self.params.b_enc, dtype=torch.int64)
 

@@ -48,7 +48,7 @@ def html_table(
         caption: what the table shows.
         links: where run pages lie as seen from the page, such as `runs/`; empty: no links.
         mark_best: star the best value of the columns that have a direction, among the sparse runs
-            (`results.candidates`).
+            (`selection.candidates`).
         tools: name of the CSV file, where the table is to be sorted, filtered and downloaded by readers with scripts.
     """
     columns = [name for name in columns if name in df and df[name].notna().any()]
@@ -74,7 +74,7 @@ def html_table(
 
 
 def beside(rows: pd.DataFrame, columns: Sequence[str], *, links: str = "") -> Markdown:
-    """Own and published rows of the same settings (`results.same_settings`), one behind the other."""
+    """Own and published rows of the same settings (`selection.same_settings`), one behind the other."""
     if rows.empty:
         return Markdown("This grid and the published table share no setting.\n")
     n = rows["name"].nunique()

@@ -18,7 +18,7 @@ from saegrid.errors import DiskError
 try:
     import resource
 except ImportError:  # Windows
-    resource = None
+    resource = None  # type: ignore[assignment]
 
 PART = ".part"
 

@@ -84,9 +84,9 @@ def read_sums(folder: Path) -> dict[str, str]:
     """{file: SHA-256} of a folder. Raises `DamagedError`."""
     lines = read_bytes(folder / SUMS, 1 << 20).decode("utf-8", "replace").splitlines()
     found = [_LINE.fullmatch(line) for line in lines]
-    if not found or not all(found):
+    if not found or None in found:
         raise DamagedError(f"{folder / SUMS}: damaged (not lines of SHA-256 and file)")
-    return {line["name"]: line["digest"] for line in found}
+    return {line["name"]: line["digest"] for line in found if line}
 
 
 def check_sums(folder: Path, names: Iterable[str] = ()) -> None:

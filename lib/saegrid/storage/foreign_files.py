@@ -149,4 +149,5 @@ def number(value: Any, name: str, where: Path) -> float | int:
     kind = plain and not value.is_complex() and value.dtype != torch.bool
     if not kind or value.numel() != 1 or not value.isfinite().all():
         raise SaeFileError(f"{where}: {name} is not one finite number")
-    return value.item()
+    found: float | int = value.item()
+    return found

@@ -1,4 +1,6 @@
-"""A process that ends with its parent, even when that is killed by -9: `python -m saegrid.storage.processes COMMAND [ARGUMENT ...]`.
+"""A process that ends with its parent, even when that is killed by -9.
+
+`python -m saegrid.storage.processes COMMAND [ARGUMENT ...]`
 
 The workflow ties every job to Snakemake in this way, and a run ties its notebook's kernel to papermill, so that
 nothing goes on writing behind a workflow that is gone. Linux only; elsewhere the locks alone keep writers apart.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from saegrid.kernels.cpu import pairs, select
 from saegrid.kernels.cpu.chunks import CHUNKS, arrays, buffer, by_weight, even, run
-from saegrid.kernels.cpu.encode import sparse_codes
+from saegrid.kernels.cpu.codes import sparse_codes
 from saegrid.kernels.reference import (
     BETAS,
     EPS,

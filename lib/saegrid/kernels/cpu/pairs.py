@@ -2,7 +2,7 @@
 
 N rows, d_sae latents, d_in dimensions. Pairs are listed row by row (CSR: offsets, latents, values) or latent by latent
 (CSC: starts, rows, values). A loop with `first, last, edges` does the chunks `first` to `last - 1`, chunk c being
-edges[c] to edges[c + 1], and releases the interpreter's lock, so that `_cpu_chunks.run` has plain threads run it.
+edges[c] to edges[c + 1], and releases the interpreter's lock, so that `chunks.run` has plain threads run it.
 Four pairs are taken at a time: the sum's row is then loaded and stored once for four.
 """
 

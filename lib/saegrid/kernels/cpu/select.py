@@ -1,7 +1,7 @@
 """Compiled loops of the `cpu` kernel: which pre-activations a code keeps.
 
 N rows, d_sae latents. A loop with `first, last, edges` does the chunks `first` to `last - 1`, chunk c being edges[c] to
-edges[c + 1], and releases the interpreter's lock, so that `_cpu_chunks.run` has plain threads run it.
+edges[c + 1], and releases the interpreter's lock, so that `chunks.run` has plain threads run it.
 
 The cut is exact and nothing is sorted: a sample gives a bound a little below it, the few values above the bound are
 listed, and bisection on their bits finds the cut among them.

@@ -34,8 +34,8 @@ def frontier(
     """L0 against a measure of fidelity: one mark a run, the Pareto set joined.
 
     Colour and shape tell the architecture, size the expansion; with `links` a mark leads to its run's page. Dense runs
-    (no `results.candidates`) are hollow and not in the Pareto set: they would buy their fidelity with density alone.
-    Beside other recipes, runs of the published one are pale. `baseline` (`saegrid.experiment.pca_table`) is a dashed line.
+    (no `selection.candidates`) are hollow and not in the Pareto set: they would buy their fidelity with density alone.
+    Among other recipes, runs of the published one are pale. `baseline` (`experiment.pca_table`) is a dashed line.
     """
     pale = recipes_differ(df)
     sparse = candidates(df)

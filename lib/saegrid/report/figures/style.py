@@ -14,14 +14,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
+from saegrid.config.architectures import ARCHITECTURES
+
 INK = "#0a0b0c"
-PALETTE = {
-    **{"BatchTopK": "#d55e00", "TopK": "#3a86c8", "JumpReLU": "#009e73", "Matryoshka": "#b5609a"},
-    **{"ReLU": "#7b7f87", "Gated": "#9a7d00"},
-}
-"""Vermillion, blue, green, purple and yellow after Okabe and Ito, changed for 3:1 contrast on white and on near-black;
-the baseline grey."""
-MARKERS = {"BatchTopK": "o", "TopK": "s", "JumpReLU": "^", "Matryoshka": "D", "ReLU": "v", "Gated": "P"}
+PALETTE = {name: arch.color for name, arch in ARCHITECTURES.items()}
+MARKERS = {name: arch.marker for name, arch in ARCHITECTURES.items()}
 ABOVE = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "columnspacing": 1.4, "handletextpad": 0.3}
 """A legend above the plot, where it hides nothing and leaves a phone the whole width."""
 PALE = 0.4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 
-from saegrid.analysis.ablation import BETWEEN, MEANS, SETTING, by_recipe
+from saegrid.analysis.ablation import BETWEEN, MEANS, by_recipe, setting
 from saegrid.analysis.numbers import number
 from saegrid.report.figures.style import INK, styled
 from saegrid.report.tables import html_table, markdown
@@ -43,7 +43,7 @@ def recipe_section(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> str
     table = by_recipe(df, prompts)
     if table["recipe"].nunique() < 2:
         return ""
-    keys = [name for name in SETTING if table[name].nunique() > 1]
+    keys = [name for name in setting(df) if table[name].nunique() > 1]
     columns = ["recipe", *keys, "seeds", *MEANS, *BETWEEN]
     caption = "Means over seeds by recipe; “but” names the choices that differ from it."
     return markdown("## Recipes", html_table(table, columns, caption=caption, mark_best=not keys))

@@ -1,14 +1,165 @@
-"""The five findings as text of a page: verdicts, effects and the rows they rest on. Free of torch."""
+"""The five findings as a page: claims and rules as they stand, and sentences made of each finding's numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from html import escape
 
-from saegrid.analysis import findings as claims
+import pandas as pd
+
+from saegrid.analysis import findings
 from saegrid.analysis.findings import Finding
+from saegrid.analysis.numbers import between, change, counted, number, signed
 from saegrid.report.tables import Markdown, html_block, html_table, markdown
 
-SIGNS = {claims.HOLDS: ("✓", "holds"), claims.FAILS: ("✗", "fails"), claims.NOT_TESTABLE: ("○", "open")}
+SIGNS = {findings.HOLDS: ("✓", "holds"), findings.FAILS: ("✗", "fails"), findings.NOT_TESTABLE: ("○", "open")}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A published claim, and how a finding about it is told."""
+
+    title: str
+    text: str
+    """The published sentence."""
+    rule: str
+    """What the verdict asks, with its thresholds."""
+    effect: Callable[[Finding], str]
+    """What the effect is."""
+    sentence: Callable[[Finding], str]
+    """The numbers behind the verdict."""
+
+
+def _pairs(finding: Finding) -> str:
+    facts = finding.facts
+    if not facts["pairs"]:
+        return "These rows hold no pair of BatchTopK and TopK at the same setting."
+    return (
+        f"Of {facts['pairs']} matched settings BatchTopK has the lower MSE in {facts['val_mse']}, no more dead latents "
+        f"in {facts['dead_pct']} and the lower delta loss in {facts['delta_loss']}: on average "
+        f"{signed(finding.effect)} nats/token against TopK."
+    )
+
+
+def _dead(finding: Finding) -> str:
+    small, enough = finding.facts["small"], finding.facts["enough"]
+    both = f"{_dead_share(small)}; {_dead_share(enough)}." if len(small) and len(enough) else ""
+    if finding.verdict != findings.NOT_TESTABLE:
+        return f"At {findings.DEAD_EXPANSION}x, {both}"
+    text = (
+        f"These rows hold no K = {findings.SMALL_K} beside K of at least {findings.ENOUGH_K} at "
+        f"{findings.DEAD_EXPANSION}x."
+    )
+    return f"{text} Nearest to it, at {findings.DEAD_EXPANSION}x: {both}" if both else text
+
+
+def _dead_share(rows: pd.DataFrame) -> str:
+    ks = " and ".join(f"{k}" for k in sorted(rows["k"].unique()))
+    return f"K = {ks} leaves {between(rows['dead_pct'], '.1f')}% dead"
+
+
+def _sweet(finding: Finding) -> str:
+    best, rival = finding.facts["best"], finding.facts["rival"]
+    if len(rival):
+        return f"The best claimed run, {_described(best)}; the best other, {_described(rival)}."
+    text = f"These rows hold no BatchTopK at K = {findings.SWEET_K} with 4x or 8x to compare."
+    return f"{text} The best of BatchTopK and TopK here: {_described(best)}." if len(best) else text
+
+
+def _described(rows: pd.DataFrame) -> str:
+    row = rows.iloc[0]
+    return (
+        f"{row['name']}, has delta loss {number(row['delta_loss'], 'delta_loss')} nats/token, frac_rec "
+        f"{number(row['frac_rec_pct'], 'frac_rec_pct')}% and {number(row['dead_pct'], 'dead_pct')}% dead"
+    )
+
+
+def _dense(finding: Finding) -> str:
+    lowest = finding.facts["lowest"]
+    if lowest.empty:
+        return "These rows hold no JumpReLU with a fixed threshold."
+    theta = number(lowest["threshold"].iloc[0], "threshold")
+    if "theta_over_rms" in lowest and lowest["theta_over_rms"].notna().all():
+        theta += f" ({between(lowest['theta_over_rms'], '.2g')} RMS of the pre-activations)"
+    share = 100 * lowest["l0"] / lowest["d_sae"]
+    return (
+        f"At the smallest threshold, θ = {theta}, JumpReLU fires {between(share, '.1f')}% of its latents "
+        f"(L0 {between(lowest['l0'], ',.0f')}), with frac_rec {between(lowest['frac_rec_pct'], '.1f')}% "
+        f"and NMSE {between(lowest['nmse'], '.3g')}."
+    )
+
+
+def _large(finding: Finding) -> str:
+    gaps, parts = finding.facts["gaps"], []
+    if finding.verdict == findings.NOT_TESTABLE:
+        parts.append(f"These rows hold no {findings.LARGE}x beside {findings.MEDIUM}x at the same K.")
+    if gaps:
+        spread = "" if len(gaps) == 1 else f", from {signed(min(gaps))} to {signed(max(gaps))}"
+        parts.append(
+            f"From {finding.facts['small']}x to {finding.facts['large']}x at matched K, delta loss moves by "
+            f"{signed(finding.effect)} nats/token on average over {counted(len(gaps), 'pair')}{spread} (below 0 is a "
+            "gain)."
+        )
+    return " ".join(parts)
+
+
+CLAIMS: dict[int, Claim] = {
+    1: Claim(
+        "BatchTopK against TopK",
+        "BatchTopK beats TopK at every configuration, on MSE and on dead latents.",
+        "Holds if BatchTopK has the lower MSE and no more dead latents in every matched pair of runs.",
+        lambda finding: "Delta loss, BatchTopK − TopK",
+        _pairs,
+    ),
+    2: Claim(
+        "Small K and dead latents",
+        "K=64 at 8x leaves 57% of latents dead: K should be at least 128 to 220.",
+        f"Holds if at {findings.DEAD_EXPANSION}x the runs with K = {findings.SMALL_K} leave at least "
+        f"{findings.MOSTLY_DEAD_PCT:g}% dead, and those with K of at least {findings.ENOUGH_K} fewer (means over the "
+        "runs).",
+        lambda finding: "Delta loss, smallest K − larger K",
+        _dead,
+    ),
+    3: Claim(
+        "The sweet spot",
+        "The sweet spot is BatchTopK, 4x or 8x, K=220: about 90-93% frac_rec, 13-21% dead.",
+        "Holds if the lowest delta loss of all BatchTopK and TopK runs is BatchTopK, 4x or 8x, K = "
+        f"{findings.SWEET_K}, with frac_rec of at least {findings.SWEET_FRAC_REC_PCT:g}% and at most "
+        f"{findings.SWEET_DEAD_PCT:g}% dead.",
+        lambda finding: "Delta loss, best claimed − best other",
+        _sweet,
+    ),
+    4: Claim(
+        "JumpReLU at low thresholds",
+        "JumpReLU reconstructs almost perfectly, but by firing 10-45% of its latents: not sparse at low thresholds.",
+        "Holds if at the smallest threshold every JumpReLU run has frac_rec of at least "
+        f"{findings.NEAR_PERFECT_FRAC_REC_PCT:g}% and fires at least {findings.DENSE_SHARE_PCT:g}% of its latents.",
+        lambda finding: "Delta loss at the smallest θ",
+        _dense,
+    ),
+    5: Claim(
+        "16x against 8x",
+        "16x adds little over 8x at matched K.",
+        f"Holds if {findings.LARGE}x lowers the delta loss of {findings.MEDIUM}x by at most "
+        f"{findings.LITTLE_NATS:g} nats/token on average.",
+        lambda finding: f"Delta loss, {finding.facts['large']}x − {finding.facts['small']}x",
+        _large,
+    ),
+}
+"""The claims by the number of their finding."""
+
+
+def sentence(finding: Finding) -> str:
+    """The numbers behind a finding's verdict, in words."""
+    return CLAIMS[finding.number].sentence(finding)
+
+
+def effect_text(finding: Finding) -> str:
+    """Effect and interval of a finding: `+0.052 [+0.031, +0.070]`."""
+    if finding.effect is None:
+        return number(None)
+    return signed(finding.effect) if finding.interval is None else change(finding.effect, *finding.interval)
 
 
 def verdicts_text(own: list[Finding]) -> str:
@@ -16,8 +167,8 @@ def verdicts_text(own: list[Finding]) -> str:
     counts = {word: sum(finding.verdict == word for finding in own) for word in SIGNS}
     parts = []
     for word, count in counts.items():
-        text = word.removesuffix("s") if count > 1 and word != claims.NOT_TESTABLE else word
-        text = f"{'is' if count == 1 else 'are'} {word}" if word == claims.NOT_TESTABLE else text
+        text = word.removesuffix("s") if count > 1 and word != findings.NOT_TESTABLE else word
+        text = f"{'is' if count == 1 else 'are'} {word}" if word == findings.NOT_TESTABLE else text
         parts += [f"{count} {text}"] if count else []
     return f"On these rows, {', '.join(parts)}."
 
@@ -29,12 +180,13 @@ def findings_table(own: list[Finding], published: list[Finding], page: str | Non
     """
     rows = []
     for ours, theirs in zip(own, published, strict=True):
-        title = f"{ours.number}. {escape(ours.title)}"
+        claim = CLAIMS[ours.number]
+        title = f"{ours.number}. {escape(claim.title)}"
         title = title if page is None else f'<a href="{page}#finding-{ours.number}">{title}</a>'
         rows.append(
-            f'<tr><th scope="row" class="wrap">{title}<span class="claim">{escape(ours.claim)}</span></th>'
+            f'<tr><th scope="row" class="wrap">{title}<span class="claim">{escape(claim.text)}</span></th>'
             f'<td class="text">{verdict(ours)}</td>'
-            f'<td class="text">{escape(ours.effect_text)}<span class="claim">{escape(ours.effect_name)}</span></td>'
+            f'<td class="text">{escape(effect_text(ours))}<span class="claim">{escape(claim.effect(ours))}</span></td>'
             f'<td class="text">{verdict(theirs)}{_their_effect(theirs)}</td></tr>'
         )
     heads = ["Published claim", "Verdict here", 'Effect, 95% interval <span class="unit">nats/token</span>']
@@ -56,7 +208,7 @@ def findings_table(own: list[Finding], published: list[Finding], page: str | Non
 
 def _their_effect(finding: Finding) -> str:
     """The effect on the published rows, which have no per-prompt losses and so no interval."""
-    return "" if finding.effect is None else f'<span class="claim">{escape(finding.effect_text)}</span>'
+    return "" if finding.effect is None else f'<span class="claim">{escape(effect_text(finding))}</span>'
 
 
 def verdict(finding: Finding) -> str:
@@ -67,16 +219,17 @@ def verdict(finding: Finding) -> str:
 
 def finding_section(own: Finding, published: Finding, links: str = "") -> Markdown:
     """One finding at length: claim, verdict, numbers, rule, the rows it rests on, and the published rows' verdict."""
+    claim = CLAIMS[own.number]
     columns = ["name", "seed", "l0", "val_mse", "nmse", "dead_pct", "delta_loss", "frac_rec_pct"]
     parts = [
-        f"> {own.claim}",
-        f"**On this grid: {SIGNS[own.verdict][0]} {own.verdict}.** {own.sentence}",
-        f"**On the published rows: {SIGNS[published.verdict][0]} {published.verdict}.** {published.sentence}",
-        f"*Rule, fixed before the results.* {own.rule}",
+        f"> {claim.text}",
+        f"**On this grid: {SIGNS[own.verdict][0]} {own.verdict}.** {sentence(own)}",
+        f"**On the published rows: {SIGNS[published.verdict][0]} {published.verdict}.** {sentence(published)}",
+        f"*Rule, fixed before the results.* {claim.rule}",
     ]
     if own.effect is not None:
         interval = ", with its 95% interval" if own.interval else ""
-        parts.insert(2, f"{own.effect_name}: **{own.effect_text}** nats/token{interval}.")
+        parts.insert(2, f"{claim.effect(own)}: **{effect_text(own)}** nats/token{interval}.")
     for finding, source in ((own, "this grid"), (published, "the published table")):
         if len(finding.evidence):
             caption = f"Finding {own.number}: rows of {source}."

@@ -14,7 +14,7 @@ from saegrid.analysis import findings as claims
 from saegrid.analysis import intervals, published_sweep, selection
 from saegrid.analysis.budget import by_budget
 from saegrid.analysis.numbers import COLUMNS, MISSING, counted, number
-from saegrid.config.run_config import BATCH_CUT, has_thetas
+from saegrid.config.architectures import ARCHITECTURES
 from saegrid.report.figures import captions, plots
 from saegrid.report.pages import findings_page
 from saegrid.report.pages.ablation_section import recipe_section
@@ -24,6 +24,13 @@ pass  # MOVED
 
 MAIN = ["name", "l0", "val_mse", "nmse", "fvu_no_sink", "dead_pct", "delta_loss", "frac_rec_pct", "loss_recovered_mean"]
 """Columns of the results table on the home page."""
+KEEP = {
+    "k": "top = pre.topk({k})\nz = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())",
+    "inference_threshold": 'z = pre * (pre > json.load(open(f"{{folder}}/cfg.json"))["inference_threshold"])',
+    "threshold": 'z = pre * (pre > json.load(open(f"{{folder}}/cfg.json"))["threshold"])',
+    "theta": 'z = pre * (pre > w["theta"])',
+}
+"""Code that keeps pre-activations, by what decides which."""
 
 
 def model_card(
@@ -173,14 +180,7 @@ def load_text(best: pd.Series) -> Markdown:
     x = f"x = torch.randn(4, {best['d_in']})  # rows of the residual stream behind block {best['layer']}"
     own = f'import torch\n\nimport saegrid\n\nsae = saegrid.load_sae("{folder}")  # {best["name"]}\n{x}\n'
     own += f"latent_acts, x_hat = sae.encode(x), sae(x)  # (4, {best['d_sae']}), (4, {best['d_in']})"
-    kept = 'z = pre * (pre > json.load(open(f"{folder}/cfg.json"))["RULE"])'
-    if best["arch"] == "TopK":
-        keep = f"top = pre.topk({best['k']})\nz = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())"
-    elif best["arch"] in BATCH_CUT:
-        keep = kept.replace("RULE", "inference_threshold")
-    else:
-        thetas = has_thetas(best["arch"], not pd.isna(best["k"]))
-        keep = 'z = pre * (pre > w["theta"])' if thetas else kept.replace("RULE", "threshold")
+    keep = KEEP[ARCHITECTURES[best["arch"]].cut(not pd.isna(best["k"]))].format(k=best["k"])
     plain = "import json\n\n" if "json" in keep else ""
     plain += f'import torch\nfrom safetensors.torch import load_file\n\nfolder = "{folder}"\n'
     plain += f'w = load_file(f"{{folder}}/sae.safetensors")\n{x}\n'

@@ -71,10 +71,10 @@ def _scaling(folder: Path) -> str:
 def _comparison(folder: Path, name: str) -> str:
     df, prompts = results.read_tidy(folder), results.read_prompts(folder)
     caption = f"Means over {df['seed'].nunique()} seeds, from make {name}"
-    if ablation.named(df)["recipe"].str.contains(" but ").any():
+    if (ablation.named(df)["switched"] != "").any():
         return markdown(_what(df), *_switched(df, prompts, caption))
     table = ablation.by_recipe(df, prompts)
-    keys = [key for key in ablation.SETTING if table[key].nunique() > 1]
+    keys = [key for key in ablation.setting(df) if table[key].nunique() > 1]
     columns = [*(["arch"] if "arch" in keys else []), "recipe", "seeds", *ablation.MEANS, *ablation.BETWEEN]
     said = [_what(df), claim(df, prompts), _beside_pca(table, pca_table.read(folder))]
     return markdown(*filter(None, said), html_table(table, columns, caption=f"{caption}."))

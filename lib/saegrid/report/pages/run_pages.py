@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pandas as pd
 
 from saegrid.analysis import selection
 from saegrid.analysis.numbers import number
+from saegrid.config import settings
 from saegrid.config.recipes import described
 from saegrid.errors import DamagedError, ResultsError
 from saegrid.experiment import finished_run
@@ -24,8 +26,8 @@ from saegrid.storage.atomic import write_text
 from saegrid.storage.checksums import check_sum, read_json, sum_of
 
 INDEX_COLUMNS = ["name", "recipe", "seed", "l0", "fvu_no_sink", "dead_pct", "delta_loss", "frac_rec_pct"]
-AXES = {"arch": "architecture", "expansion": "expansion", "k": "K", "threshold": "threshold"}
-AXES |= {"recipe": "recipe", "seed": "seed"}
+LABELS = {"arch": "architecture", "k": "K"}
+"""Axes that a reader knows by another name than the parameter's."""
 
 
 def write_committed_parts(root: str | Path) -> None:
@@ -43,6 +45,7 @@ def write_run_pages(df: pd.DataFrame, runs_dir: str | Path, folder: Path) -> Non
         if page.stem not in set(df["run_id"]):
             page.unlink()
     rows = df.to_dict("records")
+    also = settings.unusual(rows)
     for n, row in enumerate(rows):
         path = Path(runs_dir) / row["run_id"] / finished_run.NOTEBOOK
         try:
@@ -51,7 +54,7 @@ def write_run_pages(df: pd.DataFrame, runs_dir: str | Path, folder: Path) -> Non
         except DamagedError as error:
             advice = finished_run.MEND if sum_of(path).exists() else "delete the folder and run it again"
             raise ResultsError(f"{error}; {advice}") from None
-        page = run_page(notebook, title(row), markdown(summary(row, df), navigation(rows, n)))
+        page = run_page(notebook, title(row, also), markdown(summary(row, df), navigation(rows, n)))
         page = nbformat.writes(nbformat.from_dict(page))  # cells as lists of lines: Quarto reads nothing else
         write_text(folder / f"{row['run_id']}.ipynb", page + "\n")
     write_text(folder / "index.qmd", index_page(df, finished_run.load_timing(df, runs_dir)))
@@ -89,11 +92,19 @@ def run_page(notebook: dict[str, Any], page_title: str, nav: str) -> dict[str, A
     return page
 
 
-def title(row: dict[str, Any]) -> str:
-    """A run in words: `TopK, K = 64, 8x, seed 0`; its recipe too, where it is not the published one."""
+def title(row: dict[str, Any], also: Sequence[str] = ()) -> str:
+    """A run in words: `TopK, K = 64, 8x, seed 0`; its recipe too, where it is not the published one.
+
+    `also`: further parameters to name, those by which the runs of the grid differ (`settings.unusual`).
+    """
     recipe = described(row)
-    recipe = "" if recipe == "published" else f", {recipe}"
-    return f"{setting(row)}, {row['expansion']}x{recipe}, seed {row['seed']}"
+    parts = [setting(row), f"{row['expansion']}x", *([recipe] if recipe != "published" else [])]
+    return ", ".join([*parts, *(f"{label(name)} {row[name]}" for name in also), f"seed {row['seed']}"])
+
+
+def label(axis: str) -> str:
+    """A parameter's name for readers."""
+    return LABELS.get(axis, axis.replace("_", " "))
 
 
 def summary(row: dict[str, Any], df: pd.DataFrame) -> str:
@@ -115,16 +126,17 @@ def summary(row: dict[str, Any], df: pd.DataFrame) -> str:
 
 def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:
     """Links to the runs before and behind, and to those that differ along one axis alone."""
+    also = settings.unusual(rows)
     around = ["[All runs](index.qmd) · [CSV](../data/results_tidy.csv) · [Results](../results.ipynb)"]
     if n > 0:
-        around.insert(0, f"← [{title(rows[n - 1])}]({rows[n - 1]['run_id']}.ipynb)")
+        around.insert(0, f"← [{title(rows[n - 1], also)}]({rows[n - 1]['run_id']}.ipynb)")
     if n + 1 < len(rows):
-        around.append(f"[{title(rows[n + 1])}]({rows[n + 1]['run_id']}.ipynb) →")
+        around.append(f"[{title(rows[n + 1], also)}]({rows[n + 1]['run_id']}.ipynb) →")
     near = {}
     for other in rows:
-        differing = [name for name in AXES if not _same(*(_on_axis(row, name) for row in (rows[n], other)))]
+        differing = settings.differing(rows[n], other)
         if len(differing) == 1:
-            near.setdefault(AXES[differing[0]], []).append(f"[{title(other)}]({other['run_id']}.ipynb)")
+            near.setdefault(label(differing[0]), []).append(f"[{title(other, also)}]({other['run_id']}.ipynb)")
     lines = [f"- another {axis}: {'; '.join(links)}" for axis, links in near.items()]
     return markdown(" · ".join(around), *(["The same but for one axis:", "\n".join(lines)] if lines else []))
 
@@ -138,14 +150,6 @@ def index_page(df: pd.DataFrame, timing: pd.DataFrame) -> Markdown:
     said = "One page per run: parameters, curves, numbers, files and hashes."
     machine = ["## Machine, time and versions", home_page.setting_note(df, timing)]
     return markdown(front_matter("Runs"), said, table, *machine)
-
-
-def _on_axis(row: dict[str, Any], name: str) -> Any:
-    return described(row) if name == "recipe" else row[name]
-
-
-def _same(a: Any, b: Any) -> bool:
-    return (pd.isna(a) and pd.isna(b)) or (not pd.isna(a) and not pd.isna(b) and a == b)
 
 
 def _portable(output: dict[str, Any]) -> dict[str, Any] | None:

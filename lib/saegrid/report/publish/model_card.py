@@ -17,7 +17,8 @@ import pandas as pd
 from saegrid.analysis import findings as claims
 from saegrid.analysis import published_sweep, selection
 from saegrid.analysis.numbers import header
-from saegrid.config.run_config import BATCH_CUT, EMBEDDED_DATASET, EMBEDDED_MODEL, has_thetas
+from saegrid.config.architectures import ARCHITECTURES
+from saegrid.config.run_config import EMBEDDED_DATASET, EMBEDDED_MODEL
 from saegrid.experiment import finished_run
 from saegrid.report.figures import captions, plots
 from saegrid.report.pages import findings_page, home_page
@@ -33,17 +34,13 @@ SPLICED = (
     *("loss_recovered_zero", "loss_recovered_mean"),
 )
 """Metrics measured on the evaluation prompts; all others on the validation rows."""
-KEPT = {
-    "BatchTopK": "in training, z = ReLU of the int(N k) largest pre-activations of a batch of N rows, 0 elsewhere; in "
-    "use, z = pre where pre is above a threshold calibrated on held-out rows: each row has one code in any batch.",
-    "TopK": "z = ReLU of the k largest pre-activations of each row, 0 elsewhere.",
-    "JumpReLU": "z = pre where pre > θ, 0 elsewhere; one fixed θ for all latents, or, in runs with a K, one a latent, "
-    "trained so that K latents a row are active on average.",
-    "Matryoshka": "as BatchTopK, trained so that its first half, quarter, … of latents reconstruct on their own.",
-    "ReLU": "z = ReLU(pre), trained under an L1 penalty whose weight was moved so that K latents a row are active.",
-    "Gated": "z = pre where pre > θ, 0 elsewhere, one θ a latent: a Gated SAE (arXiv:2404.16014), its gate and "
-    "magnitude folded into one encoder, trained under an L1 penalty so that K latents a row are active on average.",
+CUTS = {
+    "k": "None",
+    "inference_threshold": 'cfg["inference_threshold"]',
+    "threshold": 'cfg["threshold"]',
+    "theta": 'state.pop("threshold")',
 }
+"""Where the threshold of a published file comes from, by what decides which pre-activations are kept."""
 PUBLISHED_CLASS = '''\
 import json
 
@@ -113,7 +110,7 @@ def readme(
         ),
         "## Architecture",
         "pre = encoder(x − b_pre); x_hat = decoder(z) + b_pre; decoder columns of unit norm. What z keeps of pre:",
-        "\n".join(f"- **{arch}**: {text}" for arch, text in KEPT.items() if arch in set(df["arch"])),
+        "\n".join(f"- **{name}**: {arch.kept}" for name, arch in ARCHITECTURES.items() if name in set(df["arch"])),
         "## Files",
         files_text(df, files),
         "## Load",
@@ -209,13 +206,8 @@ def load_text(best: pd.Series, file: str, repo: str = "") -> Markdown:
     own += f"latent_acts, x_hat = sae.encode(x), sae(x)  # (4, {best['d_sae']}), (4, {best['d_in']})"
     fetched = [f'hf_hub_download("{repo}", "{file}.{kind}")' if repo else f'"{file}.{kind}"' for kind in ("json", "pt")]
     used = PUBLISHED_CLASS if repo else PUBLISHED_CLASS.replace("from huggingface_hub import hf_hub_download\n", "")
-    theta, batch = 'cfg["threshold"]', ", batch=True" if best["arch"] in BATCH_CUT else ""
-    if best["arch"] == "TopK":
-        theta = "None"
-    elif best["arch"] in BATCH_CUT:
-        theta = 'cfg["inference_threshold"]'
-    elif has_thetas(best["arch"], not pd.isna(best["k"])):
-        theta = 'state.pop("threshold")'  # one a latent
+    arch = ARCHITECTURES[best["arch"]]
+    theta, batch = CUTS[arch.cut(not pd.isna(best["k"]))], ", batch=True" if arch.batch_cut else ""
     class_code = (
         f"{used}\n\nwith open({fetched[0]}) as sidecar:\n    cfg = json.load(sidecar)\n"
         f"state = torch.load({fetched[1]}, weights_only=True)\n"

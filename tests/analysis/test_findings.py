@@ -9,6 +9,7 @@ import pytest
 from saegrid.analysis import findings, intervals, published_sweep, selection
 from saegrid.analysis.findings import FAILS, HOLDS, NOT_TESTABLE
 from saegrid.experiment import finished_run, results
+from saegrid.report.pages import findings_page
 
 
 def rows(*given):
@@ -32,7 +33,7 @@ def test_1_needs_every_pair():
     finding = findings.batchtopk_beats_topk(rows(*good))
     assert finding.verdict == HOLDS
     assert finding.effect == pytest.approx(0.1)
-    assert "the lower delta loss in 0" in finding.sentence
+    assert "the lower delta loss in 0" in findings_page.sentence(finding)
     bad = [*good, ("BatchTopK", 8, 64, 1.0, 6, 0.1), ("TopK", 8, 64, 2.0, 5, 0.2)]
     assert findings.batchtopk_beats_topk(rows(*bad)).verdict == FAILS
     assert findings.batchtopk_beats_topk(rows(good[0])).verdict == NOT_TESTABLE
@@ -45,7 +46,7 @@ def test_2_most_dead_at_small_k():
     assert findings.small_k_dies(rows(small, (*large[:4], 60.0, 0.5))).verdict == FAILS
     elsewhere = findings.small_k_dies(rows(("TopK", 8, 32, 1.0, 40, 0.9), large))
     assert elsewhere.verdict == NOT_TESTABLE
-    assert "K = 32 leaves 40.0% dead; K = 128 leaves 31.0% dead" in elsewhere.sentence
+    assert "K = 32 leaves 40.0% dead; K = 128 leaves 31.0% dead" in findings_page.sentence(elsewhere)
 
 
 def test_3_the_best_of_the_sparse_runs():
@@ -73,7 +74,7 @@ def test_5_little_gain():
     assert findings.large_adds_little(rows(eight, ("TopK", 16, 64, 1.0, 5, 0.40))).verdict == FAILS
     elsewhere = findings.large_adds_little(rows(("TopK", 4, 64, 1.0, 5, 0.60), eight))
     assert elsewhere.verdict == NOT_TESTABLE
-    assert "From 4x to 8x at matched K, delta loss moves by −0.100" in elsewhere.sentence
+    assert "From 4x to 8x at matched K, delta loss moves by −0.100" in findings_page.sentence(elsewhere)
 
 
 def test_the_published_rows():
@@ -81,7 +82,7 @@ def test_the_published_rows():
     assert verdicts == [NOT_TESTABLE, NOT_TESTABLE, HOLDS, HOLDS, HOLDS]
     sweet, dense, large = findings.all_findings(published_sweep.rows())[2:]
     assert sweet.effect == pytest.approx(0.247 - 0.406)
-    assert "27.4 to 44.5% of its latents" in dense.sentence
+    assert "27.4 to 44.5% of its latents" in findings_page.sentence(dense)
     assert large.effect == pytest.approx(0.406 - 0.354)
 
 

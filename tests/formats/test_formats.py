@@ -11,13 +11,14 @@ import zipfile
 
 import pytest
 import torch
+from hub_server import serve
+from processes import in_another_process
 from published import CLASSES
 from safetensors.torch import load_file, save_file
-from test_fetch import in_another_process, serve
 
 import saegrid
-from saegrid.config.run_config import BATCH_CUT
-from saegrid.core.sae import ARCHITECTURES, SAE, JumpReLU
+from saegrid.config.architectures import ARCHITECTURES
+from saegrid.core.sae import SAE, SAE_CLASSES, JumpReLU
 from saegrid.errors import SaeFileError
 from saegrid.formats import export, load_sae
 from saegrid.formats.run_folder import save_sae
@@ -43,10 +44,10 @@ def make(arch: str) -> SAE:
         sae = filled(JumpReLU(D_IN, D_SAE, k=K, theta=torch.zeros(D_SAE)))
         sae.theta.copy_(torch.linspace(0, 6, D_SAE))
         return sae
-    sae = filled(ARCHITECTURES[arch](D_IN, D_SAE, k=K, theta=torch.zeros(D_SAE) if arch == "Gated" else None))
+    sae = filled(SAE_CLASSES[arch](D_IN, D_SAE, k=K, theta=torch.zeros(D_SAE) if arch == "Gated" else None))
     if arch == "Gated":
         sae.theta.copy_(torch.linspace(0, 6, D_SAE))
-    sae.inference_threshold = 4.3 if arch in BATCH_CUT else None
+    sae.inference_threshold = 4.3 if ARCHITECTURES[arch].batch_cut else None
     return sae
 
 
@@ -63,7 +64,7 @@ def assert_same(ours: SAE, theirs: SAE):
 
 
 CELLS = [
-    *((arch, "published", arch) for arch in ARCHITECTURES),
+    *((arch, "published", arch) for arch in SAE_CLASSES),
     *((arch, format, arch) for arch in ("ReLU", "Gated") for format in ("saelens", "dictionary_learning")),
     *((TRAINED, format, "JumpReLU") for format in ("published", "saelens", "dictionary_learning")),
     *(("Matryoshka", "saelens", "JumpReLU"), ("Matryoshka", "dictionary_learning", "BatchTopK")),
@@ -89,7 +90,7 @@ def test_out_and_back(arch, format, back_as, tmp_path):
         assert path.read_bytes() == (tmp_path / "c" / path.name).read_bytes()
 
 
-@pytest.mark.parametrize("arch", [*BATCH_CUT, TRAINED, "ReLU", "Gated"])
+@pytest.mark.parametrize("arch", ["BatchTopK", "Matryoshka", TRAINED, "ReLU", "Gated"])
 def test_a_run_folder_and_each_of_its_files(arch, tmp_path):
     sae = make(arch)
     save_sae(sae, tmp_path, f"{sae.arch}_exp4x_k7", {"expansion": 4})

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from test_kernels import apart, make_params, make_rows, start
+from kernel_cases import apart, make_params, make_rows, start
 from tiny import save_dataset, save_model
 
 from saegrid import kernels
@@ -30,7 +30,7 @@ RULES = [Rule("topk", 9), Rule("batchtopk", 9), Rule("threshold", 0, 150.0), Rul
 
 def test_in_the_interpreter():
     """A process of its own: whether Triton interprets is settled once, when it is first imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted_cuda.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted_cuda.py"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for name in [name for name in environment if name.startswith("PYTEST")]:
         del environment[name]  # this process's own test, and its worker's name

@@ -66,7 +66,7 @@ def test_a_killed_workflow_leaves_no_lock_and_no_orphan(tmp_path):
 
 
 def test_a_command_ends_with_its_parent():
-    sleeper = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-m', 'saegrid.storage.processes', 'sleep', '60']).pid)"
+    sleeper = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-m', 'saegrid.storage.processes', 'sleep', '60']).pid)"  # noqa: E501
     code = f"{sleeper}; sys.stdout.flush(); import time; time.sleep(60)"
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     child = int(parent.stdout.readline())

@@ -14,7 +14,7 @@ from tiny import save_dataset, save_model
 from saegrid.config.run_config import make_config
 from saegrid.experiment.run import Run
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 
 

@@ -9,7 +9,7 @@ import pytest
 from saegrid.analysis import findings, numbers, published_sweep, selection
 from saegrid.experiment import finished_run, results
 from saegrid.report import tables
-from saegrid.report.pages import home_page
+from saegrid.report.pages import findings_page, home_page
 
 
 def parse(text):
@@ -103,8 +103,8 @@ def test_the_card_holds_the_recommended_run_and_every_verdict(fake_grid, fake_ru
     assert f"**{best['delta_loss']:.3f} nats/token**" in text
     assert f"{best['name']}.pt" in text
     for finding in findings.all_findings(df, prompts):
-        assert finding.claim.replace("'", "&#x27;") in text
-        assert finding.effect_text in text
+        assert findings_page.CLAIMS[finding.number].text.replace("'", "&#x27;") in text
+        assert findings_page.effect_text(finding) in text
     assert "<a " not in text  # without links it stands alone
     assert f"{len(df)} runs, BatchTopK, TopK and JumpReLU at 4x, 8x, 16x with K of 64, 128, 220" in text
 

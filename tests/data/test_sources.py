@@ -80,7 +80,7 @@ def test_every_source_is_noticed_though_size_and_time_are_the_same(config, tmp_p
     monkeypatch.setenv("SAEGRID_CACHE", str(tmp_path / "cache"))
     folder = collect(config)
     made = open_store(config).manifest["sources"]
-    assert made.keys() > CHANGES.keys() | {"dataset", "code/activations.py", "code/prompts.py"}
+    assert made.keys() > CHANGES.keys() | {"dataset", "code/collect.py", "code/prompts.py"}
     for name, change in CHANGES.items():
         kept = shutil.copytree(tmp_path, tmp_path.with_name("kept"), symlinks=True)
         path = tmp_path / name.replace("dataset/", "data/") if "/" in name else tmp_path / "model" / "model.safetensors"

@@ -236,13 +236,14 @@ def contrast(ink, ground):
     ],
 )
 def test_dark_text_can_be_read(ink, ground):
-    colours = dict(re.findall(r"^\$([a-z-]+): (#\w+);", (ROOT / "lib/saegrid/theme/dark.scss").read_text(), flags=re.M))
+    theme = (ROOT / "lib/saegrid/report/theme/dark.scss").read_text()
+    colours = dict(re.findall(r"^\$([a-z-]+): (#\w+);", theme, flags=re.M))
     assert contrast("#fff", "#000") == pytest.approx(21)
     assert contrast(colours[ink], colours[ground]) >= 4.5
 
 
 def test_both_dark_themes_have_the_same_colours():
-    theme = ROOT / "lib/saegrid/theme"
+    theme = ROOT / "lib/saegrid/report/theme"
     scss = dict(re.findall(r"^\$(?:body-)?([a-z-]+): (#\w+);", (theme / "dark.scss").read_text(), flags=re.M))
     css = dict(re.findall(r"--bs-(?:body-)?([a-z-]+): (#\w+);", (theme / "dark.css").read_text()))
     shared = {

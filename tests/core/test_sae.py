@@ -3,10 +3,10 @@ import torch
 from published import CLASSES
 
 from saegrid.config.run_config import make_config
-from saegrid.core.sae import ARCHITECTURES, BatchTopK, fold_scale, initial_sae
+from saegrid.core.sae import SAE_CLASSES, BatchTopK, fold_scale, initial_sae
 from saegrid.formats.run_folder import from_published, published_state_dict
 
-SPARSITY = {arch: {"threshold": 0.4} if arch == "JumpReLU" else {"k": 5} for arch in ARCHITECTURES}
+SPARSITY = {arch: {"threshold": 0.4} if arch == "JumpReLU" else {"k": 5} for arch in SAE_CLASSES}
 SCALED = {"ReLU": {"recipe": "improved"}, "Gated": {"recipe": "improved"}}
 IN_USE = CLASSES | {"Matryoshka": CLASSES["BatchTopK"]}  # the published class that each one's file loads into
 
@@ -70,7 +70,7 @@ def test_the_start_is_set_by_the_seed_and_the_inits():
     assert start().W_enc.abs().max() <= 1 / 4  # U(±1/√d_in)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", SAE_CLASSES)
 def test_a_folded_scale_is_the_sae_of_scaled_rows(arch):
     torch.manual_seed(1)
     config = make_config(arch=arch, expansion=3, **SPARSITY[arch], **SCALED.get(arch, {}))
@@ -92,7 +92,7 @@ def test_a_folded_gate_is_the_same_sae():
         vector.data.normal_()
     x = rows(32)
     latent_acts, x_hat = sae.encode(x), sae(x)
-    sae.fold_gate()
+    sae.finish()
     assert len(sae.gain) == 0 and sae.theta.min() == 0 < sae.theta.max()
     torch.testing.assert_close(sae.encode(x), latent_acts)
     torch.testing.assert_close(sae(x), x_hat)

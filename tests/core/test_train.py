@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import save_deep_model
 
 from saegrid.config.run_config import make_config
 from saegrid.core.row_statistics import estimate
@@ -25,20 +26,25 @@ def rows(n, heavy=1.0):
     return x
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Folder of a language model of width 8, and of a dataset."""
+    return save_deep_model(tmp_path_factory.mktemp("model"))
+
+
 @pytest.fixture
-def make_store(tmp_path):
+def make_store(tmp_path, model):
     """A real store, from published activation files that are made here."""
 
     def make(n_val=100, scale=1.0, heavy=1.0, sinks=0):
         files, folder = tmp_path / "files", tmp_path / "stores"
         files.mkdir()
-        (files / "config.json").write_text('{"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 13}')
         train, val = scale * rows(300 + n_val)[:300], rows(n_val, heavy)
         train[:sinks, 3] += 100.0
         val[:sinks, 3] += 100.0
         torch.save(train, files / "instruct_base_layer12_train.pt")
         torch.save(val, files / "instruct_base_layer12_val.pt")
-        run = config(model=str(files), activations=str(files), store_dir=str(folder), act_dtype="float32")
+        run = config(model=model, dataset=model, activations=str(files), store_dir=str(folder), act_dtype="float32")
         collect(run)
         return open_store(run)
 

@@ -291,7 +291,8 @@ def test_weights_that_are_damaged_or_incomplete_are_one_line(folder):
 
 def test_importing_the_module_and_asking_for_the_shape_needs_no_torch():
     code = (
-        "import sys; from saegrid.config.run_config import make_config; from saegrid.data.language_model import lm_shape\n"
+        "import sys\nfrom saegrid.config.run_config import make_config\n"
+        "from saegrid.data.language_model import lm_shape\n"
         "assert lm_shape(make_config(k=4)) == (576, 30)\n"
         "assert not {'torch', 'transformers'} & set(sys.modules), 'imported too early'"
     )

@@ -16,8 +16,8 @@ import yaml
 from conftest import D_IN, reseal, write_synthetic_run
 from hub_server import ORGANISATION, client_environment, python_blocks, serve
 from huggingface_hub import ModelCard, SpaceCard
+from processes import peers_python
 from safetensors.torch import save_file
-from test_peers import peers_python
 
 from saegrid.config.grid import Grid
 from saegrid.core.sae import initial_sae
@@ -27,7 +27,7 @@ from saegrid.formats import load_sae
 from saegrid.formats.run_folder import save_sae
 from saegrid.report.publish import upload
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 REPO, SPACE = f"{ORGANISATION}/grid", f"{ORGANISATION}/report"
 GRID = {
     "name": "small",

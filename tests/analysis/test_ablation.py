@@ -6,7 +6,7 @@ from saegrid.analysis.ablation import beside, by_recipe
 from saegrid.config.recipes import RECIPES
 from saegrid.errors import ResultsError
 from saegrid.experiment import finished_run, results
-from saegrid.report.pages import home_page, recipes_page
+from saegrid.report.pages import findings_page, home_page, recipes_page
 from saegrid.report.pages.ablation_section import forest, recipe_section, verdict
 
 
@@ -42,7 +42,7 @@ def test_the_card_compares_recipes_where_there_is_more_than_one(mixed):
 
 def test_the_published_findings_are_tested_on_the_published_recipe_alone(mixed):
     alone, all_rows = findings.all_findings(mixed.iloc[:2]), findings.all_findings(mixed)
-    assert [finding.sentence for finding in alone] == [finding.sentence for finding in all_rows]
+    assert [*map(findings_page.sentence, alone)] == [*map(findings_page.sentence, all_rows)]
     assert all((finding.evidence["recipe"] == "published").all() for finding in all_rows)
 
 

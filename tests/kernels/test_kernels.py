@@ -9,15 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import D_IN, D_SAE, apart, assert_same_codes, assert_well_formed, dense, make_params, make_rows, start
 
 from saegrid import kernels
 from saegrid.core.thresholds import start_of_theta
 from saegrid.errors import ConfigError
 from saegrid.kernels import cpu, reference
-from saegrid.kernels.cpu import encode
-from saegrid.kernels.state import Codes, Params, Rule, StepSettings, TrainState
-
-D_IN, D_SAE = 48, 192
+from saegrid.kernels.cpu import codes as cpu_codes
+from saegrid.kernels.state import Params, Rule, StepSettings, TrainState
 
 
 @pytest.fixture(autouse=True)
@@ -29,68 +28,9 @@ def one_thread():
     kernels.set_threads(before)
 
 
-def make_rows(n: int, seed: int = 0, d_in: int = D_IN, sinks: int = 0) -> torch.Tensor:
-    """Anisotropic rows (n, d_in) of norm about 145, the first `sinks` of them of norm about 25,000."""
-    generator = torch.Generator().manual_seed(seed)
-    scales = torch.randn(d_in, generator=generator).exp()
-    rows = torch.randn(n, d_in, generator=generator) * scales
-    rows *= 145 / rows.norm(dim=1).median()
-    direction = torch.randn(d_in, generator=generator)
-    rows[:sinks] += 25_000 * direction / direction.norm()
-    return rows
-
-
-def make_params(seed: int = 0, d_in: int = D_IN, d_sae: int = D_SAE) -> Params:
-    generator = torch.Generator().manual_seed(1000 + seed)
-    w_dec = torch.randn(d_sae, d_in, generator=generator)
-    return Params(
-        W_enc=torch.randn(d_sae, d_in, generator=generator) / d_in**0.5,
-        b_enc=torch.randn(d_sae, generator=generator),
-        W_dec=w_dec / w_dec.norm(dim=1, keepdim=True),
-        b_dec=torch.randn(d_in, generator=generator),
-        b_pre=torch.randn(d_in, generator=generator),
-    )
-
-
-def start(params: Params) -> TrainState:
-    return TrainState.start(Params(*(p.clone() for p in params)))
-
-
 def slope(parameter: torch.Tensor) -> torch.Tensor:
     """Its gradient; 0 where the loss does not depend on it."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-
-def apart(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference by the norm of what is expected."""
-    return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
-
-
-def dense(codes: Codes, d_sae: int = D_SAE) -> torch.Tensor:
-    z = torch.zeros(len(codes.offsets) - 1, d_sae)
-    z[reference._rows(codes), codes.latents.long()] = codes.values
-    return z
-
-
-def assert_same_codes(actual: Codes, expected: Codes, params: Params, x: torch.Tensor) -> None:
-    """Equal up to rounding: a pair that only one of them lists is a near-tie with the cut."""
-    assert_well_formed(actual)
-    d_sae = len(params.b_enc)
-    z, z_expected = dense(actual, d_sae), dense(expected, d_sae)
-    scale = (x - params.b_pre).norm(dim=1, keepdim=True)  # rows' norms set the size of rounding
-    both = (z > 0) & (z_expected > 0)
-    assert ((z - z_expected).abs() <= 1e-5 * scale + 1e-5)[both].all()
-    either = (z > 0) != (z_expected > 0)
-    assert either.sum() <= 2 + 1e-3 * both.sum()
-
-
-def assert_well_formed(codes: Codes) -> None:
-    assert codes.offsets.dtype == torch.int64 and codes.latents.dtype == torch.int32
-    assert codes.values.dtype == torch.float32 and (codes.values > 0).all()
-    assert codes.offsets[0] == 0 and codes.offsets[-1] == len(codes.latents) == len(codes.values)
-    rows = reference._rows(codes)
-    keys = rows * 2**32 + codes.latents
-    assert (keys.diff() > 0).all()  # latents ascend within a row, none twice
 
 
 RULES = [
@@ -639,7 +579,7 @@ def test_rows_in_blocks_give_the_codes_of_the_whole(monkeypatch, rule, sinks_fir
     params, x = make_params(), make_rows(300, sinks=8)
     x = x if sinks_first else x.flip(0)
     whole = cpu.encode(params, x, rule, matmul)
-    monkeypatch.setattr(encode, "BLOCK_VALUES", 37 * D_SAE)
+    monkeypatch.setattr(cpu_codes, "BLOCK_VALUES", 37 * D_SAE)
     assert_same_codes(cpu.encode(params, x, rule, matmul), whole, params, x)
 
 
@@ -689,7 +629,7 @@ def test_same_bytes(rule, matmul):
 def test_bf16_selects_but_does_not_set_values(rule):
     """Nearly the same pairs are kept; the values of those that are kept are float32's."""
     params, x = make_params(5), make_rows(256, 5)
-    assert encode._share_kept(params, x - params.b_pre, rule) <= encode.BF16_BELOW
+    assert cpu_codes._share_kept(params, x - params.b_pre, rule) <= cpu_codes.BF16_BELOW
     exact, actual = reference.encode(params, x, rule), cpu.encode(params, x, rule, "bf16")
     assert_well_formed(actual)
     z, z_exact = dense(actual), dense(exact)

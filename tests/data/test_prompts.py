@@ -12,7 +12,7 @@ from saegrid.config.run_config import make_config
 from saegrid.data.prompts import Prompt, gsm_symbolic, make_prompts, split_templates
 from saegrid.errors import ConfigError
 
-GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
+GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 
 
 def config_for(**parameters):

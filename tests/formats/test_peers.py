@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import peers_python
 from safetensors.torch import load_file, save_file
 
 from saegrid.core.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from saegrid.formats import export, load_sae
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 D_IN, D_SAE, K = 128, 2048, 32
 N_ROWS, N_SINKS = 1024, 8
 X_HAT = 1e-5
@@ -28,14 +29,6 @@ SAVED = [
     *(f"dictionary_learning-{name}" for name in ("relu", "relu_normed", "gated")),
     "sparsify-topk",
 ]
-
-
-def peers_python() -> str:
-    """The peers' Python, or a skip that says how to make it."""
-    python = os.environ.get("SAEGRID_PEERS_PYTHON") or str(ROOT / ".venv-peers/bin/python")
-    if not Path(python).exists():
-        pytest.skip(f"no {python}: `make peers` makes the environment with sae-lens, dictionary-learning and sparsify")
-    return python
 
 
 def rows() -> torch.Tensor:
@@ -81,7 +74,7 @@ def peers(tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     quiet = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [python, Path(__file__).with_name("peers_script.py"), folder],
+        [python, Path(__file__).parents[1].joinpath("peers_script.py"), folder],
         **{"env": environment | quiet, "capture_output": True, "text": True, "timeout": 600, "check": False},
     )
     assert done.returncode == 0, done.stderr[-3000:]

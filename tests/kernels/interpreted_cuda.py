@@ -8,8 +8,9 @@ import os
 
 import pytest
 import torch
+from kernel_cases import apart, assert_same_codes, assert_well_formed, make_params, make_rows, start
 from test_cuda import assert_same_metrics
-from test_kernels import apart, assert_same_codes, assert_well_formed, make_params, make_rows, start
+from tiny import save_deep_model
 from triton.runtime import interpreter
 
 from saegrid.config.run_config import make_config
@@ -198,7 +199,12 @@ def test_too_many_pre_activations_are_one_line():
 
 
 def run_config(folder, **changes):
-    places = {"model": str(folder), "activations": str(folder), "store_dir": str(folder / "stores")}
+    places = {
+        "model": str(folder),
+        "dataset": str(folder),
+        "activations": str(folder),
+        "store_dir": str(folder / "stores"),
+    }
     recipe = {"arch": "BatchTopK", "expansion": 3, "k": 2, "epochs": 2, "batch_size": 16, "lr": 1e-2}
     return make_config(**places | recipe | changes)
 
@@ -206,7 +212,7 @@ def run_config(folder, **changes):
 @pytest.fixture
 def store(tmp_path):
     """A real store of 24 + 16 rows of width 8, from published activation files that are made here."""
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 13}')
+    save_deep_model(tmp_path)
     rows = torch.relu(torch.randn(40, 20, generator=torch.Generator().manual_seed(0)) - 0.5) @ make_rows(20, 1, 8)
     for split, part in (("train", rows[:24]), ("val", rows[24:])):
         torch.save(part / 100, tmp_path / f"instruct_base_layer12_{split}.pt")

@@ -2,14 +2,12 @@
 
 import hashlib
 import io
-import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from hub_server import COMMIT, serve
+from processes import in_another_process
 from tiny import D_IN, save_dataset, save_model
 
 from saegrid.errors import ConfigError
@@ -33,17 +31,6 @@ def hub(tmp_path_factory):
     server = serve({"some/model": model, "some/acts": acts, "some/empty": {"README.md": b"-"}})
     yield {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(root / "home"), "HF_HUB_DISABLE_XET": "1"}
     server.shutdown()
-
-
-def in_another_process(environment, code):
-    """Run code under other environment variables, as the Hub's client reads them when it is imported."""
-    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN")
-    clean = {name: value for name, value in os.environ.items() if name not in names}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**clean, **environment}, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 SHAPES = """

@@ -1,0 +1,61 @@
+"""What a setting is: all that runs were given but their seed. One definition for what pairs, groups or labels runs.
+
+Free of torch and pandas. A row is a run's parameters, from its config or from a table; a table may lack some of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any
+
+from saegrid.config.architectures import ARCHITECTURES
+from saegrid.config.recipes import RECIPES, described
+from saegrid.config.run_config import PLACES, RunConfig
+
+MACHINE = {"kernel", "matmul", "threads", "checkpoint_steps"}
+"""Parameters that say how a run is computed, not what."""
+CHOICES = {*RECIPES["published"], "theta_tie"}
+"""Parameters that a recipe decides: together they are one axis, `recipe`."""
+AXES = [name for name in RunConfig.model_fields if name not in {*PLACES, *MACHINE, *CHOICES, "threshold_unit", "seed"}]
+"""Parameters by which settings differ. A threshold counts with its unit."""
+USUAL = ["arch", "expansion", "k", "threshold", "recipe"]
+"""Axes that every label names; others are named where they vary."""
+
+
+def axes(row: Mapping[str, Any]) -> dict[str, Hashable]:
+    """The setting of a row: a value for each axis that the row has, None where it is not given or the default."""
+    values = {name: _plain(row[name]) for name in AXES if name in row}
+    if set(row) >= CHOICES:
+        values["recipe"] = described(row)
+    arch = ARCHITECTURES.get(str(values.get("arch")))
+    if arch and values.get("prefixes") == arch.prefixes:
+        values["prefixes"] = None
+    values |= {name: None for name in ("k", "threshold") if values.get(name) == 0}
+    if values.get("threshold") is not None and row.get("threshold_unit", "absolute") != "absolute":
+        values["threshold"] = f"{values['threshold']:g} {row['threshold_unit']}"
+    return values
+
+
+def key(row: Mapping[str, Any], *without: str) -> tuple[Hashable, ...]:
+    """A row's setting but for some axes: equal for runs that differ in nothing else (but their seed)."""
+    return tuple((name, value) for name, value in axes(row).items() if name not in without and value is not None)
+
+
+def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """The axes, and `seed`, by which two rows differ."""
+    of_a, of_b = axes(a) | {"seed": a.get("seed")}, axes(b) | {"seed": b.get("seed")}
+    return [name for name in [*AXES, "seed"] if of_a.get(name) != of_b.get(name)]
+
+
+def unusual(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Axes that vary over the rows, besides the `USUAL` ones: a label has to name them, too."""
+    settings = [axes(row) for row in rows]
+    return [name for name in AXES if name not in USUAL and len({setting.get(name) for setting in settings}) > 1]
+
+
+def _plain(value: Any) -> Hashable:
+    """A value of a table as it is in a config: a number that is not given is None."""
+    if value is None or value != value or type(value).__name__ == "NAType":
+        return None
+    plain: Hashable = value.item() if hasattr(value, "item") else value
+    return plain
