@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pandas as pd
 
-from saegrid.analysis import selection
-
 DENSE_SHARE_PCT = 10.0
 """A run that fires at least this share of its latents is dense: it is no candidate for "best" ("firing 10-45% of its
 latents" is what the published card calls not sparse). Fixed before the results."""
@@ -46,15 +44,9 @@ def same_settings(own: pd.DataFrame, other: pd.DataFrame) -> tuple[pd.DataFrame,
     return both, other[[key not in shared for key in other_keys]]
 
 
-pass  # MOVED
-
-
 def recommend(df: pd.DataFrame) -> pd.Series:
     """The row with the lowest delta loss of the `selection.candidates`: those that are sparse."""
-    return selection.candidates(df).nsmallest(1, "delta_loss").iloc[0]
-
-
-pass  # MOVED
+    return candidates(df).nsmallest(1, "delta_loss").iloc[0]
 
 
 def pareto(df: pd.DataFrame, y: str, x: str = "l0", lower_is_better: bool = True) -> pd.DataFrame:

@@ -26,8 +26,6 @@ from saegrid.data.manifest import BUFFER_SHARDS, MEND, read_manifest
 from saegrid.errors import StoreError
 from saegrid.storage.atomic import write_bytes
 
-pass  # MOVED
-
 META = ("token_ids", "positions", "prompts")
 PREFETCH = 4
 """Batches made ahead by the background thread."""

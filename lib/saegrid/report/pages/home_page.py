@@ -20,8 +20,6 @@ from saegrid.report.pages import findings_page
 from saegrid.report.pages.ablation_section import recipe_section
 from saegrid.report.tables import Markdown, html_block, html_table, markdown, pipe_table
 
-pass  # MOVED
-
 MAIN = ["name", "l0", "val_mse", "nmse", "fvu_no_sink", "dead_pct", "delta_loss", "frac_rec_pct", "loss_recovered_mean"]
 """Columns of the results table on the home page."""
 KEEP = {
