@@ -18,7 +18,6 @@ from saegrid.config.grid import Grid
 from saegrid.errors import SaegridError
 from saegrid.experiment import results
 from saegrid.experiment.latents import describe
-from saegrid.report.pages import latents_page
 from saegrid.report.tables import Markdown, html_block, markdown
 from saegrid.storage.atomic import write_json, write_text
 
@@ -221,6 +220,6 @@ def make(grid: Grid, root: str | Path = ".") -> Path:
     first = grid.runs()[0]
     data = describe(root / first.runs_dir / best["run_id"], root / first.store_dir)
     folder = root / "report" / "latents"
-    latents_page.write_chunks(data, folder)
+    write_chunks(data, folder)
     write_json(folder / "latents.json", data)
     return folder
