@@ -1,6 +1,6 @@
 """The table of architectures: what config, training, formats, cards and plots need to know of each. Free of torch.
 
-The equations stand at the classes in `saegrid/core/sae.py`, their arithmetic in `saegrid/kernels/reference.py`.
+The classes in `saegrid/core/sae.py` state the equations, `saegrid/kernels/reference.py` the arithmetic.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Literal
 
 Arch = Literal["TopK", "BatchTopK", "JumpReLU", "Matryoshka", "ReLU", "Gated"]
 Cut = Literal["k", "inference_threshold", "threshold", "theta"]
-"""What decides, in use, whether a pre-activation is kept: rank in its row, one calibrated threshold, one given
-threshold, or one theta per latent. Each is the name under which a saved SAE holds the value."""
+"""What decides at inference whether a pre-activation is kept: its rank in the row, one calibrated threshold, one given
+threshold, or one theta per latent. A saved SAE stores the value under this name."""
 
 
 @dataclass(frozen=True)
@@ -22,30 +22,30 @@ class Architecture:
     kept: str
     """What a code keeps of the pre-activations, in words, for the model card."""
     color: str
-    """Colour in all figures: 3:1 contrast on white and on near-black, told apart by readers with any colour vision."""
+    """Colour in all figures: 3:1 contrast on white and on near-black, distinguishable with any colour vision."""
     marker: str
-    """matplotlib's marker in all figures."""
+    """matplotlib marker in all figures."""
     takes_threshold: bool = False
-    """Whether a given `threshold` may stand in for `k`; it then stays as it is."""
+    """Whether a fixed `threshold` may replace `k`."""
     batch_cut: bool = False
-    """Whether training keeps the largest pre-activations of a whole batch; a threshold is then calibrated for use."""
+    """Whether training keeps the largest pre-activations of a whole batch; inference then uses a calibrated cut."""
     thetas: Literal["never", "with k", "always"] = "never"
-    """When each latent has a theta of its own, which training moves."""
+    """When each latent has its own trained theta."""
     l1: bool = False
     """Whether an L1 penalty brings L0 to `k`."""
     prefixes: int = 0
-    """Nested dictionaries by default; 0: the architecture has none."""
+    """Default number of nested dictionaries; 0: none."""
 
     def has_thetas(self, has_k: bool) -> bool:
-        """Whether an SAE for which a k was given, or not, has one theta per latent."""
+        """Whether an SAE has one theta per latent; `has_k`: a k was given."""
         return self.thetas == "always" or (self.thetas == "with k" and has_k)
 
     def has_tied_thetas(self, has_k: bool) -> bool:
-        """Whether the tie of thetas to their mean (`theta_tie`) is a part of training. An L1 penalty needs none."""
+        """Whether training decays thetas towards their mean (`theta_tie`). An L1 penalty makes that unnecessary."""
         return self.has_thetas(has_k) and not self.l1
 
     def cut(self, has_k: bool) -> Cut:
-        """What decides, in use, whether a pre-activation is kept."""
+        """What decides at inference whether a pre-activation is kept."""
         if self.batch_cut:
             return "inference_threshold"
         if self.has_thetas(has_k):

@@ -1,4 +1,4 @@
-"""A grid file's axes to a list of run configs: free of torch."""
+"""Turn a grid file into a list of run configs. Free of torch."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from saegrid.storage.checksums import read_bytes
 from saegrid.storage.hub_access import expanded
 
 MAX_RUNS = 10_000
-"""A grid file of more runs is taken for a mistake."""
+"""A grid file with more runs is refused."""
 MAX_YAML_BYTES = 1 << 20
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only, and each name once."""
+    """Accepts plain values only and refuses duplicate names."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -62,7 +62,7 @@ class Grid(BaseModel):
         return check_place(str(self.constants.get("runs_dir", RunConfig.model_fields["runs_dir"].default)))
 
     def runs(self) -> list[RunConfig]:
-        """All runs, in the order of the file. Raises `ConfigError` for a bad, doubled or contradictory point."""
+        """All runs in file order. Raises `ConfigError` for an invalid, duplicate or contradictory point."""
         runs: dict[str, RunConfig] = {}
         points = sum(math.prod(map(len, block.values())) for block in self.axes)
         if not 1 <= points <= MAX_RUNS:
@@ -84,7 +84,7 @@ class Grid(BaseModel):
 
 
 def load_grid(path: str | Path) -> Grid:
-    """Read a grid file. Raises `ConfigError` for a file that is missing, no YAML, or no grid."""
+    """Read a grid file. Raises `ConfigError` for a file that is missing, not YAML, or not a grid."""
     try:
         path = expanded(str(path))
         content = yaml.load(read_bytes(path, MAX_YAML_BYTES).decode("utf-8"), Loader=_Loader)
@@ -103,8 +103,7 @@ def load_grid(path: str | Path) -> Grid:
 def papermill_arguments(run: RunConfig) -> str:
     """The `-p` and `-r` options that make papermill run this config, quoted for a shell.
 
-    Strings go by `-r` (taken as they are), numbers by `-p`; parameters at their default, or as the recipe says, are
-    left out.
+    Strings use `-r` (taken literally), numbers `-p`; parameters at their default or their recipe's value are left out.
     """
     options: list[str] = []
     said = choices(run.model_dump())

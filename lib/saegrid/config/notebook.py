@@ -1,4 +1,4 @@
-"""A notebook's parameters: the variables of its first cells, as papermill sets them. One that is unknown is refused."""
+"""A notebook's parameters: the variables of its first cells, as papermill sets them. Unknown ones are refused."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def config_from_namespace(namespace: dict[str, Any]) -> RunConfig:
 
 
 def check_names(namespace: dict[str, Any], *known: str) -> None:
-    """Hold the variables of `namespace` against the parameters that a notebook has, each of them a text.
+    """Check that the variables of `namespace` are known parameters of the notebook, each of them text.
 
     Raises:
-        ConfigError: names the first one that it does not know, that is no text, or that begins with `~`.
+        ConfigError: names the first variable that is unknown, not text, or begins with `~`.
     """
     for name, value in _parameters(namespace).items():
         if name not in known:
@@ -30,7 +30,7 @@ def check_names(namespace: dict[str, Any], *known: str) -> None:
 
 
 def _parameters(namespace: dict[str, Any]) -> dict[str, Any]:
-    """All but modules, functions, classes and IPython's own names."""
+    """All variables but modules, functions, classes and IPython's own names."""
     return {
         name: value
         for name, value in namespace.items()

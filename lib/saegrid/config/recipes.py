@@ -1,6 +1,6 @@
 """Recipes: named sets of training choices, free of torch.
 
-A parameter left at "recipe" or -1 takes its recipe's value; any other value switches that choice alone.
+A parameter left at "recipe" or -1 takes its recipe's value; any other value overrides that choice alone.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ RECIPES: dict[str, dict[str, Any]] = {
         **{"lr": 2e-3, "lr_schedule": "linear", "warmup": 0.05, "grad_clip": 1.0, "project_grad": True},
     },
 }
-"""What the model card says, and what the field has learnt since. `run_config.py` says what each choice does."""
+"""The model card's choices, and those that later research suggests. `run_config.py` explains each choice."""
 
 BANDWIDTH, L0_COEF = 0.3, 0.1
-"""Of JumpReLU's trained thresholds, beside rows with a mean square of 1 (measured: LOG.md)."""
+"""For JumpReLU's trained thresholds, on rows with a mean square of 1 (measured: LOG.md)."""
 
 THETA_TIE = 10.0
-"""Weight decay of JumpReLU's trained thresholds towards their mean, by their learning rate (measured: LOG.md)."""
+"""Weight decay of JumpReLU's trained thresholds towards their mean, in units of their learning rate (measured: LOG.md)."""
 
 L1_COEF = 1.0
-"""Of ReLU and Gated at the start, beside rows with a mean square of 1, by d_in."""
+"""Initial L1 weight of ReLU and Gated on rows with a mean square of 1; the loss divides it by d_in."""
 
 YOUNGER = {
     **{"recipe": "published", "prefixes": 0, "theta_tie": 0.0},
@@ -40,13 +40,13 @@ YOUNGER = {
     name: RECIPES["published"][name]
     for name in ("act_scale", "sinks", "aux_coef", "dead_window", "encoder_tie", "lr_schedule", "warmup")
 }
-"""Parameters younger than the first tables, and what runs did before: such runs keep their ids and their rows."""
+"""Parameters added after the first tables, with the values that earlier runs used: those keep their ids and rows."""
 
 
 def choices(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run's recipe says, by its `recipe`, `arch` and `k`; thetas that are trained, JumpReLU's, have a tie too.
+    """The recipe's values for a run, from its `recipe`, `arch` and `k`; with `theta_tie` if thetas are trained (JumpReLU).
 
-    An unknown recipe is left for `RunConfig` to refuse.
+    An unknown recipe raises nothing here; `RunConfig` refuses it.
     """
     recipe, k = run.get("recipe"), run.get("k")
     arch = ARCHITECTURES.get(str(run.get("arch")))
@@ -56,18 +56,18 @@ def choices(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resolve(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The parameters with each choice that is left to the recipe (absent, "recipe" or -1) at the recipe's value."""
+    """The parameters, with the recipe's value for each choice left to it (absent, "recipe" or -1)."""
     said = choices(parameters).items()
     return parameters | {name: value for name, value in said if _is_left(parameters.get(name, -1))}
 
 
 def switched(run: Mapping[str, Any]) -> str:
-    """The choices in which a run differs from its recipe: `grad_clip = 0.0`; empty where there are none."""
+    """Choices in which a run differs from its recipe, such as `grad_clip = 0.0`; empty if there are none."""
     return ", ".join(f"{name} = {run[name]}" for name, value in choices(run).items() if run[name] != value)
 
 
 def described(run: Mapping[str, Any]) -> str:
-    """A run's recipe in words: `improved`, or `improved but grad_clip = 0.0` where choices were switched."""
+    """A run's recipe in words: `improved`, or `improved but grad_clip = 0.0` if choices were overridden."""
     differs = switched(run)
     return f"{run['recipe']} but {differs}" if differs else run["recipe"]
 

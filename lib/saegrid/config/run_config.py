@@ -1,7 +1,7 @@
 """The parameters of one run: validated, documented, free of torch.
 
 `RunConfig` is the single list of parameters. The tagged cell of `notebooks/train.ipynb` repeats its names and
-defaults (a test holds the two against each other), a grid file sets them under `constants` and `axes`, and every
+defaults (a test compares the two), a grid file sets them under `constants` and `axes`, and every
 row of the result tables carries them.
 """
 
@@ -26,7 +26,7 @@ EMBEDDED_DATASET = "embedded:gsm_symbolic"
 class RunConfig(BaseModel):
     """One grid point. `k=0` and `threshold=0.0` mean "not given"; papermill has no other way to say so.
 
-    "recipe" and -1 mean "as the recipe says" (`saegrid/config/recipes.py`); a validated config holds what it says.
+    "recipe" and -1 mean "as the recipe says" (`saegrid/config/recipes.py`); a validated config holds resolved values.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -39,7 +39,7 @@ class RunConfig(BaseModel):
     layer: int = Field(12, ge=0)
     """Index of the decoder block whose output is read: `hidden_states[layer + 1]`."""
     site: Literal["resid_post"] = "resid_post"
-    """Where in the block: the residual stream behind it."""
+    """Position in the block: the residual stream after it."""
     lm_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the language model's passes, for the activations and for the splice."""
 
@@ -51,7 +51,7 @@ class RunConfig(BaseModel):
     text: Literal["plain", "chat"] = "plain"
     """Question + worked answer as plain text, or through the tokenizer's chat template."""
     max_tokens: int = Field(512, ge=2)
-    """A prompt is cut behind this many tokens."""
+    """Prompts are truncated to this many tokens."""
     train_tokens: int = Field(100_000, ge=1)
     """Rows of activations to train on."""
     val_tokens: int = Field(20_000, ge=1)
@@ -77,71 +77,71 @@ class RunConfig(BaseModel):
     expansion: int = Field(8, ge=1, le=1024)
     """d_sae / d_in."""
     k: int = Field(0, ge=0)
-    """Latents per row: kept by TopK; on average over the batch, by BatchTopK and Matryoshka; on average over held-out
-    rows, by Gated and by JumpReLU, whose thresholds are then trained; aimed at by ReLU; 0: not given."""
+    """Latents per row; 0: not given. TopK: kept in each row; BatchTopK, Matryoshka: batch average; Gated, JumpReLU
+    (which then trains thresholds): average over held-out rows; ReLU: target."""
     threshold: float = Field(0.0, ge=0.0, allow_inf_nan=False)
-    """JumpReLU's theta where it is to stay as it is, one for all latents; 0.0: not given."""
+    """JumpReLU's fixed theta, one for all latents; 0.0: not given."""
     threshold_unit: Literal["absolute", "rms"] = "absolute"
     """Unit of `threshold`: the activations' own, or the RMS of the pre-activations at the start of training."""
 
     prefixes: int = Field(0, ge=0, le=16)
-    """Matryoshka's nested dictionaries: d_sae latents, half of them, a quarter, …; 0: 5 of them for Matryoshka."""
+    """Number of Matryoshka's nested dictionaries: d_sae latents, half of them, a quarter, …; 0: 5 for Matryoshka."""
     bandwidth: float = Field(BANDWIDTH, gt=0.0, allow_inf_nan=False)
-    """JumpReLU with k: width of the band around theta that tells its gradient, in scaled pre-activations."""
+    """JumpReLU with k: width of the band around theta that gives its gradient, in scaled pre-activations."""
     l0_coef: float = Field(L0_COEF, ge=0.0, allow_inf_nan=False)
-    """JumpReLU with k: weight of (L0 / k - 1)² beside the mean squared error of rows with a mean square of 1."""
+    """JumpReLU with k: weight of (L0 / k - 1)², relative to the mean squared error of rows with a mean square of 1."""
     theta_tie: float = Field(-1.0, ge=0.0, allow_inf_nan=False)
-    """JumpReLU with k: weight decay of thetas towards their mean, by their learning rate, 10 lr; 0: none; -1: 10."""
+    """JumpReLU with k: weight decay of thetas towards their mean, in units of their rate (10 lr); 0: none; -1: 10."""
     l1_coef: float = Field(L1_COEF, gt=0.0, allow_inf_nan=False)
-    """ReLU, Gated: weight of L1 by d_in at the start, from where it is moved so that k latents a row are active."""
+    """ReLU, Gated: initial L1 weight (the loss divides it by d_in); adapted until k latents per row are active."""
 
     # --- training ---
     recipe: Literal["published", "improved"] = "published"
-    """Training choices as the model card has them, or as the field has learnt since; each can be switched alone."""
+    """Training choices of the model card, or those that later research suggests; each can be overridden alone."""
     epochs: int = Field(10, ge=1)
     """Passes over the training rows."""
     batch_size: int = Field(512, ge=1)
-    """Rows a step, before sinks are set apart."""
+    """Rows per step, before sinks are removed."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the weights and of the order of the rows."""
     lr_final: float = Field(0.0, ge=0.0, le=1.0)
     """The learning rate ends at `lr * lr_final` (torch's default is 0; the code behind the data used 0.1)."""
     checkpoint_steps: int = Field(1000, ge=1)
-    """A checkpoint at least every so many steps, besides the one behind each epoch."""
+    """Maximum steps between checkpoints; one is also saved after each epoch."""
 
     # --- training: choices that the recipe makes ---
     lr: float = Field(-1.0, gt=0.0, allow_inf_nan=False)
-    """Adam's largest learning rate, in scaled units where `act_scale` scales."""
+    """Adam's peak learning rate, in scaled units if `act_scale` scales."""
     lr_schedule: Literal["recipe", "cosine", "linear"] = "recipe"
-    """Cosine annealing over all steps, or constant and then falling in a line over the last fifth."""
+    """Cosine annealing over all steps, or constant with linear decay over the last fifth."""
     warmup: float = Field(-1.0, ge=0.0, lt=1.0)
-    """Share of the steps in which the learning rate rises from 0."""
+    """Share of the steps over which the learning rate rises from 0."""
     grad_clip: float = Field(-1.0, ge=0.0, allow_inf_nan=False)
-    """Largest global gradient norm; 0: no clipping (the code behind the data used 1.0)."""
+    """Maximum global gradient norm; 0: no clipping (the code behind the data used 1.0)."""
     project_grad: bool | Literal["recipe"] = "recipe"
     """Remove the part of the decoder's gradient along each decoder direction before Adam."""
     b_pre_init: Literal["recipe", "zero", "mean", "centre"] = "recipe"
-    """Start of `b_pre`: zeros, the training rows' mean (as the code behind the data did), or that without sinks."""
+    """Initial `b_pre`: zeros, the training rows' mean (as the code behind the data did), or that without sinks."""
     encoder_init: Literal["recipe", "kaiming", "decoder"] = "recipe"
-    """Start of the encoder: torch's `Linear` default, or the transposed decoder."""
+    """Initial encoder: torch's `Linear` default, or the transposed decoder."""
     encoder_tie: float = Field(-1.0, ge=0.0, allow_inf_nan=False)
-    """Weight decay of the encoder towards the transposed decoder, by learning rate; 0: none."""
+    """Weight decay of the encoder towards the transposed decoder, in units of the learning rate; 0: none."""
     act_scale: Literal["recipe", "none", "unit"] = "recipe"
-    """Train on rows as they are, or at a mean square of 1 (sinks left out); saved weights take rows as they are."""
+    """Train on raw rows, or on rows scaled to a mean square of 1 (without sinks); saved weights take raw rows."""
     sinks: Literal["recipe", "keep", "apart"] = "recipe"
-    """Attention sinks: rows like all others, or left out of training, their direction for two latents alone."""
+    """Attention sinks: trained like other rows, or left out, with their direction reserved for two latents."""
     aux_coef: float = Field(-1.0, ge=0.0, allow_inf_nan=False)
-    """Weight of AuxK's loss, by which dead latents learn what the others leave over; 0: none."""
+    """Weight of the AuxK loss, which trains dead latents on the residual; 0: none."""
     dead_window: float = Field(-1.0, gt=0.0, le=1.0)
-    """Share of the run's rows after which a latent that has not fired is dead to AuxK."""
+    """A latent that has not fired for this share of the run's rows is dead for AuxK."""
 
     # --- machine ---
     kernel: Literal["auto", "reference", "cpu", "cuda"] = "auto"
-    """Which implementation of the training step; `auto` takes the fastest that runs here and records it."""
+    """Implementation of the training step; `auto` takes the fastest that runs here and records it."""
     matmul: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the encoder's product while training; evaluation always uses fp32."""
+    """Precision of the encoder's product in training; evaluation always uses fp32."""
     threads: int = Field(0, ge=0)
-    """Threads of one run; 0: `OMP_NUM_THREADS` where it is set, else all cores. Recorded, and used again on resume."""
+    """Threads per run; 0: `OMP_NUM_THREADS` if set, else all cores. Recorded, and reused on resume."""
 
     # --- places: not part of a run's identity ---
     runs_dir: str = Field("runs", min_length=1)
@@ -161,7 +161,7 @@ class RunConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_yaml_means_it(cls, value: Any, info: ValidationInfo) -> Any:
-        """`1e-4` is a string in YAML 1.1, and papermill's `-p revision 123` is a number."""
+        """Fix types: `1e-4` is a string in YAML 1.1, and papermill's `-p revision 123` is a number."""
         annotation = cls.model_fields[str(info.field_name)].annotation
         if annotation is float and isinstance(value, str):
             try:
@@ -208,7 +208,7 @@ class RunConfig(BaseModel):
         return check_place(value)
 
     def check_shape(self, d_in: int, n_layers: int) -> None:
-        """Hold the run against the language model's shape. Raises `ConfigError`."""
+        """Check the run against the language model's shape. Raises `ConfigError`."""
         if self.layer >= n_layers:
             raise ConfigError(f"layer = {self.layer}: {self.model} has layers 0 to {n_layers - 1}")
         if self.k > self.expansion * d_in:
@@ -222,7 +222,7 @@ class RunConfig(BaseModel):
 
     @property
     def trains_theta(self) -> bool:
-        """Whether each latent has a threshold of its own, which training moves."""
+        """Whether each latent has its own trained threshold."""
         return ARCHITECTURES[self.arch].has_thetas(self.k > 0)
 
     @property
@@ -232,7 +232,7 @@ class RunConfig(BaseModel):
 
     @property
     def not_on_cuda(self) -> str:
-        """The first choice that the `cuda` kernel lacks; empty where it has all."""
+        """The first choice that the `cuda` kernel lacks; empty if it has all."""
         if self.prefixes or self.presses_l1:
             return f"arch = '{self.arch}'"
         if self.trains_theta:
@@ -245,14 +245,14 @@ class RunConfig(BaseModel):
         return ""
 
     def check_training(self) -> None:
-        """Hold a batch against the rows, where their number is known. Raises `ConfigError`."""
+        """Check the batch size against the number of rows, if known. Raises `ConfigError`."""
         if not self.activations and self.batch_size > self.train_tokens:
             raise ConfigError(f"batch_size = {self.batch_size}: at most train_tokens = {self.train_tokens}")
 
     @property
     def name(self) -> str:
-        """The published file name without its ending: `BatchTopK_exp8x_k220`, `JumpReLU_exp8x_t0.5`; with another
-        recipe than the published one, that one behind it."""
+        """The published file name without its ending: `BatchTopK_exp8x_k220`, `JumpReLU_exp8x_t0.5`; any recipe but
+        the published one is appended."""
         sparsity = f"t{self.threshold:g}" if self.threshold else f"k{self.k}"
         recipe = "" if self.recipe == "published" else f"_{self.recipe}"
         return f"{self.arch}_exp{self.expansion}x_{sparsity}{recipe}"
@@ -280,7 +280,7 @@ STORE_FIELDS = {
     *("dataset", "dataset_revision", "text", "max_tokens", "train_tokens", "val_tokens", "eval_prompts", "data_seed"),
     *("activations", "activations_revision", "activations_stage", "act_dtype"),
 }
-"""Parameters that decide what is in an activation store, its evaluation prompts included."""
+"""Parameters that determine an activation store's content, its evaluation prompts included."""
 
 
 def _scaled_only(k: int, what: str) -> str:
@@ -288,7 +288,7 @@ def _scaled_only(k: int, what: str) -> str:
 
 
 def make_config(**parameters: Any) -> RunConfig:
-    """`RunConfig` with every mistake told in one line.
+    """A `RunConfig`; any mistake is reported in one line.
 
     Raises:
         ConfigError: names the first parameter at fault, its value, and what is allowed.
@@ -300,7 +300,7 @@ def make_config(**parameters: Any) -> RunConfig:
 
 
 def check_place(path: str) -> str:
-    """A folder's name that a shell line, a Snakemake pattern and a link can carry, its `~` expanded.
+    """A folder name that is safe in a shell line, a Snakemake pattern and a link, with `~` expanded.
 
     Raises `ValueError`.
     """

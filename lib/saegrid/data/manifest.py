@@ -1,4 +1,4 @@
-"""The manifest of an activation store: what is in it, held to its form before anything of it is used. Free of torch."""
+"""The manifest of an activation store: its content, validated before use. Free of torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from saegrid.errors import DamagedError, StoreError, explain
 from saegrid.storage.checksums import read_json, read_sealed
 
 FORMAT = 3
-"""3: `sources` names the model's other files, the text and the code, too."""
+"""3: `sources` also names the model's other files, the text and the code."""
 SHARD_ROWS = 16_384
-"""Rows of a shard."""
+"""Rows per shard."""
 BUFFER_SHARDS = 8
-"""Shards whose rows are shuffled together (at 896 float16 values a row: 235 MB)."""
+"""Shards whose rows are shuffled together (at 896 float16 values per row: 235 MB)."""
 MEND = "delete the folder, or `python -m saegrid mend GRID`, to have it collected again"
 
 
@@ -63,7 +63,7 @@ class _Statistics(BaseModel):
 
 
 class _Manifest(BaseModel):
-    """What is read of a manifest; it may hold more."""
+    """The fields of a manifest that are read; it may have more."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
     d_in: int = Field(ge=1)
@@ -79,7 +79,7 @@ class _Manifest(BaseModel):
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a store whose files are all there with their sizes. Raises `StoreError`."""
+    """The manifest of a store; all its files must exist with the recorded sizes. Raises `StoreError`."""
     path = folder / "manifest.json"
     try:
         manifest = read_sealed(path)
@@ -100,7 +100,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _older(path: Path) -> str:
-    """What to say of a store from before manifests were sealed; empty for any other."""
+    """Message for a store made before manifests were sealed; empty for any other."""
     try:
         found = read_json(path).get("format")
     except DamagedError:
@@ -109,5 +109,5 @@ def _older(path: Path) -> str:
 
 
 def of_format(path: Path, found: Any) -> str:
-    """What to say of a store of another format."""
+    """Message for a store of another format."""
     return f"{path}: a store of format {found!r}, where this version reads {FORMAT}"

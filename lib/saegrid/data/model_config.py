@@ -1,4 +1,4 @@
-"""What a model's folder says of it, through transformers; code that lies in the folder is never run."""
+"""A model's config and tokenizer from its folder, through transformers; code in the folder is never run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ OWN_CODE = "it needs Python code of its own (auto_map), and saegrid runs no code
 
 
 def model_config(model: str, folder: Path) -> Any:
-    """The transformers config of a causal language model's folder, which names its width and depth.
+    """The transformers config of a causal language model's folder, with its width and depth.
 
     Raises:
-        ConfigError: it is no model, of another kind, unknown to transformers, or in need of code of its own.
+        ConfigError: it is not a model, of another kind, unknown to transformers, or needs its own code.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -41,7 +41,7 @@ def model_config(model: str, folder: Path) -> Any:
             text = loaded.get_text_config()
             if not (text.hidden_size > 0 and text.num_hidden_layers > 0):
                 raise ValueError(f"hidden_size = {text.hidden_size}, num_hidden_layers = {text.num_hidden_layers}")
-    except Exception as error:  # transformers raises whatever a file's values make it raise
+    except Exception as error:  # a file's values can make transformers raise anything
         raise ConfigError(f"{where}: its config.json is not a language model's ({first_line(error)})") from None
     return loaded
 
@@ -52,11 +52,11 @@ def load_tokenizer(model: str, folder: Path) -> Any:
 
     where = f"model = {model!r}: its tokenizer can't be loaded"
     settings = folder / "tokenizer_config.json"
-    # tokenizer.json is the whole tokenizer, whatever code lies beside it
+    # tokenizer.json is the whole tokenizer, whatever code is next to it
     if settings.is_file() and not (folder / "tokenizer.json").is_file() and b'"auto_map"' in settings.read_bytes():
         raise ConfigError(f"{where}: {OWN_CODE}")
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever a file's values make it raise
+    except Exception as error:  # a file's values can make transformers raise anything
         raise ConfigError(f"{where}: {error}") from None

@@ -1,8 +1,8 @@
-"""Prompts: question and worked answer as tokens, split so that evaluation sees nothing of training.
+"""Prompts: question and worked answer as tokens, split so that evaluation and training share nothing.
 
-Plain text is `question + "\\n" + answer`, tokenized as the tokenizer does by default (its own start token, if any).
-Chat text is a user turn with the question and an assistant turn with the answer through the chat template; a template
-that prints the date gets `DAY`, so that the same text comes out tomorrow.
+Plain text is `question + "\\n" + answer`, tokenized with the tokenizer's defaults (its own start token, if any).
+Chat text is a user turn with the question and an assistant turn with the answer in the chat template; a template that
+prints the date gets `DAY`, so that the text is the same every day.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from saegrid.storage.checksums import read_bytes, read_json_lines
 from saegrid.storage.hub_access import hub_errors, local_folder
 
 TEMPLATE_SHARES = {"eval": 0.2, "val": 0.2}
-"""Shares of the problem templates that are kept for evaluation and for validation; training has the rest."""
+"""Shares of the problem templates for evaluation and for validation; training gets the rest."""
 CHUNK = 10_000
 """Problems drawn at once."""
 DAY = datetime.datetime(2026, 11, 25)
-"""What a chat template takes for today."""
+"""The current date for chat templates."""
 SEED_STEP = 10**9
-"""Distance of two seeds: problem i of a reasoning-gym dataset draws from seed + i, so neighbours would overlap."""
+"""Distance between seeds: reasoning-gym draws problem i from seed + i, so adjacent seeds would overlap."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt: its tokens, its problem template (its own index where there are none), and its shared chat prefix."""
+    """A prompt: its tokens, its problem template (its own index if there are none), and its shared chat prefix."""
 
     tokens: list[int]
     template: int
     prefix: int = 0
-    """How many of the first tokens are the same in every prompt by the chat template; 0 for plain text."""
+    """Number of leading tokens that the chat template puts into every prompt; 0 for plain text."""
 
     @property
     def positions(self) -> list[int]:
-        """Positions that are rows: all of them, but of a shared prefix only position 0 (the attention sink)."""
+        """Positions stored as rows: all, but only position 0 (the attention sink) of a shared prefix."""
         return [0, *range(max(1, self.prefix), len(self.tokens))]
 
 
@@ -64,15 +64,15 @@ def make_prompts(config: RunConfig, tokenizer: Any) -> dict[str, list[Prompt]]:
 def draw_prompts(config: RunConfig, tokenizer: Any) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
     """(prompts, facts) of the three splits `train`, `val` and `eval`; the same config and tokenizer give the same.
 
-    Training and validation have exactly `train_tokens` and `val_tokens` positions: the last prompt is cut behind the
-    last one. Both are empty where published activation files are read. No split shares a template, or a row where the
-    dataset has no templates, with another; and none has a prompt of the same text, whatever its white space, or of
-    the same tokens: evaluation is drawn first, then validation, and the others leave out what these have.
+    Training and validation have exactly `train_tokens` and `val_tokens` positions: the last prompt is truncated.
+    Both are empty if published activation files are read. No two splits share a template (or a dataset row, if there
+    are no templates), or a prompt with the same tokens or with the same text up to white space: evaluation is drawn
+    first, then validation, and later splits leave out what earlier ones have.
 
-    The facts are `left_out`, how many prompts each split left out, and the dataset's `revision`.
+    The facts are `left_out`, the number of prompts that each split left out, and the dataset's `revision`.
 
     Raises:
-        ConfigError: the dataset is missing, not of the expected form, or too small; or no chat template that works.
+        ConfigError: the dataset is missing, malformed or too small, or there is no working chat template.
     """
     encode = _encoder(config, tokenizer)
     _check_encoder(encode, config)
@@ -99,11 +99,11 @@ def draw_prompts(config: RunConfig, tokenizer: Any) -> tuple[dict[str, list[Prom
 
 
 class _Unseen:
-    """Tokenized problems, but for those that an earlier split has: (problem, tokens).
+    """Iterates over (problem, tokens), leaving out problems that an earlier split has.
 
     Attributes:
-        seen: keys of the text and the tokens of all that came out.
-        left_out: how many did not.
+        seen: keys of the text and the tokens of all problems yielded.
+        left_out: number of problems left out.
     """
 
     def __init__(self, problems: Iterator[Problem], encode: Callable[[str, str], list[int]], taken: set[bytes]):
@@ -126,7 +126,7 @@ class _Unseen:
 
 
 def _encoder(config: RunConfig, tokenizer: Any) -> Callable[[str, str], list[int]]:
-    """(question, answer) to token ids, cut behind `max_tokens`."""
+    """A function from (question, answer) to token ids, truncated to `max_tokens`."""
 
     def plain(question: str, answer: str) -> list[int]:
         return list(tokenizer(f"{question}\n{answer}")["input_ids"])[: config.max_tokens]
@@ -135,7 +135,7 @@ def _encoder(config: RunConfig, tokenizer: Any) -> Callable[[str, str], list[int
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         try:
             tokens = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
-        except Exception as error:  # a template is a program, and raises what it likes
+        except Exception as error:  # a template is a program and can raise anything
             reason = first_line(error)
             raise ConfigError(f"text = 'chat': the chat template of {config.model} fails: {reason}") from None
         return list(tokens)[: config.max_tokens]
@@ -149,7 +149,7 @@ def _encoder(config: RunConfig, tokenizer: Any) -> Callable[[str, str], list[int
 
 
 def _check_encoder(encode: Callable, config: RunConfig) -> None:
-    """Whether question and answer reach the tokens: a template may leave one out, a tokenizer may know no text."""
+    """Check that question and answer reach the tokens: a template may omit one, a tokenizer may know no text."""
     tokens = encode("a", "a")
     if len(tokens) < config.max_tokens and tokens in (encode("1", "a"), encode("a", "1")):
         source = "tokenizer" if config.text == "plain" else "chat template"
@@ -161,7 +161,7 @@ def _check_encoder(encode: Callable, config: RunConfig) -> None:
 def _stop_the_clock(config: RunConfig, tokenizer: Any) -> None:
     """Make `strftime_now` say `DAY` in the tokenizer's chat template.
 
-    transformers lets no function be passed to a template, but compiles each once, so that it can be set there.
+    transformers accepts no function for a template, but compiles each template once, so it can be set there.
     """
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -193,7 +193,7 @@ def _key(content: list) -> bytes:
 def _draw(config: RunConfig, split: str, amount: int, pool: _Unseen, prefix: int) -> list[Prompt]:
     """Prompts for at least `amount` rows (training, validation), or `amount` prompts (evaluation)."""
     prompts: list[Prompt] = []
-    same: dict[int, int] = {}  # equal token ids are one object
+    same: dict[int, int] = {}  # equal token ids share one object
     have = 0
     for problem, tokens in pool:
         prompts.append(Prompt([same.setdefault(token, token) for token in tokens], problem.template, prefix))
@@ -206,7 +206,7 @@ def _draw(config: RunConfig, split: str, amount: int, pool: _Unseen, prefix: int
 
 
 def _cut(prompts: list[Prompt], rows: int) -> list[Prompt]:
-    """The first prompts, the last one shortened, so that they have exactly `rows` positions."""
+    """The first prompts with exactly `rows` positions in total; the last one is truncated."""
     kept: list[Prompt] = []
     for prompt in prompts:
         if rows <= 0:
@@ -218,20 +218,20 @@ def _cut(prompts: list[Prompt], rows: int) -> list[Prompt]:
 
 
 def _problems(config: RunConfig) -> tuple[dict[str, Iterator[Problem]], str]:
-    """(a stream of problems for each split, the dataset's revision)."""
+    """(one stream of problems per split, the dataset's revision)."""
     if config.dataset.startswith("embedded:"):
         if config.dataset != EMBEDDED_DATASET:
             raise ConfigError(f"dataset = {config.dataset!r}: no such embedded dataset; there is {EMBEDDED_DATASET}")
         templates = split_templates(config.data_seed)
         return {split: gsm_symbolic(config.data_seed, templates[split]) for split in templates}, ""
     train, test, revision = _question_answer(config)
-    # one stream for both: validation takes its prompts first, training goes on behind them
+    # one stream for both: validation draws first, training continues after it
     pool = _shuffled(train, config.data_seed)
     return {"val": pool, "train": pool, "eval": _shuffled(test, config.data_seed)}, revision
 
 
 def split_templates(seed: int) -> dict[str, set[int]]:
-    """The problem templates of gsm_symbolic, dealt out to the splits by a seeded shuffle."""
+    """The problem templates of gsm_symbolic, assigned to the splits by a seeded shuffle."""
     _reasoning_gym()
     from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import tasks_ok
 
@@ -244,7 +244,7 @@ def split_templates(seed: int) -> dict[str, set[int]]:
 
 
 def gsm_symbolic(seed: int, templates: Iterable[int]) -> Iterator[Problem]:
-    """Endless GSM8K-style problems of some templates, by reasoning-gym (arXiv:2505.24760; arXiv:2410.05229)."""
+    """Endless GSM8K-style problems of the given templates, from reasoning-gym (arXiv:2505.24760; arXiv:2410.05229)."""
     reasoning_gym = _reasoning_gym()
     for chunk in itertools.count():
         start = seed * SEED_STEP + chunk * CHUNK
@@ -256,14 +256,14 @@ def gsm_symbolic(seed: int, templates: Iterable[int]) -> Iterator[Problem]:
 
 
 def _reasoning_gym() -> types.ModuleType:
-    """The package, also where pycosat is absent: it needs a C compiler, for a puzzle that is never made here."""
+    """The package, even without pycosat, which needs a C compiler and serves a puzzle that is not used here."""
     if "pycosat" not in sys.modules and importlib.util.find_spec("pycosat") is None:
         sys.modules["pycosat"] = types.ModuleType("pycosat")
     return importlib.import_module("reasoning_gym")
 
 
 def check_dataset(config: RunConfig) -> None:
-    """Whether a dataset on this machine is there; one on the Hub shows when it is read. Raises `ConfigError`."""
+    """Check that a local dataset exists; a Hub dataset is checked when it is read. Raises `ConfigError`."""
     where = f"dataset = {config.dataset!r}"
     if config.dataset.startswith("embedded:"):
         if config.dataset != EMBEDDED_DATASET:
@@ -293,7 +293,7 @@ def _question_answer(config: RunConfig) -> tuple[Any, Any, str]:
 
 
 def _local_rows(folder: Path, where: str) -> dict[str, list[dict[str, Any]]]:
-    """Read here: what a library keeps of a file, it finds again by the file's time alone."""
+    """Read directly: a library's cache would identify a file by its time alone."""
     try:
         paths = {split: folder / f"{split}.jsonl" for split in ("train", "test")}
         return {split: read_json_lines(path, read_bytes(path)) for split, path in paths.items()}

@@ -1,7 +1,7 @@
 """The published activation files: bare tensors [n, d_in], `{stage}_layer{layer}_train.pt` and `_val.pt`, or one.
 
-An unsplit `{stage}_layer{layer}.pt` is split as the code behind the published files does: a fifth of its rows, the
-last ones of `torch.randperm` with seed 0, is for validation.
+An unsplit `{stage}_layer{layer}.pt` is split as in the code behind the published files: the last fifth of
+`torch.randperm` with seed 0 is for validation.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ CHUNK_ROWS = 16_384
 
 
 def published_files(config: RunConfig) -> tuple[dict[str, Path], str]:
-    """({"train": …, "val": …} or {"all": …}, revision): the files for the run's stage and layer, wherever they lie.
+    """({"train": …, "val": …} or {"all": …}, revision): the files for the run's stage and layer, in any subfolder.
 
     Raises:
-        ConfigError: no such folder or dataset, no such file in it, or several of one name.
+        ConfigError: no such folder or dataset, no such file in it, or several with the same name.
     """
     folder = local_folder("activations", config.activations)
     if folder:
@@ -42,10 +42,10 @@ def published_files(config: RunConfig) -> tuple[dict[str, Path], str]:
 
 
 def add_published(config: RunConfig, files: dict[str, Path], writers: dict[str, ShardWriter]) -> None:
-    """Write the files' rows, whose tokens and positions are not known (-1).
+    """Write the files' rows; their tokens and positions are unknown (-1).
 
     Raises:
-        StoreError: a file that is no bare tensor [n, d_in] of numbers.
+        StoreError: a file is not a bare floating-point tensor [n, d_in].
     """
     d_in = writers["train"].d_in
     if "all" in files:
@@ -63,7 +63,7 @@ def add_published(config: RunConfig, files: dict[str, Path], writers: dict[str, 
 
 
 def _match(config: RunConfig, names: list[str]) -> dict[str, str]:
-    """The wanted files among a folder's or repository's, by their names alone."""
+    """The wanted files of a folder or repository, matched by name alone."""
     stem = f"{config.activations_stage}_layer{config.layer}"
     where = f"activations = {config.activations!r}"
     found: dict[str, str] = {}

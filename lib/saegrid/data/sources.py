@@ -1,7 +1,7 @@
-"""What a store's rows and reference passes are made from, and what of it has changed since. Free of torch.
+"""The sources of a store's rows and reference passes, and which of them have changed since. Free of torch.
 
-Weights, the model's other files, text and code count by their content. What comes from the Hub counts by its commit,
-which the store records: a branch that moves on changes nothing of a store that is there.
+Weights, the model's other files, text and code are identified by content. Hub files are identified by commit, which
+the store records: a branch that moves on does not affect an existing store.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from saegrid.storage.hub_access import files_sha256, local_folder
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 ROW_CODE = ("data/*.py", "core/splice.py")
-"""Modules whose change can change a store's rows, or the reference passes that are kept with them."""
+"""Modules whose change can change a store's rows, or the reference passes stored with them."""
 
 
 def local_sources(config: RunConfig) -> dict[str, str]:
-    """SHA-256 of all that a store is made from and that is on this machine.
+    """SHA-256 of each local source of a store.
 
-    A name is a parameter, or a parameter (or "code") and a file: `model`, the weights; `model/tokenizer.json`; …
+    A key is a parameter, or a parameter (or "code") and a file: `model` (the weights), `model/tokenizer.json`, …
     """
     package = Path(__file__).parents[1]
     paths = sorted(path for pattern in ROW_CODE for path in package.glob(pattern))
@@ -40,7 +40,7 @@ def local_sources(config: RunConfig) -> dict[str, str]:
         found["model"] = files_sha256(weight_files(folder))
         patterns = [*HUB_FILES, "additional_chat_templates/*.jinja"]
         paths = {path for pattern in patterns if pattern != "*.safetensors" for path in folder.glob(pattern)}
-        paths -= {folder / "generation_config.json"}  # how to sample
+        paths -= {folder / "generation_config.json"}  # sampling settings
         found |= _each("model", folder, sorted(paths))
     if config.dataset.startswith("embedded:"):
         found["dataset"] = f"reasoning-gym {importlib.metadata.version('reasoning-gym')}"
@@ -57,7 +57,7 @@ def local_sources(config: RunConfig) -> dict[str, str]:
 
 
 def hub_sources(config: RunConfig, dataset_revision: str) -> dict[str, str]:
-    """Commits of a store's model and dataset where they come from the Hub and have been fetched."""
+    """Commits of a store's model and dataset, if they come from the Hub and have been fetched."""
     found = {}
     if not (config.model.startswith("embedded:") or _folder("model", config)):
         from huggingface_hub import try_to_load_from_cache
@@ -77,9 +77,9 @@ def pinned(config: RunConfig, manifest: dict[str, Any]) -> RunConfig:
 
 
 def check_sources(config: RunConfig, folder: Path, manifest: dict[str, Any]) -> None:
-    """Hold what a store says that it was made from against what is there now. Raises `StoreError`.
+    """Check the sources that a store records against the current ones. Raises `StoreError`.
 
-    A parameter's folder that is gone can't be compared, and need not be.
+    A parameter's folder that no longer exists is not compared.
     """
     if manifest.get("format") != FORMAT:
         raise StoreError(of_format(folder / "manifest.json", manifest.get("format")), MEND)
@@ -95,7 +95,7 @@ def check_sources(config: RunConfig, folder: Path, manifest: dict[str, Any]) -> 
 
 
 def check_made_from(run_dir: Path, folder: Path) -> None:
-    """Hold a finished run's hashes and reference losses against its store, where that is whole. Raises `StoreError`."""
+    """Check a finished run's hashes and reference losses against its store, if that is intact. Raises `StoreError`."""
     try:
         manifest, sums = read_sealed(folder / "manifest.json"), read_sealed(folder / "baseline.json")["sums"]
         stored = {"data_sha256": manifest["data_sha256"], "model_sha256": manifest["model"]["sha256"]}
@@ -116,7 +116,7 @@ def _each(parameter: str, folder: Path, paths: list[Path]) -> dict[str, str]:
 
 
 def _folder(parameter: str, config: RunConfig) -> Path | None:
-    """The local folder that a parameter names; None for what is on the Hub, or was a folder and is gone."""
+    """The local folder that a parameter names; None for a Hub id, or a folder that no longer exists."""
     with contextlib.suppress(ConfigError):
         return local_folder(parameter, getattr(config, parameter))
     return None

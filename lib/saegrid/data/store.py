@@ -5,7 +5,7 @@
     train-00000.safetensors     acts (n, d_in), token_ids, positions, prompts (n,) int32; …
     val-00000.safetensors       …
     mean.safetensors            mean of the training rows (d_in,), float32
-    timing.json                 seconds, apart from what is compared
+    timing.json                 seconds; separate, as it is not compared
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from saegrid.storage.atomic import write_bytes
 
 META = ("token_ids", "positions", "prompts")
 PREFETCH = 4
-"""Batches made ahead by the background thread."""
+"""Batches prepared ahead by the background thread."""
 
 
 class ShardWriter:
-    """Writes one split's rows as shards, in the order in which they come, and sums up their statistics.
+    """Writes one split's rows as shards, in order of arrival, and accumulates their statistics.
 
     Args:
         shard_rows: rows of a full shard.
-        dtype: of the stored rows; all statistics are those of the rows as stored.
+        dtype: of the stored rows; all statistics refer to stored values.
     """
 
     def __init__(self, folder: Path, split: str, d_in: int, dtype: torch.dtype, shard_rows: int):
@@ -51,7 +51,7 @@ class ShardWriter:
         self._first_norms: list[Tensor] = []
 
     def add(self, acts: Tensor, token_ids: Tensor, positions: Tensor, prompts: Tensor) -> None:
-        """Rows acts (n, d_in) and what they belong to, (n,) each; -1 where it is not known.
+        """Add rows acts (n, d_in) with token ids, positions and prompts, (n,) each; -1: unknown.
 
         Raises:
             StoreError: values that are not finite, or too large for the stored dtype.
@@ -73,7 +73,7 @@ class ShardWriter:
             self._write(self.shard_rows)
 
     def close(self) -> list[dict[str, Any]]:
-        """Write what is left. Returns the shards: file, rows, bytes, sha256."""
+        """Write the remaining rows. Returns the shards: file, rows, bytes, sha256."""
         if self._pending:
             self._write(self._pending)
         return self.shards
@@ -84,7 +84,7 @@ class ShardWriter:
         return (self._sum / self.rows).float()
 
     def statistics(self) -> dict[str, float | int | None]:
-        """Rows; one pooled variance over all elements, and per row around the mean row; norms."""
+        """Rows; pooled variance over all elements; mean squared distance to the mean row; norms."""
         elements = self.rows * len(self._sum)
         norms, first = torch.cat(self._norms), torch.cat(self._first_norms)
         return {
@@ -115,14 +115,14 @@ class ShardWriter:
 
 
 class Store:
-    """An activation store, opened. Each shard's hash is checked when it is first read.
+    """An open activation store. Each shard's hash is checked when it is first read.
 
     Attributes:
-        folder: where it lies.
+        folder: its location.
         manifest: the content of `manifest.json`.
-        d_in, n_train, n_val: its shape.
+        d_in, n_train, n_val: row width, rows per split.
         mean: mean of the training rows (d_in,), float32.
-        data_sha256, model_sha256: hash of all rows; of the language model's weights, which the splice loads.
+        data_sha256, model_sha256: hash of all rows; hash of the weights of the language model that the splice loads.
     """
 
     def __init__(self, folder: Path):
@@ -148,12 +148,12 @@ class Store:
     ) -> Iterator[Tensor]:
         """Batches of float32 rows (N, d_in) on `device`, each row once; the last batch may be smaller.
 
-        Without a seed in the stored order. With one, the shards are put in a random order, and the rows of
-        `buffer_shards` shards at a time are shuffled: the same seed, epoch and batch size give the same batches.
+        Without a seed: in stored order. With a seed: shards are shuffled, then the rows of `buffer_shards` shards at
+        a time; the same seed, epoch and batch size give the same batches.
 
         Args:
-            start: how many batches to pass over, without reading them.
-            buffer_shards: bounds the memory: so many shards, and one more that is cut by the bound.
+            start: number of batches to skip without reading them.
+            buffer_shards: bounds the memory to this many shards plus one that straddles two groups.
         """
         batches = self._batches(split, batch_size, seed, epoch, start, buffer_shards)
         return received(_prefetched(sent(batches, device)))
@@ -175,7 +175,7 @@ class Store:
         ends = list(itertools.accumulate(shard["rows"] for shard in shards))
         per_group = max(1, buffer_shards * max(shard["rows"] for shard in shards) // batch_size)  # batches
         first_group, skip = divmod(start, per_group)
-        last: tuple[int, Tensor | None] = (-1, None)  # the shard that the bound of two groups may cut
+        last: tuple[int, Tensor | None] = (-1, None)  # the shard that may straddle two groups
         for group in range(first_group, -(-ends[-1] // (per_group * batch_size))):
             low = group * per_group * batch_size
             high = min(low + per_group * batch_size, ends[-1])
@@ -196,7 +196,7 @@ class Store:
             skip = 0
 
     def _read(self, entry: dict[str, Any]) -> dict[str, Tensor]:
-        """Tensors of one of the store's files, its hash checked at the first time."""
+        """Tensors of one of the store's files, its hash checked on first read."""
         path = self.folder / entry["file"]
         try:
             content = path.read_bytes()
@@ -209,11 +209,11 @@ class Store:
         return self._fitting(entry, content)
 
     def _fitting(self, entry: dict[str, Any], content: bytes) -> dict[str, Tensor]:
-        """The tensors of a file, of the kind and shape that the manifest states."""
+        """The tensors of a file, checked against the dtypes and shapes in the manifest."""
         path = self.folder / entry["file"]
         try:
             tensors = load(content)
-        except Exception as error:  # SafetensorError, and what torch says of a kind of number that it lacks
+        except Exception as error:  # SafetensorError, or torch's error for a dtype that it lacks
             raise StoreError(f"{path}: damaged ({error})", MEND) from None
         stored = getattr(torch, self.manifest["act_dtype"])
         wanted = {"mean": ((self.d_in,), torch.float32)}
@@ -231,7 +231,7 @@ def _generator(*key: Any) -> torch.Generator:
 
 
 def _prefetched(batches: Iterator[Any]) -> Iterator[Any]:
-    """The same batches, made ahead on a thread; it ends with the iterator, and what it raises is raised here."""
+    """The same batches, prepared ahead on a thread, which ends with the iterator; its errors are raised here."""
     ready: queue.Queue = queue.Queue(maxsize=PREFETCH)
     dropped = threading.Event()
 
@@ -271,10 +271,10 @@ Sent = tuple[Tensor, "torch.cuda.Event | None"]
 
 
 def sent(batches: Iterator[Tensor], device: str) -> Iterator[Sent]:
-    """Float32 rows on `device`, each batch with the event that its copy is done. For the thread that makes batches.
+    """Float32 rows on `device`, each batch with the event that marks the end of its copy. For the prefetching thread.
 
-    Rows cross in the precision in which they are stored, from pinned memory and on a stream of their own, and become
-    float32 on the GPU. On "cpu" nothing is copied, and there is no event.
+    Rows are copied in their stored precision, from pinned memory on a separate stream, and converted to float32 on the
+    GPU. On "cpu" nothing is copied, and there is no event.
     """
     if device == "cpu":
         for batch in batches:
@@ -288,10 +288,10 @@ def sent(batches: Iterator[Tensor], device: str) -> Iterator[Sent]:
 
 
 def received(batches: Iterator[Sent]) -> Iterator[Tensor]:
-    """The rows, ready for the current stream, which waits for their copy; the host does not."""
+    """The rows, ready for the current stream; it waits for their copy, the host does not."""
     for rows, arrived in batches:
         if arrived is not None:
             stream = torch.cuda.current_stream()
             stream.wait_event(arrived)
-            rows.record_stream(stream)  # or the copying stream might write over rows that are still in use
+            rows.record_stream(stream)  # else the copying stream could overwrite rows still in use
         yield rows

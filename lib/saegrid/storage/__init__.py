@@ -1,1 +1,1 @@
-"""Files that survive a crash: written beside and renamed into place, with checksums and locks."""
+"""Files that survive a crash: temporary files renamed into place, with checksums and locks."""

@@ -1,4 +1,4 @@
-"""Files that matter are written beside and renamed into place: a crash leaves the old or the new, never half."""
+"""Atomic writes: a temporary file is renamed into place, so a crash leaves the old or the new file, never half."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ PART = ".part"
 
 @contextlib.contextmanager
 def replacing(path: str | Path, needs: int = 0) -> Iterator[Path]:
-    """A temporary path beside `path`; what is written there takes `path`'s place when the block ends well.
+    """A temporary path in the folder of `path`; it replaces `path` when the block ends without an error.
 
     Args:
-        needs: bytes that will be written, where it is known; for the message alone.
+        needs: bytes that will be written, if known; only for the message.
 
     Raises:
         DiskError: the disk is full, a file-size limit is hit, or the folder can't be written to.
@@ -53,7 +53,7 @@ def replacing(path: str | Path, needs: int = 0) -> Iterator[Path]:
         raise DiskError(disk_message(path, code, needs)) from None
     finally:
         if temporary:
-            with contextlib.suppress(OSError):  # a folder that has become read-only keeps it
+            with contextlib.suppress(OSError):  # a folder that became read-only keeps the file
                 temporary.unlink(missing_ok=True)
 
 
@@ -71,7 +71,7 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers left in a folder. The caller holds the lock of all that write there."""
+    """Remove temporary files of killed writers. The caller holds the lock that all writers of the folder take."""
     for left in folder.glob(f".*{PART}"):
         if left.is_file():
             left.unlink(missing_ok=True)
@@ -89,7 +89,7 @@ def disk_errors(path: str | Path) -> Iterator[None]:
 
 
 def disk_message(path: Path, code: int, needs: int = 0) -> str:
-    """Why `path` can't be written, with the bytes that it needs and those that there are."""
+    """Why `path` can't be written, with the bytes needed and free."""
     facts = [f"needs {needs:,} bytes"] if needs else []
     with contextlib.suppress(OSError):
         existing = next(folder for folder in path.absolute().parents if folder.is_dir())
@@ -107,7 +107,7 @@ _DISK = {
 
 
 def _error_number(error: Exception) -> int | None:
-    """The errno of a failed write, by whatever library it was made."""
+    """The errno of a failed write, whichever library raised it."""
     if isinstance(error, OSError):
         return error.errno
     told = re.search(r"\bos error (\d+)\b", str(error))  # safetensors
@@ -115,7 +115,7 @@ def _error_number(error: Exception) -> int | None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where the system can."""
+    """Make a rename survive a power cut, if the system can."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,6 +1,6 @@
-"""What was written is what is read: JSON files that carry their own SHA-256, and a folder's `SHA256SUMS`.
+"""Detect damaged files: JSON files that carry their own SHA-256, and a folder's `SHA256SUMS`.
 
-Free of torch. `SHA256SUMS` has the form of `sha256sum`, so that `sha256sum -c SHA256SUMS` checks a folder, too.
+Free of torch. `SHA256SUMS` has the format of `sha256sum`: `sha256sum -c SHA256SUMS` checks a folder too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LINE = re.compile(r"(?P<digest>[0-9a-f]{64})  (?P<name>[^/\s][^/]*)")
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """Write an object as JSON, with the SHA-256 of all else in it under `sha256`."""
+    """Write an object as JSON, with the SHA-256 of the rest under `sha256`."""
     write_json(path, {**content, SEAL: _digest(content)})
 
 
@@ -31,7 +31,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     """The object that `write_sealed` wrote, without its seal.
 
     Raises:
-        DamagedError: it can't be read, or is not as it was written.
+        DamagedError: it can't be read, or has changed since it was written.
     """
     content = read_json(path)
     stated = content.pop(SEAL, None)
@@ -53,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path, content: bytes) -> list[dict[str, Any]]:
-    """The objects in a file of one JSON object a line. Raises `DamagedError`."""
+    """The objects in a file with one JSON object per line. Raises `DamagedError`."""
     rows = [_parsed(path, line) for line in content.splitlines() if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
         raise DamagedError(f"{path}: a line is not a JSON object")
@@ -61,7 +61,7 @@ def read_json_lines(path: Path, content: bytes) -> list[dict[str, Any]]:
 
 
 def read_bytes(path: Path, limit: int | None = None) -> bytes:
-    """A plain file's content. Raises `DamagedError` for what is missing, no file, or larger than `limit`."""
+    """A plain file's content. Raises `DamagedError` if it is missing, not a plain file, or larger than `limit`."""
     try:
         if not path.is_file() and path.exists():
             raise DamagedError(f"{path}: not a plain file")
@@ -74,7 +74,7 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
 
 
 def write_sums(folder: Path, names: Iterable[str], coming: dict[str, bytes] | None = None) -> None:
-    """Record the SHA-256 of files of a folder, and of those in `coming`, which are written next."""
+    """Record the SHA-256 of files in a folder, and of those in `coming`, which are written next."""
     digests = {name: file_sha256(folder / name) for name in names}
     digests |= {name: hashlib.sha256(content).hexdigest() for name, content in (coming or {}).items()}
     write_text(folder / SUMS, "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)))
@@ -90,7 +90,7 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 
 def check_sums(folder: Path, names: Iterable[str] = ()) -> None:
-    """Hold all files of a folder's `SHA256SUMS`, `names` among them, against it. Raises `DamagedError`."""
+    """Check all files listed in a folder's `SHA256SUMS`, which must list `names`. Raises `DamagedError`."""
     sums = read_sums(folder)
     for name in [*names, *sums]:
         if name not in sums:
@@ -100,7 +100,7 @@ def check_sums(folder: Path, names: Iterable[str] = ()) -> None:
 
 
 def checked_bytes(path: Path) -> bytes:
-    """A file's content, held against its folder's `SHA256SUMS`. Raises `DamagedError`."""
+    """A file's content, checked against its folder's `SHA256SUMS`. Raises `DamagedError`."""
     sums, content = read_sums(path.parent), read_bytes(path)
     if sums.get(path.name) != hashlib.sha256(content).hexdigest():
         raise DamagedError(f"{path}: damaged (not the SHA-256 in {SUMS})")
@@ -108,12 +108,12 @@ def checked_bytes(path: Path) -> bytes:
 
 
 def write_sum(path: Path) -> None:
-    """Record a file's SHA-256 in `NAME.sha256` beside it, for what is done after its folder's `SHA256SUMS`."""
+    """Record a file's SHA-256 in `NAME.sha256` next to it, for files made after their folder's `SHA256SUMS`."""
     write_text(sum_of(path), f"{file_sha256(path)}  {path.name}\n")
 
 
 def check_sum(path: Path) -> None:
-    """Hold a file against the `NAME.sha256` beside it, where there is one. Raises `DamagedError`."""
+    """Check a file against the `NAME.sha256` next to it, if there is one. Raises `DamagedError`."""
     stated = sum_of(path)
     if stated.exists() and read_bytes(stated, 1 << 12) != f"{file_sha256(path)}  {path.name}\n".encode():
         raise DamagedError(f"{path}: damaged (not the SHA-256 in {stated.name})")
@@ -124,7 +124,7 @@ def sum_of(path: Path) -> Path:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file. Raises `DamagedError` where it can't be read."""
+    """SHA-256 of a file. Raises `DamagedError` if it can't be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

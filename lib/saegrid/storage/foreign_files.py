@@ -1,4 +1,4 @@
-"""Reading files that somebody else made: nothing in them is executed, each fault is told in one line."""
+"""Read files from other sources: nothing in them is executed, each fault is reported in one line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise SaeFileError(f"{path}: {error.strerror}") from None
     except RecursionError:
         raise SaeFileError(f"{path}: not JSON: nested too deeply") from None
-    except ValueError as error:  # bytes that are not UTF-8, too
+    except ValueError as error:  # includes bytes that are not UTF-8
         if isinstance(error, SaeFileError):
             raise
         raise SaeFileError(f"{path}: not JSON: {error}") from None
@@ -42,7 +42,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def as_model(model: type[Model], content: dict[str, Any], where: Path) -> Model:
-    """A configuration held against its pydantic model. Raises `SaeFileError` that names the field at fault."""
+    """A configuration validated by its pydantic model. Raises `SaeFileError`, which names the field at fault."""
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -52,14 +52,14 @@ def as_model(model: type[Model], content: dict[str, Any], where: Path) -> Model:
 
 
 def read_pt(path: Path, mmap: bool = False) -> Any:
-    """What a `.pt` file holds, tensors and plain containers alone (`weights_only=True`).
+    """Content of a `.pt` file: only tensors and plain containers (`weights_only=True`).
 
     Args:
-        mmap: leave the tensors on disk until they are used: for files larger than memory.
+        mmap: keep the tensors on disk until they are used, for files larger than memory.
 
     Raises:
-        SaeFileError: no such file, not of this kind, or a pickle that would import or call anything else; it is
-            named, and not executed.
+        SaeFileError: the file is missing, of another kind, or a pickle that would import or call anything else,
+            which is named and not executed.
     """
     try:
         file = open(path, "rb")  # noqa: SIM115
@@ -82,20 +82,20 @@ def _pickle_fault(error: Exception) -> str:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; the library holds its header against its size. Raises `SaeFileError`."""
+    """The tensors of a safetensors file; the library checks the header against the file size. Raises `SaeFileError`."""
     try:
         return load_file(path)
     except OSError as error:
         raise SaeFileError(f"{path}: {error.strerror or error}") from None
-    except Exception as error:  # SafetensorError, and what torch says of a kind of number that it lacks
+    except Exception as error:  # SafetensorError, or torch's error for a dtype that it lacks
         raise SaeFileError(f"{path}: not a safetensors file: {str(error)[:200]}") from None
 
 
 def check_tensors(tensors: Any, shapes: dict[str, tuple[str, ...]], where: Path) -> dict[str, int]:
-    """Hold tensors against names and shapes, such as `{"W_enc": ("d_in", "d_sae"), "b_dec": ("d_in",)}`.
+    """Check tensors against names and shapes, such as `{"W_enc": ("d_in", "d_sae"), "b_dec": ("d_in",)}`.
 
-    Exactly these names; dense floating-point tensors backed by as many bytes as they show (a few bytes can pose as
-    terabytes); finite in float32; one size for each dimension, taken from the first tensor that has it.
+    Exactly these names; dense floating-point tensors whose storage holds all their bytes (a few bytes can pose as
+    terabytes); finite in float32; one size per dimension, taken from the first tensor that has it.
 
     Returns:
         The size of each dimension.
@@ -126,7 +126,7 @@ def check_tensors(tensors: Any, shapes: dict[str, tuple[str, ...]], where: Path)
 
 
 def check_sizes(stated: BaseModel, sizes: dict[str, int], where: Path) -> None:
-    """Hold a configuration's `d_in` and `d_sae`, where it states them, against the weights. Raises `SaeFileError`."""
+    """Check a configuration's `d_in` and `d_sae`, if stated, against the weights. Raises `SaeFileError`."""
     for name, size in sizes.items():
         if getattr(stated, name) not in (None, size):
             raise SaeFileError(f"{where}: {name} = {getattr(stated, name)}, and the weights have {size}")

@@ -1,4 +1,4 @@
-"""What comes from outside the checkout: the cache, local folders and the Hub, each failure told in one line."""
+"""Access to the cache, local folders and the Hub; each failure is reported in one line."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from saegrid.storage.atomic import disk_errors, write_text
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 CHUNK = 1 << 20
 SMALL = 64 << 20
-"""Bytes up to which a file is hashed each time that its hash is asked for."""
+"""Files up to this many bytes are hashed each time; hashes of larger ones are cached."""
 HUB_TIMEOUT = 3.0
-"""Seconds to wait for an answer when asking whether the Hub is there at all."""
+"""Seconds to wait when checking whether the Hub can be reached."""
 
 
 def expanded(path: str) -> Path:
-    """A path whose leading `~` or `~user` is replaced by that home folder. Raises `ValueError` where there is none."""
+    """A path with its leading `~` or `~user` expanded. Raises `ValueError` if there is no such home folder."""
     found = os.path.expanduser(path)
     if found.startswith("~"):
         raise ValueError("there is no such home folder; name the whole path, or ./~ for a folder of that name")
@@ -36,7 +36,7 @@ def expanded(path: str) -> Path:
 
 
 def can_write(path: Path) -> bool:
-    """Whether a folder, or what is there of the path to it, can be written to."""
+    """Whether a folder, or its nearest existing parent, is writable."""
     existing = next((part for part in (path, *path.parents) if os.path.exists(part)), path)
     return os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)
 
@@ -44,7 +44,7 @@ def can_write(path: Path) -> bool:
 def cache_dir() -> Path:
     """Folder for what is fetched or converted once: `SAEGRID_CACHE`, else `~/.cache/saegrid`.
 
-    A user who has no home, or can't write to it, gets a folder under the system's temporary one, and is told so.
+    Without a writable home, it is a folder under the system's temporary one, and a message says so.
     """
     given = os.environ.get("SAEGRID_CACHE")
     try:
@@ -57,13 +57,13 @@ def cache_dir() -> Path:
 
 
 def own_cache_dir() -> Path:
-    """`cache_dir`, but the temporary one where that is a shared folder which this user may only read."""
+    """`cache_dir`, or the temporary cache if that is a shared folder which this user may only read."""
     return folder if can_write(folder := cache_dir()) else _temporary_cache()
 
 
 @functools.cache
 def _temporary_cache() -> Path:
-    """This user's cache under the system's temporary folder. Raises `DiskError` where another user has taken it."""
+    """This user's cache under the system's temporary folder. Raises `DiskError` if another user owns it."""
     folder = Path(tempfile.gettempdir()) / f"saegrid-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
     with disk_errors(folder), contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700, parents=True)
@@ -75,10 +75,10 @@ def _temporary_cache() -> Path:
 
 
 def local_folder(parameter: str, name: str) -> Path | None:
-    """The local folder that a parameter names, or None where it can only be a Hub id.
+    """The local folder that a parameter names, or None if it can only be a Hub id.
 
     Raises:
-        ConfigError: neither a folder that is there nor of a Hub id's form.
+        ConfigError: neither an existing folder nor in the form of a Hub id.
     """
     try:
         path = expanded(name)
@@ -94,10 +94,10 @@ def local_folder(parameter: str, name: str) -> Path | None:
 
 
 def files_sha256(paths: Sequence[Path]) -> str:
-    """SHA-256 of the files' contents one after the other, in the given order, as `cat … | sha256sum` has it.
+    """SHA-256 of the files' concatenated contents, in the given order, as `cat … | sha256sum` gives it.
 
-    Where one is large, as weights are, the hash is remembered in the cache by all that the file system says of the
-    files: path, device, inode, size, and the times of change. The last of them can't be set back.
+    If one is large, as weights are, the hash is cached under the files' path, device, inode, size, mtime and ctime.
+    The ctime can't be set back.
     """
     stats = [path.stat() for path in paths]
     if all(one.st_size <= SMALL for one in stats):
@@ -112,7 +112,7 @@ def files_sha256(paths: Sequence[Path]) -> str:
             if len(known := (folder / "hashes" / name).read_text(encoding="utf-8")) == 64:
                 return known
     digest = _sha256(paths)
-    with contextlib.suppress(DiskError):  # a full disk: it is computed again the next time
+    with contextlib.suppress(DiskError):  # a full disk: computed again next time
         write_text(own_cache_dir() / "hashes" / name, digest)
     return digest
 
@@ -130,8 +130,8 @@ def _sha256(paths: Sequence[Path]) -> str:
 def hub_errors(parameter: str, name: str, revision: str = "") -> Iterator[None]:
     """Read from the Hub inside this block: its own errors become one line.
 
-    Where the Hub can't be reached, the block runs in the Hub library's offline mode: what is cached is used at once,
-    what is not fails at once.
+    If the Hub can't be reached, the block runs in the Hub library's offline mode: cached files are used at once,
+    others fail at once.
 
     Raises:
         ConfigError: names the parameter, its value and what the Hub said.
@@ -155,7 +155,7 @@ def hub_errors(parameter: str, name: str, revision: str = "") -> Iterator[None]:
         raise ConfigError(f"{where}: no such folder, and not a Hub id (name or organisation/name)") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
         why = "HF_HUB_OFFLINE is set" if offline else "the Hub can't be reached"
-        if reachable:  # the Hub's client hides what else went wrong behind "not in the cache"
+        if reachable:  # the Hub's client reports other failures as "not in the cache"
             why = f"the Hub answered: {first_line(error.__cause__ or error)}"
         raise ConfigError(f"{where}: no such folder, not in the Hub's local cache, and {why}") from None
     except errors.EntryNotFoundError as error:
@@ -167,7 +167,7 @@ def hub_errors(parameter: str, name: str, revision: str = "") -> Iterator[None]:
 
 
 def _reachable(endpoint: str) -> bool:
-    """Whether the Hub's host can be connected to; taken for granted behind a proxy."""
+    """Whether the Hub's host accepts connections; assumed if a proxy is set."""
     url = urllib.parse.urlsplit(endpoint)
     if urllib.request.getproxies().get(url.scheme):
         return True

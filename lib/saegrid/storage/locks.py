@@ -1,4 +1,4 @@
-"""Folders that are made whole or not at all, and locks that processes wait for."""
+"""Folders that are created completely or not at all, and locks between processes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from saegrid.storage.atomic import disk_errors
 
 @contextlib.contextmanager
 def fresh_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder that is removed when the block ends; what a killed process left there goes first.
+    """An empty folder that is removed when the block ends; leftovers of a killed process are removed first.
 
-    The caller holds a lock, as the folder's name is fixed.
+    The caller must hold a lock, as the folder's name is fixed.
     """
     with disk_errors(folder):
         shutil.rmtree(folder, ignore_errors=True)
@@ -29,7 +29,7 @@ def fresh_folder(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A fresh temporary folder beside `folder` that takes its place when the block ends well. Needs a lock, too."""
+    """A fresh temporary folder that replaces `folder` when the block ends without an error. Needs a lock too."""
     with fresh_folder(folder.with_name(f".{folder.name}.part")) as temporary:
         yield temporary
         with disk_errors(folder):
@@ -40,9 +40,9 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def waiting_lock(path: Path) -> Iterator[None]:
-    """An exclusive lock that dies with its process; says so where it has to wait for another one.
+    """An exclusive lock that ends with its process; prints a line if it has to wait for another process.
 
-    Raises `DiskError` where its file can't be made.
+    Raises `DiskError` if its file can't be created.
     """
     lock = FileLock(path)
     with disk_errors(path):

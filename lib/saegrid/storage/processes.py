@@ -1,9 +1,9 @@
-"""A process that ends with its parent, even when that is killed by -9.
+"""A process that ends with its parent, even if the parent is killed with -9.
 
 `python -m saegrid.storage.processes COMMAND [ARGUMENT ...]`
 
-The workflow ties every job to Snakemake in this way, and a run ties its notebook's kernel to papermill, so that
-nothing goes on writing behind a workflow that is gone. Linux only; elsewhere the locks alone keep writers apart.
+The workflow binds every job to Snakemake this way, and a run binds its notebook's kernel to papermill, so that
+nothing keeps writing after its workflow has ended. Linux only; elsewhere only the locks keep writers apart.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Have this process killed when its parent ends. `parent`: who that must still be, else it ends at once."""
+    """Have this process killed when its parent ends. `parent`: the expected parent; if it has changed, exit now."""
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if parent is not None and os.getppid() != parent:  # it ended before the tie was made
+    if parent is not None and os.getppid() != parent:  # the parent ended before the call
         os._exit(1)
 
 
 def die_with_papermill() -> None:
-    """In a notebook's kernel: end with the process that started it. Elsewhere: nothing."""
+    """In a notebook's kernel: end with the process that started it. Elsewhere: do nothing."""
     if os.environ.get("JPY_PARENT_PID") == str(os.getppid()):
         die_with_parent()
 
