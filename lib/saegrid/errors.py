@@ -1,4 +1,4 @@
-"""The project's own error type: a user's mistake or a damaged file, told in one line."""
+"""The project's own error type: a user's mistake or a damaged file, reported in one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 MAX_CHARACTERS = 1000
-"""A message is one line on a screen, whatever a file's content put into it."""
+"""Maximum length of a message, whatever a file's content put into it."""
 
 
 def ascii_controls(text: str) -> str:
@@ -26,14 +26,14 @@ def one_line(text: str) -> str:
 
 
 class SaegridError(ValueError):
-    """A mistake that the user can mend. Its message is one line; no traceback is shown for it.
+    """A mistake that the user can fix. Its message is one line; no traceback is shown for it.
 
     In a notebook the cell shows the message alone (`_render_traceback_` is IPython's hook for that),
     and papermill ends its stderr with it.
 
     Args:
         message: what is wrong; `fact` keeps it as one line.
-        advice: what to do about it; the text of the error closes with it.
+        advice: what to do about it; appended to the error's text.
     """
 
     def __init__(self, message: str, advice: str = ""):
@@ -45,7 +45,7 @@ class SaegridError(ValueError):
 
 
 class ConfigError(SaegridError):
-    """A parameter that is unknown, of the wrong type, out of range, or at odds with another."""
+    """A parameter that is unknown, of the wrong type, out of range, or in conflict with another."""
 
 
 class StoreError(SaegridError):
@@ -53,7 +53,7 @@ class StoreError(SaegridError):
 
 
 class SaeFileError(SaegridError):
-    """An SAE file that can't be read, or does not hold what it says."""
+    """An SAE file that can't be read, or does not match its own description."""
 
 
 class DiskError(SaegridError):
@@ -65,15 +65,15 @@ class ResultsError(SaegridError):
 
 
 class DamagedError(SaegridError):
-    """A file that is not what was written: by its recorded SHA-256, or because it can't be read at all."""
+    """A file that does not match its recorded SHA-256, or can't be read at all."""
 
 
 def explain(error: ValidationError, known_fields: Iterable[str] = (), flat: bool = False) -> str:
     """The first mistake of a pydantic error as one line: parameter, value, what is allowed.
 
     Args:
-        known_fields: what an unknown parameter might have been.
-        flat: whether parameters have no parts, so that what pydantic adds is which of a parameter's types it tried.
+        known_fields: names to list for an unknown parameter.
+        flat: whether parameters are not nested; what pydantic then adds to a name is the type that it tried.
     """
     first = error.errors()[0]
     place = first["loc"]
@@ -92,12 +92,12 @@ def explain(error: ValidationError, known_fields: Iterable[str] = (), flat: bool
 
 
 def first_line(error: Exception) -> str:
-    """What another library says is wrong, for a message of one line."""
+    """The first line of another library's error, for a one-line message."""
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
+    """A value in a message, truncated if long."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, a list in itself

@@ -28,7 +28,7 @@ BANDWIDTH, L0_COEF = 0.3, 0.1
 """For JumpReLU's trained thresholds, on rows with a mean square of 1 (measured: LOG.md)."""
 
 THETA_TIE = 10.0
-"""Weight decay of JumpReLU's trained thresholds towards their mean, in units of their learning rate (measured: LOG.md)."""
+"""Weight decay of JumpReLU's trained thresholds towards their mean, in units of their rate (measured: LOG.md)."""
 
 L1_COEF = 1.0
 """Initial L1 weight of ReLU and Gated on rows with a mean square of 1; the loss divides it by d_in."""
@@ -44,7 +44,7 @@ YOUNGER = {
 
 
 def choices(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's values for a run, from its `recipe`, `arch` and `k`; with `theta_tie` if thetas are trained (JumpReLU).
+    """A recipe's values for a run, from `recipe`, `arch` and `k`; with `theta_tie` if thetas are trained (JumpReLU).
 
     An unknown recipe raises nothing here; `RunConfig` refuses it.
     """

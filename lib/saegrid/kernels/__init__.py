@@ -1,4 +1,4 @@
-"""The arithmetic of encoding, decoding and training: `reference` defines it, the others are faster."""
+"""The arithmetic of encoding, decoding and training: `reference` defines it, the others compute it faster."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CAPABILITY = (8, 0)
-"""Least compute capability of the `cuda` kernel: what Triton supports; bf16 and TF32 come with it."""
+"""Minimum compute capability of the `cuda` kernel: that of Triton; it includes bf16 and TF32."""
 
 
 class Kernel(Protocol):
-    """What the module of each kernel offers. `reference` is the definition; a test holds the others to it."""
+    """Interface of each kernel's module. `reference` is the definition; a test checks the others against it."""
 
     def encode(self, params: Params, x: Tensor, rule: Rule) -> Codes:
         """Sparse codes of the rows x (N, d_in)."""
@@ -35,11 +35,11 @@ class Kernel(Protocol):
     def train_step(
         self, state: TrainState, x: Tensor, rule: Rule, settings: StepSettings
     ) -> tuple[float | Tensor, int | Tensor]:
-        """Change `state` in place by one step on the rows x (N, d_in); (loss, active pairs), maybe still on a GPU."""
+        """One step on the rows x (N, d_in), updating `state`. Returns (loss, active pairs), possibly on a GPU."""
 
 
 class Choice(NamedTuple):
-    """What one run computes with; recorded in its config and used again on resume."""
+    """How one run computes; recorded in its config and reused on resume."""
 
     kernel: str  # "reference", "cpu" or "cuda"
     matmul: str  # "fp32" or "bf16"
@@ -47,7 +47,7 @@ class Choice(NamedTuple):
 
 
 def load(name: str) -> Kernel:
-    """The module of a kernel: "reference", "cpu" or "cuda". Raises `ConfigError` for one that does not run here."""
+    """The module of a kernel: "reference", "cpu" or "cuda". Raises `ConfigError` if it can't run here."""
     if name not in ("reference", "cpu", "cuda"):
         raise ConfigError(f"kernel = {name!r}: must be 'reference', 'cpu' or 'cuda'")
     if name == "cpu" and importlib.util.find_spec("numba") is None:
@@ -59,7 +59,7 @@ def load(name: str) -> Kernel:
 
 
 def _settle_caches(name: str) -> None:
-    """Where compiled code can't be kept in the compiler's own place (read-only checkout, no home): in the cache."""
+    """Keep compiled code in the cache if the compiler's own folder is not writable (read-only checkout, no home)."""
     if name == "cpu":
         place = os.environ.get("NUMBA_CACHE_DIR") or Path(__file__).parent / "cpu" / "__pycache__"
         if not can_write(Path(place)):
@@ -73,17 +73,17 @@ def _settle_caches(name: str) -> None:
 
 
 def device(name: str) -> str:
-    """Where the tensors of a kernel's runs lie: "cuda" (the current GPU) or "cpu"."""
+    """Device of a kernel's tensors: "cuda" (the current GPU) or "cpu"."""
     import torch
 
     return "cuda" if name == "cuda" and torch.cuda.is_available() else "cpu"
 
 
 def choose(kernel: str, matmul: str, threads: int, not_on_cuda: str = "") -> Choice:
-    """Resolve "auto" (kernel, matmul) and 0 (threads) for this machine, and log what was taken and why.
+    """Resolve "auto" (kernel, matmul) and 0 (threads) for this machine, and log the choice and its reasons.
 
     Args:
-        not_on_cuda: what the run needs and the `cuda` kernel lacks, so that "auto" passes it over.
+        not_on_cuda: what the run needs and the `cuda` kernel lacks, so that "auto" skips that kernel.
 
     Raises:
         ConfigError: `kernel` can't run here.
@@ -105,16 +105,16 @@ def choose(kernel: str, matmul: str, threads: int, not_on_cuda: str = "") -> Cho
 
 
 def set_threads(threads: int) -> None:
-    """Threads of torch, and of the `cpu` kernel's own loops, which use as many."""
+    """Set the threads of torch and of the `cpu` kernel's own loops."""
     import torch
 
     torch.set_num_threads(threads)
 
 
 def _missing_for_cuda() -> str:
-    """What the `cuda` kernel lacks here; empty where it runs.
+    """Why the `cuda` kernel can't run here; empty if it can.
 
-    With TRITON_INTERPRET=1 (to look for mistakes; very slow) it needs no GPU.
+    With TRITON_INTERPRET=1 (for debugging; very slow) it needs no GPU.
     """
     import torch
 
@@ -142,7 +142,7 @@ def _fastest_kernel(missing: str = "") -> tuple[str, str]:
 
 
 def _fastest_matmul(kernel: str) -> tuple[str, str]:
-    """bf16 where the processor multiplies it natively: 2.1 times the fp32 rate with AVX512_BF16 (measured)."""
+    """bf16 if the processor multiplies it natively: 2.1 times the fp32 rate with AVX512_BF16 (measured)."""
     import torch
 
     if kernel == "reference":
@@ -158,7 +158,7 @@ def _fastest_matmul(kernel: str) -> tuple[str, str]:
 
 
 def _cores() -> tuple[int, str]:
-    """Threads for one run: OMP_NUM_THREADS, which Snakemake sets to a job's share, else the cores it may use."""
+    """Threads for one run: OMP_NUM_THREADS, which Snakemake sets to a job's share, else all cores available."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = os.environ.get("OMP_NUM_THREADS", "")
     if share.isdecimal() and 0 < int(share) < cores:

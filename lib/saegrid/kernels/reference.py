@@ -1,4 +1,4 @@
-"""The definition of every kernel, in plain torch. The fast ones have these signatures and are tested against these.
+"""The definition of every kernel, in plain torch. The fast ones have the same signatures and are tested against it.
 
 One weight layout: a latent is a row, in the encoder and in the decoder. For rows x (N, d_in):
 
@@ -22,7 +22,7 @@ from saegrid.kernels.state import NONE, Codes, Params, Rule, StepSettings, Train
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 THETA_RATE = 10.0
-"""Theta's learning rate by the others': at theirs it does not follow the pre-activations (measured: LOG.md)."""
+"""Theta's learning rate / the others': at theirs, theta does not follow the pre-activations (measured: LOG.md)."""
 
 
 def encode(params: Params, x: Tensor, rule: Rule, matmul: str = "fp32") -> Codes:
@@ -36,9 +36,9 @@ def encode(params: Params, x: Tensor, rule: Rule, matmul: str = "fp32") -> Codes
 
 
 def above_theta(encode: Callable[..., Codes], params: Params, x: Tensor, matmul: str, below: float = 0.0) -> Codes:
-    """Codes by any kernel's `encode` of what is above its latent's theta; `below`: of the pairs so far below it too.
+    """Codes, by any kernel's `encode`, of pairs above their latent's theta, and of those less than `below` under it.
 
-    The latter are listed with the value 0, so that they take part in nothing but theta's gradient.
+    The latter are listed with the value 0, so that they affect only theta's gradient.
     """
     shift = params.theta - below
     codes = encode(params._replace(b_enc=params.b_enc - shift), x, Rule("threshold"), matmul)
@@ -50,14 +50,14 @@ def magnitudes(params: Params, gate: Codes) -> Codes:
     """Codes of a Gated SAE in training, from the pairs whose gate pi = (x - b_pre) W_encᵀ + b_enc is above 0.
 
     z = exp(gain) pi + theta (arXiv:2404.16014, §3, with b_mag = exp(gain) b_enc + theta, W_mag = exp(gain) W_enc).
-    Where that is below 0, a pair is listed with the value 0.
+    A pair with z below 0 is listed with the value 0.
     """
     latents = gate.latents.long()
     return gate._replace(values=(params.gain.exp()[latents] * gate.values + params.theta[latents]).clamp_min_(0.0))
 
 
 def folded_gate(params: Params) -> Params:
-    """The JumpReLU that a Gated SAE is (arXiv:2404.16014, appendix H): its gate opens where z is above theta."""
+    """The JumpReLU equivalent of a Gated SAE (arXiv:2404.16014, appendix H): its gate opens where z is above theta."""
     scale = params.gain.exp()
     return params._replace(
         W_enc=params.W_enc * scale[:, None],
@@ -80,7 +80,7 @@ def dense(codes: Codes, d_sae: int) -> Tensor:
 
 
 def gradients(params: Params, x: Tensor, codes: Codes, push: float = 0.0) -> tuple[float, Params]:
-    """Loss (mean squared error) and its gradient through the active pairs, dense; `push`: each one's slope besides."""
+    """Loss (mean squared error) and its dense gradient through active pairs; `push` is added to each one's slope."""
     error = decode(params, codes) - x  # (N, d_in)
     loss = error.double().square().mean().item()
     d_hat = error * (2.0 / error.numel())  # (N, d_in)
@@ -92,20 +92,20 @@ def gradients(params: Params, x: Tensor, codes: Codes, push: float = 0.0) -> tup
 def matryoshka_gradients(params: Params, x: Tensor, codes: Codes, prefixes: tuple[int, ...]) -> tuple[float, Params]:
     """Loss of the whole dictionary, and the gradient of the mean loss of all prefixes (arXiv:2503.17547, §3).
 
-    A prefix m reconstructs with the first m latents alone; a code is one for all of them.
+    A prefix m reconstructs with the first m latents alone; all prefixes share one code.
     """
     parts = [gradients(params, x, _below(codes, end)) for end in prefixes]
     return parts[-1][0], Params(*(sum(grads) / len(parts) for grads in zip(*(part[1] for part in parts), strict=True)))
 
 
 def jumprelu_gradients(params: Params, x: Tensor, codes: Codes, k: int, settings: StepSettings) -> tuple[float, Params]:
-    """Loss (mean squared error), and the gradients of that plus l0_coef (L0 / k - 1)² (arXiv:2407.14435, §3 and §D).
+    """Loss (mean squared error), and the gradients of loss + l0_coef (L0 / k - 1)² (arXiv:2407.14435, §3 and §D).
 
-    Neither has a slope in theta but at jumps; the pairs within half a bandwidth of theta stand for these:
+    Both depend on theta through jumps alone; the pairs within half a bandwidth of theta estimate their slope:
     dz / dtheta = -theta / bandwidth, dL0 / dtheta = -1 / (N bandwidth), 0 for all other pairs.
 
     Args:
-        codes: with the pairs of the band that are not active, as `above_theta` lists them.
+        codes: including the inactive pairs of the band, as `above_theta` lists them.
     """
     loss, grads = gradients(params, x, codes)
     d_hat = (decode(params, codes) - x) * (2.0 / x.numel())
@@ -124,10 +124,10 @@ def l0_pull(active: int, n_rows: int, k: int, l0_coef: float) -> float:
 
 
 def gated_gradients(params: Params, x: Tensor, gate: Codes, codes: Codes, push: float = 0.0) -> tuple[float, Params]:
-    """Loss (mean squared error), and the gradients of that, of L1 on the gates, and of the gates' own reconstruction.
+    """Loss (mean squared error), and the gradients of loss + L1 on the gates + the gates' own reconstruction loss.
 
-    The gate's step has no slope. What trains it is x_gate = ReLU(pi) W_dec + b_dec + b_pre, whose mean squared error
-    counts too, decoder and biases taken as given (arXiv:2404.16014, §3.2).
+    The gate's step function has zero slope. It is trained by x_gate = ReLU(pi) W_dec + b_dec + b_pre, whose mean
+    squared error is added, with decoder and biases held constant (arXiv:2404.16014, §3.2).
 
     Args:
         codes: the `magnitudes` of `gate`.
@@ -149,9 +149,9 @@ def gated_gradients(params: Params, x: Tensor, gate: Codes, codes: Codes, push: 
 
 
 def auxk_gradients(params: Params, x: Tensor, codes: Codes, dead: Tensor, k: int) -> tuple[float, Params]:
-    """AuxK's loss and its gradient, dense (arXiv:2406.04093, A.2): dead latents reconstruct what the code leaves over.
+    """AuxK loss and its dense gradient (arXiv:2406.04093, A.2): dead latents reconstruct the residual.
 
-    loss = mean (e_hat - e)² / variance of e, with e = x - x_hat taken as given, and e_hat = z W_dec without biases,
+    loss = mean (e_hat - e)² / variance of e, with e = x - x_hat held constant, and e_hat = z W_dec without biases,
     z = ReLU of the k largest pre-activations of the dead latents in each row.
 
     Args:
@@ -170,8 +170,8 @@ def auxk_gradients(params: Params, x: Tensor, codes: Codes, dead: Tensor, k: int
 def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings) -> tuple[float, int]:
     """One step: encode, decode, backward, clip, Adam, unit-norm decoder rows, tie. Changes `state` in place.
 
-    Adam is dense (arXiv:1412.6980): a latent that did not fire still decays its moments and moves. The tie is weight
-    decay as AdamW's (arXiv:1711.05101), apart from the gradient, of the encoder towards the decoder instead of 0.
+    Adam is dense (arXiv:1412.6980): a latent that did not fire still decays its moments and moves. The tie is decoupled
+    weight decay as in AdamW (arXiv:1711.05101), of the encoder towards the decoder instead of 0.
 
     Returns:
         The batch's mean squared error before the step, and the number of active (row, latent) pairs.
@@ -217,7 +217,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
 def _codes_and_gradients(
     params: Params, x: Tensor, rule: Rule, settings: StepSettings, push: float
 ) -> tuple[Codes, float, Params]:
-    """A step's codes, its loss, and its gradients but AuxK's."""
+    """A step's codes, loss and gradients, without AuxK's."""
     if rule.kind == "jumprelu":
         codes = above_theta(encode, params, x, settings.matmul, settings.bandwidth / 2)
         return codes, *jumprelu_gradients(params, x, codes, rule.k, settings)
@@ -232,9 +232,9 @@ def _codes_and_gradients(
 
 
 def settle_thetas(params: Params, settings: StepSettings) -> None:
-    """Draw trained thetas towards their mean, as weight decay does towards 0, and keep them at 0 or above, in place.
+    """Decay trained thetas towards their mean, as weight decay does towards 0, and keep them at 0 or above, in place.
 
-    A theta of its own lets a latent fire on a few training rows and on no other.
+    Without this, a latent's theta can let it fire on a few training rows and on no other.
     """
     if settings.theta_tie:
         share = min(1.0, settings.lr * THETA_RATE * settings.theta_tie)
@@ -243,10 +243,10 @@ def settle_thetas(params: Params, settings: StepSettings) -> None:
 
 
 def keep_apart(params: Params, sink: Tensor) -> None:
-    """Give a direction to latents 0 and 1, up and down, and drop all other encoder rows' part along it, in place.
+    """Set latents 0 and 1 to `sink` and -`sink`, and remove that direction from all other encoder rows, in place.
 
-    A gain learnt from ordinary rows would be off by far at a sink's size, so that of the two latents is 0. Adam scales
-    each element by itself, so what it makes of a gradient without that part has some again.
+    A gain learnt from ordinary rows would be far off at a sink's size, so that of the two latents is 0. Adam scales
+    each element separately, so its update can have a part along `sink` even if the gradient has none.
     """
     params.W_enc.addr_(params.W_enc @ sink, sink, alpha=-1)
     for weights in (params.W_enc, params.W_dec):
@@ -255,9 +255,9 @@ def keep_apart(params: Params, sink: Tensor) -> None:
 
 
 def _through_pairs(params: Params, x: Tensor, codes: Codes, d_hat: Tensor, push: float = 0.0) -> Params:
-    """Gradients through the active pairs, from that of the sum of decoder rows, d_hat (N, d_in); b_dec has none.
+    """Gradients through the active pairs, given d_hat (N, d_in), the gradient of z W_dec; b_dec's is 0.
 
-    `push` is what each active pair's own value has besides.
+    `push` is added to the slope of each active pair's value.
     """
     rows, latents = _rows(codes), codes.latents.long()
     z = dense(codes, len(params.b_enc))
@@ -304,7 +304,7 @@ def _sparse(pre: Tensor, kept: Tensor) -> Codes:
 def _below(codes: Codes, end: int) -> Codes:
     """The entries of latents below `end`."""
     kept = codes.latents < end
-    before = torch.cat([codes.offsets[:1], kept.cumsum(0)])  # kept entries ahead of each entry
+    before = torch.cat([codes.offsets[:1], kept.cumsum(0)])  # kept entries before each entry
     return Codes(before[codes.offsets], codes.latents[kept], codes.values[kept])
 
 

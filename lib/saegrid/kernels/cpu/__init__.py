@@ -6,10 +6,10 @@ Same functions, arguments and results as `reference`, up to rounding. A step is
 2. reconstruction row by row, from the decoder rows of the active latents alone;
 3. latent by latent: gradient from the active pairs, Adam, unit norm, while the latent's row is in cache.
 
-Dense codes (JumpReLU with a low threshold) take plain products in 2 and 3 instead. With `matmul="bf16"` the product
-only selects, and the kept values are computed again in float32; where so many are kept that this would not pay, the
-product is a float32 one. The same input and thread count give the same bytes: loops are cut into chunks by the amount
-of work, never by the number of threads, and sums that cross chunks are kept per chunk.
+Dense codes (JumpReLU with a low threshold) use plain products in 2 and 3 instead. With `matmul="bf16"` the product
+only selects, and the kept values are recomputed in float32; if too many are kept for this to pay, the product is in
+float32. The same input and thread count give the same bytes: loops are split into chunks by the amount of work, never
+by the number of threads, and sums that cross chunks are kept per chunk.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from saegrid.kernels.reference import (
 from saegrid.kernels.state import Codes, Params, Rule, StepSettings, TrainState
 
 DENSE_ABOVE = 0.5  # share of active pairs above which plain products beat loops over pairs (measured)
-LATENT_COST = 8  # work per latent in the backward pass, in active pairs (Adam against a pair's gradient)
+LATENT_COST = 8  # work per latent in the backward pass, in active pairs (Adam relative to a pair's gradient)
 
 
 def encode(params: Params, x: Tensor, rule: Rule, matmul: str = "fp32") -> Codes:
@@ -58,7 +58,7 @@ def decode(params: Params, codes: Codes) -> Tensor:
 
 
 def gradients(params: Params, x: Tensor, codes: Codes, push: float = 0.0) -> tuple[float, Params]:
-    """Loss and its gradient through the active pairs, dense; theta's and gain's are 0. See `reference.gradients`."""
+    """Loss and its dense gradient through the active pairs; theta's and gain's are 0. See `reference.gradients`."""
     grads = Params(*map(torch.zeros_like, params))
     x, workspace = x.contiguous(), {}
     loss, d_hat = _error(params, x, codes, torch.empty_like(x), workspace)
@@ -129,7 +129,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
 
 
 def _apply_vectors(state: TrainState, grads: tuple[Tensor, ...], adam: tuple) -> None:
-    """Adam on b_dec, b_pre, theta and gain, whose gradients these are."""
+    """Adam on b_dec, b_pre, theta and gain, given their gradients."""
     for name, grad in zip(Params._fields[3:], grads, strict=True):
         rate = np.float32(THETA_RATE if name == "theta" else 1.0) * adam[3]
         moved = arrays((grad, *(getattr(part, name) for part in (state.params, state.m, state.v))))
@@ -139,7 +139,7 @@ def _apply_vectors(state: TrainState, grads: tuple[Tensor, ...], adam: tuple) ->
 def _training_codes(
     params: Params, centred: Tensor, rule: Rule, settings: StepSettings, workspace: dict
 ) -> tuple[Codes, Codes | None]:
-    """A step's codes, with pairs of value 0 where thetas are trained, and Gated's open gates."""
+    """A step's codes, with pairs of value 0 if thetas are trained, and Gated's open gates."""
     if rule.kind == "jumprelu":
         lists = functools.partial(sparse_codes, workspace=workspace)
         return above_theta(lists, params, centred, settings.matmul, settings.bandwidth / 2), None
@@ -153,7 +153,7 @@ def _training_codes(
 
 
 def _is_dense(codes: Codes, params: Params) -> bool:
-    """Whether plain products pay. Never where thetas are trained: their gradient comes from loops over pairs."""
+    """Whether plain products are faster. Never if thetas are trained: their gradient comes from loops over pairs."""
     return not len(params.theta) and len(codes.values) > DENSE_ABOVE * (len(codes.offsets) - 1) * len(params.b_enc)
 
 
@@ -173,7 +173,7 @@ def _decode(params: Params, codes: Codes, out: Tensor, workspace: dict) -> None:
 
 
 def _error(params: Params, x: Tensor, codes: Codes, d_hat: Tensor, workspace: dict) -> tuple[float, Tensor]:
-    """Loss, and its gradient with respect to x_hat, which `d_hat` (N, d_in) becomes."""
+    """Loss, and its gradient with respect to x_hat, written to `d_hat` (N, d_in)."""
     _decode(params, codes, d_hat, workspace)
     square_sums = np.empty(len(x))
     run(pairs.error_rows, even(len(x)), *arrays((x, d_hat)), np.float32(2 / x.numel()), square_sums)
@@ -181,9 +181,9 @@ def _error(params: Params, x: Tensor, codes: Codes, d_hat: Tensor, workspace: di
 
 
 def _by_latent(codes: Codes, d_sae: int, n_rows: int) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """Latent-major lists (starts, rows, rows of x, values) of the pairs, and edges of chunks of latents of like work.
+    """Latent-major lists (starts, rows, rows of x, values) of the pairs, and edges of latent chunks of similar work.
 
-    Codes may be stacked, one loss behind the other, each `n_rows` rows.
+    Codes of several losses may be stacked, `n_rows` rows each.
     """
     nnz = len(codes.values)
     starts, rows, values = np.empty(d_sae + 1, np.int64), np.empty(nnz, np.int32), np.empty(nnz, np.float32)
@@ -195,7 +195,7 @@ def _by_latent(codes: Codes, d_sae: int, n_rows: int) -> tuple[tuple[np.ndarray,
 def _gradients(
     params: Params, centred: Tensor, codes: Codes, d_hat: Tensor, grads: Params, workspace: dict, slopes: pairs.Slopes
 ) -> None:
-    """Write the gradients, that of b_dec being there already, to `grads`. Codes and d_hat may be stacked."""
+    """Write the gradients to `grads`, which already has that of b_dec. Codes and d_hat may be stacked."""
     if len(d_hat) == len(centred) and _is_dense(codes, params):
         z = buffer(workspace, "z", (len(centred), len(params.b_enc)))  # filled by _decode
         torch.mm(z.T, d_hat, out=grads.W_dec)
@@ -222,15 +222,15 @@ def _clip(grads: Params, limit: float) -> None:
             g.mul_(scale)
 
 
-# --- several losses: their codes and errors are stacked, each N rows, one behind the other ---
+# --- several losses: their codes and errors are stacked, N rows each ---
 
 
 def _prefix_errors(
     params: Params, x: Tensor, codes: Codes, prefixes: tuple[int, ...], workspace: dict
 ) -> tuple[float, Codes, Tensor]:
-    """Loss of the whole dictionary; codes of the latents between two prefixes; what their sums' gradients are.
+    """Loss of the whole dictionary; stacked codes, one part per prefix with the latents that it adds; their d_hat.
 
-    See `reference.matryoshka_gradients`: the latents behind prefix g are in all larger ones, whose errors they get.
+    See `reference.matryoshka_gradients`: part g is in prefix g and all larger ones, and gets the sum of their errors.
     """
     n_rows, n_parts = len(x), len(prefixes)
     offsets = torch.empty(n_parts * n_rows + 1, dtype=torch.int64)
@@ -254,7 +254,7 @@ def _prefix_errors(
 def _with_auxk(
     state: TrainState, centred: Tensor, codes: Codes, d_hat: Tensor, settings: StepSettings
 ) -> tuple[Codes, Tensor]:
-    """Codes and d_hat with those of the dead latents stacked behind, and the dead counted. See `auxk_gradients`."""
+    """Codes and d_hat, those of the dead latents appended; updates `state.quiet`. See `auxk_gradients`."""
     dead = (state.quiet >= settings.dead_after).nonzero()[:, 0]
     state.quiet += len(centred)
     state.quiet[codes.latents[codes.values > 0].long()] = 0
@@ -276,7 +276,7 @@ def _with_auxk(
 def _with_gate(
     params: Params, x: Tensor, gate: Codes, codes: Codes, d_hat: Tensor, workspace: dict
 ) -> tuple[Codes, Tensor]:
-    """Codes and d_hat with those of the gates stacked behind, with values of 0: W_dec has no part in their loss."""
+    """Codes and d_hat, those of the gates appended with values of 0: their loss does not train W_dec."""
     silent = gate._replace(values=torch.zeros_like(gate.values))
     stacked, d_hat, room = _stacked(codes, d_hat, silent, workspace)
     _error(params, x, gate, room, workspace)
@@ -284,7 +284,7 @@ def _with_gate(
 
 
 def _stacked(codes: Codes, d_hat: Tensor, more: Codes, workspace: dict) -> tuple[Codes, Tensor, Tensor]:
-    """Codes with `more` (N rows) behind; d_hat with room for theirs behind; that room."""
+    """Codes with `more` (N rows) appended; d_hat with room appended for theirs; that room."""
     n_rows = len(d_hat) + len(more.offsets) - 1
     room = buffer(workspace, "stacked d_hat", (n_rows, d_hat.shape[1]))
     if room.data_ptr() != d_hat.data_ptr():

@@ -1,4 +1,4 @@
-"""What the `cpu` kernel's loops run on: chunks of like work, plain threads, and buffers that are kept."""
+"""Support for the `cpu` kernel's loops: chunks of similar work, plain threads, and reusable buffers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(loop: Callable, edges: np.ndarray, *arguments: Any) -> None:
     firsts = iter(range(0, CHUNKS, size))
 
     def work() -> None:
-        for first in firsts:  # whoever is free takes the next ones
+        for first in firsts:  # a free thread takes the next chunks
             loop(first, min(first + size, CHUNKS), edges, *arguments)
 
     helpers = [_pool(threads, os.getpid()).submit(work) for _ in range(threads - 1)]
@@ -48,7 +48,7 @@ def run(loop: Callable, edges: np.ndarray, *arguments: Any) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Waiting threads; they sleep between pairs. A forked process starts its own."""
+    """Worker threads, which sleep between loops. A forked process starts its own."""
     return ThreadPoolExecutor(threads - 1, thread_name_prefix=f"saegrid-{process}")
 
 
@@ -57,7 +57,7 @@ def arrays(tensors: Iterable[Tensor]) -> tuple[np.ndarray, ...]:
 
 
 def buffer(workspace: dict, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor of any content, kept in `workspace`: fresh pages cost milliseconds. A shorter batch takes its front."""
+    """An uninitialised tensor, kept in `workspace`: fresh pages cost milliseconds. A shorter batch uses its front."""
     kept = workspace.get(name)
     if kept is None or len(kept) < shape[0] or kept.shape[1:] != shape[1:] or kept.dtype != dtype:
         kept = workspace[name] = torch.empty(shape, dtype=dtype)

@@ -11,9 +11,9 @@ from saegrid.kernels.cpu.chunks import arrays, buffer, by_weight, even, run
 from saegrid.kernels.state import Codes, Params, Rule
 
 BF16_BELOW = 0.12  # share of active pairs up to which a bf16 product + float32 values beat one fp32 product (measured)
-BLOCK_VALUES = 2**22  # pre-activations made at a time: 16 MB in float32, which the last cache about holds
-SPARE = 1.5  # how many times the wanted pairs a bound from the first of several blocks aims at
-PROBE = 64, 32  # rows, and one latent in so many, that tell how many pairs a threshold keeps
+BLOCK_VALUES = 2**22  # pre-activations computed at a time: 16 MB in float32, about the last-level cache
+SPARE = 1.5  # the bound from the first of several blocks aims at this many times the wanted pairs
+PROBE = 64, 32  # rows, and stride of latents, of the sample that estimates how many pairs a threshold keeps
 
 
 def sparse_codes(params: Params, centred: Tensor, rule: Rule, matmul: str, workspace: dict) -> Codes:
@@ -31,7 +31,7 @@ def sparse_codes(params: Params, centred: Tensor, rule: Rule, matmul: str, works
 
 
 def _share_kept(params: Params, centred: Tensor, rule: Rule) -> float:
-    """Share of the pairs that the rule will keep; for a threshold, as some rows and latents have it."""
+    """Share of the pairs that the rule will keep; for a threshold, estimated from some rows and latents."""
     if rule.kind != "threshold":
         return rule.k / len(params.b_enc)
     rows, stride = PROBE
@@ -53,7 +53,7 @@ def _select(
         w_enc = buffer(workspace, "W_enc bf16", w_enc.shape, torch.bfloat16).copy_(w_enc)
 
     def listed(bound: np.float32 | None) -> tuple[np.float32, list[tuple[np.ndarray, ...]]]:
-        """The bound (None: found by a sample of the first block), and each block's lists above it."""
+        """The bound (None: estimated from a sample of the first block), and each block's lists above it."""
         parts = []
         for rows in centred.split(size):
             pre = _pre_acts(rows, w_enc, workspace)
@@ -76,7 +76,7 @@ def _select(
 
 
 def _pre_acts(rows: Tensor, w_enc: Tensor, workspace: dict) -> np.ndarray:
-    """Pre-activations (n, d_sae) of centred rows without b_enc: float32, or the bits of bfloat16 where `w_enc` is."""
+    """Pre-activations (n, d_sae) of centred rows without b_enc: float32, or the bits of bfloat16 if `w_enc` is."""
     out = buffer(workspace, f"pre {w_enc.dtype}", (len(rows), len(w_enc)), w_enc.dtype)
     torch.mm(rows.to(w_enc.dtype), w_enc.T, out=out)
     return out.numpy() if out.dtype == torch.float32 else out.view(torch.uint16).numpy()
@@ -85,7 +85,7 @@ def _pre_acts(rows: Tensor, w_enc: Tensor, workspace: dict) -> np.ndarray:
 def _list_block(
     pre: np.ndarray, bias: np.ndarray, bound: np.float32, k: int, workspace: dict
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(counts (n,), latents, values) of what of pre + bias is above `bound`, or with k > 0 largest in its row."""
+    """(counts (n,), latents, values) of pre + bias: entries above `bound`, or, with k > 0, the k largest per row."""
     wide = arrays((buffer(workspace, "latents", pre.shape, torch.int32), buffer(workspace, "values", pre.shape)))
     counts, edges = np.empty(len(pre), np.int64), even(len(pre))
     run(select.list_above, edges, pre, bias, bound, k, *wide, counts)

@@ -1,9 +1,9 @@
 """Compiled loops of the `cpu` kernel: work on the active (row, latent) pairs, and Adam.
 
 N rows, d_sae latents, d_in dimensions. Pairs are listed row by row (CSR: offsets, latents, values) or latent by latent
-(CSC: starts, rows, values). A loop with `first, last, edges` does the chunks `first` to `last - 1`, chunk c being
-edges[c] to edges[c + 1], and releases the interpreter's lock, so that `chunks.run` has plain threads run it.
-Four pairs are taken at a time: the sum's row is then loaded and stored once for four.
+(CSC: starts, rows, values). A loop with `first, last, edges` does the chunks `first` to `last - 1`, where chunk c is
+edges[c] to edges[c + 1], and releases the interpreter's lock, so that `chunks.run` can use plain threads.
+Pairs are processed four at a time: the sum's row is then loaded and stored once per four.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-# fastmath leaves out nnan and ninf: a run that diverges must show a loss of NaN or infinity.
-# Here and not shared: the cache on disk sees changes of its own file only, so no compiled code crosses modules.
+# fastmath without nnan and ninf: a diverging run must show a loss of NaN or infinity.
+# Not shared: the cache on disk sees changes of its own file only, so no compiled code crosses modules.
 compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
 ZERO = np.float32(0)
-TINY = np.float32(1e-30)  # a first moment below is 0: those of dead latents would end as subnormals, which are slow
-GROUP_FLOATS = 2**19  # weights that a core's second cache about holds
+TINY = np.float32(1e-30)  # first moments below become 0: those of dead latents would end as slow subnormals
+GROUP_FLOATS = 2**19  # number of weights that about fit a core's L2
 
 
 class Slopes(NamedTuple):
-    """What pairs have besides the error's slope, and where gradients of theta and gain go."""
+    """Slopes of pairs in addition to the error's, and outputs for the gradients of theta and gain."""
 
-    theta: np.ndarray  # (d_sae,) or (0,), as all four
+    theta: np.ndarray  # (d_sae,) or (0,), like the next three
     g_theta: np.ndarray
     gain: np.ndarray
     g_gain: np.ndarray
     half_band: np.float32 = ZERO  # half of JumpReLU's bandwidth
-    pull: np.float32 = ZERO  # an active pair's on L0's loss
+    pull: np.float32 = ZERO  # an active pair's slope in the L0 loss
     push: np.float32 = ZERO  # an active pair's slope in L1
-    n_rows: int = 0  # N; rows from there on are another loss's
+    n_rows: int = 0  # N; later rows belong to another loss
     gate_rows: int = 0  # the first row of the gates' own reconstruction
 
 
 @compiled
 def group_size(offsets, weights):
-    """How many latents to take at a time: their weights about fit L2, and a row has some 16 active ones among them."""
+    """Number of latents per group: their weights about fit L2, and a row has about 16 active ones among them."""
     n_latents, width = weights.shape
     pairs = max(offsets[-1], 1)
     return max(GROUP_FLOATS // width, 16 * n_latents * (len(offsets) - 1) // pairs, 1)
@@ -45,7 +45,7 @@ def group_size(offsets, weights):
 
 @compiled
 def end_of_group(latents, start, stop, end):
-    """Place in a row's list (start to stop) of the first latent at or behind `end`."""
+    """Place in a row's list (start to stop) of the first latent >= `end`."""
     while start < stop and latents[start] < end:
         start += 1
     return start
@@ -99,7 +99,7 @@ def by_latent(offsets, latents, values, starts, rows, by_latent_values):
 
 @compiled
 def scatter(first, last, edges, offsets, latents, values, out):
-    """CSR lists to dense rows `out` (N, d_sae), which are zero before."""
+    """CSR lists to dense rows `out` (N, d_sae), which must be zero on entry."""
     for n in range(edges[first], edges[last]):
         for i in range(offsets[n], offsets[n + 1]):
             out[n, latents[i]] = values[i]
@@ -144,7 +144,7 @@ def decode_rows(first, last, edges, offsets, latents, values, w_dec, bias, out):
 
 @compiled
 def error_rows(first, last, edges, x, x_hat, scale, square_sums):
-    """x_hat to scale * (x_hat - x), in place; the squared errors' sum of each row, in float64."""
+    """Replace x_hat by scale * (x_hat - x); sum each row's squared errors, in float64."""
     width = x.shape[1]
     for n in range(edges[first], edges[last]):
         total = 0.0
@@ -157,7 +157,7 @@ def error_rows(first, last, edges, x, x_hat, scale, square_sums):
 
 @compiled
 def decoder_gradient(j, start, stop, rows, values, d_hat, w_dec, gradient, d_z):
-    """Adds latent j's gradient of W_dec to a row (d_in,); writes that of each of its activations to d_z."""
+    """Adds latent j's gradient of W_dec to a row (d_in,); writes the gradient of each of its activations to d_z."""
     width = w_dec.shape[1]
     i = start
     while i + 4 <= stop:
@@ -218,7 +218,7 @@ def apply_encoder(j, g_enc, g_bias, params, m, v, adam):
 
 @compiled
 def apply_decoder(j, g_dec, params, m, v, adam):
-    """Adam on latent j's decoder row, and the row back to norm 1."""
+    """Adam on latent j's decoder row, then normalise it to 1."""
     keep1, beta2, keep2, rate, correction, eps, _ = adam
     w_dec = params[2][j]
     square_sum = adam_row(w_dec, m[2][j], v[2][j], g_dec, keep1, beta2, keep2, rate, correction, eps)
@@ -239,7 +239,7 @@ def project_row(gradient, w_dec):
 
 @compiled
 def theta_gradient(j, start, stop, rows, values, d_z, slopes):
-    """Gradient of latent j's theta, from the pairs of its band; those that are not active have no part in W_enc's.
+    """Gradient of latent j's theta, from the pairs of its band; zeroes d_z of inactive pairs: W_enc gets none.
 
     See `reference.jumprelu_gradients`.
     """
@@ -254,7 +254,7 @@ def theta_gradient(j, start, stop, rows, values, d_z, slopes):
 
 @compiled
 def gate_gradient(j, start, stop, rows, values, d_z, slopes):
-    """Gradients of latent j's theta and gain; d_z of its magnitudes becomes that of their gates, L1 on the gates' own.
+    """Gradients of latent j's theta and gain; turns d_z of magnitudes into d_z of gates; adds L1 to the gates' own.
 
     See `reference.gated_gradients`.
     """
@@ -272,7 +272,7 @@ def gate_gradient(j, start, stop, rows, values, d_z, slopes):
 
 @compiled
 def other_slopes(j, start, stop, rows, values, d_z, slopes):
-    """Make of latent j's d_z, the error's slope, the slope of its pre-activations; gradients of its theta and gain."""
+    """Turn latent j's d_z from the error's slope into that of its pre-activations; gradients of its theta and gain."""
     if len(slopes.gain) > 0:
         gate_gradient(j, start, stop, rows, values, d_z, slopes)
     elif len(slopes.theta) > 0:
@@ -290,7 +290,7 @@ def step_latents(
     """Gradient and Adam of each latent while its rows are in cache; chunk c's part of b_pre's gradient in pull[c].
 
     A pair has a row of d_hat (`rows`) and one of centred (`x_rows`): d_hat may stack the errors of several losses.
-    The decoder's rows first, then the encoder's: each pass gathers rows of one array only, which L2 about holds.
+    Decoder rows come first, then encoder rows: each pass gathers rows of one array only, which about fits L2.
     """
     w_enc, _, w_dec = params
     width = w_enc.shape[1]
@@ -347,7 +347,7 @@ def project_latents(first, last, edges, g_dec, w_dec):
 
 @compiled
 def apply_latents(first, last, edges, g_enc, g_bias, g_dec, params, m, v, adam):
-    """Adam of each latent from gradients that are there already."""
+    """Adam on each latent, given its gradients."""
     for j in range(edges[first], edges[last]):
         apply_decoder(j, g_dec[j], params, m, v, adam)
         apply_encoder(j, g_enc[j], g_bias[j : j + 1], params, m, v, adam)

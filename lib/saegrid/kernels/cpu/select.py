@@ -1,7 +1,7 @@
 """Compiled loops of the `cpu` kernel: which pre-activations a code keeps.
 
-N rows, d_sae latents. A loop with `first, last, edges` does the chunks `first` to `last - 1`, chunk c being edges[c] to
-edges[c + 1], and releases the interpreter's lock, so that `chunks.run` has plain threads run it.
+N rows, d_sae latents. A loop with `first, last, edges` does the chunks `first` to `last - 1`, where chunk c is edges[c]
+to edges[c + 1], and releases the interpreter's lock, so that `chunks.run` can use plain threads.
 
 The cut is exact and nothing is sorted: a sample gives a bound a little below it, the few values above the bound are
 listed, and bisection on their bits finds the cut among them.
@@ -15,11 +15,11 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-# fastmath leaves out nnan and ninf: a run that diverges must show a loss of NaN or infinity.
-# Here and not shared: the cache on disk sees changes of its own file only, so no compiled code crosses modules.
+# fastmath without nnan and ninf: a diverging run must show a loss of NaN or infinity.
+# Not shared: the cache on disk sees changes of its own file only, so no compiled code crosses modules.
 compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
 ZERO = np.float32(0)
-ROW_SAMPLE = 512  # about so many values of a row tell where its cut lies
+ROW_SAMPLE = 512  # about this many values of a row estimate its cut
 SAMPLE_STRIDE = 61  # of the whole batch; prime, so that the sample visits all columns
 
 
@@ -64,7 +64,7 @@ def kth_largest(values, n, k):
 def bound_by_sample(sample, n, count, stride):
     """A bound, at least 0, that most likely has at least `count` values above it, and few more.
 
-    sample: the positive ones (n) of every stride-th value.
+    sample: the positive values (n) among every stride-th one.
     """
     expected = count / stride
     rank = count if stride == 1 else int(expected + 4 * math.sqrt(expected)) + 4
@@ -130,7 +130,7 @@ def list_above(first, last, edges, pre, bias, bound, k, latents, values, counts)
 
 @compiled
 def cut_row(from_latents, from_values, start, stop, latents, values, kept, cut, ties):
-    """Move the entries above `cut` and the first `ties` of those at it to `kept` on. Returns end and ties left."""
+    """Move the entries above `cut` and the first `ties` equal to it to places `kept` on. Returns end and ties left."""
     for i in range(start, stop):
         value = from_values[i]
         tied = value == cut and ties > 0
@@ -143,7 +143,7 @@ def cut_row(from_latents, from_values, start, stop, latents, values, kept, cut, 
 
 @compiled
 def pack(first, last, edges, wide_latents, wide_values, offsets, latents, values):
-    """Rows of lists (N, d_sae) to one list (CSR)."""
+    """Pack rows of lists (N, d_sae) into one list (CSR)."""
     for n in range(edges[first], edges[last]):
         start = offsets[n]
         for i in range(offsets[n + 1] - start):
@@ -153,7 +153,7 @@ def pack(first, last, edges, wide_latents, wide_values, offsets, latents, values
 
 @compiled
 def split_by_prefix(offsets, latents, values, ends, new_offsets, new_latents, new_values):
-    """One list per dictionary, one behind the other: rows g N to (g + 1) N hold the latents ends[g - 1] to ends[g]."""
+    """One list per dictionary, concatenated: rows g N to (g + 1) N hold the latents ends[g - 1] to ends[g]."""
     n_rows, place = len(offsets) - 1, 0
     new_offsets[0] = 0
     next_one = offsets[:-1].copy()
@@ -170,7 +170,7 @@ def split_by_prefix(offsets, latents, values, ends, new_offsets, new_latents, ne
 
 @compiled
 def cut_batch(offsets, latents, values, cut, ties):
-    """Keep the entries above `cut`, and the first `ties` of those at it, in place."""
+    """Keep the entries above `cut`, and the first `ties` equal to it, in place."""
     kept, stop = 0, 0
     for n in range(len(offsets) - 1):
         start, stop = stop, offsets[n + 1]

@@ -4,19 +4,19 @@ Same functions, arguments and results as `reference`, up to rounding, on the dev
 active pairs come back as tensors without dimensions. A step is
 
 1. pre-activations by one product (float32 or bfloat16), an exact cut by radix select, and lists of the kept pairs;
-2. with a bfloat16 product, the kept values again in float32;
+2. with a bfloat16 product, the kept values recomputed in float32;
 3. reconstruction row by row, from the decoder rows of the active latents alone;
 4. latent by latent: gradient from the active pairs, Adam, unit norm, while the latent's rows are in registers.
 
-The host never waits for the device inside `train_step`, and launches a step as one CUDA graph once it has run the same
-kind of step before. Lists have room for what TopK and BatchTopK can keep, but for no more than `DENSE_ABOVE` of all
-pairs; where the device finds more (JumpReLU with a low threshold), its dense products do 2 to 4 instead, and the lists
+The host never waits for the device inside `train_step`, and launches a step as one CUDA graph if the same kind of
+step has run before. Lists have room for what TopK and BatchTopK can keep, but for at most `DENSE_ABOVE` of all pairs;
+if the device finds more (JumpReLU with a low threshold), its dense products do 2 to 4 instead, and the lists
 stay empty (`_triton_dense`). Sums run in a fixed order and no float is added atomically: on one GPU model, the same
 input gives the same bytes.
 
 So far this has run in Triton's interpreter, and every kernel of a step has been compiled for compute capability 9.0.
 It has not run on a GPU yet: the sizes of blocks, grids and `DENSE_ABOVE` are estimates, and CUDA graphs and the absence
-of waiting are tested only where a GPU is at hand.
+of waiting are tested only on machines with a GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from saegrid.kernels.state import Codes, Params, Rule, StepSettings, TrainState
 
 
 def encode(params: Params, x: Tensor, rule: Rule, matmul: str = "fp32") -> Codes:
-    """Codes of the rows x (N, d_in). See `reference.encode`. Waits for the device: it alone knows their number."""
+    """Codes of the rows x (N, d_in). See `reference.encode`. Waits for the device, which alone knows their number."""
     if rule.kind == "gated":
         params, rule = folded_gate(params), Rule("jumprelu")
     if rule.kind == "jumprelu":
@@ -49,7 +49,7 @@ def encode(params: Params, x: Tensor, rule: Rule, matmul: str = "fp32") -> Codes
     if matmul == "bf16":
         stages.recompute(params, centred, lists, rule)
         kept = values > 0
-        before = torch.cat([offsets[:1], kept.cumsum(0)])  # kept pairs in front of each one
+        before = torch.cat([offsets[:1], kept.cumsum(0)])  # kept pairs before each one
         offsets, latents, values = before[offsets], latents[kept], values[kept]
     return Codes(offsets, latents, values)
 
@@ -64,7 +64,7 @@ def decode(params: Params, codes: Codes) -> Tensor:
 
 
 def gradients(params: Params, x: Tensor, codes: Codes) -> tuple[Tensor, Params]:
-    """Loss and its gradient through the active pairs, dense. See `reference.gradients`; there is no `push` here."""
+    """Loss and its dense gradient through the active pairs. See `reference.gradients`; there is no `push` here."""
     buffers, (n_rows, d_sae) = Buffers(x.device), (len(x), len(params.b_enc))
     x, capacity = x.contiguous(), len(codes.values)
     facts = torch.tensor([capacity, 0, 0], dtype=torch.int32, device=x.device)
@@ -91,7 +91,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         dimensions on the device of x.
 
     Raises:
-        ConfigError: AuxK, sinks apart, a tie, Matryoshka, trained thresholds or L1, which this kernel has not.
+        ConfigError: AuxK, sinks apart, a tie, Matryoshka, trained thresholds or L1, which this kernel lacks.
     """
     other = rule.kind not in ("topk", "batchtopk", "threshold")
     if other or settings.aux_coef or settings.sink is not None or settings.prefixes or settings.tie:
@@ -102,7 +102,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     buffers: Buffers = state.workspace["cuda"]
     buffers.take("x", x.shape).copy_(x)
     state.step += 1
-    hyper = buffers.take("hyper", (3,))  # by kernels that take the numbers as arguments: no copy from the host
+    hyper = buffers.take("hyper", (3,))  # set by kernels that take the numbers as arguments: no copy from the host
     hyper[:1].fill_(settings.lr / (1 - BETAS[0] ** state.step))
     hyper[1:2].fill_(1 / (1 - BETAS[1] ** state.step))
     if x.is_cuda:
@@ -116,7 +116,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
 
 
 def _replay(state: TrainState, n_rows: int, rule: Rule, settings: StepSettings, buffers: Buffers) -> None:
-    """The step as a graph: the first of its kind runs plainly and so compiles and allocates, the second is captured."""
+    """The step as a graph: the first of its kind runs directly to compile and allocate; the second is captured."""
     tensors = (tensor for part in (state.params, state.m, state.v) for tensor in part)
     key = (n_rows, rule, settings, *(tensor.data_ptr() for tensor in tensors))
     if key not in buffers.graphs:

@@ -1,8 +1,8 @@
-"""A matrix product that the device itself decides to do: the `cuda` kernel's way where codes are not sparse.
+"""A matrix product that runs only if the device finds the codes dense; used by the `cuda` kernel.
 
-How many pairs a threshold keeps is known to the device alone, and the host must not wait for it. So both ways are
-launched, and each kernel of the wrong one ends at once (`facts[DENSE]`, see `_triton_select`). Float32 by three TF32
-products a block ("tf32x3": about 2^-21 relative), on tensor cores.
+Only the device knows how many pairs a threshold keeps, and the host must not wait for it. So both paths are launched,
+and each kernel of the wrong one exits at once (`facts[DENSE]`, see `_triton_select`). Float32 by three TF32 products
+per block ("tf32x3": about 2^-21 relative), on tensor cores.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ def product_if_dense(
     a, b, out, facts, gate, bias, bound, m, n, k, a_row, a_column, b_row, b_column,
     ENCODE: tl.constexpr, GATED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """out (m, n) = a (m, k) @ b (k, n) where the codes are dense, else nothing. `out` and `gate` (m, n) are contiguous.
+    """out (m, n) = a (m, k) @ b (k, n) if the codes are dense, else nothing. `out` and `gate` (m, n) are contiguous.
 
-    ENCODE: z = product + bias (n,) where gate > 0 and that is above `bound`, else 0; adds their number to facts.
+    ENCODE: z = product + bias (n,) where gate > 0 and that sum is above `bound`, else 0; adds the number kept to facts.
     GATED: the product where gate > 0, else 0.
     """
     if tl.load(facts + DENSE) > 0:

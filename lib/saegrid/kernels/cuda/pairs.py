@@ -21,7 +21,7 @@ RATE, CORRECTION, SCALE = (tl.constexpr(i) for i in range(3))  # places in `hype
 def recompute(
     centred, w_enc, b_enc, rows, latents, values, facts, bound, d_in, PAIRS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Pre-activations of the listed pairs in float32; 0 for those that turn out not to be above `bound`."""
+    """Pre-activations of the listed pairs in float32; 0 for those not above `bound`."""
     total = tl.where(tl.load(facts + DENSE) > 0, 0, tl.load(facts + KEPT))
     for first in range(tl.program_id(0) * PAIRS, total, tl.num_programs(0) * PAIRS):
         pair = first + tl.arange(0, PAIRS)
@@ -43,9 +43,9 @@ def decode_rows(
     offsets, latents, values, w_dec, b_dec, b_pre, product, x, out, square_sums, facts, scale, d_in,
     MAY_BE_DENSE: tl.constexpr, ERROR: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Reconstructions (N, d_in), biases included; a program per row and WIDTH columns.
+    """Reconstructions (N, d_in), biases included; one program per row and WIDTH columns.
 
-    MAY_BE_DENSE: where the dense path has made `product` = z W_dec, that is taken in place of the lists.
+    MAY_BE_DENSE: if the dense path has computed `product` = z W_dec, it is used instead of the lists.
     ERROR: `out` is scale * (x_hat - x), square_sums takes the sums of squared errors, facts the number of active pairs.
     """
     row, chunk = tl.program_id(0), tl.program_id(1)
@@ -83,9 +83,9 @@ def decode_rows(
 def add_pairs(
     first, last, rows, values, d_hat, centred, w_dec, g_dec, g_enc, g_bias, column, inside, d_in, PAIRS: tl.constexpr
 ):  # fmt: skip
-    """Adds to one latent's gradients what its pairs `first` to `last - 1` contribute under one error matrix d_hat.
+    """Adds the contribution of pairs `first` to `last - 1` under one error matrix d_hat to one latent's gradients.
 
-    A loss with several error matrices (an auxiliary one, nested ones) calls this once for each with its own list.
+    A loss with several error matrices (an auxiliary one, nested ones) calls this once for each, with its own list.
     """
     for start in range(first, last, PAIRS):
         pair = start + tl.arange(0, PAIRS)
@@ -105,7 +105,7 @@ def add_pairs(
 
 @triton.jit
 def adam(p, m, v, place, mask, weight, gradient, rate, correction):
-    """New weights from the old ones and their gradient; stores both moments and leaves the weights to the caller.
+    """New weights from the old ones and their gradient; stores both moments, but not the weights.
 
     rate = lr / (1 - beta1^t), correction = 1 / (1 - beta2^t).
     """
@@ -127,9 +127,9 @@ def step_latents(
 ):  # fmt: skip
     """Each latent's gradient, and Adam with the decoder's unit norm while its rows are in registers.
 
-    FROM_PAIRS: gradients come from the lists; with FROM_MEMORY too, from memory where the dense path has made them.
+    FROM_PAIRS: gradients come from the lists; with FROM_MEMORY too, from memory if the dense path has computed them.
     FROM_MEMORY alone: from memory, times hyper[SCALE] (the second half of a clipped step).
-    APPLY: change weights and moments; else write the gradients out, and the sum of each latent's squares.
+    APPLY: update weights and moments; else write the gradients and each latent's sum of squares.
     pull (programs, d_in): each program's part of the sum of g_bias W_enc, b_pre's gradient through the encoder.
     """
     column = tl.arange(0, WIDTH)
@@ -186,7 +186,7 @@ def step_latents(
 def step_vectors(
     g_dec, g_pre, b_dec, m_dec, v_dec, b_pre, m_pre, v_pre, hyper, d_in, CLIP: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Adam on the biases of width d_in; a program per WIDTH columns."""
+    """Adam on the biases of width d_in; one program per WIDTH columns."""
     column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     inside = column < d_in
     scale = 1.0

@@ -1,10 +1,10 @@
 """Triton loops of the `cuda` kernel: which pre-activations a code keeps, and lists of the kept pairs.
 
-N rows, d_sae latents. Nothing is sorted: positive floats order as their bits do, and a radix select over four digits
-of eight bits finds the k-th largest exactly. Pre-activations are the product's (float32 or bfloat16) + b_enc in
+N rows, d_sae latents. Nothing is sorted: positive floats order like their bits, and a radix select over four digits
+of eight bits finds the k-th largest exactly. Pre-activations are the product (float32 or bfloat16) + b_enc in
 float32. Ties at the cut go to the lower row, then to the lower latent, so that the same input gives the same lists.
 
-`facts` (int32) is what the device alone knows: how many pairs are kept, whether they are too many for the lists (the
+`facts` (int32) holds what only the device knows: how many pairs are kept, whether they are too many for the lists (the
 dense path then computes the step, see `_triton_dense`), and how many are active in the end.
 """
 
@@ -27,7 +27,7 @@ def pre_acts(pre, bias, row, latents, inside, d_sae):
 
 @triton.jit
 def order_bits(value):
-    """Integers that order as the positive floats do; 0 for what is not above 0, NaN included."""
+    """Integers in the order of the positive floats; 0 for values not above 0, NaN included."""
     return tl.where(value > 0, value.to(tl.int32, bitcast=True), 0)
 
 
@@ -52,9 +52,9 @@ def pick_digit(histogram, prefix, need):
 
 @triton.jit
 def batch_cut(histograms, count, LEVELS: tl.constexpr):
-    """What LEVELS of the histograms (DIGITS, BINS) say of the count-th largest value: (prefix, need) as `pick_digit`.
+    """The count-th largest value by LEVELS of the histograms (DIGITS, BINS): (prefix, need) as in `pick_digit`.
 
-    (0, 0) once all digits are known and no more than `count` are positive: then all of those are kept.
+    (0, 0) if all digits are known and at most `count` values are positive: then all of those are kept.
     """
     prefix, need = 0, count
     few = False
@@ -70,7 +70,7 @@ def batch_cut(histograms, count, LEVELS: tl.constexpr):
 
 @triton.jit
 def cut_rows(pre, bias, d_sae, k, cuts, above, ties, BLOCK: tl.constexpr):
-    """TopK, a program per row: bits of its k-th largest value, how many lie above, and how many ties fill up to k."""
+    """TopK, one program per row: bits of its k-th largest value, number above it, number of ties that fill up to k."""
     row = tl.program_id(0)
     prefix, need = 0, k
     few = False
@@ -92,7 +92,7 @@ def cut_rows(pre, bias, d_sae, k, cuts, above, ties, BLOCK: tl.constexpr):
 
 @triton.jit
 def batch_digits(pre, bias, n_rows, d_sae, count, histograms, LEVEL: tl.constexpr, BLOCK: tl.constexpr):
-    """BatchTopK: adds the histogram of digit LEVEL over all rows; earlier ones are complete, this one is 0 before."""
+    """BatchTopK: adds the histogram of digit LEVEL over all rows; earlier ones are complete, this one starts at 0."""
     prefix, _ = batch_cut(histograms, count, LEVEL)
     histogram = tl.zeros((BINS,), tl.int32)
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
@@ -107,7 +107,7 @@ def batch_digits(pre, bias, n_rows, d_sae, count, histograms, LEVEL: tl.constexp
 def count_rows(
     pre, bias, d_sae, cut, histograms, count, cuts, above, ties, BATCH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """BatchTopK and thresholds, a program per row: the cut's bits, how many values lie above it, and how many equal it.
+    """BatchTopK and thresholds, one program per row: the cut's bits, number of values above it, number equal to it.
 
     A threshold is given as the bits `cut`, and keeps no ties.
     """
@@ -130,7 +130,7 @@ def count_rows(
 def place_rows(
     above, ties, histograms, count, n_rows, capacity, offsets, facts, BATCH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One program: where each row's list begins, offsets (N + 1,), and how many ties it keeps, in place of `ties`."""
+    """One program: where each row's list begins, offsets (N + 1,), and how many ties it keeps, overwriting `ties`."""
     left = 0
     if BATCH:
         _, left = batch_cut(histograms, count, DIGITS)
@@ -158,10 +158,10 @@ def list_rows(
     pre, bias, d_sae, cuts, ties, offsets, capacity, rows, latents, values, places, counts, segments,
     BY_LATENT: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program per row: its kept pairs in ascending order, as far as the lists reach.
+    """One program per row: its kept pairs in ascending order, up to the lists' capacity.
 
-    BY_LATENT: `places` (N, d_sae) too, a pair's place in the lists + 1, 0 where it is not kept; and `counts`
-    (1 + d_sae * segments,), how many pairs a latent has in each segment of SEGMENT rows, from index 1 on.
+    BY_LATENT: also `places` (N, d_sae), a pair's place in the lists + 1, 0 if it is not kept; and `counts`
+    (1 + d_sae * segments,), the number of a latent's pairs in each segment of SEGMENT rows, from index 1 on.
     """
     row = tl.program_id(0)
     cut, quota, place = tl.load(cuts + row), tl.load(ties + row), tl.load(offsets + row)
@@ -191,7 +191,7 @@ def list_latents(
     places, values, starts, facts, n_rows, d_sae, segments, latent_rows, latent_values,
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, LATENTS: tl.constexpr,
 ):  # fmt: skip
-    """The pairs latent by latent, rows ascending; a program per LATENTS latents and SEGMENT rows.
+    """The pairs latent by latent, rows ascending; one program per LATENTS latents and SEGMENT rows.
 
     starts (1 + d_sae * segments,): latent j's pairs of segment s begin at starts[j * segments + s].
     """

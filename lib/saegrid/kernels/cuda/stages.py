@@ -16,15 +16,15 @@ from saegrid.kernels.state import Params, Rule, StepSettings, TrainState
 
 DENSE_ABOVE = 1 / 16  # share of active pairs above which products beat lists: estimated from an H100's rates
 BLOCK = 1024  # pre-activations of a row at a time
-SEGMENT, TILE_ROWS, TILE_LATENTS = 128, 32, 64  # of the tiles in which lists turn from rows to latents
-PAIRS, WIDTH = 16, 128  # of the tiles in which pairs meet weights
+SEGMENT, TILE_ROWS, TILE_LATENTS = 128, 32, 64  # of the tiles that reorder lists from rows to latents
+PAIRS, WIDTH = 16, 128  # of the tiles of pairs and weight columns
 ROW_FLOATS = 8192  # values of one array that a program of `step_latents` holds at a time
 PROGRAMS = 1024  # of kernels that loop; fixed, so that sums across programs are the same on any GPU
 PRODUCT_TILE = {"M": 64, "N": 128, "K": 32, "num_warps": 8}
 
 
 class Lists(NamedTuple):
-    """Kept pairs, row by row, in buffers that may be longer than what `facts` (see `_triton_select`) counts."""
+    """Kept pairs, row by row, in buffers that may be longer than the count in `facts` (see `_triton_select`)."""
 
     offsets: Tensor  # (N + 1,) int32
     rows: Tensor  # (capacity,) int32
@@ -43,7 +43,7 @@ class ByLatent(NamedTuple):
 
 
 class Buffers(dict):
-    """A step's tensors by name, of any content. A smaller batch takes the front of a larger one's."""
+    """A step's tensors by name, uninitialised. A smaller batch uses the front of a larger one's."""
 
     def __init__(self, device: torch.device):
         super().__init__()
@@ -54,7 +54,7 @@ class Buffers(dict):
         size, kept = torch.Size(shape).numel(), self.get(name)
         if kept is None or len(kept) < size or kept.dtype != dtype:
             kept = self[name] = torch.empty(size, dtype=dtype, device=self.device)
-            self.graphs.clear()  # they would write to the old one
+            self.graphs.clear()  # graphs would write to the old one
         return kept[:size].view(shape)
 
 
@@ -62,7 +62,7 @@ class Buffers(dict):
 
 
 class Cuts(NamedTuple):
-    """Where each row's code is cut, as bits of a float, and what the lists will look like."""
+    """Where each row's code is cut, as bits of a float, and the layout of the lists."""
 
     bits: Tensor  # (N,) int32
     ties: Tensor  # (N,) int32: how many of the values that equal the cut are kept
@@ -122,7 +122,7 @@ def cut(pre: Tensor, params: Params, rule: Rule, capacity: int, buffers: Buffers
 def list_pairs(
     pre: Tensor, params: Params, cuts: Cuts, capacity: int, by_latent: bool, buffers: Buffers
 ) -> tuple[Lists, tuple[Tensor | None, Tensor | None, int]]:
-    """The kept pairs; and for the lists by latent (places, counts, segments), see `list_rows`."""
+    """The kept pairs, and (places, counts, segments) for the lists by latent, see `list_rows`."""
     n_rows, d_sae = pre.shape
     rows, latents = (buffers.take(f"pairs' {name}", (capacity,), torch.int32) for name in ("rows", "latents"))
     values = buffers.take("pairs' values", (capacity,))
@@ -153,7 +153,7 @@ def recompute(params: Params, centred: Tensor, lists: Lists, rule: Rule) -> None
 def decode(
     params: Params, lists: Lists, product: Tensor | None, x: Tensor | None, out: Tensor, square_sums: Tensor | None
 ) -> None:
-    """Reconstruction in `out`; where there is an x, the loss's gradient with respect to it, see `decode_rows`."""
+    """Write the reconstruction to `out`, or, given x, the loss's gradient with respect to it; see `decode_rows`."""
     n_rows, d_in = out.shape
     pairs.decode_rows[(n_rows, triton.cdiv(d_in, WIDTH))](
         lists.offsets, lists.latents, lists.values, params.W_dec, params.b_dec, params.b_pre, product, x, out,
@@ -257,7 +257,7 @@ def update(
 
 
 def multiply_if_dense(a: Tensor, b: Tensor, out: Tensor, lists: Lists, gate: Tensor | None = None) -> None:
-    """out = a @ b, but 0 where a gate is not above 0; nothing at all where the device finds the codes sparse."""
+    """out = a @ b, with 0 where `gate` is not above 0; does nothing if the device finds the codes sparse."""
     _launch_product(a, b, out, lists, gate, None, 0.0)
 
 
@@ -270,7 +270,7 @@ def _launch_product(a, b, out, lists: Lists, gate, bias, bound: float) -> None:
 
 
 def dense_codes(params: Params, centred: Tensor, places: Tensor, lists: Lists, rule: Rule, buffers: Buffers) -> Tensor:
-    """z (N, d_sae) of the kept pairs, where the codes are dense."""
+    """z (N, d_sae) of the kept pairs, if the codes are dense."""
     z = buffers.take("z", places.shape)
     _launch_product(centred, params.W_enc.T, z, lists, places, params.b_enc, _bound(rule))
     return z
@@ -279,7 +279,7 @@ def dense_codes(params: Params, centred: Tensor, places: Tensor, lists: Lists, r
 def dense_gradients(
     params: Params, z: Tensor, d_hat: Tensor, centred: Tensor, lists: Lists, buffers: Buffers
 ) -> None:  # fmt: skip
-    """Gradients of both matrices and b_enc, in their buffers, where the codes are dense."""
+    """Gradients of both matrices and b_enc, in their buffers, if the codes are dense."""
     of_encoder, of_bias, of_decoder = _gradient_buffers(params, buffers)
     d_z = buffers.take("d_z", z.shape)
     multiply_if_dense(d_hat, params.W_dec.T, d_z, lists, gate=z)
