@@ -28,7 +28,7 @@ BANDWIDTH, L0_COEF = 0.3, 0.1
 """For JumpReLU's trained thresholds, on rows with a mean square of 1 (measured: LOG.md)."""
 
 THETA_TIE = 10.0
-"""Weight decay of JumpReLU's trained thresholds towards their mean, in units of their rate (measured: LOG.md)."""
+"""Weight decay of JumpReLU's trained thetas towards their mean, in units of their learning rate (measured: LOG.md)."""
 
 L1_COEF = 1.0
 """Initial L1 weight of ReLU and Gated on rows with a mean square of 1; the loss divides it by d_in."""

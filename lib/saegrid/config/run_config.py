@@ -91,7 +91,7 @@ class RunConfig(BaseModel):
     l0_coef: float = Field(L0_COEF, ge=0.0, allow_inf_nan=False)
     """JumpReLU with k: weight of (L0 / k - 1)², relative to the mean squared error of rows with a mean square of 1."""
     theta_tie: float = Field(-1.0, ge=0.0, allow_inf_nan=False)
-    """JumpReLU with k: weight decay of thetas towards their mean, in units of their rate (10 lr); 0: none; -1: 10."""
+    """JumpReLU with k: decay of thetas towards their mean, in units of their learning rate (10 lr); 0: none; -1: 10."""
     l1_coef: float = Field(L1_COEF, gt=0.0, allow_inf_nan=False)
     """ReLU, Gated: initial L1 weight (the loss divides it by d_in); adapted until k latents per row are active."""
 

@@ -1,4 +1,4 @@
-"""Prompts: question and worked answer as tokens, split so that evaluation and training share nothing.
+"""Prompts: question and worked answer as tokens, split so that evaluation shares nothing with training.
 
 Plain text is `question + "\\n" + answer`, tokenized with the tokenizer's defaults (its own start token, if any).
 Chat text is a user turn with the question and an assistant turn with the answer in the chat template; a template that

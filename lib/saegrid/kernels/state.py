@@ -27,7 +27,7 @@ class Params(NamedTuple):
     b_dec: Tensor  # (d_in,)
     b_pre: Tensor  # (d_in,)
     theta: Tensor = NONE  # (d_sae,): one threshold per latent (JumpReLU with k, Gated); else (0,)
-    gain: Tensor = NONE  # (d_sae,): log(magnitude / gate) of Gated in training; else (0,)
+    gain: Tensor = NONE  # (d_sae,): log(W_mag / W_enc) of Gated in training; else (0,)
 
 
 class Rule(NamedTuple):

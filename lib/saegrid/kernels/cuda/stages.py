@@ -16,8 +16,8 @@ from saegrid.kernels.state import Params, Rule, StepSettings, TrainState
 
 DENSE_ABOVE = 1 / 16  # share of active pairs above which products beat lists: estimated from an H100's rates
 BLOCK = 1024  # pre-activations of a row at a time
-SEGMENT, TILE_ROWS, TILE_LATENTS = 128, 32, 64  # of the tiles that reorder lists from rows to latents
-PAIRS, WIDTH = 16, 128  # of the tiles of pairs and weight columns
+SEGMENT, TILE_ROWS, TILE_LATENTS = 128, 32, 64  # tile sizes for reordering lists from rows to latents
+PAIRS, WIDTH = 16, 128  # tile sizes for pairs and weight columns
 ROW_FLOATS = 8192  # values of one array that a program of `step_latents` holds at a time
 PROGRAMS = 1024  # of kernels that loop; fixed, so that sums across programs are the same on any GPU
 PRODUCT_TILE = {"M": 64, "N": 128, "K": 32, "num_warps": 8}
