@@ -4,9 +4,9 @@
     python benchmarks/bench.py --quick                  # one shape, one architecture; minutes
     python benchmarks/bench.py --shapes 576x8x128 --batches 512 --keep
 
-Writes benchmarks/results.json after every race, so that a run which is stopped keeps what it has. Peers run in an
-environment of their own (`make peers`); without it only this project's own parts and the plain torch loop are
-measured. Races of other machines stay in the file.
+Writes benchmarks/results.json after every race, so a stopped run keeps its results. Peers run in their own
+environment (`make peers`); without it, only this project's parts and the plain torch loop are measured. Races of
+other machines stay in the file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a race of processors, also where there is a GPU
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # races run on CPUs, even if there is a GPU
 
 import grid_time
 import yaml
@@ -105,7 +105,7 @@ def parse() -> argparse.Namespace:
 
 
 class Bench:
-    """Races one after the other; what they find goes into one results file."""
+    """Runs races one after the other and writes their results to one file."""
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
@@ -169,7 +169,7 @@ class Bench:
                         self.against(peer, shape, arch, common)
 
     def against(self, peer: str, shape: Shape, arch: str, common: dict) -> None:
-        """One race with one peer. The first tries all settings; later ones those that were close to the fastest."""
+        """One race with one peer. The first tries all settings; later ones try those close to the fastest."""
         tried = settings_of(peer, arch, bool(self.machine["bf16_instructions"]))
         settings = self.contending.get((peer, arch), tried[: 2 if self.options.quick else None])
         specs = [common | {"contender": "saegrid", "setting": "auto"}]
@@ -186,7 +186,7 @@ class Bench:
                 say(shape, arch, f"{record['contender']} {record['setting']}: {record['failure']}")
 
     def floor(self, shape: Shape, arch: str, common: dict) -> None:
-        """This project's step beside the least that it must do."""
+        """Race this project's step against the floor, the least that a step must do."""
         names = (("saegrid", "auto"), ("saegrid", "fp32"), ("floor", "product"), ("floor", "memory"))
         records = self.race([common | {"contender": name, "setting": setting} for name, setting in names])
         step, fp32, product, memory = (record.get("step_ms") for record in records)
@@ -199,7 +199,7 @@ class Bench:
         self.put("floors", shape, arch, summary | {"contenders": records})
 
     def splice(self) -> None:
-        """Ten SAEs spliced in, beside SAELens' evaluator."""
+        """Time the splice of ten SAEs, against SAELens' evaluator."""
         options, python = self.options, self.pythons.get("sae-lens", "")
         found = measure_splice(self.config, self.store, self.rows, options.threads, python, options.quick)
         for record in found["contenders"]:
@@ -211,7 +211,7 @@ class Bench:
         )
 
     def scaling(self) -> None:
-        """Cost of a BatchTopK step over d_sae, K and rows, this project's and the plain torch loop's."""
+        """Cost of a BatchTopK step over d_sae, K and rows, for this project and the plain torch loop."""
         base = SCALING_BASE._replace(d_in=self.rows.shape[1])
         found: dict[str, Any] = {"base": {**base._asdict(), "d_sae": base.d_sae, "arch": "BatchTopK"}, "points": {}}
         found |= self.here | {"train_steps": self.options.train_steps}
@@ -239,7 +239,7 @@ class Bench:
 
     @contextlib.contextmanager
     def inputs(self, state: TrainState, rows: Tensor, shape: Shape, arch: str, theta: float) -> Iterator[dict]:
-        """What the contenders of a race are told, with the file that they load."""
+        """The specification that a race's contenders share, with the file that they load."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "inputs.safetensors"
             write_inputs(path, state, rows, shape.batch)
@@ -255,7 +255,7 @@ class Bench:
         return records
 
     def put(self, part: str, shape: Shape, arch: str, content: dict) -> None:
-        """Add a race's record, in place of an older one of the same race."""
+        """Add a race's record, replacing an older one of the same race."""
         key = {**self.here, **shape._asdict(), "d_sae": shape.d_sae, "arch": arch}
         content = {"train_steps": self.options.train_steps, **content}
         if "peer" in content:

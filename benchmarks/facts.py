@@ -1,4 +1,4 @@
-"""What results.json says besides the times: units, the machine, what was not measured, exponents."""
+"""Contents of results.json besides the times: units, the machine, what was not measured, exponents."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NO_BF16 = (
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What times depend on. Races of machines of different `name` stand beside each other."""
+    """Facts that times depend on. Races of machines with different `name` are kept separately."""
     probes = {"avx512_bf16": "bf16", "amx_tile": "AMX"}
     bf16 = [name for name in probes if getattr(torch.cpu, f"_is_{name}_supported")()]
     instructions = " ".join([torch.backends.cpu.get_cpu_capability(), *(probes[name] for name in bf16)])
@@ -49,7 +49,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def not_measured(machines: list[dict], races: list[dict]) -> list[str]:
-    """What a reader would look for in vain, a line each."""
+    """What was not measured, one line each."""
     without = [found["name"] for found in machines if not found["bf16_instructions"]]
     settings = [NO_BF16.format("; ".join(without))] if without else []
     raced = {"torch", *(race["peer"] for race in races)}
@@ -58,7 +58,7 @@ def not_measured(machines: list[dict], races: list[dict]) -> list[str]:
 
 
 def unraced(races: list[dict]) -> list[str]:
-    """The default shapes that no race has had yet on any machine, in a line; none where there is no race at all."""
+    """The default shapes not raced yet on any machine, in one line; empty if there are no races at all."""
     known = {tuple(race[name] for name in ("d_in", "expansion", "k", "batch", "arch")) for race in races}
     shapes = [tuple(map(int, shape.split("x"))) for shape in SHAPES.split(",")]
     wanted = [(*shape, batch, arch) for shape in shapes for batch in BATCHES for arch in ARCHS]
@@ -67,7 +67,7 @@ def unraced(races: list[dict]) -> list[str]:
 
 
 def exponent(points: list[dict], name: str) -> float | None:
-    """Slope of log(time) over log(size), least squares; None below two points."""
+    """Slope of log(time) over log(size), least squares; None for fewer than two points."""
     known = [(point["size"], point[name]) for point in points if point.get(name)]
     if len(known) < 2:
         return None

@@ -1,4 +1,4 @@
-"""Training time of a whole grid, by the reference kernel and by this machine's own, from some steps of each run."""
+"""Training time of a whole grid, with the reference kernel and this machine's fast one, from some steps per run."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ SETTINGS = ("reference", "auto")
 
 
 def measure(bench: Bench, grid_file: Path, quick: bool = False) -> dict[str, Any]:
-    """Step times (ms) of every run with a raced architecture on one thread, kernels in turn; the hours of all steps.
+    """Step times (ms) of every run with a raced architecture on one thread, kernels in turn; hours of all steps.
 
-    quick: one run an architecture.
+    quick: one run per architecture.
     """
     runs, planned = [], [run for run in load_grid(grid_file).runs() if run.arch in RULES]
     for run in {run.arch: run for run in planned}.values() if quick else planned:

@@ -1,4 +1,4 @@
-"""Contenders of this project's own: its training step, and the floor beneath it."""
+"""This project's contenders: its training step, and the floor, a lower bound on its time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def state_of(inputs: dict[str, Tensor]) -> TrainState:
 
 
 class Ours:
-    """The training step as a run takes it: kernel and precision chosen for this machine ("auto"), or told."""
+    """The training step as a run takes it: kernel and precision chosen for this machine ("auto"), or given."""
 
     def __init__(self, spec: dict, inputs: dict[str, Tensor]):
         setting = spec["setting"]
@@ -39,7 +39,7 @@ class Ours:
 
 
 class Product:
-    """The encoder's product alone, in the precision in which the step takes it."""
+    """The encoder's matrix product alone, in the precision of the step."""
 
     def __init__(self, spec: dict, inputs: dict[str, Tensor]):
         matmul = kernels.choose("auto", "auto", spec["threads"]).matmul
@@ -56,7 +56,7 @@ class Product:
 
 
 class Memory:
-    """One read and one write of the parameters and of Adam's moments, at the bandwidth that this machine gives."""
+    """One read and one write of the parameters and of Adam's moments, at this machine's bandwidth."""
 
     def __init__(self, spec: dict, inputs: dict[str, Tensor]):
         state = [tensor.flatten() for name, tensor in inputs.items() if name != "step"]

@@ -28,7 +28,7 @@ MEMORY = (
     "Resident memory of each contender's process. Weights, gradients and Adam's moments are in it, and four batches of "
     "rows; what is loaded at the first use counts too."
 )
-ALIKE = 0.01  # first-batch MSE within this share: the contenders solve one problem
+ALIKE = 0.01  # first-batch MSE within this share: the contenders solve the same problem
 
 
 def make(results: Path, page: Path) -> None:
@@ -56,7 +56,7 @@ def render(results: dict[str, Any]) -> Markdown:
 
 
 def by_machine(part: Callable[[dict[str, Any]], str], results: dict[str, Any]) -> str:
-    """A part of the page once for each machine that has anything for it, under the machine's name."""
+    """A part of the page, once for each machine with results for it, under the machine's name."""
     parts = []
     for name in (found["name"] for found in results["machines"]):
         own = {kind: [record for record in results[kind] if record["machine"] == name] for kind in ("races", "floors")}
@@ -98,13 +98,13 @@ def machine_line(machine: dict[str, Any], results: dict[str, Any]) -> str:
 
 
 def _train_steps(results: dict[str, Any]) -> str:
-    """How many steps are behind the weights of the races and floors."""
+    """Number of steps that the weights of the races and floors were trained for."""
     counts = {record["train_steps"] for record in [*results["races"], *results["floors"], results["settings"]]}
     return str(min(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
 
 
 def _steps(results: dict[str, Any]) -> str:
-    """How many steps the contenders' times are medians of."""
+    """Number of steps per median time of the contenders."""
     counts = {c["steps"] for race in results["races"] for c in race["contenders"] if "steps" in c}
     return f"{min(counts)} to {max(counts)}" if counts else "all its"
 
@@ -127,7 +127,7 @@ def ratio_table(results: dict[str, Any]) -> str:
 
 
 def lowest(results: dict[str, Any]) -> str:
-    """The ratio that counts, one line a shape and batch: to the fastest of all peers."""
+    """The main ratio, to the fastest of all peers: one line per shape and batch."""
     best: dict[tuple, dict] = {}
     for race in results["races"]:
         key = shape_of(race)
@@ -143,7 +143,7 @@ def lowest(results: dict[str, Any]) -> str:
 
 
 def details(results: dict[str, Any]) -> str:
-    """What failed, and whether all contenders solved one problem."""
+    """What failed, and whether all contenders solved the same problem."""
     failures, unlike = {}, []
     for race in results["races"]:
         errors = [c.get("mse") for c in race["contenders"] if "mse" in c]
@@ -268,18 +268,18 @@ TEXT = ("Architecture", "Peer", "Fastest peer", "Fastest setting", "Contender", 
 
 
 def shape_of(record: dict[str, Any]) -> tuple[str, ...]:
-    """Cells of `SHAPE`, of a race or a floor."""
+    """Cells of `SHAPE` for a race or a floor."""
     return str(record["d_in"]), f"{record['expansion']}x", str(record["k"]), f"{record['batch']:,}", record["arch"]
 
 
 def _place(record: dict[str, Any]) -> tuple:
-    """Order of a race or a floor on the page."""
+    """Sort key of a race or a floor on the page."""
     names = "d_in", "expansion", "batch", "arch", "machine"
     return *(record[name] for name in names), record.get("peer", "")
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Markdown:
-    """A table that the keyboard, too, can scroll; `**text**` in a cell is strong."""
+    """A table that can also be scrolled by keyboard; `**text**` in a cell is strong."""
     kinds = [' class="text"' if name in TEXT else "" for name in heads]
     head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for name, kind in zip(heads, kinds, strict=True))
     body = "\n".join(f"<tr>{''.join(map(cell, row, kinds))}</tr>" for row in rows)

@@ -28,7 +28,7 @@ NAMES = {name: title for name, (_, _, title) in MARKS.items()}
 
 
 def step_plot(results: dict[str, Any]) -> Markdown:
-    """Step times at the smallest batch: a line a shape and architecture, a mark a contender in its fastest setting."""
+    """Step times at the smallest batch: one line per shape and architecture, one marker per contender's fastest."""
     batch = min(race["batch"] for race in results["races"])
     lines: dict[str, dict[str, float]] = {}
     for race in results["races"]:
@@ -49,13 +49,13 @@ def step_plot(results: dict[str, Any]) -> Markdown:
         ax.set_xscale("log")
         plain_numbers(ax.xaxis)
         ax.set_xlabel("One training step (ms, log scale)")
-        ax.figure.legend(loc="outside upper left", ncols=3)  # the plot is narrow beside its long labels
+        ax.figure.legend(loc="outside upper left", ncols=3)  # long labels make the plot narrow
     caption = f"Median time of a step of {batch} rows; each peer in its fastest setting. Left is faster."
     return figure(ax, alt="Step time of each contender at each shape and architecture", caption=caption)
 
 
 def curve_plot(results: dict[str, Any]) -> Markdown:
-    """Validation MSE over the steps, both kernels of each architecture together."""
+    """Validation MSE over the steps, with both kernels of each architecture."""
     with plt.rc_context(STYLE):
         _, ax = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
         for record in results["quality"]:
@@ -82,7 +82,7 @@ def draw_curves(ax: Axes, record: dict[str, Any]) -> None:
 
 
 def plain_numbers(axis: Axis) -> None:
-    """20 and 50 in place of matplotlib's mathematical powers, which want a renderer for formulas."""
+    """Label ticks 20 and 50 instead of with matplotlib's powers of ten, which need a formula renderer."""
     low, high = axis.get_view_interval()
     between = "25" if axis.axis_name == "y" or high < 50 * low else ""  # a long x axis has no room for them
     axis.set_major_formatter(lambda value, _: f"{value:g}")

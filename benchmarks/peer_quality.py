@@ -3,13 +3,13 @@
     python benchmarks/peer_quality.py                     # hours on two cores; stopped, it goes on where it was
     python benchmarks/peer_quality.py --ks 64 --rates 1
 
-Every SAE is judged by this project's metrics on the same held-out rows and prompts, attention sinks left out of all of
-them: nobody trains on sinks (this project's recipe leaves them out itself, the other libraries get the rows without
-them), thresholds are calibrated to K on validation rows without sinks, and the splice leaves sinks as they are.
-Each contender is trained at its default learning rate and at three times that, and on along `LADDER` until both
-neighbours of the best, by FVU on the validation rows, are worse; then once between it and the better one of these. The
-best of all is spliced, and trained and spliced with two more seeds. Writes `results/peers/runs.csv` and `prompts.csv`
-behind each contender. Rows that are there count as done: where training has changed, delete its rows first.
+This project's metrics judge every SAE on the same held-out rows and prompts, without attention sinks: no contender
+trains on sinks (this project's recipe drops them, the other libraries get rows without them), thresholds are calibrated
+to K on validation rows without sinks, and the splice does not replace sinks.
+Each contender is trained at its default learning rate, at three times that, and on along `LADDER` until both neighbours
+of the best, by FVU on the validation rows, are worse; then once between the best and its better neighbour. The best of
+all is spliced, then trained and spliced with two more seeds. Writes `results/peers/runs.csv` and `prompts.csv` after
+each contender. Existing rows count as done: if training has changed, delete its rows first.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from saegrid.storage.atomic import write_text
 ROOT = Path(__file__).resolve().parents[1]
 KS = (16, 32, 64, 128)
 LADDER = (0.033333, 0.1, 0.333333, 1.0, 3.0, 10.0, 30.0)
-"""Learning rates that may be tried, by a contender's default, besides those between two of them."""
+"""Learning rates that may be tried, as multiples of a contender's default, in addition to those between two of them."""
 EXPANSION, TRAIN_TOKENS, VAL_TOKENS, EPOCHS, BATCH = 4, 40_000, 10_000, 5, 512
 CONTENDERS = {
     ("saegrid", "BatchTopK"): RECIPES["improved"]["lr"],
@@ -62,7 +62,7 @@ CONTENDERS = {
     ("dictionary_learning", "Matryoshka"): 2e-4,
     ("sparsify", "TopK"): 5e-3,
 }
-"""Contenders and their own default learning rates, those of two peers to be scaled by (d_sae / 16,384)^-1/2."""
+"""Default learning rate of each contender; those of the `SCALED` peers are multiplied by (d_sae / 16,384)^-1/2."""
 SCALED = ("dictionary_learning", "sparsify")
 ON_ROWS = ["l0_no_sink", "fvu_no_sink", "dead_pct_no_sink"]
 ON_PROMPTS = ["fvu_eval", "delta_loss", "loss_recovered_mean", "ce_spliced"]
@@ -74,7 +74,7 @@ class Course(NamedTuple):
     base: RunConfig
     store: Store
     folder: Path  # with the training rows, for the other libraries
-    python: Path  # of the environment that has these
+    python: Path  # of the environment with these libraries
     threads: int
 
 
@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def compete(contender: dict[str, Any], default: float, options: argparse.Namespace, course: Course) -> None:
-    """A contender's runs that `options.out` lacks: the search for a learning rate, and the seeds that take its best."""
+    """Make a contender's runs that `options.out` lacks: the learning-rate search, and more seeds at the best rate."""
     for seed in range(options.seeds):
         one = contender | {"seed": seed}
         rows = known(options.out, one)
@@ -126,11 +126,11 @@ def measured(
     following: Callable[[dict[float, float]], float | None],
     course: Course,
 ) -> tuple[pd.DataFrame, pd.DataFrame | None]:
-    """A contender at each learning rate tried, a row each; the best one's losses by prompt, which its row has alone.
+    """A contender's rows, one per learning rate tried, and the per-prompt losses of the best, which others do not have.
 
     Args:
-        rows: of the rates that were tried before. Where the best is one of them and has its losses, these stay (None).
-        following: the rate to try next, from the loss of each one tried; None where there is no more.
+        rows: rows of the rates tried before. If the best is one of them and has its losses, these are kept (None).
+        following: gives the next rate to try, from the loss of each rate tried; None: no more.
     """
     rows, saes = dict(rows), {}
 
@@ -156,17 +156,17 @@ def measured(
 
 
 def losses(rows: dict[float, dict]) -> dict[float, float]:
-    """What learning rates are chosen by; one that is no number is the worst."""
+    """The loss by which learning rates are chosen; NaN is the worst."""
     return {rate: math.inf if math.isnan(row["fvu_no_sink"]) else row["fvu_no_sink"] for rate, row in rows.items()}
 
 
 def best_of(tried: dict[float, float]) -> float:
-    """The learning rate of the lowest loss, of several the lowest rate."""
+    """The learning rate with the lowest loss; of several, the lowest rate."""
     return min(tried, key=lambda rate: (tried[rate], rate))
 
 
 def next_rate(tried: dict[float, float], most: int = len(LADDER) + 1) -> float | None:
-    """The learning rate to try next, from the loss of each one tried; None after one between two, or after `most`."""
+    """The next learning rate, from the loss of each rate tried; None after one between two others, or after `most`."""
     if len(tried) >= most or not set(tried) <= set(LADDER):
         return None
     if len(tried) < 2:
@@ -179,7 +179,7 @@ def next_rate(tried: dict[float, float], most: int = len(LADDER) + 1) -> float |
 
 
 def only(rate: float, tried: dict[float, float]) -> float | None:
-    """One learning rate, while it has not been tried."""
+    """`rate`, unless it has been tried."""
     return None if rate in tried else rate
 
 
@@ -203,7 +203,7 @@ def trained(spec: dict, course: Course) -> tuple[SAE, float]:
 
 
 class OrdinaryRows:
-    """A store's validation rows as calibration sees them, without sinks."""
+    """A store's validation rows without sinks, with the interface that calibration needs."""
 
     def __init__(self, store: Store):
         self.rows = ordinary(store.rows("val"))
@@ -213,7 +213,7 @@ class OrdinaryRows:
 
 
 def calibrated(sae: SAE, k: int, store: Store) -> SAE:
-    """The SAE, its threshold, where it has one, such that its L0 is `k` on the validation rows without sinks."""
+    """The SAE, its threshold (if any) calibrated to an L0 of `k` on the validation rows without sinks."""
     if not isinstance(sae, TopK):
         sae = with_theta(sae, k)
         sae.theta.mul_(calibrated_factor(sae.params, k, OrdinaryRows(store), BATCH, kernel))
@@ -231,7 +231,7 @@ def with_theta(sae: SAE, k: int) -> SAE:
 
 
 def known(out: Path, contender: dict[str, Any]) -> dict[float, dict]:
-    """The rows of `runs.csv` of a contender, by its learning rates, without the measures that were not taken."""
+    """A contender's rows of `runs.csv`, keyed by learning rate, without missing measures."""
     runs = saved(out / "runs.csv")
     rows = [] if runs.empty else runs[is_of(runs, contender)].to_dict("records")
     return {
@@ -240,9 +240,9 @@ def known(out: Path, contender: dict[str, Any]) -> dict[float, dict]:
 
 
 def add(out: Path, contender: dict[str, Any], rows: pd.DataFrame, sums: pd.DataFrame | None) -> None:
-    """Put a contender's rows into `runs.csv`, and its best one's losses into `prompts.csv`, in place of older ones."""
+    """Write a contender's rows to `runs.csv` and its best one's losses to `prompts.csv`, replacing older ones."""
     out.mkdir(parents=True, exist_ok=True)
-    for name, table in (("prompts.csv", sums), ("runs.csv", rows)):  # the latter says what is done
+    for name, table in (("prompts.csv", sums), ("runs.csv", rows)):  # runs.csv last: it marks what is done
         if table is None:
             continue
         old = saved(out / name)

@@ -1,9 +1,9 @@
 """One SAE trained by a peer's own code, in the peers' environment: `peer_train.py '{"peer": ..., "arch": ..., ...}'`.
 
-Each with the settings that its authors recommend, by its released package, through its own trainer where that takes
-rows (SAELens, dictionary_learning) and else by the step inside it (sparsify). What is given in steps or tokens for long
-runs takes the same share of a short one: warm-up 5%, decay the last 20%, dead latents behind 5%. Matryoshka's widths
-are this project's for all. The rows hold no attention sinks. Written in the peer's own form.
+Each peer uses its authors' recommended settings and its released package, through its own trainer if that takes rows
+(SAELens, dictionary_learning), else through the step inside it (sparsify). Settings in steps or tokens for long runs
+become the same share of a short one: warm-up 5%, decay over the last 20%, dead latents after 5%. Matryoshka's widths
+are this project's for all. The rows contain no attention sinks. The SAE is written in the peer's own format.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PREFIXES = 5
 
 
 def batches(x: Tensor, spec: dict) -> Iterator[Tensor]:
-    """The rows `epochs` times, each time in another order."""
+    """Batches of the rows for `epochs` epochs, shuffled anew in each."""
     generator = torch.Generator().manual_seed(spec["seed"])
     for _ in range(spec["epochs"]):
         for index in torch.randperm(len(x), generator=generator).split(spec["batch"]):
@@ -32,7 +32,7 @@ def batches(x: Tensor, spec: dict) -> Iterator[Tensor]:
 
 
 def widths(d_sae: int) -> list[int]:
-    """Matryoshka's nested dictionaries, as this project has them by default."""
+    """Matryoshka's nested dictionaries, with this project's defaults."""
     return [d_sae >> halvings for halvings in reversed(range(PREFIXES))]
 
 

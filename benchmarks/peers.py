@@ -1,8 +1,8 @@
 """The peers' training steps, through the public parts of their released packages.
 
-All start from the same weights and, where they use Adam, from the same moments. A setting is `default`, or flags
-joined by `+`: `bf16` (torch's autocast), `compile` (torch.compile), and what a peer offers besides. A contender has
-`step(x)`, and `reconstruct(x)`: x_hat and the number of active pairs, which show that all solve one problem.
+All start from the same weights and, if they use Adam, from the same moments. A setting is `default`, or flags joined
+by `+`: `bf16` (torch's autocast), `compile` (torch.compile), and a peer's own options. A contender has `step(x)`, and
+`reconstruct(x)`: x_hat and the number of active pairs, which show that all solve the same problem.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-LR = 1e-4  # small and the same for all: the weights stay where 500 steps have left them
-STEP = 2000  # what dictionary_learning is told: behind its warm-ups, where it spends most of a training
+LR = 1e-4  # small and the same for all: the weights stay close to where 500 steps left them
+STEP = 2000  # step number given to dictionary_learning: after its warm-ups, as in most of a training
 
 SETTINGS = {
     "sae-lens": ("default", "bf16", "compile", "bf16+compile"),
@@ -35,14 +35,14 @@ ARCHITECTURES = {
 def settings_of(peer: str, arch: str, bf16: bool) -> tuple[str, ...]:
     """Settings to try; the first is the peer's default.
 
-    bf16: whether the processor multiplies bf16. Where it does not, a step takes seconds (LOG.md) and is not tried.
+    bf16: whether the processor multiplies bf16. If not, a bf16 step takes seconds (LOG.md) and is not tried.
     """
     sparse = ("sparse",) if (peer, arch) == ("sae-lens", "TopK") else ()
     return tuple(name for name in (*SETTINGS[peer], *sparse) if bf16 or "bf16" not in name.split("+"))
 
 
 class Weights:
-    """The state at the start, in a peer's terms. `layout` "io" stores the encoder as (d_in, d_sae)."""
+    """The initial state, in a peer's layout; `layout` "io" stores the encoder as (d_in, d_sae)."""
 
     def __init__(self, inputs: dict[str, Tensor]):
         self.params, self.m, self.v = (
@@ -137,7 +137,7 @@ class SaeLens(Peer):
 
 
 class Sparsify(Peer):
-    """The step inside sparsify's `Trainer.fit`, which runs a language model besides, from the library's parts."""
+    """The step inside sparsify's `Trainer.fit`, from the library's parts, without the language model that it runs."""
 
     def __init__(self, spec: dict):
         super().__init__(spec)
@@ -186,7 +186,7 @@ class Sparsify(Peer):
 
 
 class DictionaryLearning(Peer):
-    """`update` of the library's trainers. Its own loop offers autocast on GPUs alone; a user can put it around."""
+    """`update` of the library's trainers. Its own loop has autocast on GPUs only; a user can wrap `update` in it."""
 
     def __init__(self, spec: dict):
         super().__init__(spec)
@@ -229,7 +229,7 @@ class DictionaryLearning(Peer):
 
 
 class Plain(Peer):
-    """The published class in a loop of plain torch: Adam, mean squared error, decoder columns to unit norm."""
+    """The published class in a plain torch loop: Adam, mean squared error, decoder columns to unit norm."""
 
     def __init__(self, spec: dict):
         super().__init__(spec)

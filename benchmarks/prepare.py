@@ -72,7 +72,7 @@ def trained(rows: Tensor, shape: Shape, arch: str, steps: int, theta: float = 0.
 
 
 def theta_for(params: Params, rows: Tensor, shape: Shape) -> float:
-    """The threshold above which K pre-activations a row of the timed batches lie (of the first 2,048 rows at most)."""
+    """The theta with K pre-activations per row above it, over the timed batches (the first 2,048 rows at most)."""
     x, k = rows[: min(THETA_ROWS, TIMED_BATCHES * shape.batch)], shape.k
     pre = torch.addmm(params.b_enc, x - params.b_pre, params.W_enc.T).flatten()
     return max(0.0, pre.kthvalue(len(pre) - k * len(x)).values.item())

@@ -1,4 +1,4 @@
-"""Equal quality: each architecture trained by the reference kernel and by this machine's own, all else the same.
+"""Equal quality: each architecture trained with the reference kernel and with this machine's fast one, all else equal.
 
     python benchmarks/quality.py
 
@@ -28,10 +28,10 @@ OWN = tuple({"kernel": "auto", "matmul": matmul} for matmul in ("fp32", "bf16"))
 
 
 def compare(base: RunConfig, threads: int, epochs: int = 3, expansion: int = 4) -> list[dict[str, Any]]:
-    """One record an architecture: metrics and curves by the reference and by its own kernel in both precisions.
+    """One record per architecture: metrics and curves of the reference and of the machine's kernel in both precisions.
 
     Args:
-        base: where the rows come from; its SAE and training parameters are replaced.
+        base: defines the rows; its SAE and training parameters are replaced.
     """
     sparsity = {"k", "threshold", "threshold_unit", "arch"}
     shared = base.model_dump(exclude=sparsity) | {"epochs": epochs, "expansion": expansion, "threads": threads}
@@ -57,7 +57,7 @@ def _trained(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_and_measure(config: RunConfig) -> dict[str, Any]:
-    """Validation MSE (act²), L0 (latents a row) and dead share (%) of the run's best epoch, and its learning curve."""
+    """Validation MSE (act²), L0 (latents per row) and dead share (%) of the run's best epoch; its learning curve."""
     run = Run(config)
     sae = run.train()
     metrics, _, _ = evaluate_rows(sae, run.store, config.batch_size, run.kernel)

@@ -1,4 +1,4 @@
-"""A race: contenders in processes of their own take turns, so that all meet the same moods of the machine."""
+"""A race: contenders in separate processes take turns, so that the machine's load varies alike for all."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 WORKER = Path(__file__).with_name("worker.py")
-PATIENCE = 900.0  # seconds that a worker may be silent: torch.compile takes minutes where cores are few
+PATIENCE = 900.0  # seconds that a worker may be silent: torch.compile takes minutes on few cores
 CLOSE = 1.2  # settings this much slower than the fastest one in the first turn leave the race
 
 
 class Contender:
-    """A worker process. Anything that goes wrong in it ends up in `failure`."""
+    """A worker process. `failure` holds any error of it."""
 
     def __init__(self, spec: dict[str, Any], python: str):
         self.spec, self.name = spec, (spec["contender"], spec["setting"])
@@ -45,7 +45,7 @@ class Contender:
         self.facts = self._answer()
 
     def turn(self, seconds: float) -> float:
-        """Steps for about so many seconds (one at least); their median in ms, infinite where it failed."""
+        """Run steps for about `seconds` (at least one); returns their median in ms, infinite after a failure."""
         times = self._ask(f"turn {seconds}").get("times_ms")
         if not times:
             return float("inf")
@@ -53,7 +53,7 @@ class Contender:
         return statistics.median(times)
 
     def end(self) -> dict[str, Any]:
-        """The contender's record; its process is gone afterwards."""
+        """End the process and return the contender's record."""
         if not self.failure:
             self.facts |= self._ask("end")
         self.process.stdin.close()
@@ -98,12 +98,12 @@ class Contender:
 def race(specs: list[dict], pythons: dict[str, str], turns: int, seconds: float, stay: set[str]) -> list[dict]:
     """Records of all contenders, in the order of `specs`.
 
-    All take a first turn; of each contender's settings, those not named in `stay` leave the race where they failed or
-    were beaten clearly, and the others take `turns` turns in all.
+    All take a first turn. Settings that failed leave the race, as do those clearly slower than their contender's
+    fastest and not named in `stay`; the others take `turns` turns in all.
 
     Args:
-        pythons: interpreter of each contender; "" stands for any other: this one.
-        seconds: length of a turn; a step that takes longer is a turn of its own.
+        pythons: interpreter of each contender; this one for those not named.
+        seconds: length of a turn; a longer step is a turn by itself.
     """
     running = [Contender(spec, pythons.get(spec["contender"], sys.executable)) for spec in specs]
     first = {contender: contender.turn(seconds) for contender in running}
@@ -122,7 +122,7 @@ def race(specs: list[dict], pythons: dict[str, str], turns: int, seconds: float,
 
 
 def ratios(records: list[dict]) -> dict[str, Any]:
-    """The peer's default and its fastest setting over this project's step; records[0] is this project's."""
+    """Ratios of the peer's default and fastest setting to this project's step; records[0] is this project's."""
     measured = [record for record in records[1:] if "step_ms" in record]
     if "step_ms" not in records[0] or not measured:
         return {}
@@ -135,7 +135,7 @@ def ratios(records: list[dict]) -> dict[str, Any]:
 
 
 def contending(records: list[dict]) -> list[str]:
-    """A peer's settings worth a second race: its default, and those close to its fastest."""
+    """A peer's settings for later races: its default, and those close to its fastest."""
     times = {record["setting"]: record["step_ms"] for record in records if "step_ms" in record}
     fastest = min(times.values(), default=0.0)
     return list(dict.fromkeys(["default", *(name for name, ms in times.items() if ms <= CLOSE * fastest)]))

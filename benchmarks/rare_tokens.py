@@ -1,9 +1,9 @@
-"""Where an SAE's delta loss sits: the evaluation's tokens by how many training rows have the same token.
+"""An SAE's delta loss by token rarity: evaluation tokens, binned by how many training rows have the same token.
 
     python benchmarks/rare_tokens.py runs/RUN_ID [runs/RUN_ID ...]
 
-A row's token is the one at its position, whose residual stream the SAE replaces. FVU is that of a bin's rows, over
-their variance about the mean of all; attention sinks are left as they are, and count for no row.
+A row's token is the one at its position, whose residual stream the SAE replaces. FVU is a bin's squared error / its
+variance about the mean of all rows. Attention sinks are neither replaced nor counted as rows.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from saegrid.formats import load_sae
 from saegrid.kernels import cpu as kernel
 
 BINS = {"0": -1, "1 to 10": 0, "11 to 100": 10, "101 to 1,000": 100, "more": 1000}
-"""Training rows with a token, and the most that the bin before has."""
+"""Number of training rows with a token, and the upper end of the previous bin."""
 
 
 def by_rarity(run_dir: Path) -> pd.DataFrame:
-    """A row a bin: its share of the tokens, FVU, delta loss (nats/token) and share of all delta loss."""
+    """One row per bin: its share of the tokens, FVU, delta loss (nats/token) and share of all delta loss."""
     config, sae = load_config(run_dir, run_dir.name), load_sae(run_dir)
     if config.activations:
         sys.exit(f"{run_dir}: was trained on {config.activations}, which says nothing of its tokens")

@@ -42,12 +42,12 @@ PRESET = "params/qwen05b.yaml"
 RUNS = ["TopK_exp4x_k64", "BatchTopK_exp4x_k64", "JumpReLU_exp4x_t0.5"]
 """The quickest run of each architecture."""
 STEPS, WARM_UP = 40, 10
-"""Training steps of each grid point, and how many of them are not timed."""
+"""Training steps of each grid point, and how many of the first are not timed."""
 LAPTOP_GB = 12.0
 """What a laptop with 16 GB of memory has free."""
 LOG = "log.txt"
 INTERVAL, REPORT = 0.25, 60
-"""Seconds between two looks at the memory, and between two lines about it."""
+"""Seconds between two samples of the memory, and between two reports of it."""
 
 
 def main() -> None:
@@ -84,7 +84,7 @@ class Rehearsal:
         self.grid_file, self.part_file = folder / "qwen05b.yaml", folder / "part.yaml"
 
     def prepare(self) -> None:
-        """The stand-in, a checkout's sources, and the preset with other places; of the runs that are made, too."""
+        """Write the stand-in, the sources, and the preset with other places, in full and for the runs that are made."""
         self.folder.mkdir(parents=True, exist_ok=True)
         places = standin.make(self.folder, self.size)
         for name in [*SOURCES, *(path.name for path in ROOT.glob("*.qmd"))]:
@@ -127,7 +127,7 @@ class Rehearsal:
         return [*command, "--config", f"grid={self.part_file.name}", "--", target]
 
     def stage(self, name: str, *command: str) -> None:
-        """Run a command in the work folder, unless it has ended well before; its time and memory are added up."""
+        """Run a command in the work folder, unless it succeeded before; adds up its time, keeps its peak memory."""
         before = self.records.get(name, {"seconds": 0.0, "cpu_seconds": 0.0, "peak_bytes": 0, "done": False})
         if before["done"]:
             return
@@ -145,7 +145,7 @@ class Rehearsal:
             sys.exit(f"{name}: ended with {code}, {self.folder / LOG} says why; the same command goes on from here")
 
     def time_steps(self) -> None:
-        """Milliseconds of a training step of every grid point, by the real loop on the real rows."""
+        """Milliseconds per training step of every grid point, in the real loop on the real rows."""
         from saegrid import kernels
         from saegrid.config.run_config import make_config
         from saegrid.experiment.run import prepare_store
@@ -164,11 +164,11 @@ class Rehearsal:
 
 
 class Enough(Exception):
-    """Training has gone on for as long as it is timed."""
+    """Raised when all steps to be timed are done."""
 
 
 def timed_steps(config: RunConfig, store: Any) -> dict[str, float]:
-    """Median milliseconds from one step of a run's own training to the next, by the clock and of all processors."""
+    """Median milliseconds between two steps of a run's own training, in wall-clock and in processor time."""
     from saegrid import kernels
     from saegrid.core.train import train
 
@@ -191,8 +191,8 @@ def timed_steps(config: RunConfig, store: Any) -> dict[str, float]:
 
 
 def watched(command: list[str], folder: Path, environment: dict[str, str], keep: Callable[..., None]) -> int:
-    """Run a command, its output behind that of others in a file. `keep` is told its seconds, those of all processors,
-    and the largest memory of its processes together: now and then, so that little is lost, and at the end."""
+    """Run a command and append its output to a log. `keep` gets its seconds, processor seconds and the peak memory of
+    its processes together: from time to time, so that little is lost, and at the end."""
     started, cpu, peak, looks = time.perf_counter(), _children_seconds(), 0, 0
     with open(folder / LOG, "ab") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
@@ -212,7 +212,7 @@ def watched(command: list[str], folder: Path, environment: dict[str, str], keep:
 
 
 def memory(process: psutil.Process) -> int:
-    """Resident bytes of a process and all that it has started."""
+    """Resident bytes of a process and all its descendants."""
     total = 0
     try:
         tree = [process, *process.children(recursive=True)]
@@ -267,7 +267,7 @@ def stage_row(name: str, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_row(run: RunConfig, like: RunConfig, record: dict[str, Any], folder: Path, ratio: float) -> dict[str, Any]:
-    """A run's time, memory and disk: as measured, or from `like`, the run of its architecture that was made.
+    """A run's time, memory and disk: measured, or estimated from `like`, the run of its architecture that was made.
 
     Args:
         record: what making `like` took.
@@ -306,7 +306,7 @@ def told(found: dict[str, Any]) -> list[str]:
 
 
 def preset_row(found: dict[str, Any]) -> str:
-    """The preset's row in README, as a test holds it against results/rehearsal.json."""
+    """The preset's row in README; a test checks it against results/rehearsal.json."""
     grid, made = found["grid"], sum(row["measured"] for row in found["runs"])
     what = f"{grid['runs']} runs: the published setting on the published activation files (needs the Hub)"
     cores = found["machine"]["cores"]
@@ -331,7 +331,7 @@ def say(line: str) -> None:
 
 
 def write_if_changed(path: Path, text: str) -> None:
-    """A file that Snakemake takes for unchanged where it is."""
+    """Write a file only if its text changes, so that Snakemake sees an unchanged one as such."""
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         write_text(path, text)
 

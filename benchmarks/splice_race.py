@@ -1,4 +1,4 @@
-"""Splice evaluation of ten SAEs: this project's shared, restarted passes beside SAELens' `run_evals`, in one race."""
+"""Splice evaluation of ten SAEs: this project's shared, restarted passes against SAELens' `run_evals`, in one race."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from saegrid.formats.run_folder import save_sae
 KS = (16, 32, 64, 128, 256)
 ARCHS = ("TopK", "BatchTopK")
 EXPANSION, STEPS = 4, 200
-RECIPE = {"lr": 1e-3, "b_pre_init": "mean", "encoder_init": "decoder"}  # SAEs that are of use after so few steps
+RECIPE = {"lr": 1e-3, "b_pre_init": "mean", "encoder_init": "decoder"}  # gives usable SAEs after so few steps
 CONTEXTS, LENGTH = 8, 256
 LOSSES = ("clean", "spliced", "zero")
 AGREE = 1e-3
-"""Nats a token: both evaluators must give the same losses within this."""
+"""Nats per token: both evaluators' losses must agree within this."""
 
 
 def measure(config: RunConfig, store: Store, rows: Tensor, threads: int, python: str, quick: bool) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def measure(config: RunConfig, store: Store, rows: Tensor, threads: int, python:
         common |= {"config": config.model_dump(), "model_folder": str(model_folder(config)[0])}
         common |= {"saes": {name: [str(sae / name) for sae in saes] for name in ("saegrid", "saelens")}}
         specs = [common | {"contender": "saegrid", "setting": setting} for setting in ("default", "bf16")]
-        specs[1]["warm_steps"] = len(saes) - 1  # its losses are wanted, and one time
+        specs[1]["warm_steps"] = len(saes) - 1  # only its losses and one time are needed
         if python:
             specs.append(common | {"contender": "sae-lens", "setting": "default"})
         turns = len(saes)
@@ -62,7 +62,7 @@ def measure(config: RunConfig, store: Store, rows: Tensor, threads: int, python:
 
 
 def summary(fp32: dict, bf16: dict, peers: list[dict], count: int) -> dict[str, Any]:
-    """Seconds for all SAEs, shared passes included; the ratio; how far losses lie apart (nats a token)."""
+    """Seconds for all SAEs, shared passes included; their ratio; the largest difference of losses (nats per token)."""
     own = (fp32["baseline_ms"] + count * fp32["step_ms"]) / 1e3
     found = {"saegrid_s": own, "baseline_s": fp32["baseline_ms"] / 1e3}
     if "losses" in bf16:
@@ -81,7 +81,7 @@ def summary(fp32: dict, bf16: dict, peers: list[dict], count: int) -> dict[str, 
 
 
 def packed(config: RunConfig, contexts: int, length: int) -> Tensor:
-    """Evaluation prompts one behind the other, cut into contexts of one length: token ids (contexts, length)."""
+    """Concatenated evaluation prompts, cut into contexts of one length: token ids (contexts, length)."""
     prompts = make_prompts(config, load_lm(config).tokenizer)["eval"]
     ids = [token for prompt in prompts for token in prompt.tokens]
     ids = list(itertools.islice(itertools.cycle(ids), contexts * length))
@@ -89,7 +89,7 @@ def packed(config: RunConfig, contexts: int, length: int) -> Tensor:
 
 
 def _written(folder: Path, config: RunConfig, store: Store, rows: Tensor, arch: str, k: int) -> Path:
-    """A folder with one SAE, trained for some steps, in this project's format and in SAELens'."""
+    """Train one SAE for some steps; returns a folder with it in this project's format and in SAELens'."""
     state = trained(rows, Shape(store.d_in, EXPANSION, k, 512), arch, STEPS, **RECIPE)
     sae: SAE = SAE_CLASSES[arch](store.d_in, EXPANSION * store.d_in, k=k)
     for own, weights in zip(sae.params, state.params, strict=True):

@@ -1,7 +1,7 @@
-"""Contenders of the splice race: the loss with an SAE spliced in, this project's evaluator beside SAELens' `run_evals`.
+"""Contenders of the splice race: the loss with an SAE spliced in, by this project and by SAELens' `run_evals`.
 
-A step evaluates one SAE of a list on the same packed contexts; the losses come back with the contender's last answer,
-and show that both measure one thing. Loading models and SAEs is not timed on either side.
+A step evaluates one SAE of a list on the same packed contexts; the losses come with the contender's last answer and
+show that both measure the same. Loading models and SAEs is not timed on either side.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Splice:
-    """What both contenders share: SAEs one behind the other, and their losses in nats a token."""
+    """What both contenders share: a sequence of SAEs, and their losses in nats per token."""
 
     def __init__(self, spec: dict):
         self.spec, self.losses, self.count = spec, {}, 0
@@ -30,7 +30,7 @@ class Splice:
 
 
 class Ours(Splice):
-    """`splice.evaluate` behind one `splice.make_baseline`, whose passes all SAEs share; its time is in `found`."""
+    """`splice.evaluate` after one `splice.make_baseline`, whose passes all SAEs share; its time is in `found`."""
 
     def __call__(self, inputs: dict[str, Tensor]) -> Ours:
         from saegrid import kernels, load_sae
@@ -75,7 +75,7 @@ class Ours(Splice):
 
 
 class RunEvals(Splice):
-    """`run_evals` of SAELens with its cross-entropies alone, on the language model as transformers has it."""
+    """SAELens' `run_evals` with its cross-entropies only, on transformers' language model."""
 
     def __call__(self, inputs: dict[str, Tensor]) -> RunEvals:
         from sae_lens import SAE

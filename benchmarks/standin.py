@@ -1,12 +1,12 @@
 """What `params/qwen05b.yaml` takes from the Hub, made on this machine: model, tokenizer, dataset, activation files.
 
     model/         Qwen2 of Qwen2.5-0.5B-Instruct's shape with random weights in bfloat16, as the real ones are stored,
-                   and a byte-level BPE tokenizer with Qwen's pre-tokenizer, special tokens and chat form
-    dataset/       train.jsonl and test.jsonl of GSM8K's form, by reasoning-gym, no template in both
+                   and a byte-level BPE tokenizer with Qwen's pre-tokenizer, special tokens and chat format
+    dataset/       train.jsonl and test.jsonl in GSM8K's format, from reasoning-gym, with no template in both
     published/     instruct_base_layer12_train.pt and _val.pt, float16: ordinary rows of low rank and noise, attention
                    sinks of a hundred times their norm in one direction
 
-Shapes, sizes, files and formats are those of the real ones; losses say nothing, as nobody trained the model.
+Shapes, sizes, files and formats are those of the real ones; losses mean nothing, because the model is not trained.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from saegrid.storage.atomic import write_json
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 ROOM = 293
-"""Tokens of the model's vocabulary behind the ordinary ones; the tokenizer has the special ones there, and no more."""
+"""Tokens of the model's vocabulary after the ordinary ones; of these the tokenizer has only the special ones."""
 CHAT = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -36,7 +36,7 @@ CHAT = (
 PROBLEMS = {"train": 7_473, "test": 1_319}
 """As many as GSM8K has."""
 VARIANCE, SINK_EVERY, SINK_RATIO = 47.5, 125, 100.0
-"""Pooled variance of all elements; one row in so many is a sink; a sink's norm by that of ordinary rows."""
+"""Pooled variance of all elements; one row in so many is a sink; ratio of a sink's norm to an ordinary row's."""
 DIRECTIONS, ACTIVE, RANK, NOISE = 4096, 24, 256, 0.1
 CHUNK = 8192
 
@@ -59,7 +59,7 @@ class Size(NamedTuple):
 
 FULL = Size(285_277, 71_319)
 SMALL = Size(2_000, 600, 56, 13, 304, 2_000, 500)
-"""For the tests: K = 220 still fits into 4x 56 latents, and block 12 is there."""
+"""For the tests: K = 220 still fits into 4x 56 latents, and block 12 exists."""
 
 
 def make(folder: Path, size: Size) -> dict[str, str]:
@@ -73,7 +73,7 @@ def make(folder: Path, size: Size) -> dict[str, str]:
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir(parents=True)
         maker(folder / name, size)
-        write_json(marker, facts)  # last: a part that was cut short is made again
+        write_json(marker, facts)  # last, so that an interrupted part is made again
     return {name: str(folder / part) for name, part in zip(("model", "dataset", "activations"), parts, strict=True)}
 
 
@@ -98,7 +98,7 @@ def model(folder: Path, size: Size) -> None:
 
 
 def tokenizer(size: Size) -> Any:
-    """Merges learnt from problems and Python's own sources; the tokens that these do not fill have a name alone."""
+    """A tokenizer with merges learnt from problems and Python's own sources; the remaining tokens have only a name."""
     from tokenizers import pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 
@@ -149,7 +149,7 @@ def activations(folder: Path, size: Size) -> None:
 
 
 def _rows(count: int, directions: torch.Tensor, sink: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Rows (count, d_in): sparse sums of directions and noise, scaled to the norm that the pooled variance asks for."""
+    """Rows (count, d_in): sparse sums of directions and noise, scaled to the norm that gives the pooled variance."""
     d_in = directions.shape[1]
     chosen = torch.randint(len(directions), (count, ACTIVE), generator=generator)
     weights = torch.rand(count, ACTIVE, generator=generator) + 0.5

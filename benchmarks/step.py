@@ -3,7 +3,7 @@
     python benchmarks/step.py [threads ...]        # default: 1 and 2
 
 Rows are anisotropic with 0.5% of attention sinks (norm 25,000); every state has had 50 steps; JumpReLU's theta is set
-so that L0 is about k. Kernels take turns, medians are shown, in milliseconds. `product` is the encoder's product alone,
+so that L0 is about k. Kernels take turns; medians are in milliseconds. `product` is the encoder's product alone,
 `memory` one read and write of the weights and of Adam's moments: no step of this design can be faster than their sum.
 """
 
@@ -68,7 +68,7 @@ def line(state: TrainState, rule: Rule, batches: list[torch.Tensor], k: int, thr
 
 
 def medians(*functions: Callable[[int], object]) -> list[float]:
-    """Median time of each function in ms; they take turns, so that all meet the same moods of the machine."""
+    """Median time of each function in ms; they take turns, so that the machine's load varies alike for all."""
     times: list[list[float]] = [[] for _ in functions]
     start, turn = time.perf_counter(), 0
     while time.perf_counter() - start < SECONDS or turn < 4:

@@ -1,8 +1,8 @@
-"""One contender in a process of its own: loads inputs, then takes training steps when it is told to.
+"""One contender in its own process: loads inputs, then takes training steps on request.
 
 Started by `race.py` with a JSON specification as its argument; runs under any Python that has torch and the contender's
-packages. It answers each line on stdin with one JSON line: `turn SECONDS` with the times of so many seconds of steps,
-`end` with its peak memory.
+packages. It answers each line on stdin with one JSON line: `turn SECONDS` with the times of the steps that it took in
+about so many seconds, `end` with its peak memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MIB = 2**20
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")  # libraries print: what they say goes to stderr
+    answers = os.fdopen(os.dup(1), "w")  # libraries print: their output goes to stderr
     os.dup2(2, 1)
 
     def answer(content: dict) -> None:
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def prepare(spec: dict) -> tuple:
-    """The contender after its first steps, the batches, and what it says of itself."""
+    """The contender after its first steps, the batches, and facts about it."""
     import torch
     from safetensors.torch import load_file
 
@@ -82,11 +82,11 @@ def serve(contender, batches, answer: Callable[[dict], None]) -> None:
             contender.step(batches[count % len(batches)])
             times.append(1e3 * (time.perf_counter() - started))
             count += 1
-        answer({"times_ms": times[1:] or times})  # the first finds its data out of the caches
+        answer({"times_ms": times[1:] or times})  # the first step finds its data not in the caches
 
 
 def memory(name: str) -> float | None:
-    """`VmRSS` (now) or `VmHWM` (peak) of this process in MiB; None where the system does not tell."""
+    """`VmRSS` (now) or `VmHWM` (peak) of this process in MiB; None if the system does not report it."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -95,7 +95,7 @@ def memory(name: str) -> float | None:
 
 
 def reset_peak() -> None:
-    """From here on the peak is that of the steps."""
+    """Reset the peak memory, so that only the steps count."""
     with contextlib.suppress(OSError):  # the peak then counts loading too
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -6,7 +6,7 @@ __version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`saegrid.load_sae`, fetched when it is asked for: importing the package alone brings no torch."""
+    """`saegrid.load_sae`, imported on first use: importing the package alone does not import torch."""
     if name == "load_sae":
         from saegrid.formats import load_sae
 

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Mistakes on the command line are told in one line, too."""
+    """Reports command-line mistakes in one line, too."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (`{self.prog} --help` shows how it is called)")
@@ -86,7 +86,7 @@ def _run(options: argparse.Namespace) -> None:
     elif options.command == "pages":
         from saegrid.experiment import results
 
-        results.read_tidy(grid.results_dir)  # a missing table is told before the plots' packages are imported
+        results.read_tidy(grid.results_dir)  # reports a missing table before the plots' packages are imported
         from saegrid.report import assemble
 
         assemble.make(grid)
@@ -99,7 +99,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _checked(grid_file: Path) -> Grid:
-    """The grid of a file, each of its runs held against its model and dataset where these are on this machine."""
+    """Load a grid file, and check each run against its model and dataset if these are on this machine."""
     grid = load_grid(grid_file)
     for run in grid.runs():
         check_dataset(run)
@@ -128,7 +128,7 @@ def _collect(grid: Grid, store_id: str, with_pca: bool) -> None:
     stores = {run.store_id: run for run in grid.runs()}
     if store_id not in stores:
         raise SaegridError(f"store_id = {store_id!r}: the grid {grid.name} has {', '.join(stores)}")
-    check(stores[store_id])  # with a model on the Hub, too
+    check(stores[store_id])  # also for a model on the Hub
     from saegrid.experiment.run import prepare_store  # imports torch
 
     store = prepare_store(stores[store_id])

@@ -2,10 +2,10 @@
 
 A sparse autoencoder (SAE) writes each row x of activations as a few latents: pre = (x - b_pre) W_encᵀ + b_enc, a code z
 that keeps some pre-activations and is 0 elsewhere, and a reconstruction x_hat = z W_dec + b_dec + b_pre. Architectures
-differ in what z keeps (`sae`). A training step encodes and decodes a batch, lowers the squared error by Adam, and sets
-the decoder rows back to unit norm (`train`; its state survives a crash through `checkpoint`). Before training, the
-rows tell their mean, their scale and the direction of their attention sinks (`row_statistics`); after it, held-out
-rows set the thresholds (`thresholds`). A splice puts x_hat in place of x inside the language model and reads the
-next-token loss: what it adds is the price of the SAE (`splice`). `metrics` defines every measure once; `evaluation`
-applies them to a trained SAE. The arithmetic of a step is in `saegrid.kernels`, whose `reference` is the definition.
+differ in what z keeps (`sae`). A training step encodes and decodes a batch, takes an Adam step on the squared error,
+and resets the decoder rows to unit norm (`train`; `checkpoint` saves its state). Before training, `row_statistics`
+estimates the mean, the scale and the attention-sink direction of the rows; after it, `thresholds` calibrates cuts on
+held-out rows. A splice replaces x by x_hat inside the language model and measures the next-token loss: the increase is
+the cost of the SAE (`splice`). `metrics` defines each metric once; `evaluation` applies them to a trained SAE. The
+arithmetic of a step is in `saegrid.kernels`, whose `reference` is the definition.
 """

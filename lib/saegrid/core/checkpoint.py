@@ -1,4 +1,4 @@
-"""A training checkpoint: one safetensors file that carries its own SHA-256 and the run that it belongs to.
+"""A training checkpoint: one safetensors file that contains its own SHA-256 and the id of its run.
 
 The tensors are `{weights,m,v,best}.{W_enc,b_enc,W_dec,b_dec,b_pre,theta,gain}`; its one metadata key holds the rest as
 JSON.
@@ -25,10 +25,10 @@ MAX_HEADER_BYTES = 1 << 24
 
 
 def write(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write tensors and plain facts; nothing is held in memory twice.
+    """Write tensors and plain facts, without a second copy in memory.
 
     Raises:
-        DiskError: it can't be written; the checkpoint before it is unchanged.
+        DiskError: the file can't be written; the previous checkpoint is unchanged.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     sealed = json.dumps({"facts": facts, "sha256": _digest(tensors, facts)})
@@ -37,10 +37,10 @@ def write(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write` wrote, (tensors, facts).
+    """Read what `write` wrote: (tensors, facts).
 
     Raises:
-        DamagedError: it can't be read, or is not as it was written.
+        DamagedError: the file can't be read, or does not match its SHA-256.
     """
     try:
         sealed = json.loads(_header(path)["__metadata__"][KEY])

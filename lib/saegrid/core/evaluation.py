@@ -1,4 +1,4 @@
-"""What a trained SAE is judged by: its reconstruction of held-out rows, and the model's loss with it spliced in."""
+"""Evaluation of a trained SAE: its reconstruction of held-out rows, and the model's loss with it spliced in."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from saegrid.kernels import Kernel
 def evaluate_rows(
     sae: SAE, store: Store, batch_size: int, kernel: Kernel
 ) -> tuple[dict[str, float], pd.DataFrame, pd.DataFrame]:
-    """Metrics of the validation rows; firing of each latent; squared error by token position."""
+    """Validation metrics, firing per latent, and squared error per token position."""
     sums = Reconstruction(sae.d_sae, sink_norm(store.batches("val", batch_size, device=sae.device)))
     errors = []
     for x in store.batches("val", batch_size, device=sae.device):
@@ -43,10 +43,10 @@ def evaluate_rows(
 
 
 def spliced(config: RunConfig, store: Store, sae: SAE, kernel: Kernel, leave_sinks: bool = False) -> pd.DataFrame:
-    """A row for each evaluation prompt: its losses with the SAE spliced in (`splice.evaluate`), and `reconstructed`.
+    """One row per evaluation prompt: losses with the SAE spliced in (`splice.evaluate`) and columns of `reconstructed`.
 
     Args:
-        leave_sinks: the attention sinks' rows stay as they are.
+        leave_sinks: do not replace the rows of attention sinks.
     """
     baseline = load_baseline(store.folder, store.data_sha256)
     if baseline is None:
@@ -58,7 +58,7 @@ def spliced(config: RunConfig, store: Store, sae: SAE, kernel: Kernel, leave_sin
 
 
 def replacement(sae: SAE, kernel: Kernel, limit: float = math.inf) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What the splice puts in place of rows (n, d_in): their reconstruction; those of a norm above `limit` stay."""
+    """Function that the splice applies to rows (n, d_in): it reconstructs all but those with a norm above `limit`."""
 
     def replace(x: torch.Tensor) -> torch.Tensor:
         x = x.to(sae.device)
@@ -69,10 +69,10 @@ def replacement(sae: SAE, kernel: Kernel, limit: float = math.inf) -> Callable[[
 
 
 def reconstructed(baseline: Baseline, sae: SAE, kernel: Kernel) -> pd.DataFrame:
-    """A row for each evaluation prompt, of its scored positions.
+    """One row per evaluation prompt, over its scored positions.
 
-    active: pairs of position and latent; sq_error: Σ ‖x - x_hat‖²; sq_norm_centred: Σ ‖x - mean‖², the mean that of
-    all prompts. The latter two leave sinks out, so that their quotient of sums is FVU without sinks on the prompts.
+    active: number of active (position, latent) pairs; sq_error: Σ ‖x - x_hat‖²; sq_norm_centred: Σ ‖x - mean‖², mean
+    over all prompts. The last two exclude sinks: the ratio of their sums is the FVU without sinks on the prompts.
     """
     x = scored_rows(baseline)
     limit = sink_norm(x)
@@ -89,12 +89,12 @@ def reconstructed(baseline: Baseline, sae: SAE, kernel: Kernel) -> pd.DataFrame:
 
 
 def on_prompts(sums: pd.DataFrame) -> dict[str, float]:
-    """L0, FVU without sinks and the splice's metrics on the prompts, from the rows of `spliced`."""
+    """L0, FVU without sinks and splice metrics on the prompts, from the rows of `spliced`."""
     total = sums.sum(numeric_only=True)
     found = {"l0_eval": total["active"] / total["n_tokens"], "fvu_eval": total["sq_error"] / total["sq_norm_centred"]}
     return {name: float(value) for name, value in found.items()} | splice_metrics(**mean_losses(sums))
 
 
 def scored_rows(baseline: Baseline) -> list[torch.Tensor]:
-    """Rows of each prompt's scored positions, (n, d_in) float32."""
+    """Rows at each prompt's scored positions, (n, d_in) float32."""
     return [rows[scored_positions(prompt)].float() for rows, prompt in zip(baseline.x, baseline.prompts, strict=True)]

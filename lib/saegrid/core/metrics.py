@@ -1,5 +1,5 @@
-"""Reconstruction metrics: one definition each. Numerators and denominators are summed over all rows in float64 and
-divided once; see the method page for the definitions."""
+"""Reconstruction metrics, each defined once (see the method page). Numerators and denominators are summed over all
+rows in float64 and divided once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SINK_RATIO = 10.0
 
 @dataclass
 class Moments:
-    """Sums over rows from which variances follow: per dimension, in float64."""
+    """Sums over rows for computing variances: per dimension, in float64."""
 
     rows: int = 0
     total: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # (d_in,)
@@ -48,13 +48,13 @@ class Moments:
 
 
 def sink_norm(batches: Iterable[Tensor]) -> float:
-    """Norm above which a row of these is an attention sink: `SINK_RATIO` times the median."""
+    """Norm above which a row is an attention sink: `SINK_RATIO` times the median norm of all rows of `batches`."""
     return SINK_RATIO * torch.cat([x.norm(dim=1) for x in batches]).median().item()
 
 
 @dataclass
 class Reconstruction:
-    """Running sums of what a set of rows and their reconstructions say; `result` divides them."""
+    """Running sums over rows and their reconstructions; `result` turns them into metrics."""
 
     d_sae: int
     sink_norm: float = float("inf")  # rows with a larger norm are sinks
@@ -64,7 +64,7 @@ class Reconstruction:
     sq_error_no_sink: float = 0.0
     active: int = 0
     active_no_sink: int = 0
-    fired: Tensor = field(init=False)  # (d_sae,) int64: rows on which a latent fired
+    fired: Tensor = field(init=False)  # (d_sae,) int64: number of rows on which each latent fired
     fired_no_sink: Tensor = field(init=False)  # (d_sae,) int64
     act_sum: Tensor = field(init=False)  # (d_sae,) float64
     act_max: Tensor = field(init=False)  # (d_sae,) float32
@@ -75,7 +75,7 @@ class Reconstruction:
         self.act_max = torch.zeros(self.d_sae)
 
     def add(self, x: Tensor, x_hat: Tensor, codes: Codes) -> Tensor:
-        """Add rows x, their codes and reconstructions x_hat, (N, d_in) both, all on one device.
+        """Add rows x and their reconstructions x_hat, both (N, d_in), with their codes, all on one device.
 
         Returns:
             The squared error of each row, (N,) float64.
@@ -98,7 +98,7 @@ class Reconstruction:
         return errors
 
     def result(self) -> dict[str, float]:
-        """mse, nmse, fvu, sink_pct, l0, dead_pct, the last ones without sinks too; NaN where a denominator is 0."""
+        """val_mse, nmse, sink_pct; fvu, l0 and dead_pct with and without sinks; NaN where a denominator is 0."""
         rows, elements = self.every.rows, self.every.rows * len(self.every.total)
         mse = self.sq_error / elements
         return {
@@ -117,7 +117,7 @@ class Reconstruction:
 def splice_metrics(clean: float, spliced: float, zero: float, mean: float) -> dict[str, float]:
     """Metrics of a splice from four cross-entropies in nats per token over the same tokens.
 
-    `frac_rec_pct` is the published ratio 100 * clean / spliced; `loss_recovered_*` are the field's.
+    `frac_rec_pct` is the published ratio 100 * clean / spliced; `loss_recovered_*` are the standard measures.
     """
     return {
         "ce_clean": clean,

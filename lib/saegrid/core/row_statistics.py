@@ -1,4 +1,4 @@
-"""What the training rows tell a recipe before training: their centre, their scale, the direction of their sinks."""
+"""Statistics of the training rows that training starts from: centre, scale and sink direction."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from saegrid.data.store import Store
 
 
 class Estimates(NamedTuple):
-    """In the unit of the scaled rows x / scale."""
+    """Statistics of the training rows. `mean` is in the unit of the scaled rows x / scale."""
 
-    mean: Tensor  # (d_in,): where b_pre starts
+    mean: Tensor  # (d_in,): initial b_pre
     scale: float = 1.0
-    sink: Tensor | None = None  # (d_in,) of norm 1: from the ordinary rows' mean to the sinks'; None: nothing apart
-    limit: float = math.inf  # norm of a row as it is above which it is a sink
+    sink: Tensor | None = None  # (d_in,) of norm 1: from the ordinary rows' mean to the sinks'; None: not set apart
+    limit: float = math.inf  # unscaled norm above which a row is a sink
 
     def to_train_on(self, x: Tensor) -> Tensor:
-        """The rows x (N, d_in), as they are, but for sinks that are apart.
+        """The rows of x (N, d_in) to train on, unscaled: sinks that are set apart are dropped.
 
-        A sink that is not along `sink`, so that what is left of it is as large as a sink, has to be learnt.
+        Sinks that keep a sink-sized residual after removing `sink` stay in the training set.
         """
         if self.sink is None:
             return x
@@ -34,9 +34,9 @@ class Estimates(NamedTuple):
 
 
 def estimate(config: RunConfig, store: Store) -> Estimates:
-    """What the run's choices need.
+    """Estimate the statistics that the run's settings need.
 
-    The same store and config give the same numbers, so that a resumed run goes on with its own.
+    The same store and config give the same numbers, so a resumed run continues with the same ones.
     """
     if config.b_pre_init != "centre" and config.act_scale == "none" and config.sinks == "keep":
         return Estimates(store.mean)

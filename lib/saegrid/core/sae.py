@@ -1,6 +1,6 @@
-"""The architectures: one class each, its docstring the equation.
+"""One class per architecture; its docstring gives the equation.
 
-All share one encoder and decoder (`kernels.reference` has the formulas) and differ in what their code keeps.
+All share one encoder and decoder (`kernels.reference` has the formulas) and differ in what the code keeps.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from saegrid.kernels.state import Codes, Params, Rule
 
 
 class SAE(nn.Module):
-    """A sparse autoencoder with tied centre `b_pre`: pre = (x - b_pre) W_encᵀ + b_enc, x_hat = z W_dec + b_dec + b_pre.
+    """A sparse autoencoder with one centre `b_pre`: pre = (x - b_pre) W_encᵀ + b_enc, x_hat = z W_dec + b_dec + b_pre.
 
     Args:
         d_in: width of the activations.
         d_sae: number of latents.
-        k: latents a row (TopK) or a row on average (all others, but a JumpReLU whose threshold was given).
-        threshold: JumpReLU's theta, in the activations' unit, where all latents have one.
-        inference_threshold: scalar cut that BatchTopK uses once calibrated; None: it cuts per batch.
-        theta: JumpReLU's and Gated's thetas (d_sae,), at least 0, where each latent has its own.
+        k: latents per row (TopK), or per row on average (all others, except a JumpReLU with a given `threshold`).
+        threshold: JumpReLU's theta, in the activations' unit, if all latents share one.
+        inference_threshold: BatchTopK's calibrated scalar cut; None: it cuts per batch.
+        theta: JumpReLU's or Gated's thetas (d_sae,), at least 0, if each latent has its own.
     """
 
     l0_is_free = False
-    """Whether nothing after training brings L0 to `k`: training then aims at it, and the last epoch counts."""
+    """True: no step after training sets L0 to `k`, so training aims at `k`, and the last epoch's weights are kept."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class SAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_in), requires_grad=False)
         self.b_pre = nn.Parameter(torch.zeros(d_in), requires_grad=False)
         self.theta = nn.Parameter(torch.zeros(0) if theta is None else theta, requires_grad=False)
-        self.gain = nn.Parameter(torch.zeros(0), requires_grad=False)  # Gated's, while it is trained
+        self.gain = nn.Parameter(torch.zeros(0), requires_grad=False)  # only Gated has it, in training
 
     @property
     def arch(self) -> str:
@@ -57,7 +57,7 @@ class SAE(nn.Module):
 
     @property
     def device(self) -> str:
-        """Where the weights lie: "cpu" or "cuda"."""
+        """Device of the weights: "cpu" or "cuda"."""
         return self.b_pre.device.type
 
     @property
@@ -67,27 +67,27 @@ class SAE(nn.Module):
 
     @property
     def training_rule(self) -> Rule:
-        """What a code keeps during training."""
+        """Which pre-activations a code keeps during training."""
         raise NotImplementedError
 
     @property
     def rule(self) -> Rule:
-        """What a code keeps in use: the same as in training, unless a class says otherwise."""
+        """Which pre-activations a code keeps at inference: as in training, unless a class overrides it."""
         return self.training_rule
 
     def trained_form(self, params: Params) -> tuple[Params, Rule]:
-        """Weights and rule that encode validation rows during training, for weights in their form for training."""
+        """Weights and rule that encode validation rows during training; `params` are in their training form."""
         return params, self.training_rule
 
     def finish(self) -> None:
-        """Turn the SAE from its form for training into that for use, in place."""
+        """Turn the SAE from its training form into its inference form, in place."""
 
     def codes(self, x: Tensor, kernel: Kernel = reference) -> Codes:
         """Sparse codes of the rows x (N, d_in)."""
         return kernel.encode(self.params, x, self.rule)
 
     def encode(self, x: Tensor) -> Tensor:
-        """latent_acts (..., d_sae) of x (..., d_in). BatchTopK without a threshold cuts over all leading rows."""
+        """latent_acts (..., d_sae) of x (..., d_in). BatchTopK without a calibrated cut cuts over all rows."""
         codes = self.codes(x.reshape(-1, self.d_in).float())
         return reference.dense(codes, self.d_sae).reshape(*x.shape[:-1], self.d_sae)
 
@@ -111,7 +111,7 @@ class TopK(SAE):
 class BatchTopK(SAE):
     """z = ReLU of the int(N k) largest pre-activations of a batch of N rows, 0 elsewhere (arXiv:2412.06410).
 
-    In use, a scalar threshold calibrated on held-out rows gives each row the same code in any batch.
+    At inference, a scalar cut calibrated on held-out rows gives each row the same code in any batch.
     """
 
     @property
@@ -126,17 +126,17 @@ class BatchTopK(SAE):
 
 
 class Matryoshka(BatchTopK):
-    """BatchTopK whose first m latents are a dictionary too, for each prefix m in training (arXiv:2503.17547).
+    """BatchTopK trained so that, for each prefix m, its first m latents are a dictionary too (arXiv:2503.17547).
 
-    In use it is a BatchTopK; its latents stand in the order of what they are worth.
+    At inference it is a BatchTopK with its latents in order of importance.
     """
 
 
 class JumpReLU(SAE):
     """z = pre where pre > theta, 0 elsewhere (arXiv:2407.14435).
 
-    One theta for all latents stays as it is given (the published runs). With one a latent, training moves them, by
-    straight-through gradients, to where k latents a row are active on average.
+    A single theta for all latents stays as given (the published sweep). One theta per latent is trained, by
+    straight-through gradients, until k latents per row are active on average.
     """
 
     @property
@@ -145,10 +145,10 @@ class JumpReLU(SAE):
 
 
 class ReLU(JumpReLU):
-    """z = ReLU(pre), under an L1 penalty whose weight is moved so that about k latents a held-out row are active.
+    """z = ReLU(pre), with an L1 penalty whose weight is adapted until about k latents per held-out row are active.
 
-    The baseline, a JumpReLU with a theta of 0. In training, the loss has l1 / d_in times the mean over rows of Σ z
-    besides, for decoder rows of unit norm (arXiv:2309.08600).
+    The baseline: a JumpReLU with a theta of 0. Its training loss adds l1 / d_in times the mean over rows of Σ z, for
+    decoder rows of unit norm (arXiv:2309.08600).
     """
 
     l0_is_free = True
@@ -165,8 +165,8 @@ class ReLU(JumpReLU):
 class Gated(JumpReLU):
     """z = ReLU(exp(gain) pre + theta) where pre > 0, 0 elsewhere: gate and magnitude of one encoder (arXiv:2404.16014).
 
-    L1 presses on the gates alone, so that it shrinks no magnitude; its weight is moved so that k latents a row are
-    active. `finish` folds the two into one: in use it is a JumpReLU with one theta a latent.
+    The L1 penalty acts on the gates alone, so it shrinks no magnitude; its weight is adapted until k latents per row
+    are active. `finish` folds gate and magnitude into one: at inference it is a JumpReLU with one theta per latent.
     """
 
     @property
@@ -193,12 +193,12 @@ SAE_CLASSES: dict[str, type[SAE]] = {cls.__name__: cls for cls in (TopK, BatchTo
 def initial_sae(config: RunConfig, d_in: int, mean: Tensor, sink: Tensor | None = None) -> SAE:
     """The SAE at the start of training, from the run's seed.
 
-    Encoder and decoder start as torch's `nn.Linear` does (Kaiming uniform, a = √5: U(±1/√fan_in), biases too), the
-    decoder's rows then set to unit norm. `encoder_init="decoder"` starts the encoder at the decoder, biases at 0.
+    Encoder and decoder are initialised as torch's `nn.Linear` (Kaiming uniform, a = √5: U(±1/√fan_in), biases too);
+    decoder rows are then set to unit norm. `encoder_init="decoder"` copies the decoder to the encoder, with biases 0.
 
     Args:
-        mean: where `b_pre` starts (d_in,), unless `b_pre_init` is "zero".
-        sink: direction of the attention sinks (d_in,), of norm 1, where two latents are to have it for themselves.
+        mean: initial `b_pre` (d_in,), unless `b_pre_init` is "zero".
+        sink: direction of the attention sinks (d_in,), of norm 1, if two latents are reserved for it.
     """
     d_sae = config.expansion * d_in
     theta = torch.zeros(d_sae) if config.trains_theta else None
@@ -228,7 +228,7 @@ def initial_sae(config: RunConfig, d_in: int, mean: Tensor, sink: Tensor | None 
 
 
 def fold_scale(sae: SAE, scale: float) -> None:
-    """Turn an SAE of rows x / scale into the same of rows x, in place: what carries the rows' unit is multiplied."""
+    """Turn an SAE for rows x / scale into one for rows x, in place: multiply biases and thresholds by `scale`."""
     for tensor in (sae.b_enc, sae.b_dec, sae.b_pre, sae.theta):
         tensor.data.mul_(scale)
     sae.threshold *= scale

@@ -1,7 +1,7 @@
 """The splice evaluator: put x_hat in place of the residual stream and read the model's next-token loss.
 
-What does not depend on the SAE — the prefix up to the hooked block, and the clean, zero and mean passes — runs once
-per store (`Baseline`) and is shared by every SAE of a grid; an SAE costs one pass through the blocks behind it.
+The prefix up to the hooked block and the reference passes (clean, zero and mean) do not depend on the SAE: they run
+once per store (`Baseline`) for all SAEs of a grid. Each SAE costs one pass through the blocks after the hooked one.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from saegrid.storage.atomic import write_bytes
 from saegrid.storage.checksums import read_bytes, read_sealed, write_sealed
 
 BATCH_TOKENS = 4096
-"""Padded tokens in one pass of the model."""
+"""Padded tokens per forward pass of the model."""
 HEAD_ROWS = 1024
-"""Rows through the unembedding at once: bounds the logits' memory."""
+"""Rows per call of the unembedding: bounds the logits' memory."""
 SUMS = ["prompt", "template", "n_tokens", "ce_clean_sum", "ce_zero_sum", "ce_mean_sum"]
-"""Columns of a baseline's table."""
+"""Columns of `Baseline.sums`."""
 
 
 @dataclass
 class Baseline:
-    """The evaluation prompts, their residual stream at the hooked block, and their loss without any SAE."""
+    """The evaluation prompts, their residual stream at the hooked block, and their losses in the reference passes."""
 
     prompts: list[Prompt]
     x: list[Tensor]  # per prompt (T, d_in)
-    sums: pd.DataFrame  # a row for each prompt, with the columns `SUMS`
+    sums: pd.DataFrame  # one row per prompt, with the columns `SUMS`
 
 
 def scored_positions(prompt: Prompt) -> Tensor:
     """Positions that are replaced and whose next token is scored, (n,) int64.
 
-    All but the last (no token follows it) and but a chat prefix that every prompt shares, of which only position 0
-    (the attention sink) stays. One mask for the clean, spliced, zero and mean passes.
+    All positions except the last (no token follows it) and a chat prefix that every prompt shares, of which only
+    position 0 (the attention sink) is kept. The clean, spliced, zero and mean passes use the same positions.
     """
     scored = [position for position in prompt.positions if position < len(prompt.tokens) - 1]
     return torch.tensor(scored, dtype=torch.int64)
 
 
 def make_baseline(lm: LM, prompts: list[Prompt], layer: int, mean: Tensor) -> Baseline:
-    """Run the shared passes. `mean` (d_in,) is the training rows' mean."""
+    """Run the reference passes. `mean` (d_in,) is the training rows' mean."""
     x: list[Tensor] = [torch.empty(0)] * len(prompts)
     for indices, ids, mask in padded_batches([prompt.tokens for prompt in prompts], BATCH_TOKENS):
         hidden = hidden_at(lm, ids, mask, layer)
@@ -77,8 +77,8 @@ def splice(
     """Cross-entropy at each prompt's scored positions, (n,) float64, in nats.
 
     Args:
-        x: residual stream behind block `layer` of each prompt, (T, d_in).
-        replace: maps the rows at the scored positions (n, d_in) to those put in their place; called once per batch.
+        x: residual stream of each prompt after block `layer`, (T, d_in).
+        replace: maps the rows at the scored positions (n, d_in) to their replacements; called once per batch.
     """
     found: list[Tensor] = [torch.empty(0)] * len(prompts)
     for indices, ids, mask in padded_batches([prompt.tokens for prompt in prompts], BATCH_TOKENS):
@@ -97,7 +97,7 @@ def splice(
 
 
 def evaluate(lm: LM, baseline: Baseline, layer: int, replace: Callable[[Tensor], Tensor]) -> pd.DataFrame:
-    """Per-prompt sums of all four passes: the baseline's columns and `ce_spliced_sum`."""
+    """Per-prompt loss sums of all four passes: the columns `SUMS` and `ce_spliced_sum`."""
     losses = splice(lm, baseline.prompts, baseline.x, layer, replace)
     return baseline.sums.assign(ce_spliced_sum=[of_prompt.sum().item() for of_prompt in losses])
 
@@ -109,7 +109,7 @@ def mean_losses(sums: pd.DataFrame) -> dict[str, float]:
 
 
 def save_baseline(baseline: Baseline, folder: Path, data_sha256: str = "") -> None:
-    """Write `baseline.safetensors` and then `baseline.json` into the folder of the store with these rows."""
+    """Write `baseline.safetensors`, then `baseline.json`, into a store's folder; `data_sha256`: hash of its rows."""
     content = save({"x": torch.cat(baseline.x)})
     write_bytes(folder / "baseline.safetensors", content)
     prompts = [{"tokens": p.tokens, "template": p.template, "prefix": p.prefix} for p in baseline.prompts]
@@ -118,10 +118,10 @@ def save_baseline(baseline: Baseline, folder: Path, data_sha256: str = "") -> No
 
 
 def load_baseline(folder: Path, data_sha256: str = "") -> Baseline | None:
-    """The baseline of a store (of the one with these rows, where they are given); None where it has not been made.
+    """Load a store's baseline, checked against `data_sha256` if that is given; None if it has not been made.
 
     Raises:
-        StoreError: it is damaged, or another store's.
+        StoreError: the baseline is damaged, or belongs to another store.
     """
     path, weights = folder / "baseline.json", folder / "baseline.safetensors"
     if not path.exists():

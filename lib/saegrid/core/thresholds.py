@@ -1,4 +1,4 @@
-"""Thresholds from rows: where they start, and what makes L0 equal K on held-out rows."""
+"""Thresholds from rows: initial thetas, and cuts that make L0 equal K on held-out rows."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from saegrid.kernels import Kernel
 from saegrid.kernels.state import Params, Rule
 
 CALIBRATION_ROWS = 65_536
-"""At most so many validation rows set a threshold."""
+"""Most validation rows that a calibration uses."""
 TINY = 1e-6
 
 
 def calibrated_threshold(sae: SAE, store: Store, batch_size: int, kernel: Kernel) -> float:
-    """The scalar above which `k` pre-activations a row lie, on average over validation rows (arXiv:2412.06410, §3).
+    """The scalar cut with `k` pre-activations per row above it, averaged over validation rows (arXiv:2412.06410, §3).
 
-    The middle between the last value kept and the first one left out, so that rounding moves no latent over the cut;
-    0 where fewer are positive.
+    Midpoint of the last value kept and the first one dropped, so that rounding moves no latent across the cut; 0 if
+    fewer are positive.
     """
     spare = 2  # a batch's own cut must lie below the cut over all batches
     while True:
@@ -29,7 +29,7 @@ def calibrated_threshold(sae: SAE, store: Store, batch_size: int, kernel: Kernel
         values = torch.cat([values for _, values in batches])
         if count >= len(values):
             return 0.0
-        cut = values.kthvalue(len(values) - count).values.item()  # the largest value left out
+        cut = values.kthvalue(len(values) - count).values.item()  # the largest value dropped
         complete = (len(kept) < rows * spare * sae.k or kept.min().item() <= cut for rows, kept in batches)
         if all(complete) or spare * sae.k >= sae.d_sae:
             return (cut + values.kthvalue(len(values) - count + 1).values.item()) / 2
@@ -37,7 +37,7 @@ def calibrated_threshold(sae: SAE, store: Store, batch_size: int, kernel: Kernel
 
 
 def _held_out_values(sae: SAE, store: Store, batch_size: int, kernel: Kernel, k: int) -> list[tuple[int, Tensor]]:
-    """(rows, kept pre-activations) of validation batches that keep `k` a row."""
+    """(row count, kept pre-activations) of each validation batch, which keeps `k` per row on average."""
     kept, rows = [], 0
     for x in store.batches("val", batch_size, device=sae.device):
         x = x[: CALIBRATION_ROWS - rows]
@@ -51,13 +51,13 @@ def _held_out_values(sae: SAE, store: Store, batch_size: int, kernel: Kernel, k:
 def calibrated_factor(
     params: Params, k: int, store: Store, batch_size: int, kernel: Kernel, scale: float = 1.0
 ) -> float:
-    """What all thetas are to be multiplied by, so that `k` latents a row are active on average over validation rows.
+    """Factor on all thetas that makes `k` latents per row active, averaged over validation rows.
 
-    The middle between the ratios pre / theta of the last pair kept and of the first one left out. A latent without a
-    threshold (theta 0) keeps all that is positive; where those alone are k a row or more, the factor is 1.
+    Midpoint of the ratios pre / theta of the last pair kept and the first one dropped. A latent with theta 0 keeps
+    every positive pre-activation; if these alone are k per row or more, the factor is 1.
 
     Args:
-        scale: of the rows x / scale that the weights are for.
+        scale: the weights are for rows x / scale.
     """
     share = 1.0
     while True:
@@ -78,24 +78,24 @@ def calibrated_factor(
         if count < len(ratio):
             kept = ratio.topk(count + 1, sorted=True).values
             return ((kept[-2] + kept[-1]) / 2).item()
-        if share < TINY:  # fewer pairs are positive
+        if share < TINY:  # fewer than `count` pairs are positive
             return share
         share /= 2
 
 
 def start_of_theta(params: Params, x: Tensor, k: int) -> float:
-    """The cut that leaves `k` pre-activations a row above it, on average over rows x (N, d_in) without sinks."""
+    """Initial theta: `k` pre-activations per row lie above it, averaged over rows x (N, d_in) without sinks."""
     x = ordinary(x)
     pre = torch.addmm(params.b_enc, x - params.b_pre, params.W_enc.T).flatten()
     return max(pre.topk(min(len(x) * k, len(pre)), sorted=False).values.min().item(), TINY)
 
 
 def rms_pre_acts(params: Params, x: Tensor) -> float:
-    """Root mean square of the pre-activations of rows x (N, d_in), attention sinks left out: the unit of "rms"."""
+    """Root mean square of the pre-activations of rows x (N, d_in) without attention sinks: the unit of "rms"."""
     x = ordinary(x)
     return torch.addmm(params.b_enc, x - params.b_pre, params.W_enc.T).double().square().mean().sqrt().item()
 
 
 def ordinary(x: Tensor) -> Tensor:
-    """The rows of x (N, d_in) that are no attention sinks."""
+    """The rows of x (N, d_in) that are not attention sinks."""
     return x[x.norm(dim=1) <= sink_norm([x])]

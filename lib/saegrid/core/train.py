@@ -27,27 +27,27 @@ from saegrid.storage.atomic import write_text
 
 CHECKPOINT = "checkpoint.safetensors"
 DECAY = 0.2
-"""Share of the steps, at the end, in which a "linear" learning rate falls."""
+"""Last share of the steps, over which a "linear" learning rate falls."""
 LARGEST_AIM = 4.0
-"""ReLU is trained for K times or by this at most, whatever an epoch's rows say."""
+"""`Progress.aim` is clipped to the range from 1 / this to this."""
 CHECK_STEPS = 100
-"""On a GPU the loss is read back, and held to be finite, after so many steps: each look waits for the device."""
+"""On a GPU, steps between two reads of the loss, which must be finite: each read waits for the device."""
 
 
 @dataclass
 class Progress:
-    """Where training stands: all that a checkpoint holds."""
+    """State of a training: all that a checkpoint holds."""
 
     state: TrainState
     best: Params
     epoch: int = 0
     batch: int = 0  # batches of this epoch already taken
     sq_error: float | Tensor = 0.0  # of this epoch so far; on the device until it is read
-    rows: int = 0  # of this epoch that steps have taken so far
-    active: int | Tensor = 0  # pairs of row and latent of this epoch so far
+    rows: int = 0  # of this epoch that steps have used so far
+    active: int | Tensor = 0  # active (row, latent) pairs of this epoch so far
     best_val_mse: float = math.inf
     best_epoch: int = -1
-    aim: float = 1.0  # L0 of training rows by that of held-out rows: ReLU is trained for so many times K
+    aim: float = 1.0  # ratio of training L0 to held-out L0: ReLU's training aims at aim * K
     curve: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0  # of training, over all resumes
     _since: float = field(default_factory=time.perf_counter)
@@ -60,7 +60,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Run:
-    """What all epochs of a training share."""
+    """What all epochs of a run share."""
 
     config: RunConfig
     store: Store
@@ -85,25 +85,25 @@ def train(
     report: Callable[[int], None] = lambda rows: None,
     device: str = "cpu",
 ) -> tuple[SAE, Progress]:
-    """Train one SAE, from the run's last checkpoint where there is one.
+    """Train one SAE, resuming from the run's last checkpoint if there is one.
 
-    Adam, the learning rate set per step; mean squared error; unit-norm decoder rows after each step; the weights of
-    the epoch with the lowest validation MSE are kept (with the training rule: BatchTopK cuts each validation batch), of
-    ReLU, whose L0 is free, those of the last.
-    BatchTopK's scalar threshold, or what trained thetas are multiplied by, is then calibrated on validation rows. With
-    `act_scale` all of this, checkpoints too, is in the units of the scaled rows, and the scale is folded into the
-    weights at the end, as Gated's two encoders are into one. With sinks apart, no step sees a sink.
+    Each step runs Adam on the mean squared error, with a learning rate per step, and resets decoder rows to unit norm.
+    The weights of the epoch with the lowest validation MSE are kept; validation uses the training rule (BatchTopK cuts
+    each validation batch). ReLU, whose L0 is free, keeps those of the last epoch.
+    BatchTopK's cut, or the factor on trained thetas, is then calibrated on validation rows. With `act_scale`,
+    everything, checkpoints included, is in the units of the scaled rows, and the scale is folded into the weights at
+    the end; so are Gated's two encoders into one. With sinks apart, no step sees the sinks that are set apart.
 
     Args:
-        report: called with the number of rows of each batch, and once with those done before a resume.
-        device: where the kernel works (`kernels.device`), and where the SAE lies afterwards.
+        report: called with the row count of each batch, and once with the rows done before a resume.
+        device: device of the kernel (`kernels.device`) and of the returned SAE.
 
     Returns:
-        The SAE at its best epoch, and the learning curve with what else the loop knows.
+        The SAE with the kept weights, and the loop's final state with the learning curve.
 
     Raises:
-        SaegridError: the loss is no longer finite; the message names the step, or on a GPU the steps.
-        ConfigError: a batch is larger than the training rows.
+        SaegridError: the loss is no longer finite; the message names the step, or on a GPU the range of steps.
+        ConfigError: `batch_size` is larger than the number of training rows.
     """
     if config.batch_size > store.n_train:
         raise ConfigError(f"batch_size = {config.batch_size}: at most the {store.n_train} training rows")
@@ -145,7 +145,7 @@ def train(
 
 
 def _resumed(path: Path, sae: SAE, run_id: str, data_sha256: str) -> Progress | None:
-    """The run's checkpoint; a damaged one is named and dropped, and the run starts again."""
+    """Load the run's checkpoint; report and delete a damaged one, so that the run starts again."""
     try:
         return load_checkpoint(path, sae, run_id, data_sha256)
     except DamagedError as error:
@@ -155,7 +155,7 @@ def _resumed(path: Path, sae: SAE, run_id: str, data_sha256: str) -> Progress | 
 
 
 def learning_rate(config: RunConfig, step: int, steps: int) -> float:
-    """Rises over the first `warmup` of the steps, ends at `lr * lr_final`; between, `lr_schedule` says."""
+    """Learning rate: rises over the first `warmup` share of steps, then follows `lr_schedule` to `lr * lr_final`."""
     floor = config.lr * config.lr_final
     if config.lr_schedule == "cosine":
         share = 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -166,7 +166,7 @@ def learning_rate(config: RunConfig, step: int, steps: int) -> float:
 
 
 def _epoch(run: _Run, progress: Progress) -> None:
-    """Train on the rows of an epoch that no step has seen yet."""
+    """Train on the remaining rows of the epoch."""
     config, store, sae, found = run.config, run.store, run.sae, run.found
     state, seen = progress.state, progress.state.step
     settings = step_settings(config, store, run.matmul)._replace(sink=found.sink)
@@ -199,7 +199,7 @@ def _epoch(run: _Run, progress: Progress) -> None:
 
 
 def step_settings(config: RunConfig, store: Store, matmul: str) -> StepSettings:
-    """What all steps of a run share."""
+    """Settings that all steps of a run share."""
     d_sae = config.expansion * store.d_in
     return StepSettings(
         config.lr,
@@ -219,7 +219,7 @@ def step_settings(config: RunConfig, store: Store, matmul: str) -> StepSettings:
 
 
 def _read_loss(config: RunConfig, progress: Progress, seen: int) -> None:
-    """Wait for the device's sums, and hold the loss of all steps behind step `seen` to be finite."""
+    """Read the device's sums, and check that the loss of all steps after step `seen` is finite."""
     progress.sq_error, progress.active = float(progress.sq_error), int(progress.active)
     if not math.isfinite(progress.sq_error):
         step = progress.state.step
@@ -228,7 +228,7 @@ def _read_loss(config: RunConfig, progress: Progress, seen: int) -> None:
 
 
 def _validate(run: _Run, progress: Progress) -> None:
-    """Close the epoch: validation MSE with the training rule, the learning curve, the best weights."""
+    """End an epoch: compute validation MSE with the training rule, extend the learning curve, keep the best weights."""
     config, store, kernel, sae, scale = run.config, run.store, run.kernel, run.sae, run.found.scale
     params, rule = sae.trained_form(progress.state.params)
     if config.trains_theta:
@@ -263,7 +263,7 @@ def _validate(run: _Run, progress: Progress) -> None:
             "val_dead_pct": 100 * (~fired).double().mean().item(),
         }
     )
-    if val_mse < progress.best_val_mse or sae.l0_is_free:  # of a free L0 the lowest error is the densest's
+    if val_mse < progress.best_val_mse or sae.l0_is_free:  # with a free L0, the densest has the lowest error
         progress.best, progress.best_val_mse = _copy(progress.state.params), val_mse
         progress.best_epoch = progress.epoch
     progress.epoch, progress.batch = progress.epoch + 1, 0
@@ -271,7 +271,7 @@ def _validate(run: _Run, progress: Progress) -> None:
 
 
 def save_checkpoint(path: Path, progress: Progress, run_id: str, data_sha256: str) -> None:
-    """Write all of `progress`. Raises `DiskError`; the checkpoint before it is then unchanged."""
+    """Write all of `progress`. Raises `DiskError`; the previous checkpoint is then unchanged."""
     progress.lap()
     state = progress.state
     parts = {"weights": state.params, "m": state.m, "v": state.v, "best": progress.best}
@@ -282,15 +282,15 @@ def save_checkpoint(path: Path, progress: Progress, run_id: str, data_sha256: st
 
 
 def plain(progress: Progress) -> dict[str, Any]:
-    """What a checkpoint holds of `progress` besides tensors."""
+    """The fields of `progress` that a checkpoint holds besides tensors."""
     return {name: value for name, value in vars(progress).items() if name not in ("state", "best", "_since")}
 
 
 def load_checkpoint(path: Path, sae: SAE, run_id: str, data_sha256: str) -> Progress | None:
-    """The progress that a checkpoint holds, with the SAE's own tensors as weights; None where there is none.
+    """Load a checkpoint: its progress, with its weights copied into the SAE's tensors; None if there is no file.
 
     Raises:
-        DamagedError: the file is damaged, of another shape, another run's, or was trained on other rows.
+        DamagedError: the file is damaged, has other shapes, or belongs to another run or other rows.
     """
     if not path.exists():
         return None

@@ -1,6 +1,6 @@
-"""What a finished run left in its folder, each file held against its recorded hash: free of torch.
+"""Read a finished run's folder, each file checked against its recorded hash. Does not import torch.
 
-Nothing is parsed back from a file name or a log: every number of a run comes from its `metrics.json`.
+Every number of a run comes from its `metrics.json`, none from a file name or a log.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ METRICS = [
 """Numbers that every run must have; a row without one stops the tables."""
 YOUNGER_NUMBERS = ["l0_no_sink", "dead_pct_no_sink", "fvu_eval"]
 OPTIONAL = ["inference_threshold", "theta_over_rms", *YOUNGER_NUMBERS]
-"""Numbers that only some architectures, or only younger tables, have."""
+"""Numbers that only some architectures, or only newer tables, have."""
 HASHES = ["data_sha256", "model_sha256", "weights_sha256"]
 TEXT = ["run_id", "name", "store_id", *HASHES, "code_version", "torch_version"]
 TIDY = ["run_id", "name", *PARAMETERS, *COUNTS, *OPTIONAL, *METRICS, *TEXT[2:]]
 RUN_FILES = ["metrics.jsonl", "latents.csv", "positions.csv", "prompts.csv"]
 """Files of a run, besides `metrics.json`, that the report reads."""
 NOTEBOOK = "train.ipynb"
-"""A run's executed notebook, in its folder; the workflow puts it there."""
+"""A run's executed notebook, which the workflow puts into its folder."""
 SET_ASIDE = "metrics.json.aside"
-"""A whole run's metrics whose notebook is to be executed again; the run takes them back."""
+"""Metrics of a complete run, set aside until its notebook is executed again, which restores them."""
 MEND = "`python -m saegrid mend GRID` drops it, and the next run makes it again"
 _HEX = re.compile(r"[0-9a-f]{8,64}")
 
 
 @contextlib.contextmanager
 def advising(advice: str = MEND) -> Iterator[None]:
-    """A damaged file inside this block is told with what to do about it."""
+    """Turn a `DamagedError` inside this block into a `ResultsError` that says what to do."""
     try:
         yield
     except DamagedError as error:
@@ -54,14 +54,14 @@ def advising(advice: str = MEND) -> Iterator[None]:
 
 
 def load_run(run_dir: str | Path, run_id: str = "") -> dict[str, Any]:
-    """The tidy row of one run: its `metrics.json`, checked, and all of its files held against `SHA256SUMS`.
+    """The tidy row of one run, from its `metrics.json`; all of the run's files are checked against `SHA256SUMS`.
 
     Args:
-        run_id: whose results they must be.
+        run_id: the run that the results must belong to.
 
     Raises:
-        ResultsError: the file is missing or no JSON object, a column is missing, a metric is no finite number, a
-            hash is none, it is another run's, or a file is not what the run left.
+        ResultsError: the file is missing or not a JSON object, a column is missing, a metric is not a finite number,
+            a hash is invalid, the results are another run's, or a file has changed since the run.
     """
     path = Path(run_dir) / "metrics.json"
     row = YOUNGER | dict.fromkeys(YOUNGER_NUMBERS) | _read_json(path)
@@ -82,16 +82,16 @@ def load_run(run_dir: str | Path, run_id: str = "") -> dict[str, Any]:
 
 
 def check_run(run_dir: str | Path, run_id: str) -> None:
-    """Hold all of a finished run's files against what it recorded, its times too. Raises `ResultsError`."""
+    """Check all of a finished run's files, its times too, against what it recorded. Raises `ResultsError`."""
     load_run(run_dir, run_id)
     _timing(Path(run_dir) / "timing.json", run_id)
 
 
 def load_config(run_dir: str | Path, run_id: str, **places: str) -> RunConfig:
-    """The config that a run began with, kernel, precision and threads chosen; `places` are where its folders are now.
+    """The config that a run started with, with its chosen kernel, precision and threads; `places`: its current folders.
 
     Raises:
-        DamagedError: the file is missing, not as it was written, or another run's.
+        DamagedError: the file is missing, has changed, or belongs to another run.
     """
     path = Path(run_dir) / "config.json"
     recorded = read_sealed(path)
@@ -116,7 +116,7 @@ def load_positions(df: pd.DataFrame, runs_dir: str | Path) -> pd.DataFrame:
 
 
 def load_curves(df: pd.DataFrame, runs_dir: str | Path) -> pd.DataFrame:
-    """Learning curves of all runs of `df`, long-form: one row an epoch."""
+    """Learning curves of all runs of `df`, long-form: one row per epoch."""
     frames = []
     for run_id, path in _files(df, runs_dir, "metrics.jsonl"):
         with advising():
@@ -126,7 +126,7 @@ def load_curves(df: pd.DataFrame, runs_dir: str | Path) -> pd.DataFrame:
 
 
 def load_timing(df: pd.DataFrame, runs_dir: str | Path) -> pd.DataFrame:
-    """Seconds, rows/s and machine of all runs of `df`: one row a run."""
+    """Seconds, rows/s and machine of all runs of `df`: one row per run."""
     rows = [_timing(path, run_id) for run_id, path in _files(df, runs_dir, "timing.json")]
     return _with_axes(pd.DataFrame(rows), df)
 
@@ -149,7 +149,7 @@ def _timing(path: Path, run_id: str) -> dict[str, Any]:
 def _is_finite(value: Any) -> bool:
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer beyond every float
+    except OverflowError:  # an integer too large for a float
         return False
 
 

@@ -1,7 +1,7 @@
 """What an SAE's latents respond to and what they write, from a finished run: the content of the latents page.
 
-Everything is computed on the activation store's validation rows, whose tokens, positions and prompts are stored
-beside them, and on the run's own weights. Needs torch and the language model; the page itself needs neither.
+Everything is computed from the run's weights and the activation store's validation rows, whose tokens, positions and
+prompts are stored with them. Needs torch and the language model; the page itself needs neither.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from saegrid.formats.run_folder import load_folder
 SAMPLE = 240
 """Latents on the page."""
 BINS = 12
-"""Equal steps of log firing frequency, from which the sample takes alike."""
+"""Equal bins of log firing frequency, from each of which the sample takes the same number."""
 CONTEXTS = 8
 BEFORE, AFTER = 20, 8
-"""Tokens of a context before and behind the one where the latent fires most."""
+"""Context tokens before and after the one where the latent fires most."""
 TOKENS, NEIGHBOURS = 10, 5
 BATCH_ROWS = 2048
 
@@ -86,7 +86,7 @@ def sample(fired: np.ndarray, size: int = SAMPLE) -> np.ndarray:
 
 @torch.inference_mode()
 def activations(sae: SAE, store: Store, chosen: np.ndarray) -> Tensor:
-    """latent_acts of the chosen latents on the validation rows, (n_val, len(chosen)), by the rule of use."""
+    """latent_acts of the chosen latents on the validation rows, (n_val, len(chosen)), by the inference rule."""
     column = torch.full((sae.d_sae,), -1)
     column[torch.from_numpy(chosen)] = torch.arange(len(chosen))
     acts = torch.zeros(store.n_val, len(chosen))
@@ -102,11 +102,11 @@ def activations(sae: SAE, store: Store, chosen: np.ndarray) -> Tensor:
 
 
 def contexts(acts: np.ndarray, meta: dict[str, np.ndarray], tokens: Tokens) -> list[dict[str, Any]]:
-    """Where a latent fires most: at most one context a prompt, none whose last five tokens are another's.
+    """Contexts where a latent fires most: at most one per prompt, no two with the same five tokens up to the peak.
 
     Args:
         acts: the latent's activation on each validation row, (n_val,).
-        meta: `token_ids`, `positions`, `prompts` of the rows; -1 where the tokens are not known: no contexts then.
+        meta: `token_ids`, `positions`, `prompts` of the rows; token id -1: unknown, gives no contexts.
     """
     ids, prompts, positions = meta["token_ids"], meta["prompts"], meta["positions"]
     found: list[dict[str, Any]] = []
@@ -130,10 +130,10 @@ def contexts(acts: np.ndarray, meta: dict[str, np.ndarray], tokens: Tokens) -> l
 
 @torch.inference_mode()
 def unembed(lm: LM, directions: Tensor) -> Tensor:
-    """What the head reads from directions (n, d_in) alone: logits (n, vocabulary), centred over the vocabulary.
+    """Logits (n, vocabulary) of directions (n, d_in) alone, centred over the vocabulary.
 
-    A direction goes through the final norm (its scale, and its centring where it has one) and the head; what the two
-    make of a zero vector is taken off. The blocks between the hook and the end are left out: the direct path only.
+    A direction passes through the final norm (its scale, and its centring if it has one) and the head; the logits of a
+    zero vector are subtracted. The blocks after the hook are skipped: this is the direct path only.
     """
     zero = torch.zeros_like(directions[:1])
     size = min(64, lm.max_positions or 64)
@@ -150,7 +150,7 @@ def unembed(lm: LM, directions: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def neighbours(w_dec: Tensor, chosen: np.ndarray) -> list[list[tuple[int, float]]]:
-    """The latents whose decoder directions have the largest cosine with each chosen one's: (latent, cosine)."""
+    """For each chosen latent, those whose decoder directions have the largest cosine with its own: (latent, cosine)."""
     unit = w_dec / w_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
     cosines = unit[chosen] @ unit.T  # (n, d_sae)
     cosines[torch.arange(len(chosen)), torch.from_numpy(chosen)] = -2.0
@@ -162,7 +162,7 @@ def neighbours(w_dec: Tensor, chosen: np.ndarray) -> list[list[tuple[int, float]
 
 
 class Tokens(dict):
-    """Token id to its text, a leading space kept as the tokenizer means it."""
+    """Maps a token id to its text, with the leading space that the tokenizer means."""
 
     def __init__(self, tokenizer: Any):
         super().__init__()

@@ -1,9 +1,9 @@
-"""Find what is damaged or outdated in a grid's stores, runs and tables, and drop its commit marker: the next run makes
-it again.
+"""Find damaged or outdated stores, runs and tables of a grid, and delete their commit markers: the next run makes them
+again.
 
-A store counts once its `manifest.json` is there, its baseline by `baseline.json`, a run by `metrics.json`, the tables
-by `SHA256SUMS`; each states the SHA-256 of what belongs to it. A store is outdated when what it was made from has
-changed, a run when its store has. Free of torch, as every workflow begins with it.
+The commit marker of a store is `manifest.json`, of its baseline `baseline.json`, of a run `metrics.json`, of the tables
+`SHA256SUMS`; each states the SHA-256 of its files. A store is outdated when its sources have changed, a run when its
+store has. Does not import torch, because every workflow begins with it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from saegrid.storage.checksums import SUMS, check_sum, check_sums, file_sha256, 
 
 
 def mend(grid: Grid, root: str | Path = ".") -> list[str]:
-    """Drop what is damaged or outdated and not in use. Returns a line for each, in the order in which it was found.
+    """Drop what is damaged or outdated and not in use. Returns one line per finding, in order.
 
-    The metrics of runs whose store is made again are set aside: a run takes them back where the store comes out the
-    same.
+    The metrics of runs whose store is made again are set aside: a run restores them if the new store is the same.
     """
     root = Path(root)
     runs = {root / run.runs_dir / run.run_id: run for run in grid.runs()}
@@ -52,7 +51,7 @@ def mend(grid: Grid, root: str | Path = ".") -> list[str]:
 
 
 def _dropped(folder: Path, lock: Path | None, faults: Iterator[tuple[str, list[str]]]) -> list[str]:
-    """Remove the markers of what is at fault, unless another process holds the folder's lock."""
+    """Delete the markers of all faults, unless another process holds the folder's lock. Returns one line per fault."""
     if not folder.is_dir():
         return []
     lines = []
@@ -63,7 +62,7 @@ def _dropped(folder: Path, lock: Path | None, faults: Iterator[tuple[str, list[s
                     with disk_errors(folder / marker):
                         (folder / marker).unlink(missing_ok=True)
                 lines.append(f"{line}; it is made again")
-    except Timeout:  # at work: what it reads, it checks itself
+    except Timeout:  # in use, by a process that checks what it reads
         pass
     return lines
 
@@ -86,7 +85,7 @@ def _store_faults(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _changes(folder: Path, run: RunConfig) -> Iterator[tuple[str, list[str]]]:
-    """Whether what a whole store was made from has changed."""
+    """Whether the sources of a complete store have changed."""
     try:
         if (folder / "manifest.json").exists():
             check_sources(run, folder, read_sealed(folder / "manifest.json"))
@@ -95,7 +94,7 @@ def _changes(folder: Path, run: RunConfig) -> Iterator[tuple[str, list[str]]]:
 
 
 def _check_manifest(folder: Path) -> str:
-    """Hold a store's files against its manifest. Returns the hash of its rows."""
+    """Check a store's files against its manifest. Returns the hash of its rows."""
     content = read_manifest(folder)
     for entry in [*content["shards"]["train"], *content["shards"]["val"], content["mean"]]:
         path = folder / entry["file"]
@@ -105,7 +104,7 @@ def _check_manifest(folder: Path) -> str:
 
 
 def _check_made_of(path: Path, data_sha256: str) -> None:
-    """Hold a file that was made from a store's rows, and for the baseline its tensors, against their hashes."""
+    """Check the hashes of a file made from a store's rows and, for the baseline, of its tensors."""
     content = read_sealed(path)
     if content.get("data_sha256") != data_sha256:
         raise DamagedError(f"{path}: damaged (another store's)")
@@ -130,7 +129,7 @@ def _run_faults(folder: Path, run_id: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _set_aside(folder: Path, store: Path, outdated: bool) -> Iterator[tuple[str, list[str]]]:
-    """Set a finished run's metrics aside where its store is made again, or is not the one that it was made from."""
+    """Set a finished run's metrics aside if its store is made again, or is not the one that the run used."""
     if (folder / "metrics.json").exists():
         try:
             if outdated:
@@ -143,7 +142,7 @@ def _set_aside(folder: Path, store: Path, outdated: bool) -> Iterator[tuple[str,
 
 
 def _table_faults(folder: Path, again: bool) -> Iterator[tuple[str, list[str]]]:
-    """Damaged tables, or those of runs that are made again."""
+    """Tables that are damaged, or whose runs are made again."""
     if (folder / SUMS).exists():
         try:
             if again:

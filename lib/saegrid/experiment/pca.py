@@ -1,7 +1,7 @@
-"""Principal components in the place of an SAE: with as many coefficients as an SAE has active latents, what is lost?
+"""The PCA baseline: what is lost with as many principal components as an SAE has active latents?
 
-The components are those of the training rows, centred, and the same for every token, where an SAE chooses among its
-latents; the metrics are the SAEs' own, on the same held-out rows and prompts.
+The components are those of the centred training rows and the same for every token, while an SAE chooses its latents
+per token. Metrics, held-out rows and prompts are the same as for SAEs.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ BATCH = 4096
 
 
 def make(config: RunConfig, store: Store) -> None:
-    """Write the store's `pca.json`, unless it is there: a record for each number of `COMPONENTS`."""
+    """Write the store's `pca.json` unless it exists: one record for each number in `COMPONENTS`."""
     path = store.folder / "pca.json"
     try:
         if path.exists():
             made = read_sealed(path)
-            whole = all(set(COLUMNS) <= record.keys() for record in made["records"])  # else by an older version
+            whole = all(set(COLUMNS) <= record.keys() for record in made["records"])  # else an older version wrote it
             if whole and made["data_sha256"] == store.data_sha256:
                 return
     except (DamagedError, KeyError) as error:
@@ -41,7 +41,7 @@ def make(config: RunConfig, store: Store) -> None:
 
 
 def principal(store: Store) -> tuple[Tensor, Tensor]:
-    """Mean (d_in,) and principal directions (d_in, d_in), a row each, largest variance first, of the training rows."""
+    """The training rows' mean (d_in,) and principal directions (d_in, d_in), one per row, largest variance first."""
     total, products = 0.0, 0.0
     for x in store.batches("train", BATCH):
         x = x.double()
@@ -55,7 +55,7 @@ def _measured(config: RunConfig, store: Store, mean: Tensor, directions: Tensor)
     """FVU on the validation rows and losses on the prompts with only these directions (n, d_in) kept."""
 
     def replace(x: Tensor) -> Tensor:
-        x = x.to(mean.device)  # the language model's may be a GPU
+        x = x.to(mean.device)  # the language model may be on a GPU
         return (x - mean) @ directions.T @ directions + mean
 
     limit = sink_norm(store.batches("val", BATCH))

@@ -1,4 +1,4 @@
-"""What an SAE has to beat, as a table: PCA with as many components as an SAE has active latents. Free of torch."""
+"""Table of the PCA baseline, with as many components as an SAE has active latents. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ COLUMNS = ["store_id", "components", *MEASURES]
 
 
 def load(grid: Grid, root: str | Path = ".") -> pd.DataFrame:
-    """The records of the `pca.json` of each of the grid's stores; none for a store that has no such file.
+    """The `pca.json` records of all stores of a grid; none for a store without that file.
 
-    Raises `ResultsError` for one that is damaged or of an older form.
+    Raises `ResultsError` for a damaged file or one of an older version.
     """
     folders = {run.store_id: Path(root) / run.store_dir / run.store_id for run in grid.runs()}
     records = []
@@ -37,7 +37,7 @@ def load(grid: Grid, root: str | Path = ".") -> pd.DataFrame:
 
 
 def read(results_dir: str | Path) -> pd.DataFrame:
-    """Read `results_baselines.csv`; no rows where there is none. Raises `ResultsError` for a damaged one."""
+    """Read `results_baselines.csv`; no rows if it is missing. Raises `ResultsError` if it is damaged."""
     path = Path(results_dir) / FILE
     if not path.exists():
         return pd.DataFrame(columns=COLUMNS)

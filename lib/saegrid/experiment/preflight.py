@@ -1,4 +1,4 @@
-"""What can be wrong with a run is told before anything is loaded: its shape, its data, its memory. Free of torch."""
+"""Check a run before anything is loaded: its shape, its data, its memory. Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from saegrid.errors import ConfigError
 from saegrid.storage.hub_access import local_folder
 
 BASE = 700e6
-"""Bytes of Python with torch, transformers, numba and pandas, and what a language model's pass takes on the way."""
+"""Bytes of Python with torch, transformers, numba and pandas, and of a language model's forward pass."""
 STATES = 5
-"""Copies of the weights while training: themselves, Adam's two moments, the best epoch's, and the gradients."""
+"""Copies of the weights in training: the weights, Adam's two moments, the best epoch's weights, the gradients."""
 ROW_VALUES = 3
-"""Values per batch row and latent: pre-activations, and what selecting among them takes."""
+"""Values per batch row and latent: pre-activations, and the buffers to select among them."""
 
 
 def check(config: RunConfig) -> None:
-    """Hold a run against its model's shape, its rows, its dataset and the memory that is free. Raises `ConfigError`."""
+    """Check a run against its model's shape, its rows, its dataset and the free memory. Raises `ConfigError`."""
     d_in, n_layers = lm_shape(config)
     config.check_shape(d_in, n_layers)
     config.check_training()
@@ -32,7 +32,7 @@ def check(config: RunConfig) -> None:
 
 
 def check_chat(config: RunConfig) -> None:
-    """Whether a model on this machine has a chat template, where the run wants one. Raises `ConfigError`."""
+    """Check that a model on this machine has a chat template if the run needs one. Raises `ConfigError`."""
     folder = None if config.model.startswith("embedded:") else local_folder("model", config.model)
     if config.text != "chat" or not folder or (folder / "chat_template.jinja").exists():
         return
@@ -43,7 +43,7 @@ def check_chat(config: RunConfig) -> None:
 
 
 def check_fits(config: RunConfig, d_in: int) -> None:
-    """Hold what a run needs against the memory that is free. Raises `ConfigError` with both numbers."""
+    """Check that a run fits into the free memory. Raises `ConfigError` with both numbers."""
     needs, free = needed(config, d_in), available()
     if config.kernel != "cuda" and free is not None and needs > free:
         raise ConfigError(
@@ -53,7 +53,7 @@ def check_fits(config: RunConfig, d_in: int) -> None:
 
 
 def needed(config: RunConfig, d_in: int) -> int:
-    """Bytes that training holds at most, whatever the number of rows; the language model's weights are apart."""
+    """Peak bytes of training, for any number of rows, without the language model's weights."""
     d_sae = config.expansion * d_in
     weights = 4 * (2 * d_sae * d_in + d_sae + 2 * d_in)
     stored = {"float16": 2, "float32": 4}[config.act_dtype]
@@ -66,7 +66,7 @@ def needed(config: RunConfig, d_in: int) -> int:
 
 
 def available() -> int | None:
-    """Bytes that this process may still take: the machine's free memory, or its control group's; None: not known."""
+    """Bytes that this process may still take: the machine's or its control group's free memory; None: unknown."""
     found = []
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -76,7 +76,7 @@ def available() -> int | None:
         limit = int((group / "memory.max").read_text(encoding="ascii"))
         used = int((group / "memory.current").read_text(encoding="ascii"))
         facts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-        found.append(limit - used + int(facts["inactive_file"]))  # a cache that gives way
+        found.append(limit - used + int(facts["inactive_file"]))  # reclaimable cache
     if not found and hasattr(os, "sysconf"):
         with contextlib.suppress(OSError, ValueError):
             found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -1,4 +1,4 @@
-"""What a result was made by: the version of the code, and the machine."""
+"""Provenance of a result: the version of the code, and the machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import saegrid
 
 CODE = ("config", "core", "data", "experiment", "kernels")
-"""Folders whose change can change a run's result: the hash of their sources is the run's code version."""
+"""Folders whose sources can change a run's result: their hash is in the run's code version."""
 
 
 def code_version() -> str:
@@ -24,7 +24,7 @@ def code_version() -> str:
 
 
 def processor() -> str:
-    """Name of the processor, for the record of times."""
+    """Name of the processor, for the timing record."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The runs' metrics as one tidy table, a row a run, and the CSV files made of it: free of torch."""
+"""The runs' metrics as one tidy table, one row per run, and the CSV files made from it. Does not import torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TABLES = ["results.csv", "results_full.csv", "results_tidy.csv", "results_prompt
 
 
 def tidy(runs: Grid | Iterable[str], runs_dir: str | Path = "runs") -> pd.DataFrame:
-    """One row a run, in the order of `runs` (a grid, or run ids), with the columns `TIDY` and `source`.
+    """One row per run, in the order of `runs` (a grid, or run ids), with the columns `TIDY` and `source`.
 
     Raises `ResultsError` for the first run that has no complete metrics.
     """
@@ -52,9 +52,9 @@ def tidy(runs: Grid | Iterable[str], runs_dir: str | Path = "runs") -> pd.DataFr
 
 
 def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None) -> Path:
-    """Read all runs of a grid and write its CSV files. Returns the folder that they are in.
+    """Read all runs of a grid and write its CSV files. Returns their folder.
 
-    The executed notebooks, which nothing writes to any more, get their SHA-256 beside them.
+    Also writes the SHA-256 of each executed notebook, which is now final.
     """
     root = Path(root)
     runs_dir = root / (runs_dir or grid.runs_dir)
@@ -76,9 +76,9 @@ def write_tables(
 ) -> None:
     """Write `results.csv`, `results_full.csv` (both as published) and `results_tidy.csv` (every column).
 
-    The first has MSE, NMSE and dead latents of BatchTopK and TopK; the second all metrics of all architectures, the
-    field's own measures beside the published columns. Full precision; missing values are empty. `prompts` goes to
-    `results_prompts.csv`: the losses of each run on each prompt, from which the intervals follow; `baseline` to
+    The first has MSE, NMSE and dead latents of BatchTopK and TopK; the second all metrics of all architectures: the
+    published columns and the standard measures. Full precision; missing values are empty. `prompts` goes to
+    `results_prompts.csv`: each run's losses on each prompt, for the intervals; `baseline` goes to
     `results_baselines.csv` (`saegrid.experiment.pca_table`).
     """
     results_dir = Path(results_dir)
@@ -139,7 +139,7 @@ def read_prompts(results_dir: str | Path) -> pd.DataFrame:
 
 
 def typed(df: pd.DataFrame) -> pd.DataFrame:
-    """Whole numbers as such even where they may be missing; 0 means "not given" in `k` and `threshold`."""
+    """Set column types: whole numbers are integers, even if some are missing; a `k` or `threshold` of 0 is missing."""
     df = df.copy()
     for name in ["expansion", "seed", *COUNTS]:
         if name in df:

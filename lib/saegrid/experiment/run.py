@@ -40,7 +40,7 @@ from saegrid.storage.processes import die_with_papermill
 
 
 def prepare_store(config: RunConfig) -> Store:
-    """The activation store of a run, with the splice's baseline: made where missing, else opened and checked."""
+    """The activation store of a run, with the splice's `Baseline`: made if missing, else opened and checked."""
     config.check_shape(*lm_shape(config))
     folder = collect(config)
     with waiting_lock(folder / ".baseline.lock"):
@@ -58,7 +58,7 @@ def prepare_store(config: RunConfig) -> Store:
 
 
 def _check_varied(config: RunConfig, store: Store) -> None:
-    """Rows that are all alike have no variance to explain: a metric would be 0 / 0. Raises `StoreError`."""
+    """Raises `StoreError` if all rows are equal: without variance to explain, a metric would be 0 / 0."""
     for split, facts in store.manifest["statistics"].items():
         if not facts["sq_norm_centred"] > 1e-12 * facts["max_norm"] ** 2:
             name = "activations" if config.activations else f"{split}_tokens"
@@ -67,7 +67,7 @@ def _check_varied(config: RunConfig, store: Store) -> None:
 
 
 def _has_baseline(store: Store) -> bool:
-    """Whether a whole baseline of this store is there; a damaged one is named, and made again."""
+    """Whether the store has an intact baseline; a damaged one is reported, and made again."""
     try:
         return load_baseline(store.folder, store.data_sha256) is not None
     except StoreError as error:
@@ -76,13 +76,13 @@ def _has_baseline(store: Store) -> bool:
 
 
 class Run:
-    """A run and its folder `runs/<run_id>`, held under an exclusive lock.
+    """A run and its folder `runs/<run_id>`, under an exclusive lock.
 
-    A finished run is loaded, an interrupted one goes on from its last checkpoint with the kernel, precision and
-    thread count that it began with.
+    A finished run is loaded; an interrupted one resumes from its last checkpoint with its original kernel, precision
+    and thread count.
 
     Raises:
-        ConfigError: the kernel does not run here, or the run does not fit into memory.
+        ConfigError: the kernel does not run on this machine, or the run does not fit into memory.
         DiskError: its folder can't be written to.
     """
 
@@ -95,7 +95,7 @@ class Run:
         self._lock = contextlib.ExitStack()  # held until the process ends, or `close`
         self._lock.enter_context(waiting_lock(self.folder / ".lock"))
         sweep(self.folder)
-        sum_of(self.folder / NOTEBOOK).unlink(missing_ok=True)  # papermill is writing it, maybe
+        sum_of(self.folder / NOTEBOOK).unlink(missing_ok=True)  # papermill may be writing it
         self.run_id = config.run_id
         was_aside = (self.folder / SET_ASIDE).exists()
         self.finished = self._is_whole()
@@ -106,16 +106,16 @@ class Run:
         self.best_epoch = -1
 
     def close(self) -> None:
-        """The run is done: drop its checkpoint and let another process have it."""
+        """End the run: delete its checkpoint and release its lock."""
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
         self._lock.close()
 
     def _is_whole(self) -> bool:
-        """Whether the run has finished and its files are as it left them; what is damaged is named and made again."""
+        """Whether the run has finished and its files are intact; a damaged run is reported and made again."""
         path, aside = self.folder / "metrics.json", self.folder / SET_ASIDE
         if aside.exists() and not path.exists():
             aside.rename(path)
-            path.touch()  # the workflow goes by times
+            path.touch()  # the workflow compares file times
         if not path.exists():
             return False
         try:
@@ -127,16 +127,16 @@ class Run:
         return True
 
     def _is_of_its_store(self, was_aside: bool) -> bool:
-        """Whether a whole run was made from its store as it is now; one that is not is named and made again.
+        """Whether a complete run was made from its store as it is now; if not, it is reported and made again.
 
-        A missing store is made only where the run had been set aside, as its store may come out otherwise.
+        A missing store is made only if the run had been set aside, because the new store may differ.
 
-        Raises `StoreError` where what the store was made from has changed.
+        Raises `StoreError` if the store's sources have changed.
         """
         folder = self.store.folder if was_aside else store_folder(self.config)
         try:
             check_sources(self.config, folder, read_sealed(folder / "manifest.json"))
-        except DamagedError:  # no store, or one that is mended before it is used
+        except DamagedError:  # no store, or one that is repaired before use
             return True
         try:
             check_made_from(self.folder, folder)
@@ -153,7 +153,7 @@ class Run:
 
     @property
     def device(self) -> str:
-        """Where the run's tensors lie, "cpu" or "cuda"."""
+        """Device of the run's tensors, "cpu" or "cuda"."""
         return kernels.device(self.config.kernel)
 
     @cached_property
@@ -166,7 +166,7 @@ class Run:
 
     @property
     def curve(self) -> pd.DataFrame:
-        """The learning curve: a row per epoch."""
+        """The learning curve: one row per epoch."""
         return pd.read_json(self.folder / "metrics.jsonl", lines=True)
 
     @property
@@ -176,12 +176,12 @@ class Run:
 
     @property
     def latents(self) -> pd.DataFrame:
-        """Firing of each latent on the validation rows: latent, fired, mean_act, max_act."""
+        """Firing per latent on the validation rows: latent, fired, mean_act, max_act."""
         return pd.read_csv(self.folder / "latents.csv")
 
     @property
     def positions(self) -> pd.DataFrame:
-        """Squared error by token position: position, n_rows, sq_error, sq_norm_centred."""
+        """Squared error per token position: position, n_rows, sq_error, sq_norm_centred."""
         return pd.read_csv(self.folder / "positions.csv")
 
     def train(self) -> SAE:
@@ -189,7 +189,7 @@ class Run:
         if self.finished:
             self.sae = load_folder(self.folder).to(self.device)
             return self.sae
-        rows = self.config.epochs * self.store.n_train  # a missing store is collected here, and timed apart
+        rows = self.config.epochs * self.store.n_train  # a missing store is collected here, and timed separately
         with tqdm(total=rows, unit="row", unit_scale=True, desc=self.config.name, mininterval=1.0) as bar:
             self.sae, progress = train(
                 self.config, self.store, self.kernel, self.folder, self.config.matmul, bar.update, self.device
@@ -209,7 +209,7 @@ class Run:
         self.sae.cpu()
         cfg = {**self.config.identity(), "run_id": self.run_id, "code_version": code_version()}
         cfg = {name: value for name, value in cfg.items() if name not in ("arch", "k", "threshold")}
-        # how the training rows were made, for other tools; None where that is not known
+        # how the training rows were made, for other tools; None: unknown
         cfg |= {name: self.store.manifest.get("data", {}).get(name) for name in ("context_size", "prepend_bos")}
         weights = save_sae(self.sae, self.folder, self.config.name, cfg)
         for name, frame in (("latents", latents), ("positions", positions), ("prompts", sums)):
@@ -221,7 +221,7 @@ class Run:
         return self.metrics
 
     def _commit(self, row: dict) -> None:
-        """Write `SHA256SUMS` of all that belongs to the result, and, last, `metrics.json`."""
+        """Write `SHA256SUMS` of all files of the result and, last, `metrics.json`."""
         for name in METRICS:
             if row[name] is None:
                 raise SaegridError(f"{self.run_id}: {name} is not a finite number, so the run has no result to publish")
@@ -263,7 +263,7 @@ class Run:
         write_sealed(self.folder / "timing.json", {"run_id": self.run_id} | times | facts)
 
     def _resolved(self, config: RunConfig) -> RunConfig:
-        """The config with kernel, precision and threads chosen: those of the first start, where there was one."""
+        """The config with its chosen kernel, precision and threads: those of the first start, if there was one."""
         path = self.folder / "config.json"
         places = {"runs_dir": config.runs_dir, "store_dir": config.store_dir}
         try:
@@ -271,7 +271,7 @@ class Run:
                 return load_config(self.folder, self.run_id, **places)
         except SaegridError as error:
             print(f"{error}; the run starts again", flush=True)
-            (self.folder / CHECKPOINT).unlink(missing_ok=True)  # with what it was computed is not known
+            (self.folder / CHECKPOINT).unlink(missing_ok=True)  # its kernel and precision are unknown
         choice = kernels.choose(config.kernel, config.matmul, config.threads, config.not_on_cuda)
         resolved = make_config(**config.model_dump() | choice._asdict())
         write_sealed(path, {"run_id": self.run_id} | resolved.identity())

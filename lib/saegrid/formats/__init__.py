@@ -1,8 +1,8 @@
-"""SAEs by one line, whoever wrote them: `load_sae` reads every known form, from disk or the Hub; `export` writes them.
+"""SAE files of all libraries: `load_sae` reads every known format, from disk or the Hub; `export` writes them.
 
 | format | files |
 |---|---|
-| published | `{name}.pt`, a bare state dict, and beside it `{name}.json` or `cfg.json` with what it does not tell |
+| published | `{name}.pt`, a bare state dict, and next to it `{name}.json` or `cfg.json` with what it lacks |
 | saegrid | `cfg.json` + `sae.safetensors`: a run's folder |
 | saelens | `cfg.json` + `sae_weights.safetensors` |
 | dictionary_learning | `config.json` + `ae.pt` |
@@ -44,17 +44,17 @@ def load_sae(source: str | Path, arch: str = "", k: int = 0, threshold: float = 
 
     Args:
         source: a published `.pt` file; a run's folder; a SAELens, dictionary_learning or sparsify folder (or its
-            weights file); a folder with a single `.pt`. What is here goes before the Hub.
-        arch: one of `ARCHITECTURES`; needed only where neither a sidecar nor a published name tells it.
-        k: latents per row; likewise.
-        threshold: JumpReLU's theta, or BatchTopK's calibrated cut, in the activations' unit; likewise.
+            weights file); a folder with a single `.pt`. Local paths take precedence over the Hub.
+        arch: one of `ARCHITECTURES`; needed only if neither a sidecar nor a published name states it.
+        k: latents per row; needed likewise.
+        threshold: JumpReLU's theta, or BatchTopK's calibrated cut, in the activations' unit; needed likewise.
 
     Returns:
-        The SAE in float32 on the CPU. A published BatchTopK without a sidecar has no calibrated threshold: it cuts
-        per batch, as the published class does.
+        The SAE in float32 on the CPU. A published BatchTopK without a sidecar has no calibrated cut: it cuts per
+        batch, as the published class does.
 
     Raises:
-        SaeFileError: the file is missing, damaged, hostile or of an unknown form, or what is given, the sidecar and
+        SaeFileError: the file is missing, damaged, hostile or of an unknown format, or the arguments, the sidecar and
             the file's name contradict each other. No code in a file is executed.
         ConfigError: the Hub has no such repository or revision, or can't be reached.
     """
@@ -73,19 +73,19 @@ def export(sae: SAE, folder: str | Path, format: str, facts: dict[str, Any] | No
     """Write an SAE for other tools; the same SAE gives the same bytes.
 
     Args:
-        folder: made where missing; one folder per SAE, but for "published", which may hold many.
-        format: "published" (all), "saelens" (TopK as `topk`, ReLU as `standard`, Gated as `gated`; all others,
-            BatchTopK and Matryoshka by their calibrated threshold, as `jumprelu`), "dictionary_learning" (all) or
+        folder: created if missing; one folder per SAE, except for "published", which may hold many.
+        format: "published" (all), "saelens" (TopK as `topk`, ReLU as `standard`, Gated as `gated`; all others as
+            `jumprelu`, BatchTopK and Matryoshka with their calibrated cut), "dictionary_learning" (all) or
             "sparsify" (TopK).
-        facts: what a reader should know, in JSON's types: `name` (of the published file), `model`, `layer`, `dataset`,
-            `context_size`, `prepend_bos` and any more; what is not known is left out. A run's `cfg.json` will do.
+        facts: facts about the SAE, of JSON types: `name` (of the published file), `model`, `layer`, `dataset`,
+            `context_size`, `prepend_bos` and any others; leave out unknown ones. A run's `cfg.json` works.
 
     Returns:
         The folder, or the `.pt` file of "published".
 
     Raises:
-        SaeFileError: an unknown format, one that can't hold this SAE, a folder with an SAE of another format, or a
-            fact that JSON can't hold or of the wrong type.
+        SaeFileError: the format is unknown or can't hold this SAE, the folder holds an SAE of another format, or a
+            fact has the wrong type or does not fit into JSON.
     """
     folder, facts = _expanded(str(folder)), facts or {}
     if format not in WRITERS:
@@ -98,7 +98,7 @@ def export(sae: SAE, folder: str | Path, format: str, facts: dict[str, Any] | No
     return WRITERS[format](sae, folder, facts) or folder
 
 
-# --- where a source lies ---
+# --- finding a source ---
 
 
 def _found(source: str) -> Path:
@@ -181,7 +181,7 @@ def _kind(folder: Path, present: list[str]) -> str:
 
 
 def _read_own(folder: Path) -> SAE:
-    """A run's SAE. `run_folder.load_folder` trusts its `cfg.json`, so that is held against the weights first."""
+    """A run's SAE. `run_folder.load_folder` trusts `cfg.json`, so that is checked against the weights first."""
     path, weights_path = folder / "cfg.json", folder / "sae.safetensors"
     cfg = as_model(_OwnCfg, read_json(path), path)
     tensors = read_safetensors(weights_path)

@@ -70,7 +70,7 @@ class _Trainer(Cfg):
 
 
 class _Buffer(BaseModel):
-    """What is read of `buffer`: whether training took inputs or outputs, or pairs of both as a transcoder does."""
+    """The field of `buffer` that is read: trained on inputs or on outputs; pairs of both (a transcoder) are refused."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
     io: Literal["in", "out"] | None = None
@@ -85,8 +85,8 @@ def read_dictionary(folder: Path) -> SAE:
     """The SAE of a dictionary_learning folder: AutoEncoder (as ReLU), GatedAutoEncoder, AutoEncoderTopK, BatchTopKSAE,
     MatryoshkaBatchTopKSAE (as BatchTopK) or JumpReluAutoEncoder.
 
-    A BatchTopKSAE whose threshold was never set (below 0) cuts per batch here; its own `encode` keeps every positive
-    latent then. Raises `SaeFileError`.
+    A BatchTopKSAE whose threshold was never set (below 0) cuts per batch here, while its own `encode` keeps every
+    positive latent. Raises `SaeFileError`.
     """
     path, weights_path = folder / "config.json", folder / "ae.pt"
     config = read_cfg(_Config, read_json(path), frozenset({"saegrid"}), path)
@@ -113,7 +113,7 @@ def read_dictionary(folder: Path) -> SAE:
 
 
 def _plain(name: str, state: dict[str, Tensor]) -> Plain:
-    """The weights of a class; for GatedAutoEncoder those of its gate."""
+    """The weights of a class; for GatedAutoEncoder, those of its gate."""
     if "W_enc" in state:
         return Plain(state["W_enc"].T, state["b_enc"], state["W_dec"], state["b_dec"])
     b_enc = state["gate_bias" if name == "GatedAutoEncoder" else "encoder.bias"]
@@ -122,21 +122,21 @@ def _plain(name: str, state: dict[str, Tensor]) -> Plain:
 
 
 def _relu(weights: Plain, where: Path) -> SAE:
-    """An AutoEncoder. The library gives its decoder rows norm 1 when it loads one; so does this."""
+    """An AutoEncoder, with decoder rows scaled to norm 1, as the library does on loading."""
     weights = weights if _unit_norms(weights.W_dec) else rescaled(weights, where)
     return filled(ReLU(weights.W_enc.shape[1], len(weights.W_enc)), weights, centred=True)
 
 
 def _unit_norms(W_dec: Tensor) -> bool:
-    """Whether the library leaves the decoder rows as they are."""
+    """Whether the library leaves the decoder rows unchanged."""
     norms = W_dec.norm(dim=1)
     return torch.allclose(norms, torch.ones_like(norms))
 
 
 def _cut_by_k(trainer: _Trainer, buffers: dict[str, Any], sizes: dict[str, int], folder: Path) -> SAE:
-    """An SAE, still without weights, of a class that takes a k.
+    """An SAE of a class that takes a k, with weights still to be filled.
 
-    `ae.pt` holds k; an older AutoEncoderTopK has it in `config.json` alone.
+    `ae.pt` holds k; an older AutoEncoderTopK has it only in `config.json`.
     """
     path, weights_path, name = folder / "config.json", folder / "ae.pt", trainer.dict_class
     if "k" not in buffers and (trainer.k is None or name != "AutoEncoderTopK"):
@@ -148,7 +148,7 @@ def _cut_by_k(trainer: _Trainer, buffers: dict[str, Any], sizes: dict[str, int],
     if trainer.k not in (None, k):
         raise SaeFileError(f"{path}: k = {trainer.k}, and ae.pt has {k}")
     shape = {"d_in": sizes["d_in"], "d_sae": sizes["d_sae"], "k": check_k(k, sizes["d_sae"], weights_path)}
-    if name == "AutoEncoderTopK":  # its threshold is for an `encode` that is asked to use it
+    if name == "AutoEncoderTopK":  # its `encode` uses the threshold only on request
         return TopK(**shape)
     for key in BUFFERS[name]:
         if key not in buffers:
@@ -169,8 +169,8 @@ def _check_groups(groups: Any, d_sae: int, where: Path) -> None:
 
 
 def write_dictionary(sae: SAE, folder: Path, facts: dict[str, Any]) -> None:
-    """TopK as AutoEncoderTopK, BatchTopK and Matryoshka as BatchTopKSAE with the threshold, ReLU as AutoEncoder, Gated
-    as GatedAutoEncoder, all others as JumpReluAutoEncoder, and a ReLU whose decoder rows AutoEncoder would rescale too.
+    """Write TopK as AutoEncoderTopK, BatchTopK and Matryoshka as BatchTopKSAE with the cut, Gated as GatedAutoEncoder,
+    ReLU as AutoEncoder, all others (and a ReLU that AutoEncoder would rescale) as JumpReluAutoEncoder.
     """
     known, name = Facts.model_validate(facts), _class_of(sae)
     weights = folded(sae, centred=name != "JumpReluAutoEncoder")
@@ -190,7 +190,7 @@ def write_dictionary(sae: SAE, folder: Path, facts: dict[str, Any]) -> None:
     trainer = {"trainer_class": TRAINERS[name], "dict_class": name, "activation_dim": sae.d_in, "dict_size": sae.d_sae}
     trainer |= {"k": sae.k} if name in BUFFERS else {}
     trainer |= told(layer=known.layer, lm_name=known.model)
-    buffer = io.BytesIO()  # a path would put the file's name into its bytes
+    buffer = io.BytesIO()  # with a path, torch.save would store the file's name
     torch.save(state, buffer)
     write_bytes(folder / "ae.pt", buffer.getvalue())
     write_json(folder / "config.json", {"trainer": trainer, "saegrid": facts})

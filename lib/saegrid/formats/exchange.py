@@ -1,11 +1,11 @@
-"""What the formats of SAELens, dictionary_learning and sparsify share: their weights, configurations and facts.
+"""Code shared by the SAELens, dictionary_learning and sparsify formats: weights, configurations and facts.
 
-They have one bias behind the decoder, b = b_pre + b_dec here, and an encoder that either subtracts it or does not:
+Their SAEs have one decoder bias, here b = b_pre + b_dec, and an encoder that either subtracts it or does not:
 
     centred:  pre = (x - b) W_encᵀ + b_enc'    b_enc' = b_enc + W_enc b_dec
     plain:    pre = x W_encᵀ + b_enc'          b_enc' = b_enc - W_enc b_pre
 
-Each field of a configuration is obeyed or known to change nothing; a file with any other field is refused.
+Each field of a configuration is either used or known to have no effect; a file with any other field is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from saegrid.storage.foreign_files import as_model
 
 
 class Plain(NamedTuple):
-    """An SAE as other libraries hold it: a latent is a row of both matrices, one bias behind the decoder."""
+    """An SAE with one decoder bias, as in other libraries; each latent is a row of both matrices."""
 
     W_enc: Tensor  # (d_sae, d_in)
     b_enc: Tensor  # (d_sae,)
@@ -34,7 +34,7 @@ class Plain(NamedTuple):
 
 
 def folded(sae: SAE, centred: bool) -> Plain:
-    """The SAE's weights with its biases folded into two; sums in float64, as sink rows make for large terms."""
+    """The SAE's weights with its biases folded into two; sums are in float64, because sink rows cause large terms."""
     check_folded(sae)
     b_pre, b_dec, W_enc = sae.b_pre.data.double(), sae.b_dec.data.double(), sae.W_enc.data.double()
     shift = W_enc @ b_dec if centred else -(W_enc @ b_pre)
@@ -43,7 +43,7 @@ def folded(sae: SAE, centred: bool) -> Plain:
 
 
 def filled(sae: SAE, weights: Plain, centred: bool) -> SAE:
-    """`sae` with another library's weights: their bias is b_pre where their encoder subtracts it, else b_dec."""
+    """`sae` with another library's weights: their b_dec becomes b_pre if their encoder subtracts it, else b_dec."""
     for name in ("W_enc", "b_enc", "W_dec"):
         getattr(sae, name).data.copy_(getattr(weights, name))
     (sae.b_pre if centred else sae.b_dec).data.copy_(weights.b_dec)
@@ -51,7 +51,7 @@ def filled(sae: SAE, weights: Plain, centred: bool) -> SAE:
 
 
 def rescaled(weights: Plain, where: Path) -> Plain:
-    """Decoder rows of norm 1 and latents scaled by the old norms: the same x_hat. Raises `SaeFileError`."""
+    """Scale decoder rows to norm 1 and latents by the old norms: the same x_hat. Raises `SaeFileError`."""
     norms = weights.W_dec.norm(dim=1, keepdim=True)  # (d_sae, 1)
     if not norms.all():
         raise SaeFileError(f"{where}: latents are scaled by the norms of their decoder rows, and one of these is 0")
@@ -59,7 +59,7 @@ def rescaled(weights: Plain, where: Path) -> Plain:
 
 
 def jumprelu(thresholds: Tensor, d_in: int) -> JumpReLU:
-    """JumpReLU with one theta where all are equal. Below 0 they act as 0: every peer applies a ReLU besides."""
+    """JumpReLU, with a single theta if all are equal. A theta below 0 acts as 0: every peer also applies a ReLU."""
     thresholds = thresholds.float().clamp_min(0)
     if (thresholds == thresholds[0]).all():
         return JumpReLU(d_in, len(thresholds), threshold=thresholds[0].item())
@@ -81,12 +81,12 @@ def gated(weights: Plain, r_mag: Tensor, b_mag: Tensor, centred: bool, where: Pa
 
 
 def gate_bias(sae: Gated, weights: Plain) -> Tensor:
-    """Bias of the gate (d_sae,) that opens it where pre > theta, given r_mag = 0 and b_mag = `weights.b_enc`."""
+    """Gate bias (d_sae,) for which the gate opens where pre > theta, with r_mag = 0 and b_mag = `weights.b_enc`."""
     return (weights.b_enc.double() - sae.theta.data.double()).float()
 
 
 def thresholds(sae: SAE, format: str) -> Tensor:
-    """Thresholds (d_sae,) of an SAE in use. Raises `SaeFileError` for a BatchTopK that still cuts per batch."""
+    """Inference thresholds (d_sae,) of an SAE. Raises `SaeFileError` for a BatchTopK that still cuts per batch."""
     if len(sae.theta):
         return sae.theta.data.clone()
     theta = sae.threshold if isinstance(sae, JumpReLU) else sae.inference_threshold
@@ -108,7 +108,7 @@ def check_k(k: int, d_sae: int, where: Path) -> int:
 
 
 class Cfg(BaseModel):
-    """The fields of a foreign configuration that decide codes or reconstruction. None of them has a guessed default."""
+    """The fields of a foreign configuration that determine codes or reconstruction; no default is a guess."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -117,7 +117,7 @@ Model = TypeVar("Model", bound=Cfg)
 
 
 def names(text: str) -> frozenset[str]:
-    """Names of fields, from a text with spaces between them."""
+    """Field names, from a whitespace-separated text."""
     return frozenset(text.split())
 
 
@@ -128,7 +128,7 @@ def read_cfg(model: type[Model], content: dict[str, Any], inert: frozenset[str],
         inert: fields that are known to change neither codes nor reconstruction; they are ignored.
 
     Raises:
-        SaeFileError: a field is unknown, missing, or has a value without a counterpart here; names field and value.
+        SaeFileError: a field is unknown, missing, or has an unsupported value; the message names field and value.
     """
     known = {field.alias or name for name, field in model.model_fields.items()}
     cfg = as_model(model, {name: content[name] for name in content if name in known}, where)
@@ -139,11 +139,11 @@ def read_cfg(model: type[Model], content: dict[str, Any], inert: frozenset[str],
     return cfg
 
 
-# --- what an export tells ---
+# --- facts of an export ---
 
 
 class Facts(BaseModel):
-    """Facts about an SAE that the formats have a field for; None: not known. Other facts are allowed."""
+    """Facts about an SAE that the formats have a field for; None: unknown. Other facts are allowed."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     model: str | None = None
@@ -155,7 +155,7 @@ class Facts(BaseModel):
     prepend_bos: bool | None = None
     """Whether the training prompts begin with the tokenizer's start token."""
     activations: str | None = None
-    """Source of the training rows where they were read from files; `dataset` holds evaluation prompts alone then."""
+    """Source of training rows that were read from files; `dataset` then holds only evaluation prompts."""
 
 
 def check_facts(facts: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The published `.pt` file: a bare state dict, and who says what it does not: the caller, a sidecar, its name."""
+"""The published `.pt` file: a bare state dict; the caller, a sidecar and the file's name state what it lacks."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ PUBLISHED_NAME = re.compile(
     r"(k(?P<k>\d{1,9})|t(?P<threshold>\d[\d.e+-]*))(_improved)?"
 )
 SAME_THRESHOLD = 1e-5
-"""Relative; a published name has six digits."""
+"""Relative tolerance; a published name has six digits."""
 
 
 class Told(NamedTuple):
-    """What one source says about an SAE; None: it does not say."""
+    """What one source states about an SAE; None: not stated."""
 
     who: str
     arch: str | None = None
@@ -47,12 +47,12 @@ class _Sidecar(BaseModel):
 
 
 def read_published(path: Path, given: Told) -> SAE:
-    """The SAE of a published `.pt` file; what the caller gives goes before the sidecar, and that before the name.
+    """The SAE of a published `.pt` file, described by the caller, else the sidecar, else the file's name.
 
-    A BatchTopK has a calibrated threshold only where one of them tells it, else it cuts per batch.
+    A BatchTopK has a calibrated cut only if one of them states it, else it cuts per batch.
 
     Raises:
-        SaeFileError: not such a file, nothing tells its architecture and sparsity, or two sources contradict.
+        SaeFileError: not such a file, no source states its architecture and sparsity, or two contradict each other.
     """
     state = read_pt(path)
     own = {THETA: ("d_sae",)} if isinstance(state, dict) and THETA in state else {}
@@ -76,7 +76,7 @@ def read_published(path: Path, given: Told) -> SAE:
 
 
 def given_by(arch: str, k: int, threshold: float) -> Told:
-    """The caller's part, "" and 0 meaning "not given". Raises `SaeFileError` for an impossible value."""
+    """What the caller states; "" and 0 mean "not given". Raises `SaeFileError` for an impossible value."""
     if arch and arch not in ARCHITECTURES:
         raise SaeFileError(f"arch = {arch!r}: one of {', '.join(SAE_CLASSES)}")
     if not isinstance(k, int) or k < 0:
@@ -87,7 +87,7 @@ def given_by(arch: str, k: int, threshold: float) -> Told:
 
 
 def _sidecar(path: Path, sizes: dict[str, int]) -> tuple[Told, str]:
-    """What `{name}.json`, else `cfg.json`, says; nothing, where it is the configuration of another tool."""
+    """What `{name}.json`, else `cfg.json`, states, and the threshold's unit; nothing if it is another tool's."""
     for sidecar in (path.with_suffix(".json"), path.with_name("cfg.json")):
         if sidecar.exists() and "arch" in (content := read_json(sidecar)):
             cfg = as_model(_Sidecar, content, sidecar)
@@ -111,7 +111,7 @@ def _from_name(path: Path, unit: str) -> Told:
 
 
 def agree(where: Path, told: list[Told]) -> Told:
-    """What the sources say together, the first that speaks of each. Raises `SaeFileError` where two contradict."""
+    """Merge the sources, each field from the first that states it. Raises `SaeFileError` if two contradict."""
     agreed: dict[str, Any] = {}
     for field in Told._fields[1:]:
         says = [(source.who, getattr(source, field)) for source in told if getattr(source, field) is not None]
@@ -126,10 +126,10 @@ def agree(where: Path, told: list[Told]) -> Told:
 def check_sparsity(
     where: Path, arch: str, k: int | None, threshold: float | None, d_sae: int, theta: Tensor | None = None
 ) -> None:
-    """Raises `SaeFileError` where an architecture lacks its k or threshold, or is given the other's.
+    """Raises `SaeFileError` if an architecture lacks its k or threshold, or has one that it does not take.
 
     Args:
-        theta: thresholds of the latents (d_sae,), where the file has them: a JumpReLU or Gated needs nothing else then.
+        theta: the file's theta per latent (d_sae,), if any; a JumpReLU or Gated then needs nothing else.
     """
     if theta is not None:
         own = arch in ("JumpReLU", "Gated")
@@ -157,7 +157,7 @@ def check_sparsity(
 
 
 def write_published(sae: SAE, folder: Path, facts: dict[str, Any]) -> Path:
-    """`{name}.pt`, and `{name}.json` with what a bare state dict does not tell. Returns the former's path."""
+    """Write `{name}.pt`, and `{name}.json` with what a bare state dict lacks. Returns the path of the `.pt` file."""
     theta = f"{sae.threshold:g}" if float(f"{sae.threshold:g}") == sae.threshold else repr(sae.threshold)
     sparsity = f"t{theta}" if sae.arch == "JumpReLU" and not sae.k else f"k{sae.k}"
     name = facts.get("name") or f"{sae.arch}_exp{sae.d_sae / sae.d_in:g}x_{sparsity}"

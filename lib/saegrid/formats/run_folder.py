@@ -28,13 +28,13 @@ PUBLISHED_SHAPES = {
 }
 """State dict of the published files; `decoder.weight` is the transpose of `W_dec`."""
 THETA = "threshold"
-"""Name, in a state dict, of JumpReLU's or Gated's thetas, one a latent, (d_sae,): the published files have none."""
+"""Name, in a state dict, of JumpReLU's or Gated's theta per latent, (d_sae,); the published files have none."""
 
 
 def published_state_dict(sae: SAE) -> dict[str, Tensor]:
     """The SAE's weights under the published names and in the published layout, contiguous.
 
-    Raises `SaeFileError` for a Gated SAE that is still in its form for training.
+    Raises `SaeFileError` for a Gated SAE that is still in its training form.
     """
     check_folded(sae)
     return {
@@ -47,15 +47,15 @@ def published_state_dict(sae: SAE) -> dict[str, Tensor]:
 
 
 def check_folded(sae: SAE) -> None:
-    """Raises `SaeFileError` for a Gated SAE that is still in its form for training: no file can hold that."""
+    """Raises `SaeFileError` for a Gated SAE that is still in its training form, which no file can hold."""
     if len(sae.gain):
         raise SaeFileError("Gated: this SAE is in its form for training; finish() ends that")
 
 
 def from_published(state: dict[str, Tensor], arch: str, k: int = 0, threshold: float = 0.0) -> SAE:
-    """The SAE of a published state dict of fitting shapes; a BatchTopK has no threshold yet and cuts per batch.
+    """The SAE of a published state dict with valid shapes; a BatchTopK has no calibrated cut and cuts per batch.
 
-    `formats.load_sae` reads files, and checks what they hold.
+    `formats.load_sae` reads files and checks their content.
     """
     d_sae, d_in = state["encoder.weight"].shape
     theta = state[THETA].float().clone() if THETA in state else None
@@ -70,13 +70,13 @@ def from_published(state: dict[str, Tensor], arch: str, k: int = 0, threshold: f
 
 def write_state_dict(sae: SAE, path: Path) -> None:
     """Write the published `.pt` file; the same SAE gives the same bytes."""
-    buffer = io.BytesIO()  # a path would put the file's name into its bytes
+    buffer = io.BytesIO()  # with a path, torch.save would store the file's name
     torch.save(published_state_dict(sae), buffer)
     write_bytes(path, buffer.getvalue())
 
 
 def shape_and_rule(sae: SAE) -> dict[str, Any]:
-    """What rebuilds the SAE besides its weights."""
+    """The fields that rebuild the SAE, together with its weights."""
     return {field: getattr(sae, field) for field in ("arch", "d_in", "d_sae", "k", "threshold", "inference_threshold")}
 
 
@@ -85,7 +85,7 @@ def save_sae(sae: SAE, folder: str | Path, name: str, facts: dict[str, Any]) -> 
 
     Args:
         name: the published file name without its ending.
-        facts: what else belongs into `cfg.json` (model, layer, how it was trained, …).
+        facts: further fields of `cfg.json` (model, layer, how it was trained, …).
 
     Returns:
         SHA-256 of `sae.safetensors`.
@@ -100,7 +100,7 @@ def save_sae(sae: SAE, folder: str | Path, name: str, facts: dict[str, Any]) -> 
 
 
 def load_folder(folder: str | Path) -> SAE:
-    """The SAE of a run's folder, as `save_sae` wrote it, its weights checked against `cfg.json`'s hash.
+    """The SAE of a run's folder, as `save_sae` wrote it; checks its weights against `cfg.json`'s hash.
 
     Raises:
         SaeFileError: a file is missing, damaged, or not of this form.
@@ -134,7 +134,7 @@ def load_folder(folder: str | Path) -> SAE:
 
 
 def _check_sums(folder: Path) -> None:
-    """Hold the SAE's files against `SHA256SUMS`, which a finished run leaves. Raises `SaeFileError`."""
+    """Check the SAE's files against `SHA256SUMS`, which a finished run writes. Raises `SaeFileError`."""
     try:
         sums = read_sums(folder) if (folder / SUMS).exists() else {}
         for name in ("cfg.json", "sae.safetensors"):

@@ -33,7 +33,7 @@ from saegrid.storage.atomic import write_bytes, write_json
 from saegrid.storage.foreign_files import check_sizes, check_tensors, read_json, read_safetensors
 
 FORMAT = "6.0.0"
-"""Oldest SAELens version that reads the folder as it is; a lower one in its cfg.json calls an old migrator."""
+"""Oldest SAELens version that reads the folder as it is; a lower one in cfg.json triggers an old migrator."""
 RESCALES = (6, 14)
 """The first version with `rescale_acts_by_decoder_norm`; older ones never rescaled."""
 
@@ -72,7 +72,7 @@ OLD_INERT = INERT | names(
     verbose
     """
 )
-"""Fields of versions 3 to 5 on data, training and logging: their final cfg.json is that of the whole training run."""
+"""Fields of versions 3 to 5 on data, training and logging: their final cfg.json describes the whole training run."""
 OLD_NAMES = {
     "activation_fn_str": "activation_fn",
     "hook_point": "hook_name",
@@ -87,7 +87,7 @@ Dtype = Literal[
 
 
 class _Metadata(BaseModel):
-    """What is read of `metadata`. The rest describes the language model and the training."""
+    """The fields of `metadata` that are read. The others describe the language model and the training."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
     sae_lens_version: str | None = None
@@ -106,7 +106,7 @@ class _Cfg(Cfg):
     rescale_acts_by_decoder_norm: bool | None = None
 
     def check_sparsity(self, where: Path) -> None:
-        """Raises `SaeFileError` where topk lacks k or its rescaling, or another architecture has one of them."""
+        """Raises `SaeFileError` if topk lacks k or its rescaling, or another architecture has one of them."""
         for name in ("k", "rescale_acts_by_decoder_norm"):
             value = getattr(self, name)
             if self.architecture == "topk" and value is None:
@@ -135,8 +135,8 @@ class _OldCfg(_Cfg):
 def read_saelens(folder: Path) -> SAE:
     """The SAE of a SAELens folder of architecture `standard` (as ReLU), `topk`, `jumprelu` or `gated`.
 
-    `rescale_acts_by_decoder_norm` ranks pre-activations times the norm of their decoder rows: the norms go into the
-    encoder and out of the decoder, which leaves codes and reconstruction as SAELens has them. Raises `SaeFileError`.
+    `rescale_acts_by_decoder_norm` ranks pre-activations times the norm of their decoder row: these norms are moved from
+    the decoder to the encoder, which gives SAELens' codes and reconstruction. Raises `SaeFileError`.
     """
     path, weights_path = folder / "cfg.json", folder / "sae_weights.safetensors"
     content = read_json(path)
@@ -194,7 +194,7 @@ def _old_cfg(content: dict[str, Any], path: Path) -> _OldCfg:
 
 
 def _weights(cfg: _Cfg, path: Path, old: bool) -> dict[str, Tensor]:
-    """The tensors in float32, rounded to the configuration's dtype, as SAELens does when it loads them."""
+    """The tensors in float32, rounded to the configuration's dtype as SAELens does on loading."""
     tensors = read_safetensors(path)
     scaling = {SCALING: ("d_sae",)} if old and SCALING in tensors else {}
     check_tensors(tensors, SHAPES | OWN_SHAPES[cfg.architecture] | scaling, path)
@@ -210,8 +210,8 @@ def _weights(cfg: _Cfg, path: Path, old: bool) -> dict[str, Tensor]:
 
 
 def write_saelens(sae: SAE, folder: Path, facts: dict[str, Any]) -> None:
-    """TopK as `topk`, ReLU as `standard`, Gated as `gated`, all others as `jumprelu` with a threshold per latent;
-    encoder plain, decoder rows as they are."""
+    """Write TopK as `topk`, ReLU as `standard`, Gated as `gated`, all others as `jumprelu` with a threshold per latent;
+    the encoder is plain, decoder rows are unchanged."""
     weights, known = folded(sae, centred=False), Facts.model_validate(facts)
     tensors = {**weights._asdict(), "W_enc": weights.W_enc.T.contiguous()}
     kinds = ((TopK, "topk"), (ReLU, "standard"), (Gated, "gated"), (SAE, "jumprelu"))

@@ -1,4 +1,4 @@
-"""sparsify folders, of version 1.0 on and older: `cfg.json` + `sae.safetensors`."""
+"""sparsify folders, before and since version 1.0: `cfg.json` + `sae.safetensors`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAPES = {
     "b_dec": ("d_in",),
 }
 INERT = frozenset({"normalize_decoder", "multi_topk", "saegrid"})
-"""Fields that only training reads, and what this project adds."""
+"""Fields that only training reads, and the one that this project adds."""
 
 
 class _OldCfg(Cfg):
@@ -57,7 +57,7 @@ def read_sparsify(folder: Path) -> SAE:
 
 
 def write_sparsify(sae: SAE, folder: Path, facts: dict[str, Any]) -> None:
-    """TopK alone. Raises `SaeFileError` for the others."""
+    """Write a TopK. Raises `SaeFileError` for other architectures."""
     if not isinstance(sae, TopK):
         raise SaeFileError(
             f"sparsify: {sae.arch}: its folders hold TopK only; export to saelens or dictionary_learning"
