@@ -4,15 +4,15 @@ CORES ?= all
 FUZZ ?= activation_file dictionary_folder grid published_sae run_files sae_folder store
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-# torch's idle OpenMP threads would spin, and take the cores from the run beside them
+# torch's idle OpenMP threads would spin and take cores from other runs
 export OMP_WAIT_POLICY := PASSIVE
-# Snakemake and Jupyter need a home: a user who has none, or can't write to it, gets one for the time being
+# Snakemake and Jupyter need a writable home: a user without one gets a temporary one
 HOME_WORKS := $(shell home="$${HOME:-$$(getent passwd "$$(id -u)" | cut -d: -f6)}"; [ -d "$$home" ] && [ -w "$$home" ] && echo yes)
 ifneq ($(HOME_WORKS),yes)
 export HOME := $(or $(TMPDIR),/tmp)/saegrid-$(shell id -u)/home
 $(info no home that can be written to: using $(HOME) $(shell mkdir -p -m 700 "$(HOME)"))
 endif
-# and a name, for Snakemake's log
+# Snakemake's log needs a user name
 export USER ?= uid$(shell id -u)
 SNAKEMAKE = snakemake -s workflow/Snakefile --cores $(CORES) --rerun-incomplete --quiet rules
 
@@ -37,16 +37,16 @@ full: setup  ## the published axes on the embedded model
 	$(SNAKEMAKE) --config grid=params/full.yaml
 	@echo "open _site/index.html"
 
-recipes: setup  ## the published recipe and the improved one over three seeds: results/recipes
+recipes: setup  ## the published and the improved recipe over three seeds: results/recipes
 	$(SNAKEMAKE) --config grid=params/recipes.yaml -- results/recipes/results_tidy.csv
 
 scaling: setup  ## how loss follows dictionary size, K and tokens: results/scaling
 	$(SNAKEMAKE) --config grid=params/scaling.yaml -- results/scaling/results_tidy.csv
 
-peer-quality: setup peers  ## SAEs beside other libraries' at matched L0: results/peers
+peer-quality: setup peers  ## SAEs against other libraries' at matched L0: results/peers
 	python benchmarks/peer_quality.py
 
-rehearse: setup  ## the published setting at full size, on a model and files made here: hours, results/rehearsal.json
+rehearse: setup  ## the published setting at full size, on a generated model and files (hours): results/rehearsal.json
 	python benchmarks/rehearse.py
 
 ablation: setup  ## the improved recipe without each of its choices: results/ablation
@@ -55,7 +55,7 @@ ablation: setup  ## the improved recipe without each of its choices: results/abl
 test: setup
 	pytest -n auto --dist loadfile
 
-coverage: setup  ## the suite with the lines and branches that it reaches, processes of tests too
+coverage: setup  ## line and branch coverage of the tests, subprocesses included
 	coverage erase
 	coverage run -m pytest -n auto --dist loadfile
 	coverage combine --quiet
@@ -69,14 +69,14 @@ $(VENV)-peers/.ready: benchmarks/requirements-peers.lock benchmarks/requirements
 	$(VENV)-peers/bin/pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements-peers-no-deps.lock
 	touch $@
 
-bench: setup peers  ## a training step beside the peers': hours for all of it, see BENCH="--quick"
+bench: setup peers  ## a training step against the peers' (hours; shorter with BENCH="--quick")
 	python benchmarks/bench.py $(BENCH)
 	python benchmarks/page.py
 
-chaos: setup  ## runs that are killed, starved and damaged, and have to end with the same bytes: CHAOS="--faults 50"
+chaos: setup  ## killed, starved and damaged runs must end with the same bytes: CHAOS="--faults 50"
 	python tests/chaos.py $(CHAOS)
 
-fuzz: setup  ## every parser by coverage, ten minutes each: FUZZ="grid store"
+fuzz: setup  ## coverage-guided fuzzing of every parser, ten minutes each: FUZZ="grid store"
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
 	for target in $(FUZZ); do python tests/fuzz/fuzz.py $$target .fuzz/$$target -max_total_time=600 || exit 1; done
 

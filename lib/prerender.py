@@ -1,4 +1,4 @@
-"""Quarto's pre-render hook: pages that no run has made yet become pages that say how to make them. Needs no package."""
+"""Quarto's pre-render hook: for each missing page, a placeholder that says how to make it. Needs no package."""
 
 from pathlib import Path
 

@@ -1,11 +1,11 @@
 """Fault runs: `python tests/chaos.py [--faults 200] [--seed 0]`, or `make chaos`.
 
-Small runs on a tiny language model, real in every part: collection, baseline, training, evaluation, saving. Each fault
-strikes a run (or its store) at a seeded point; then the same run is started again, as a user would, and has to end
-with the bytes of a run that nothing happened to. A fault is *survived* if it does; *lost* if it can't be finished, or
-needs more than the line that it printed said; *wrong* if it ends with other bytes, or if a table took damaged numbers.
+Small but complete runs on a tiny language model: collection, baseline, training, evaluation, saving. Each fault hits a
+run (or its store) at a seeded point. The same run is then started again, as a user would, and must end with the bytes
+of an undisturbed run. A fault is *survived* if it does; *lost* if the run can't be finished, or needs more than its
+printed line said; *wrong* if it ends with other bytes, or if a table accepted damaged numbers.
 
-Runs are forked from this process, which has imported everything already; a SIGKILL strikes such a process as any other.
+Runs are forked from this process, which has imported everything; SIGKILL affects them like any other process.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DEADLINE = 120
 """Seconds after which a run counts as hanging."""
 PHASES = ["collect", "baseline", "train", "evaluate", "save", "done", "runs", "rendering"]
 NOT_COMPARED = {"timing.json", "train.ipynb", ".lock", ".baseline.lock"}
-"""Times, and what processes hold each other off with."""
+"""Timing and lock files."""
 SMALL = {"layer": 1, "max_tokens": 64, "train_tokens": 1200, "val_tokens": 300, "eval_prompts": 6, "epochs": 3}
 SMALL |= {"batch_size": 64, "checkpoint_steps": 7, "threads": 1, "kernel": "reference", "expansion": 4}
 
@@ -69,12 +69,12 @@ class Sources:
 
 
 class Bench(Sources):
-    """The undisturbed result besides, and another run's files to swap in."""
+    """The sources, the undisturbed result, and another run's files to swap in."""
 
     def __init__(self, root: Path):
         super().__init__(root)
         self.other = {**self.parameters, "seed": 1, "data_seed": 1}
-        _work(self.config(root / "warm"))  # whatever is imported or compiled late, is so before the first fork
+        _work(self.config(root / "warm"))  # imports and compiles everything before the first fork
         for name, parameters in (("whole", self.parameters), ("other", self.other)):
             outcome = run(lambda parameters=parameters, name=name: _work(self.config(root / name, parameters)))
             assert outcome.code == 0, outcome.line
@@ -98,7 +98,7 @@ class Bench(Sources):
     def finish(self, place: Path) -> str:
         """Start the run again, as a user would. Returns "survived", or what went wrong."""
         outcome = run(lambda: _work(self.config(place)))
-        if outcome.code == 2:  # refused: what the line says is done, and once more
+        if outcome.code == 2:  # refused: do what the line says, then try again
             mend(self.grid(place))
             outcome = run(lambda: _work(self.config(place)))
         if outcome.code != 0:
@@ -111,7 +111,7 @@ class Bench(Sources):
         return f"wrong: {', '.join(differing)}" if differing else "survived"
 
     def phase(self, place: Path) -> str:
-        """How far a run has come, by what it has left."""
+        """How far a run has come, judged by its files."""
         config = self.config(place)
         store, folder = place / "activations" / config.store_id, place / "runs" / config.run_id
         if not (store / "manifest.json").exists():
@@ -131,7 +131,7 @@ class Bench(Sources):
 
 
 def _work(config: RunConfig) -> None:
-    """What the notebook does."""
+    """Do what the notebook does."""
     task = Run(config)
     task.train()
     task.evaluate()
@@ -148,7 +148,7 @@ def start(task: Callable[[], None]) -> tuple[int, int]:
     os.close(reading)
     os.dup2(writing, 1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore that all forks share, and a killed one may have held it
+    tqdm.set_lock(threading.RLock())  # its own semaphore is shared by all forks, and a killed one may hold it
     code = 3
     try:
         task()
@@ -185,7 +185,7 @@ def run(task: Callable[[], None]) -> Outcome:
 
 
 def _on_operation(place: Path, act: Callable[[int], None]) -> None:
-    """Call `act` with 1, 2, 3, … ahead of each file operation under `place`, in this process."""
+    """Call `act` with 1, 2, 3, … before each file operation under `place`, in this process."""
     count, inside = 0, os.fspath(place)
 
     def hook(event: str, arguments: tuple) -> None:
@@ -211,7 +211,7 @@ def _count_operations(task: Callable[[], None], place: Path) -> int:
 
 
 def contents(place: Path) -> dict[str, bytes]:
-    """All files of a place but times and locks; what a killed writer left behind counts, too."""
+    """All files of a place except times and locks; files that a killed writer left count, too."""
     return {
         path.relative_to(place).as_posix(): path.read_bytes()
         for path in sorted(place.rglob("*"))
@@ -219,11 +219,11 @@ def contents(place: Path) -> dict[str, bytes]:
     }
 
 
-# --- faults: each strikes in `place` and returns the phase that it met and how it ended ---
+# --- faults: each acts in `place` and returns the phase that it hit and the result ---
 
 
 def kill_at_operation(bench: Bench, place: Path, dice: random.Random) -> tuple[str, str]:
-    """SIGKILL ahead of a random file operation; sometimes the resumed run is killed, too."""
+    """SIGKILL before a random file operation; sometimes the resumed run is killed, too."""
     phase = ""
     for _ in range(1 + (dice.random() < 0.25)):
         strike = dice.randint(1, bench.operations)
@@ -278,7 +278,7 @@ def file_size_limit(bench: Bench, place: Path, dice: random.Random) -> tuple[str
 
 
 def full_disk(bench: Bench, place: Path, dice: random.Random) -> tuple[str, str]:
-    """A disk of random size, which later gets room."""
+    """A disk of random size, which is enlarged later."""
     stored = sum(len(content) for name, content in bench.files.items() if name.startswith("activations/"))
     with mounted(place, 4096):
         given = _given_store(bench, place, dice)
@@ -292,7 +292,7 @@ def full_disk(bench: Bench, place: Path, dice: random.Random) -> tuple[str, str]
 
 
 def read_only(bench: Bench, place: Path, dice: random.Random) -> tuple[str, str]:
-    """The disk turns read-only behind a random part of the run."""
+    """The disk turns read-only after a random part of the run."""
     with mounted(place, 16384):
         process = start(lambda: _work(bench.config(place)))
         time.sleep(dice.uniform(0, 0.7 * bench.seconds))
@@ -307,21 +307,21 @@ def read_only(bench: Bench, place: Path, dice: random.Random) -> tuple[str, str]
 
 
 def _given_store(bench: Bench, place: Path, dice: random.Random) -> bool:
-    """Mostly the store is there already, so that the fault meets what comes after it."""
+    """The store usually exists already, so that the fault hits a later phase."""
     if given := dice.random() < 0.7:
         shutil.copytree(bench.root / "whole" / "activations", place / "activations")
     return given
 
 
 def _told(outcome: Outcome, place: Path) -> str:
-    """ "" if a disk fault was told as it should be, by exit code, path and bytes; else what came instead."""
+    """ "" if a disk fault was reported correctly, by exit code, path and bytes; else what was reported."""
     told = outcome.code == 2 and all(part in outcome.line for part in (f"{place}/", "can't be written", " bytes"))
     return "" if told or outcome.code == 0 else f"lost: {outcome.code} {outcome.line}"
 
 
 @contextlib.contextmanager
 def mounted(place: Path, pages: int) -> Iterator[None]:
-    """A file system of its own, of so many pages of 4,096 bytes, in a folder."""
+    """A separate file system of `pages` pages of 4,096 bytes in a folder."""
     place.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={4096 * pages}", "tmpfs", place], check=True)
     try:
@@ -339,7 +339,7 @@ def can_mount() -> bool:
 
 
 def spoil(path: Path, other: Path, dice: random.Random) -> str:
-    """Truncate a file, flip one of its bits, or put another run's in its place."""
+    """Truncate a file, flip one of its bits, or replace it with another run's."""
     content = path.read_bytes()
     how = dice.choice(["cut", "flip", "swap"] if other.exists() else ["cut", "flip"])
     if how == "cut":
@@ -353,7 +353,7 @@ def spoil(path: Path, other: Path, dice: random.Random) -> str:
 
 
 def spoiled_run(bench: Bench, place: Path, dice: random.Random) -> tuple[str, str]:
-    """One file of a finished run is damaged: no table may take it, and the run has to be made again."""
+    """One file of a finished run is damaged: no table may accept it, and the run must be made again."""
     shutil.copytree(bench.root / "whole", place)
     config = bench.config(place)
     folder, reference = place / "runs" / config.run_id, bench.root / "whole" / "runs" / config.run_id
@@ -383,7 +383,7 @@ def _tables(run_id: str, runs_dir: Path) -> list[str]:
 
 
 def spoiled_store(bench: Bench, place: Path, dice: random.Random) -> tuple[str, str]:
-    """One file of the store or its baseline is damaged before a run begins."""
+    """One file of the store or its `baseline.json` is damaged before a run begins."""
     shutil.copytree(bench.root / "whole" / "activations", place / "activations")
     store = place / "activations" / bench.config(place).store_id
     (elsewhere,) = (path for path in (bench.root / "other" / "activations").iterdir() if path.is_dir())
@@ -393,7 +393,7 @@ def spoiled_store(bench: Bench, place: Path, dice: random.Random) -> tuple[str, 
 
 
 def spoiled_checkpoint(bench: Bench, place: Path, dice: random.Random) -> tuple[str, str]:
-    """The run is killed while it trains, and its checkpoint (or what it computes with) is damaged."""
+    """The run is killed during training, and its checkpoint (or what it computes with) is damaged."""
     config = bench.config(place)
     folder = place / "runs" / config.run_id
     shutil.copytree(bench.root / "whole" / "activations", place / "activations")
@@ -430,12 +430,12 @@ FAULTS = {
     "a store's file damaged": (spoiled_store, 5),
     "a checkpoint damaged": (spoiled_checkpoint, 3),
 }
-"""Fault: what strikes, and its share in a hundred."""
+"""Fault: function and share in percent."""
 MOUNTS = ("full disk", "disk turns read-only")
 
 
 def plan(faults: int, dice: random.Random) -> list[str]:
-    """So many faults in their shares, at least one of each, in a random order."""
+    """That many faults in their shares, at least one of each, in random order."""
     names = [name for name in FAULTS if name not in MOUNTS or can_mount()]
     for name in FAULTS.keys() - set(names):
         print(f"skipped: {name}: this process may not mount a file system")
@@ -447,7 +447,7 @@ def plan(faults: int, dice: random.Random) -> list[str]:
 
 
 def chaos(faults: int, seed: int, root: Path) -> collections.Counter:
-    """Inject faults. Returns counts by (fault, phase, "survived" | "lost" | "wrong"); prints what is not survived."""
+    """Inject faults. Returns counts by (fault, phase, "survived" | "lost" | "wrong"); prints those not survived."""
     dice = random.Random(seed)
     root.mkdir(exist_ok=True)
     bench = Bench(root)

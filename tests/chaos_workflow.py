@@ -1,7 +1,7 @@
 """Fault runs of the whole workflow: SIGKILL of Snakemake, of papermill, of a notebook's kernel or of a command.
 
-One checkout with a tiny grid is killed again and again while it works; then the same command has to finish it with the
-bytes of runs that nothing happened to, with no lock to clear by hand, and no process may go on behind a dead workflow.
+The workflow of one checkout with a tiny grid is killed repeatedly. Then the same command must finish it with the bytes
+of undisturbed runs and without clearing a lock by hand, and no process may outlive a dead workflow.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ SOURCES = ["lib", "benchmarks", "notebooks", "workflow"]
 SOURCES += ["_quarto.yml", *(path.name for path in ROOT.glob("*.qmd"))]
 VICTIMS = {"snakemake": "snakemake", "papermill": "papermill", "kernel": "ipykernel_launcher"}
 ORPHAN_SECONDS = 30.0
-"""A child of a killed workflow must be gone by then."""
+"""A child of a killed workflow must have ended by then."""
 
 
 def checkout(folder: Path, parameters: dict) -> Path:
-    """The sources, and a grid of two tiny runs."""
+    """Copy the sources and a grid of two tiny runs."""
     folder.mkdir()
     for name in SOURCES:
         source = ROOT / name
@@ -49,7 +49,7 @@ def checkout(folder: Path, parameters: dict) -> Path:
 
 
 def snakemake(folder: Path, *targets: str) -> subprocess.Popen:
-    """What `make report` runs, in a session of its own."""
+    """What `make report` runs, in its own session."""
     command = [sys.executable, "-m", "snakemake", *targets, "-s", "workflow/Snakefile", "--cores", "2"]
     command += ["--rerun-incomplete", "--quiet", "rules", "--config", "grid=params/chaos.yaml"]
     bin_dir = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -59,19 +59,19 @@ def snakemake(folder: Path, *targets: str) -> subprocess.Popen:
 
 
 def processes(folder: Path) -> dict[int, str]:
-    """{pid: command line} of all that work for a checkout, by the variable that its workflow was given."""
+    """{pid: command line} of all processes of a checkout, found by its workflow's environment variable."""
     found, mark = {}, f"SAEGRID_CHAOS={folder}\0".encode()
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit() and mark in (entry / "environ").read_bytes() + b"\0":
                 found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:  # it has ended, or is another user's
+        except OSError:  # it has ended or is another user's
             continue
     return {pid: command for pid, command in found.items() if command}
 
 
 def _make_work(folder: Path, rendering: bool, dice: random.Random) -> None:
-    """Where an earlier call got to the end before it was killed, take away a part of what it made."""
+    """If an earlier call finished before it was killed, delete a part of its output."""
     if rendering:
         for name in ("report", "_site"):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -82,7 +82,7 @@ def _make_work(folder: Path, rendering: bool, dice: random.Random) -> None:
 
 
 def strike(folder: Path, process: subprocess.Popen, victim: str, delay: float) -> str:
-    """Kill a process of that kind, `delay` seconds after the first one is seen. Returns what it was, or ""."""
+    """Kill a process of kind `victim`, `delay` seconds after the first one appears. Returns what it was, or ""."""
     seen = None
     while process.poll() is None:
         there = [pid for pid, command in processes(folder).items() if VICTIMS[victim] in command]
@@ -96,7 +96,7 @@ def strike(folder: Path, process: subprocess.Popen, victim: str, delay: float) -
 
 
 def orphans(folder: Path) -> list[str]:
-    """What still works for a checkout whose workflow was killed, after the time that it may take to end."""
+    """Processes of a killed workflow's checkout that still run after `ORPHAN_SECONDS`."""
     deadline = time.monotonic() + ORPHAN_SECONDS
     while (left := processes(folder)) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -104,7 +104,7 @@ def orphans(folder: Path) -> list[str]:
 
 
 def run(kills: int, seed: int, root: Path) -> collections.Counter:
-    """Counts by (fault, phase, verdict), as `chaos.chaos` gives them."""
+    """Counts by (fault, phase, verdict), as in `chaos.chaos`."""
     dice = random.Random(seed)
     bench = chaos.Sources(root)
     folder = checkout(root / "checkout", bench.parameters)
@@ -135,7 +135,7 @@ def run(kills: int, seed: int, root: Path) -> collections.Counter:
 
 
 def compare(bench: chaos.Sources, folder: Path) -> str:
-    """ "" if every run has the bytes of one that was made in a single go, else what differs."""
+    """ "" if every run has the bytes of an uninterrupted one, else what differs."""
     for config in load_grid(folder / "params" / "chaos.yaml").runs():
         place = bench.root / "single" / config.run_id
         places = {"runs_dir": f"{place}/runs", "store_dir": f"{place}/activations"}

@@ -1,4 +1,4 @@
-"""Fixtures: synthetic run folders of the documented form, whose numbers come from formulas and from no training."""
+"""Fixtures: synthetic run folders of the documented form, with numbers from formulas, without training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ONE_PIXEL = base64.b64encode(
 ).decode()
 
 LONG = ("test_slurm.py", "test_rehearse.py", "test_workflow.py", "test_resilience.py")
-"""Files of a minute and more: they begin first, so that no worker is left with one at the end."""
+"""Files of a minute and more: they start first, so that none runs last alone."""
 
 
 def pytest_collection_modifyitems(items):
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def fake_grid() -> Grid:
-    """A grid that every finding can be tested on."""
+    """A grid on which every finding can be tested."""
     return Grid(
         name="synthetic",
         title="A synthetic grid for the tests",
@@ -61,14 +61,14 @@ def _fake_runs(tmp_path_factory, fake_grid) -> Path:
 
 @pytest.fixture
 def fake_runs(_fake_runs, tmp_path) -> Path:
-    """A project folder whose `runs/` holds a synthetic run for every point of `fake_grid`: a test's own copy."""
+    """A project folder, copied per test, with a synthetic run in `runs/` for every point of `fake_grid`."""
     root = tmp_path / "project"
     shutil.copytree(_fake_runs, root)
     return root
 
 
 def synthetic_row(run: RunConfig) -> dict:
-    """Plausible metrics from formulas: more active latents cost less loss, larger dictionaries die more."""
+    """Plausible metrics from formulas: loss falls with active latents, dead latents rise with dictionary size."""
     l0 = run.k or min(40.0 * run.expansion**0.3 / run.threshold**1.9, 0.45 * D_IN * run.expansion)
     delta = 1.9 * math.exp(-l0 / 90) + 0.02 * run.expansion**0.5 + (0.15 if run.arch == "TopK" else 0.0)
     nmse = 0.02 / l0 * (1.4 if run.arch == "TopK" else 1.0)
@@ -101,7 +101,7 @@ def synthetic_row(run: RunConfig) -> dict:
 
 
 def write_synthetic_run(folder: Path, run: RunConfig) -> None:
-    """All files of a run folder but the weights."""
+    """Write all files of a run folder except the weights."""
     folder.mkdir(parents=True)
     row = synthetic_row(run)
     rng = np.random.default_rng(row["d_sae"] + int(row["l0"]))
@@ -138,7 +138,7 @@ def write_synthetic_run(folder: Path, run: RunConfig) -> None:
 
 
 def reseal(folder: Path) -> None:
-    """Record the files of a run's folder as they are now, as a run does when it ends."""
+    """Record the current files of a run's folder, as a finishing run does."""
     write_sums(folder, ["metrics.json", *RUN_FILES])
 
 

@@ -1,4 +1,4 @@
-"""A Hub on loopback: the parts of its HTTP API that `huggingface_hub` uses to create, upload, commit and download."""
+"""A Hub on loopback: the parts of the HTTP API that `huggingface_hub` uses to create, upload, commit and download."""
 
 import base64
 import hashlib
@@ -14,22 +14,22 @@ import yaml
 COMMIT = "c0ffee" + "0" * 34
 TOKEN = "hf_" + "a" * 34
 ORGANISATION = "lab"
-"""The only one that the token's owner may write to."""
+"""The only organisation that the token's owner may write to."""
 REFUSALS = {
     "gated": (403, "GatedRepo"),
     "nowhere": (404, "RepoNotFound"),
     "broken": (418, ""),
 }
-"""Repositories that the server refuses: status, and the code that the Hub gives along."""
+"""Repositories that the server refuses: status, and the Hub's error code."""
 LFS = (".pt", ".safetensors", ".png")
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """The server and what it holds.
+    """The server and its contents.
 
-    `repos`: (type, id) to a list of commits (oid, {path: content}). `blobs`: SHA-256 to content. `requests`: what was
-    asked, as (method, path). `faults`: rules [method, part of the path, action, how often]; an action is a status, or
-    "drop" (no answer), or "hang" (none for a long time).
+    `repos`: (type, id) to a list of commits (oid, {path: content}). `blobs`: SHA-256 to content. `requests`: requests
+    received, as (method, path). `faults`: rules [method, part of the path, action, how often]; an action is a status,
+    "drop" (no answer) or "hang" (no answer for a long time).
     """
 
     def __init__(self, repositories=None):
@@ -40,7 +40,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.lock = threading.Lock()
         super().__init__(("127.0.0.1", 0), Handler)
         self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
-        self.elsewhere = f"http://localhost:{self.server_address[1]}"  # large files lie on another host
+        self.elsewhere = f"http://localhost:{self.server_address[1]}"  # large files are on another host
 
     def fault(self, method, path):
         with self.lock:
@@ -237,7 +237,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer(200 if right else 400, b"", {})
 
     def commit(self, kind, repository):
-        """All of it or nothing."""
+        """Commit everything or nothing."""
         files = dict(self.server.files(repository, kind))
         header, *lines = [json.loads(line) for line in self.body.splitlines()]
         assert header["key"] == "header" and header["value"]["summary"]
@@ -277,7 +277,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def serve(repositories=None):
-    """A Hub that answers in a thread of its own; `server.shutdown()` ends it."""
+    """A Hub that answers in its own thread; `server.shutdown()` ends it."""
     server = Hub(repositories)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -285,9 +285,9 @@ def serve(repositories=None):
 
 
 def client_environment(server, home, **more):
-    """Variables that point the unpatched client, its cache in `home`, at the server.
+    """Environment variables that point the unpatched client at the server, with its cache in `home`.
 
-    The client's other protocol, with chunks by content, is switched off: it needs servers of its own.
+    The client's content-chunked protocol is switched off: it needs other servers.
     """
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN")
     clean = {name: value for name, value in os.environ.items() if name not in names}

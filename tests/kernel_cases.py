@@ -36,7 +36,7 @@ def start(params: Params) -> TrainState:
 
 
 def apart(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference by the norm of what is expected."""
+    """Norm of the difference / norm of the expected value."""
     return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
 
 
@@ -47,11 +47,11 @@ def dense(codes: Codes, d_sae: int = D_SAE) -> torch.Tensor:
 
 
 def assert_same_codes(actual: Codes, expected: Codes, params: Params, x: torch.Tensor) -> None:
-    """Equal up to rounding: a pair that only one of them lists is a near-tie with the cut."""
+    """Equal up to rounding: a pair in only one of them lies very close to the cut."""
     assert_well_formed(actual)
     d_sae = len(params.b_enc)
     z, z_expected = dense(actual, d_sae), dense(expected, d_sae)
-    scale = (x - params.b_pre).norm(dim=1, keepdim=True)  # rows' norms set the size of rounding
+    scale = (x - params.b_pre).norm(dim=1, keepdim=True)  # rounding errors scale with the rows' norms
     both = (z > 0) & (z_expected > 0)
     assert ((z - z_expected).abs() <= 1e-5 * scale + 1e-5)[both].all()
     either = (z > 0) != (z_expected > 0)

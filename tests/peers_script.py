@@ -1,10 +1,10 @@
-"""Runs in the peers' environment, which has no saegrid: read exported folders, and save SAEs of the peers' own.
+"""Runs in the peers' environment, without saegrid: read exported folders, and save the peers' own SAEs.
 
     python peers_script.py FOLDER
 
-FOLDER holds `rows.safetensors` and `exported/{format}-{arch}/`. For each of those the peer's own loader, encoder and
-decoder write `theirs/{format}-{arch}.safetensors` (latent_acts, x_hat); for each SAE of the peers' own, saved by their
-own code as `saved/{format}-{name}/`, likewise `theirs/{format}-{name}.safetensors`.
+FOLDER holds `rows.safetensors` and `exported/{format}-{arch}/`. For each export, the peer's loader, encoder and decoder
+write `theirs/{format}-{arch}.safetensors` (latent_acts, x_hat). Each of the peers' own SAEs is saved by their code as
+`saved/{format}-{name}/` and likewise gives `theirs/{format}-{name}.safetensors`.
 """
 
 import json
@@ -59,7 +59,7 @@ def write_outputs(format, folder, x, results):
 
 
 def own_saes(d_in):
-    """(format, name, SAE) of each kind that a peer can save and this project reads."""
+    """(format, name, SAE) of each kind that a peer can save and this project can read."""
     d_sae = FACTOR * d_in
     shape = {"d_in": d_in, "d_sae": d_sae}
     for b_dec in (False, True):
@@ -85,13 +85,13 @@ def own_saes(d_in):
 
 
 def fill(sae):
-    """Random weights, every bias at work, decoder rows of several norms, thresholds that differ."""
+    """Random weights, non-zero biases, decoder rows of several norms, different thresholds."""
     for name, parameter in sae.named_parameters():
         scale = 2.0 if name in ("b_dec", "bias", "decoder_bias") else 0.1
         parameter.data.normal_(std=scale)
         if name == "threshold":
             parameter.data.uniform_(20, 60)
-        if name in ("b_gate", "gate_bias", "b_mag", "mag_bias"):  # the later of the two cuts is now one, now the other
+        if name in ("b_gate", "gate_bias", "b_mag", "mag_bias"):  # either cut may be the higher one
             parameter.data.uniform_(-60, -20)
     if isinstance(sae, StandardSAE):
         sae.b_enc.data.uniform_(-60, -20)
@@ -108,11 +108,11 @@ OLD = {
     **{"finetuning_scaling_factor": False, "sae_lens_training_version": "5.9.1", "neuronpedia_id": None},
     **{"model_from_pretrained_kwargs": {"center_writing_weights": False}, "seqpos_slice": [None]},
 }
-"""What versions 3 to 5 of SAELens wrote besides what their cfg.json shares with today's."""
+"""Keys of cfg.json that SAELens 3 to 5 wrote and today's version does not."""
 
 
 def make_old(arch, folder):
-    """A folder as SAELens 5 left it, which today's version still reads."""
+    """A folder as SAELens 5 wrote it; today's version still reads it."""
     path = folder / "cfg.json"
     cfg = json.loads(path.read_text())
     shared = {name: cfg[name] for name in ("d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input")}
@@ -135,7 +135,7 @@ def save(format, name, sae, folder):
         sae.save_model(folder)
         if name.startswith("old_"):
             make_old(name.removeprefix("old_"), folder)
-        if name == "bfloat16":  # rounds the weights, and computes in float32 where it is asked to
+        if name == "bfloat16":  # rounds the weights, and computes in float32 if asked to
             path = folder / "cfg.json"
             path.write_text(path.read_text().replace("float32", "bfloat16"))
 

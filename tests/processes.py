@@ -1,4 +1,4 @@
-"""Commands and servers as a user meets them, and what commands cost."""
+"""Commands and servers as users run them, and the processor time of commands."""
 
 import json
 import os
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def called(arguments, **options):
-    """(process, seconds): of processor time, as the clock also tells what else the machine does."""
+    """(process, seconds): processor time, because wall-clock time depends on the machine's load."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, **options)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -21,7 +21,7 @@ def called(arguments, **options):
 
 
 def in_another_process(environment, code):
-    """Run code under other environment variables, as the Hub's client reads them when it is imported."""
+    """Run code with other environment variables, which the Hub's client reads at import."""
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN")
     clean = {name: value for name, value in os.environ.items() if name not in names}
     done = subprocess.run(
@@ -32,7 +32,7 @@ def in_another_process(environment, code):
 
 
 def peers_python() -> str:
-    """The peers' Python, or a skip that says how to make it."""
+    """The peers' Python; skips with a line that says how to make it."""
     python = os.environ.get("SAEGRID_PEERS_PYTHON") or str(ROOT / ".venv-peers/bin/python")
     if not Path(python).exists():
         pytest.skip(f"no {python}: `make peers` makes the environment with sae-lens, dictionary-learning and sparsify")

@@ -1,4 +1,4 @@
-"""The published classes, written from the model card's description alone; the tests hold ours against them."""
+"""The published classes, written only from the model card's description; the tests check ours against them."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""A project folder as `make report` leaves it, of synthetic runs, for the tests of the website."""
+"""A project folder as `make report` leaves it, with synthetic runs, for the website tests."""
 
 import json
 import os
@@ -18,7 +18,7 @@ SOURCES = ["_quarto.yml", "method.qmd", "recipes.qmd", "speed.qmd", "reproduce.q
 SOURCES += ["results/_published.md", "results/_recipes.md", "benchmarks/_speed.md"]
 NOTEBOOKS = ["findings", "results", "frontier", "latents"]
 HOSTILE = ["$x$", "{{< include gone.md >}}", "</script><script>document.title='broken'</script>", '"><b>', "&lt;"]
-"""Texts of tokens that must come out as text."""
+"""Token strings that must be rendered as text."""
 
 
 def copy_sources(root):
@@ -32,7 +32,7 @@ def copy_sources(root):
 
 
 def execute(root, grid, *names):
-    """Execute notebooks into `report/`, in one process: a kernel a notebook."""
+    """Execute notebooks into `report/`, in one process with one kernel per notebook."""
     (root / "report").mkdir(exist_ok=True)
     places = {"results_dir": grid.results_dir, "runs_dir": "runs"}
     code = "import json, sys, papermill\nfor one in json.loads(sys.argv[1]): papermill.execute_notebook(**one)"
@@ -48,7 +48,7 @@ def execute(root, grid, *names):
 
 
 def build(root, grid):
-    """Tables, latents, executed notebooks, pages and `_site`, in a folder that holds runs."""
+    """Make tables, latents, executed notebooks, pages and `_site` in a folder with runs."""
     copy_sources(root)
     results.make(grid, root)
     write_latents(root, grid)
@@ -58,7 +58,7 @@ def build(root, grid):
 
 
 def write_latents(root, grid):
-    """Described latents with numbers from formulas, some of whose tokens are hostile."""
+    """Write described latents with numbers from formulas and some hostile tokens."""
     best = selection.recommend(results.read_tidy(root / grid.results_dir))
     words = [" the", " of", "\n", "7", *HOSTILE]
     latents = []

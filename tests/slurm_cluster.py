@@ -1,4 +1,4 @@
-"""A real Slurm of one node, on loopback and in a folder of its own: munged, slurmctld and slurmd of this machine."""
+"""A real one-node Slurm, on loopback and in its own folder, with this machine's munged, slurmctld and slurmd."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 PROGRAMS = ["munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol"]
 CPUS = 8
-"""Of the node, whatever the machine has: as many as the profile asks for at most."""
+"""Cores of the node, whatever the machine has: the most that the profile requests."""
 CONFIG = """
 ClusterName=one
 SlurmctldHost={host}(127.0.0.1)
@@ -52,7 +52,7 @@ def missing() -> list[str]:
 
 
 class Cluster:
-    """Started when it is made; `stop` ends all that belongs to it. /etc is not touched."""
+    """A cluster that starts when constructed; `stop` ends all its processes. /etc is not touched."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -65,7 +65,7 @@ class Cluster:
             ports = {"controller": one.getsockname()[1], "node": other.getsockname()[1]}
         host = socket.gethostname().split(".")[0]
         self.config.write_text(CONFIG.format(root=root, host=host, user=getpass.getuser(), cpus=CPUS, **ports))
-        # the plugin takes SLURM_CONF from a job's srun, as clusters have their configuration in /etc
+        # the plugin unsets SLURM_CONF for a job's srun, because clusters have their configuration in /etc
         wrapper = root / "bin" / "srun"
         wrapper.write_text(f'#!/bin/sh\nSLURM_CONF={self.config} exec {shutil.which("srun")} "$@"\n')
         wrapper.chmod(0o755)
@@ -89,7 +89,7 @@ class Cluster:
         wait_for(lambda: "idle" in self.call("sinfo", "--noheader", "--format=%T", check=False), self.logs)
 
     def _daemon(self, *command: str) -> None:
-        """It ends with the test's process, even by kill -9."""
+        """Start a daemon that ends with the test's process, even on kill -9."""
         with open(self.root / f"{command[0]}.log", "ab") as log:
             tied = [sys.executable, "-m", "saegrid.storage.processes", *command]
             self.daemons.append(subprocess.Popen(tied, stdout=log, stderr=log, env=self.environment))
@@ -101,7 +101,7 @@ class Cluster:
         return done.stdout
 
     def jobs(self) -> dict[str, str]:
-        """{comment, which holds the rule and its wildcards: id} of the jobs that wait or run."""
+        """{comment: id} of the waiting and running jobs; the comment holds the rule and its wildcards."""
         lines = self.call("squeue", "--noheader", "--format=%i %k").splitlines()
         return {comment: job for job, comment in (line.split(maxsplit=1) for line in lines)}
 
@@ -109,18 +109,18 @@ class Cluster:
         self.call("scancel", job)
 
     def kill(self, job: str) -> None:
-        """SIGKILL of a job's papermill."""
+        """SIGKILL a job's papermill."""
         os.kill(next(pid for pid, command in self.processes(job).items() if "papermill" in command), signal.SIGKILL)
 
     def processes(self, job: str = "") -> dict[int, str]:
-        """{pid: command line} of all that belongs to this cluster, or to one of its jobs."""
+        """{pid: command line} of all processes of this cluster, or of one of its jobs."""
         marks = [f"SLURM_CONF={self.config}"] if not job else [f"SLURM_JOB_ID={job}", str(self.root)]
         found = {}
         for entry in Path("/proc").iterdir():
             try:
                 if entry.name.isdigit() and all(mark.encode() in (entry / "environ").read_bytes() for mark in marks):
                     found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:  # it has ended, or is another user's
+            except OSError:  # it has ended or is another user's
                 continue
         return {pid: command for pid, command in found.items() if command}
 
@@ -128,7 +128,7 @@ class Cluster:
         return "\n".join(f"{path.name}: {path.read_text()[-1500:]}" for path in self.root.glob("*.log"))
 
     def stop(self) -> None:
-        """End the jobs, the daemons and whatever they left."""
+        """End the jobs, the daemons and their remaining processes."""
         if len(self.daemons) == 3:
             self.call("scancel", f"--user={getpass.getuser()}", check=False)
         for daemon in reversed(self.daemons):
@@ -143,7 +143,7 @@ class Cluster:
 
 
 def wait_for(there: Callable[[], bool], why_not: Callable[[], str], seconds: float = 60.0) -> None:
-    """Until something is so; after that time, fail with what `why_not` says."""
+    """Wait until `there()` is true; after `seconds`, fail with the text of `why_not()`."""
     deadline = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < deadline, why_not()

@@ -19,7 +19,7 @@ from transformers import (
 VOCAB, D_IN, N_LAYERS = 260, 16, 3
 SMALL = {"vocab_size": VOCAB, "hidden_size": D_IN, "num_hidden_layers": N_LAYERS, "num_attention_heads": 2}
 LLAMA = {**SMALL, "intermediate_size": 32, "num_key_value_heads": 1, "max_position_embeddings": 256}
-# a wide start makes attention and MLP matter next to the embeddings
+# a large initializer range makes attention and MLP matter next to the embeddings
 LAYOUTS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, initializer_range=0.3)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**LLAMA, initializer_range=0.3, tie_word_embeddings=True)),
@@ -62,7 +62,7 @@ def save_model(folder, layout="llama", chat=False):
 
 
 def save_deep_model(folder, d_in=8, n_layers=13):
-    """A folder with a model that has a block 12, and a dataset: what published activation files are read beside."""
+    """A folder with a model that has a block 12, and a dataset, to go with published activation files."""
     torch.manual_seed(0)
     shape = {"hidden_size": d_in, "num_hidden_layers": n_layers}
     LlamaForCausalLM(LlamaConfig(**LLAMA | shape, initializer_range=0.3)).save_pretrained(folder)
@@ -72,7 +72,7 @@ def save_deep_model(folder, d_in=8, n_layers=13):
 
 
 def save_dataset(folder, train=40, test=10):
-    """`train.jsonl` and `test.jsonl` of GSM8K's form; every question is another one."""
+    """`train.jsonl` and `test.jsonl` in GSM8K's form; all questions differ."""
     folder.mkdir(exist_ok=True)
     for split, count in (("train", train), ("test", test)):
         lines = [

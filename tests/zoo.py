@@ -1,6 +1,6 @@
-"""Tiny random models of many architectures of transformers, and the table of them in the docs.
+"""Tiny random models of many architectures of transformers, and their table in the docs.
 
-`python tests/zoo.py` writes the table anew.
+`python tests/zoo.py` rewrites the table.
 """
 
 from pathlib import Path
@@ -20,10 +20,10 @@ SMALL = {
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128},
     **{"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2},
     **{"moe_intermediate_size": 24, "sliding_window": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-    # a wide start makes attention and MLP matter next to the embeddings
+    # a large initializer range makes attention and MLP matter next to the embeddings
     **{"initializer_range": 0.3, "init_std": 0.3, "tie_word_embeddings": False},
 }
-"""What every config gets, as far as it knows the names; windows are shorter than the texts."""
+"""Values for every config that knows these names; windows are shorter than the texts."""
 LATENT = {
     **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
     **{"num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
@@ -111,7 +111,7 @@ RIGHT = {
     "starcoder2": {},
     "xglm": {},
 }
-"""Architectures that agree with the model as transformers runs it, with what their configs need besides `SMALL`."""
+"""Architectures that agree with transformers' own forward pass, with what their configs need besides `SMALL`."""
 REFUSED = {
     "bert": ({}, "depend on later tokens"),
     "deepseek_v4": ({}, "returns (8, 4, 32) for 8 tokens"),
@@ -124,7 +124,7 @@ REFUSED = {
     "xlnet": ({"d_head": 8}, "depend on later tokens"),
     "zaya": ({"num_experts_per_tok": 1}, "more than the residual stream"),
 }
-"""Architectures that are told in one line, with a part of that line."""
+"""Architectures that are refused in one line, with config values and a part of that line."""
 
 
 def zoo_config(kind, parameters):
@@ -135,14 +135,14 @@ def zoo_config(kind, parameters):
 
 
 def zoo_model(kind, parameters, attention=None):
-    """A tiny random model of a `model_type`; the same weights at every call."""
+    """A tiny random model of a `model_type`, with the same weights at every call."""
     torch.manual_seed(0)
     config = zoo_config(kind, parameters)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
 def row(kind):
-    """The line of an architecture in the docs."""
+    """The table row of an architecture in the docs."""
     if kind in RIGHT:
         model = zoo_model(kind, RIGHT[kind])
         return f"| {type(model).__name__} | `{kind}` | {model.config._attn_implementation} |"
@@ -154,7 +154,7 @@ def row(kind):
 
 
 def document(rows):
-    """The page of all architectures, from their lines by `model_type`."""
+    """The page of all architectures, from their rows by `model_type`."""
     right, refused = ("\n".join(rows[kind] for kind in some) for some in (RIGHT, REFUSED))
     return f"""# Language models
 

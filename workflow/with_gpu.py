@@ -2,9 +2,9 @@
 
     python workflow/with_gpu.py COMMAND [ARGUMENT ...]
 
-Takes the lock of a free GPU, sets CUDA_VISIBLE_DEVICES to it, and gives it back with the process: one run a GPU, also
-where there is only one. Where a scheduler has already set CUDA_VISIBLE_DEVICES to one device, or there is no GPU, the
-command runs as it is.
+Takes the lock of a free GPU, sets CUDA_VISIBLE_DEVICES to it, and releases it when the process ends: one run per GPU,
+even with only one GPU. If a scheduler has already set CUDA_VISIBLE_DEVICES to one device, or there is no GPU, the
+command runs unchanged.
 """
 
 import os

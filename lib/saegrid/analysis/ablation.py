@@ -1,4 +1,4 @@
-"""What a recipe, and each choice of it, buys: runs of one setting compared over their seeds. Free of torch."""
+"""What a recipe and each of its choices gain: runs of one setting compared over seeds. Free of torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from saegrid.errors import ResultsError
 
 MEANS = ["l0", "fvu_no_sink", "dead_pct", "dead_pct_no_sink", "delta_loss"]
 BETWEEN = ["delta_interval", "delta_range"]
-"""How sure the mean delta loss is: its interval where it can be told, else its range over the seeds."""
+"""Uncertainty of the mean delta loss: its interval if there are per-prompt sums, else its range over the seeds."""
 
 
 def named(df: pd.DataFrame) -> pd.DataFrame:
@@ -23,15 +23,15 @@ def named(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def setting(df: pd.DataFrame) -> list[str]:
-    """The columns that, beside the recipe, tell settings of these rows apart."""
+    """The columns other than the recipe that distinguish the settings of these rows."""
     return [*(name for name in settings.USUAL if name != "recipe"), *settings.unusual(df.to_dict("records"))]
 
 
 def by_recipe(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> pd.DataFrame:
-    """One row a setting and recipe, in the table's order: means over the seeds, their number, how sure delta loss is.
+    """One row per setting and recipe, in table order: means over seeds, number of seeds, uncertainty of delta loss.
 
     Columns: those of `setting`, `recipe` in words, `seeds`, `MEANS`, and one of `BETWEEN`: `delta_interval` (95%,
-    over templates and seeds) where the runs' per-prompt sums are given, else `delta_range` (over the seeds).
+    over templates and seeds) if the runs' per-prompt sums are given, else `delta_range` (over the seeds).
     """
     groups = named(df).groupby([*setting(df), "recipe"], sort=False, dropna=False)
     table = groups[MEANS].mean().assign(seeds=groups["seed"].nunique())
@@ -44,13 +44,13 @@ def by_recipe(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> pd.DataF
 
 
 def beside(df: pd.DataFrame, prompts: pd.DataFrame, base: str = "improved") -> pd.DataFrame:
-    """What switching one choice of a recipe does to delta loss: one row a switched choice, the costliest first.
+    """How switching one choice of a recipe changes delta loss: one row per switched choice, costliest first.
 
-    Columns: `recipe` in words, `choice`, `delta_more` (mean over seeds, less that of `base` as it is), and `low` and
+    Columns: `recipe` in words, `choice`, `delta_more` (mean over seeds minus that of unchanged `base`), and `low` and
     `high`, its central 95% interval, paired over templates and seeds.
 
     Raises:
-        ResultsError: the runs are of more than one setting, or a choice has other seeds than `base`.
+        ResultsError: the runs have more than one setting, or a choice and `base` have different seeds.
     """
     rows = named(df)
     if len({settings.key(row, "recipe") for row in df.to_dict("records")}) > 1:

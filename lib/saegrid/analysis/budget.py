@@ -1,4 +1,4 @@
-"""The run to take for a budget of active latents and dictionary size, and what its neighbours would cost. No torch."""
+"""The best run for a budget of active latents and dictionary size, and the cost of its neighbours. Free of torch."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from saegrid.analysis.numbers import change, signed
 from saegrid.analysis.selection import candidates
 
 BUDGETS = (16, 32, 64, 128, 256, 512)
-"""Latents a token that a reader may want to look at, at most."""
+"""Most active latents per token that a reader may want."""
 SLACK = 1.05
-"""A run up to 5% over a budget is within it: K is a target, and L0 what was measured."""
+"""A run up to 5% over a budget is within it: K is a target, L0 is measured."""
 
 
 def by_budget(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> pd.DataFrame:
-    """The run with the lowest delta loss within each budget of L0, once each, with the columns of its row and:
+    """The run with the lowest delta loss within each L0 budget, each run once, with its own columns and:
 
-    `budget`, which ones it is best for; `smaller`, what the best run of its recipe with half its latents or fewer
-    costs within that budget; `sparser`, what the best run of the next smaller budget costs. Differences of delta loss
-    in nats/token, with 95% intervals where the runs' per-prompt sums are given; "" where there is no such run.
+    `budget`, the budgets that it is best for; `smaller`, the cost of the best run of its recipe within that budget
+    that has at most half its latents; `sparser`, the cost of the best run of the next smaller budget. A cost is a
+    difference of delta loss in nats/token, with a 95% interval if per-prompt sums are given; "" without such a run.
     """
     df, drawn = candidates(df), None if prompts is None else intervals.draws(prompts)
     picks = {budget: best for budget in BUDGETS if (best := _best(df, budget)) is not None}

@@ -1,6 +1,6 @@
-"""The five published findings, each a function from the tidy table to a verdict, an effect and the numbers behind it.
+"""The five published findings, each a function from the tidy table to a verdict, an effect and its numbers.
 
-The same functions run on our own rows and on the published ones; `report.pages.findings_page` puts them into words.
+The same functions run on our own rows and on the published ones; `report.pages.findings_page` words the results.
 An effect is a delta loss or a difference of delta losses in nats/token; its 95% interval is a paired bootstrap over
 problem templates and needs the runs' per-prompt sums (`finished_run.load_prompts`).
 """
@@ -19,7 +19,7 @@ from saegrid.config import settings
 
 HOLDS, FAILS, NOT_TESTABLE = "holds", "fails", "not testable here"
 
-# Fixed before the results, as `selection.DENSE_SHARE_PCT` is. Each comes from the published sentence; where that gives
+# Fixed before the results, like `selection.DENSE_SHARE_PCT`. Each comes from the published sentence; where that has
 # only a word, the number is ours.
 SMALL_K, ENOUGH_K, DEAD_EXPANSION = 64, 128, 8  # "K=64 at 8x ... K should be at least 128"
 MOSTLY_DEAD_PCT = 50.0  # "57% of latents dead", taken as: most of them
@@ -38,19 +38,19 @@ class Finding:
     verdict: str
     """`holds`, `fails` or `not testable here`."""
     effect: float | None
-    """nats/token; None where the rows don't give it."""
+    """nats/token; None if the rows don't give it."""
     interval: tuple[float, float] | None
     """95% interval of the effect."""
     evidence: pd.DataFrame
-    """The rows that the verdict rests on."""
+    """The rows that support the verdict."""
     facts: dict[str, Any]
-    """The numbers and rows that the page's sentence is made of."""
+    """The numbers and rows for the page's sentence."""
 
 
 def all_findings(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> list[Finding]:
     """The five findings on the rows of `df`; with intervals if `prompts` has the runs' per-prompt sums.
 
-    They are about the published recipe: runs of another one are passed over.
+    They concern the published recipe: runs of other recipes are ignored.
     """
     if "recipe" in df:
         df = df[df["recipe"] == "published"]
@@ -60,9 +60,9 @@ def all_findings(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> list[
 
 
 def batchtopk_beats_topk(df: pd.DataFrame, drawn: pd.DataFrame | None = None) -> Finding:
-    """Finding 1: every BatchTopK row against the TopK row that differs in nothing else.
+    """Finding 1: every BatchTopK row against the otherwise equal TopK row.
 
-    Facts: `pairs`, their number, and in how many BatchTopK has the lower `val_mse`, `delta_loss`, no more `dead_pct`.
+    Facts: `pairs`, their number; in how many BatchTopK has lower `val_mse`, lower `delta_loss`, no higher `dead_pct`.
     """
     pairs = _pairs(df, "arch", ("TopK", "_top"), ("BatchTopK", "_batch"))
     n = len(pairs)
@@ -80,7 +80,7 @@ def batchtopk_beats_topk(df: pd.DataFrame, drawn: pd.DataFrame | None = None) ->
 def small_k_dies(df: pd.DataFrame, drawn: pd.DataFrame | None = None) -> Finding:
     """Finding 2: dead latents at small and at larger K, at one expansion.
 
-    Facts: rows of `small` and of `enough` K; where the claim's own K are missing, of the smallest and the largest.
+    Facts: rows with `small` and with `enough` K; if the claim's own K are missing, the smallest and the largest.
     """
     rows = df[df["arch"].isin(["BatchTopK", "TopK"]) & (df["expansion"] == DEAD_EXPANSION)]
     small, enough = rows[rows["k"] == SMALL_K], rows[rows["k"] >= ENOUGH_K]
@@ -98,7 +98,7 @@ def small_k_dies(df: pd.DataFrame, drawn: pd.DataFrame | None = None) -> Finding
 def sweet_spot(df: pd.DataFrame, drawn: pd.DataFrame | None = None) -> Finding:
     """Finding 3: the best of BatchTopK, 4x or 8x, K=220 against the best other BatchTopK or TopK run.
 
-    Facts: `best`, the best of the claimed runs, else of all, and `rival`, the best other: at most one row each.
+    Facts: `best`, the best claimed run (or the best of all), and `rival`, the best other run: at most one row each.
     """
     rows = df[df["arch"].isin(["BatchTopK", "TopK"])]
     is_sweet = (rows["arch"] == "BatchTopK") & (rows["k"] == SWEET_K) & rows["expansion"].isin(SWEET_EXPANSIONS)
@@ -131,8 +131,8 @@ def jumprelu_is_dense(df: pd.DataFrame, drawn: pd.DataFrame | None = None) -> Fi
 def large_adds_little(df: pd.DataFrame, drawn: pd.DataFrame | None = None) -> Finding:
     """Finding 5: 16x against 8x, all else equal.
 
-    Facts: the expansions `small` and `large` (the two largest where the claim's are missing) and `gaps`, what the
-    larger one loses more in each pair.
+    Facts: the expansions `small` and `large` (the two largest if the claim's are missing) and `gaps`, the delta loss of
+    the larger minus that of the smaller in each pair.
     """
     rows = df[df["arch"].isin(["BatchTopK", "TopK"])]
     pairs = _pairs(rows, "expansion", (MEDIUM, "_small"), (LARGE, "_large"))
@@ -154,7 +154,7 @@ def large_adds_little(df: pd.DataFrame, drawn: pd.DataFrame | None = None) -> Fi
 
 
 def _pairs(rows: pd.DataFrame, axis: str, base: tuple[Any, str], other: tuple[Any, str]) -> pd.DataFrame:
-    """Pairs of rows that differ along one axis alone: of (value, suffix of the columns), `other` and `base`."""
+    """Pairs of rows that differ only along `axis`; `other` and `base` are (value, column suffix)."""
     rest = [settings.key(row, axis) for row in rows.to_dict("records")]
     rows = rows.assign(rest=pd.Series(rest, index=rows.index, dtype=object))
     left, right = (rows[rows[axis] == value] for value, _ in (other, base))

@@ -1,7 +1,7 @@
-"""95% intervals of what is measured on the evaluation prompts, by a paired bootstrap over problem templates.
+"""95% intervals of measures on the evaluation prompts, by a paired bootstrap over problem templates.
 
-Prompts of one template are alike, so the template is what is drawn; all runs of a draw see the same templates, so the
-difference of two runs is free of the noise that they share. A measure is a quotient of sums over prompts.
+Prompts of one template are alike, so templates are drawn. Every draw takes the same templates for all runs, so the
+noise that two runs share cancels in their difference. A measure is a ratio of two sums over prompts.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ MEASURES = {
     "delta_loss": ("ce_spliced_sum - ce_clean_sum", "n_tokens"),
     "fvu_eval": ("sq_error", "sq_norm_centred"),
 }
-"""What is summed over prompts above and below the quotient: nats/token; FVU without sinks on the prompts."""
+"""Numerator and denominator, each summed over prompts: nats/token; FVU without sinks on the prompts."""
 
 
 def draws(prompts: pd.DataFrame, measure: str = "delta_loss") -> pd.DataFrame:
-    """A measure of every run under every bootstrap draw: one row a draw, one column a run id.
+    """A measure of every run under every bootstrap draw: one row per draw, one column per run id.
 
     `prompts` is long-form: `run_id, prompt, template, n_tokens` and the sums that the measure needs (`MEASURES`). A
-    prompt without a template stands for itself. Raises `ResultsError` if the runs were not scored on the same prompts
+    prompt without a template is its own group. Raises `ResultsError` if the runs were not scored on the same prompts
     and tokens, or if a sum is missing.
     """
     alone = "prompt " + prompts["prompt"].astype(str)
@@ -57,9 +57,9 @@ def interval(drawn: pd.DataFrame, weights: Mapping[str, float]) -> tuple[float, 
 
 
 def over_seeds(drawn: pd.DataFrame, run_ids: Sequence[str]) -> np.ndarray:
-    """Means (`DRAWS`,) over the runs of one setting, their seeds drawn as well as the templates.
+    """Means (`DRAWS`,) over the runs of one setting; both seeds and templates are drawn.
 
-    Two settings with as many seeds, in one order, get the same draws, so that their difference is paired.
+    Two settings with equally many seeds in the same order get the same draws, so their difference is paired.
     """
     values = drawn[list(run_ids)].to_numpy()
     picked = np.random.default_rng(SEED + 1).integers(values.shape[1], size=values.shape)
@@ -68,9 +68,9 @@ def over_seeds(drawn: pd.DataFrame, run_ids: Sequence[str]) -> np.ndarray:
 
 
 def difference(drawn: pd.DataFrame, runs: pd.DataFrame, base: pd.DataFrame) -> tuple[float, float]:
-    """The central 95% interval of the mean over `runs` less that over `base`, paired over templates and seeds.
+    """The central 95% interval of the mean over `runs` minus that over `base`, paired over templates and seeds.
 
-    Both have the columns `run_id` and `seed`. Raises `ResultsError` where their seeds are not the same.
+    Both have the columns `run_id` and `seed`. Raises `ResultsError` if their seeds differ.
     """
     runs, base = runs.sort_values("seed"), base.sort_values("seed")
     if list(runs["seed"]) != list(base["seed"]):
@@ -79,7 +79,7 @@ def difference(drawn: pd.DataFrame, runs: pd.DataFrame, base: pd.DataFrame) -> t
 
 
 def central(values: np.ndarray | pd.Series) -> tuple[float, float]:
-    """The central 95% interval of what was drawn."""
+    """The central 95% interval of the drawn values."""
     tail = (1 - COVERAGE) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)

@@ -18,9 +18,9 @@ class Column:
     title: str
     unit: str = ""
     digits: str = ""
-    """Format of a number; empty: as it is."""
+    """Number format; empty: unformatted."""
     best: str = ""
-    """`min`, `max`, or empty where no value is better than another."""
+    """`min`, `max`, or empty if no value is better than another."""
 
 
 COLUMNS = {
@@ -80,7 +80,7 @@ COLUMNS = {
 
 
 def number(value: Any, name: str = "") -> str:
-    """A value of the column `name` as text: the column's format, a true minus sign, a dash where it is missing."""
+    """A value of the column `name` as text: the column's format, a true minus sign, a dash if it is missing."""
     if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
         return MISSING
     column = COLUMNS.get(name, Column(name))
@@ -101,13 +101,13 @@ def signed(value: float, digits: int = 3) -> str:
 
 
 def between(values: pd.Series, digits: str) -> str:
-    """The smallest and the largest value: `4 to 6`, or `4` where they read the same."""
+    """The smallest and the largest value: `4 to 6`, or `4` if both read the same."""
     low, high = format(values.min(), digits), format(values.max(), digits)
     return low if low == high else f"{low} to {high}"
 
 
 def counted(n: int, word: str) -> str:
-    """A number of things: `1 seed`, `3 seeds`."""
+    """A count with its noun: `1 seed`, `3 seeds`."""
     return f"{n} {word if n == 1 else f'{word}s'}"
 
 

@@ -1,4 +1,4 @@
-"""This project's SAEs beside other libraries', at matched L0, as `benchmarks/peer_quality.py` found. Free of torch."""
+"""This project's SAEs and other libraries' at matched L0, from `benchmarks/peer_quality.py`. Free of torch."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ COMPARED = (
     ("fvu_no_sink", "an FVU without sinks", "fvu_eval", "More FVU"),
     ("delta_loss", "a delta loss", "delta_loss", "More delta loss"),
 )
-"""Measures, in words; what of theirs is compared on the prompts, with an interval; the title of its column."""
+"""Measure and its name; the measure compared on the prompts, with an interval; the title of its column."""
 MEANS = ["l0_no_sink", "fvu_no_sink", "fvu_eval", "dead_pct_no_sink", "delta_loss"]
 CONTENDER = ["peer", "arch"]
 
 
 def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The runs of each contender's best learning rate, that of its first seed's lowest FVU without sinks on the
-    validation rows, and their losses by prompt; both with a `run_id`.
+    """The runs at each contender's best learning rate and their losses per prompt; both with a `run_id`.
 
-    K without an SAE of this project are left out, and of a K the seeds that a contender does not have yet.
+    The best learning rate gives the lowest FVU without sinks on the validation rows with the first seed. K without an
+    SAE of this project are left out, and for each K the seeds that a contender does not have yet.
     """
     runs = pd.read_csv(folder / "runs.csv").dropna(subset="fvu_no_sink")
     prompts = pd.read_csv(folder / "prompts.csv", dtype={"template": "string"})
@@ -41,10 +41,10 @@ def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def compared(runs: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
-    """One row a K and contender: means over seeds, and what it has more than this project's SAE at that K.
+    """One row per K and contender: means over seeds, and the differences from this project's SAE at that K.
 
-    That is the one of its architectures whose FVU without sinks is the lowest. `delta_loss_more` and `fvu_eval_more`
-    are (difference, low, high): the bounds are its central 95% interval, over problem templates and seeds.
+    This project's SAE is its architecture with the lowest FVU without sinks. `delta_loss_more` and `fvu_eval_more` are
+    (difference, low, high): the bounds are its central 95% interval, over problem templates and seeds.
     """
     drawn, rows = {measure: intervals.draws(prompts, measure) for measure in intervals.MEASURES}, []
     for k, group in runs.groupby("k"):

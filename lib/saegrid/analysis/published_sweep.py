@@ -1,4 +1,4 @@
-"""The published table: the nine rows that the model card prints, and what their rounding tells. Free of torch."""
+"""The published table: the nine rows that the model card prints, and what their rounding implies. Free of torch."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def rows() -> pd.DataFrame:
 
 
 def run_name(row: Mapping[str, Any]) -> str:
-    """The published file name of a row, without its ending: `BatchTopK_exp8x_k220`, `JumpReLU_exp8x_t0.5`."""
+    """The published file name of a row, without suffix: `BatchTopK_exp8x_k220`, `JumpReLU_exp8x_t0.5`."""
     sparsity = f"t{row['threshold']:g}" if row["arch"] == "JumpReLU" else f"k{row['k']:g}"
     return f"{row['arch']}_exp{row['expansion']:g}x_{sparsity}"
 
 
 def bounds() -> pd.DataFrame:
-    """What each published row tells about its setting, by the rounding of its printed numbers.
+    """Bounds on the published setting, from the rounding of each row's printed numbers.
 
     Columns, as `_low` and `_high`: `var` is MSE / NMSE, the pooled variance; `ce` is f * delta / (1 - f), the clean
-    cross-entropy in nats if f = frac_rec is CE_clean / CE_spliced; `usual` is delta / (1 - f), the loss between clean
-    and ablated in nats if f were the field's fraction of loss recovered.
+    cross-entropy in nats if f = frac_rec is CE_clean / CE_spliced; `usual` is delta / (1 - f), the ablated minus the
+    clean loss in nats if f were the field's fraction of loss recovered.
     """
     found = []
     for row in _text():
@@ -56,7 +56,7 @@ def bounds() -> pd.DataFrame:
 
 
 def meet(df: pd.DataFrame, name: str) -> tuple[float, float]:
-    """The intersection of the rows' bounds `{name}_low` and `{name}_high`; they don't meet if low is above high."""
+    """The intersection of the rows' bounds `{name}_low` and `{name}_high`; empty if low is above high."""
     return float(df[f"{name}_low"].max()), float(df[f"{name}_high"].min())
 
 

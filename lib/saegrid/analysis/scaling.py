@@ -12,13 +12,13 @@ MEASURES = {"fvu_no_sink": "FVU without sinks", "delta_loss": "delta loss"}
 
 
 def exponents(df: pd.DataFrame) -> pd.DataFrame:
-    """One row a measure and size that varies: the slope of log(measure) over log(size), all sizes fitted together.
+    """One row per measure and varying size: the slope of log(measure) over log(size), all sizes fitted together.
 
-    Least squares over the runs; `low` and `high` are the central 95% interval of a bootstrap over them, `spread` the
-    typical factor by which a run misses the fit.
+    Least squares over the runs; `low` and `high` are the central 95% interval of a bootstrap over runs, `spread` is the
+    typical factor between a run and the fit.
 
     Raises:
-        ValueError: fewer runs than two for each number that is fitted, or a measure that is not above 0.
+        ValueError: fewer than two runs per fitted parameter, or a measure that is not above 0.
     """
     sizes = [name for name in SIZES if df[name].nunique() > 1]
     if len(df) < 2 * (len(sizes) + 1) or not (df[[*MEASURES]] > 0).all(axis=None):

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pandas as pd
 
 DENSE_SHARE_PCT = 10.0
-"""A run that fires at least this share of its latents is dense: it is no candidate for "best" ("firing 10-45% of its
-latents" is what the published card calls not sparse). Fixed before the results."""
+"""A run that fires at least this share of its latents is dense and can't be "best": the published card calls "firing
+10-45% of its latents" not sparse. Fixed before the results."""
 
 
 def candidates(df: pd.DataFrame) -> pd.DataFrame:
     """The rows that may be called best: those that fire less than `DENSE_SHARE_PCT` of their latents.
 
-    One rule for the recommendation, the Pareto sets and the stars in tables. Where no row is that sparse, or d_sae is
-    not known, all rows. K stands in where L0 was not printed.
+    The recommendation, the Pareto sets and the stars in tables share this rule. If no row is that sparse, or d_sae is
+    unknown, all rows qualify. K replaces an L0 that was not printed.
     """
     if "d_sae" not in df:
         return df
@@ -23,10 +23,10 @@ def candidates(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def same_settings(own: pd.DataFrame, other: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(own and other rows of every setting that both hold, one behind the other; the other rows that stand alone).
+    """(own and other rows of every setting that both tables have, adjacent; the other rows without a match).
 
-    A setting is architecture, expansion, K and threshold; a threshold in another unit than the activations' is another,
-    and so is another recipe than the published one.
+    A setting is architecture, expansion, K and threshold. Only the published recipe and thresholds in activation units
+    match.
     """
     keys = ["arch", "expansion", "k", "threshold"]
     if "recipe" in own:
@@ -45,12 +45,12 @@ def same_settings(own: pd.DataFrame, other: pd.DataFrame) -> tuple[pd.DataFrame,
 
 
 def recommend(df: pd.DataFrame) -> pd.Series:
-    """The row with the lowest delta loss of the `selection.candidates`: those that are sparse."""
+    """The row with the lowest delta loss among the sparse ones (`candidates`)."""
     return candidates(df).nsmallest(1, "delta_loss").iloc[0]
 
 
 def pareto(df: pd.DataFrame, y: str, x: str = "l0", lower_is_better: bool = True) -> pd.DataFrame:
-    """The rows that no other row beats in both `x` (smaller is better) and `y`, in the order of `x`."""
+    """The rows that no other row beats in both `x` (smaller is better) and `y`, sorted by `x`."""
     rows = df.sort_values([x, y], ascending=[True, lower_is_better])
     best = rows[y].cummin() if lower_is_better else rows[y].cummax()
     return rows[(rows[y] == best) & ~best.duplicated()]

@@ -65,14 +65,6 @@ ARCHITECTURES: dict[str, Architecture] = {
             batch_cut=True,
         ),
         Architecture(
-            "BatchTopK",
-            "in training, z = ReLU of the int(N k) largest pre-activations of a batch of N rows, 0 elsewhere; in use, "
-            "z = pre where pre is above a threshold calibrated on held-out rows: each row has one code in any batch.",
-            color="#d55e00",
-            marker="o",
-            batch_cut=True,
-        ),
-        Architecture(
             "TopK",
             "z = ReLU of the k largest pre-activations of each row, 0 elsewhere.",
             color="#3a86c8",

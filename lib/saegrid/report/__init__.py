@@ -1,1 +1,1 @@
-"""Numbers as sentences, figures and pages, and the website and repository made of them."""
+"""Sentences, figures and pages from numbers, and the website and model repository built from them."""

@@ -15,10 +15,10 @@ from saegrid.storage.atomic import write_text
 
 
 def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None) -> None:
-    """Write the home page, a page for every run of a grid, and their index; committed pages' parts, too.
+    """Write the home page, a page per run of the grid, their index, and the generated parts of committed pages.
 
     Reads the grid's tables (`results.make`) and the runs' folders; writes `index.qmd` and `report/`.
-    Raises `ResultsError` for a table or a run's file that is missing.
+    Raises `ResultsError` if a table or a run's file is missing.
     """
     root = Path(root)
     runs_dir = root / (runs_dir or grid.runs_dir)

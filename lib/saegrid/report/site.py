@@ -1,4 +1,4 @@
-"""The website: placeholders for what is not made yet, the renderer, and a check of what came out.
+"""The website: placeholders for missing pages, the renderer, and a check of its output.
 
 Standard library only, so that `lib/prerender.py` runs under any Python 3 that the renderer finds.
 """
@@ -31,10 +31,10 @@ PLACEHOLDERS = {
     "report/latents.ipynb": ("Latents",),
     "report/runs/index.qmd": ("Runs",),
 }
-"""Pages that `make report` makes, with what `front_matter` says of them.
+"""Pages that `make report` makes, with their arguments of `front_matter`.
 
-They are whole pages, because Quarto expands includes before its pre-render step: what a committed page includes has to
-be committed too.
+They are whole pages: Quarto expands includes before its pre-render step, so whatever a committed page includes must be
+committed too.
 """
 MISSING = """::: {.callout-important}
 ## Nothing to show yet
@@ -44,7 +44,7 @@ This part of the report comes from the runs of a grid, and there are none yet, o
 :::
 """
 OLD = 1.0
-"""Placeholders bear this time of change (1970), so that every workflow takes them for out of date."""
+"""Modification time of placeholders (1970), so that every workflow considers them out of date."""
 _FETCHED = {
     **dict.fromkeys(
         ["script", "img", "iframe", "embed", "source", "track", "audio", "video", "input"], ("src", "srcset")
@@ -66,11 +66,11 @@ _SCRIPT_IMPORT = re.compile(r"""\b(?:import|from|fetch\(|importScripts\()\s*\(?[
 
 
 class SiteError(SaegridError):
-    """The site could not be rendered, or what came out breaks a rule of the report."""
+    """The site could not be rendered, or the rendered site breaks a rule of the report."""
 
 
 def prepare(root: str | Path = ".") -> list[str]:
-    """Put a placeholder wherever a page of the report is not made yet. Returns those that it wrote."""
+    """Write a placeholder for every missing page of the report. Returns the pages that it wrote."""
     written = []
     for name, titles in PLACEHOLDERS.items():
         path = Path(root) / name
@@ -88,14 +88,14 @@ def prepare(root: str | Path = ".") -> list[str]:
 
 
 def front_matter(title: str, description: str = "") -> str:
-    """The head of a page."""
+    """The front matter of a page."""
     lines = {"title": title} | ({"description": description} if description else {})
     head = "".join(f"{name}: {json.dumps(text, ensure_ascii=False)}\n" for name, text in lines.items())
     return f"---\n{head}---\n\n"
 
 
 def render(root: str | Path = ".") -> str:
-    """Render the website: `quarto render` where Quarto is on PATH, else smalldocs. Returns a line that says which.
+    """Render the website: `quarto render` if Quarto is on PATH, else smalldocs. Returns a line that says which.
 
     Raises:
         SiteError: no renderer, the renderer failed, or `check_sources` or `check` found something.
@@ -122,15 +122,15 @@ def render(root: str | Path = ".") -> str:
 
 
 def check_sources(root: str | Path) -> list[str]:
-    """What is wrong with the sources and what one renderer or the other would pass over: an unclosed or doubly closed
-    div, an unclosed code block, an include that is not there, a cell that is no list of lines."""
+    """Faults in the sources that one of the renderers would ignore: an unclosed or doubly closed div, an unclosed code
+    block, a missing include, a cell that is not a list of lines."""
     root = Path(root)
     faults = []
     for path in sorted([*root.glob("*.qmd"), *root.glob("*/_*.md"), *(root / "report").rglob("*.qmd")]):
         faults += [f"{path.relative_to(root)}: {fault}" for fault in _faults(path.read_text(encoding="utf-8"), path)]
     for path in sorted((root / "report").rglob("*.ipynb")):
         for n, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"], 1):
-            if not isinstance(cell["source"], list):  # Quarto would lose its line ends
+            if not isinstance(cell["source"], list):  # Quarto would lose its line breaks
                 faults.append(f"{path.relative_to(root)}, cell {n}: its source is no list of lines")
             texts = ["".join(cell["source"])] if cell["cell_type"] == "markdown" else []
             outputs = (output.get("data", {}).get("text/markdown", "") for output in cell.get("outputs", []))
@@ -141,7 +141,7 @@ def check_sources(root: str | Path) -> list[str]:
 
 
 def _faults(text: str, path: Path) -> list[str]:
-    """What is wrong with the Markdown of a page or a cell that lies at `path`."""
+    """Faults in the Markdown of a page or cell at `path`."""
     faults, divs, fence = [], [], ""
     for n, line in enumerate(text.splitlines(), 1):
         code = re.match(r" {0,3}(`{3,}|~{3,})", line)
@@ -165,7 +165,7 @@ def _more(problems: list[str]) -> str:
 
 
 def check(site: str | Path) -> list[str]:
-    """What is wrong with a rendered site: requests to other hosts, links and references that lead nowhere."""
+    """Faults in a rendered site: requests to other hosts, dead links and references."""
     site = Path(site).resolve()
     pages = {path: _read_page(path) for path in sorted(site.rglob("*.html"))}
     problems = [] if pages else ["no page was rendered"]
@@ -182,7 +182,7 @@ def check(site: str | Path) -> list[str]:
 
 
 class _Page(HTMLParser):
-    """What a page fetches when it is opened, where it links to, and its ids."""
+    """What a page fetches when it is opened, its link targets, and its ids."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -245,7 +245,7 @@ def _broken(url: str, page: Path, pages: dict[Path, _Page]) -> list[str]:
 
 
 def _notebook(*cells: tuple[str, str]) -> dict:
-    """A notebook without outputs, of raw and Markdown cells. A cell is a list of lines: Quarto reads nothing else."""
+    """A notebook of raw and Markdown cells, without outputs. A cell is a list of lines: Quarto reads only that."""
     entries = [
         {"id": f"cell-{n}", "cell_type": kind, "metadata": {}, "source": source.splitlines(keepends=True)}
         for n, (kind, source) in enumerate(cells)

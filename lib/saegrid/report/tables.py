@@ -1,7 +1,7 @@
-"""Tables for the report: units in the header, missing values as a dash, best values marked by more than colour.
+"""Tables for the report: units in the header, missing values as a dash, best values not marked by colour alone.
 
-What a function returns is Markdown that both renderers of the site read alike. HTML goes inside a raw block of it and
-never as a notebook's `text/html` output, for which Quarto would load scripts from another host.
+Functions return Markdown that both renderers of the site read alike. HTML goes inside a raw Markdown block, never into
+a notebook's `text/html` output, for which Quarto would load scripts from another host.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from saegrid.analysis.numbers import COLUMNS, MISSING, Column, counted, number
 from saegrid.analysis.selection import DENSE_SHARE_PCT, candidates
 
 FILTER_HINT = "e.g. TopK 8x delta_loss&lt;1"
-"""What a filter takes, by an example."""
+"""An example of a filter."""
 
 
 class Markdown(str):
@@ -40,16 +40,16 @@ def html_table(
     mark_best: bool = True,
     tools: str = "",
 ) -> Markdown:
-    """An accessible HTML table: one row a run, its first column the row's header.
+    """An accessible HTML table: one row per run; the first column is the row header.
 
     Args:
         df: tidy rows.
-        columns: which columns, in order; those that hold nothing at all are left out.
+        columns: which columns, in order; empty columns are left out.
         caption: what the table shows.
-        links: where run pages lie as seen from the page, such as `runs/`; empty: no links.
-        mark_best: star the best value of the columns that have a direction, among the sparse runs
+        links: folder of the run pages relative to the page, such as `runs/`; empty: no links.
+        mark_best: star the best value of each column with a direction, among the sparse runs
             (`selection.candidates`).
-        tools: name of the CSV file, where the table is to be sorted, filtered and downloaded by readers with scripts.
+        tools: name of the CSV file; if given, readers with scripts can sort, filter and download the table.
     """
     columns = [name for name in columns if name in df and df[name].notna().any()]
     fit = candidates(df) if "l0" in df else df
@@ -74,7 +74,7 @@ def html_table(
 
 
 def beside(rows: pd.DataFrame, columns: Sequence[str], *, links: str = "") -> Markdown:
-    """Own and published rows of the same settings (`selection.same_settings`), one behind the other."""
+    """Own and published rows of the same settings (`selection.same_settings`), adjacent."""
     if rows.empty:
         return Markdown("This grid and the published table share no setting.\n")
     n = rows["name"].nunique()
@@ -83,7 +83,7 @@ def beside(rows: pd.DataFrame, columns: Sequence[str], *, links: str = "") -> Ma
 
 
 def run_metrics(row: Mapping[str, Any]) -> Markdown:
-    """The numbers of one run, one a line, with their units."""
+    """The numbers of one run, one per line, with units."""
     names = [name for name in COLUMNS if name in row and name not in ("name", "arch", "source", "recipe", "seed")]
     return pipe_table(
         ["Measure", "Value", "Unit"],
@@ -94,25 +94,25 @@ def run_metrics(row: Mapping[str, Any]) -> Markdown:
 def run_files(folder: str | Path) -> Markdown:
     """The files of a run: name, size, first half of the SHA-256."""
     files = [path for path in sorted(Path(folder).iterdir()) if path.is_file() and not path.name.startswith(".")]
-    files = [path for path in files if path.suffix != ".ipynb"]  # being written while it lists
+    files = [path for path in files if path.suffix != ".ipynb"]  # still being written
     rows = [(f"`{f.name}`", f"{f.stat().st_size:,}", f"`{sha256(f.read_bytes()).hexdigest()[:32]}`") for f in files]
     return pipe_table(["File", "Bytes", "SHA-256, first half"], rows)
 
 
 def pipe_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Markdown:
-    """A plain Markdown table of ready text."""
+    """A plain Markdown table of formatted text."""
     lines = ["| " + " | ".join(headers) + " |", "|" + " --- |" * len(headers)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
     return Markdown("\n".join(lines) + "\n")
 
 
 def html_block(html: str) -> Markdown:
-    """HTML as a raw block of Markdown, which both renderers pass on untouched."""
+    """HTML as a raw block of Markdown, which both renderers leave unchanged."""
     return Markdown(f"```{{=html}}\n{html}\n```\n")
 
 
 def markdown(*parts: str) -> Markdown:
-    """Blocks of Markdown, one behind the other."""
+    """Join blocks of Markdown."""
     return Markdown("\n\n".join(str(part).strip("\n") for part in parts) + "\n")
 
 

@@ -11,7 +11,7 @@ active pairs come back as tensors without dimensions. A step is
 The host never waits for the device inside `train_step`, and launches a step as one CUDA graph if the same kind of
 step has run before. Lists have room for what TopK and BatchTopK can keep, but for at most `DENSE_ABOVE` of all pairs;
 if the device finds more (JumpReLU with a low threshold), its dense products do 2 to 4 instead, and the lists
-stay empty (`_triton_dense`). Sums run in a fixed order and no float is added atomically: on one GPU model, the same
+stay empty (`dense`). Sums run in a fixed order and no float is added atomically: on one GPU model, the same
 input gives the same bytes.
 
 So far this has run in Triton's interpreter, and every kernel of a step has been compiled for compute capability 9.0.

@@ -1,7 +1,7 @@
 """A matrix product that runs only if the device finds the codes dense; used by the `cuda` kernel.
 
 Only the device knows how many pairs a threshold keeps, and the host must not wait for it. So both paths are launched,
-and each kernel of the wrong one exits at once (`facts[DENSE]`, see `_triton_select`). Float32 by three TF32 products
+and each kernel of the wrong one exits at once (`facts[DENSE]`, see `select`). Float32 by three TF32 products
 per block ("tf32x3": about 2^-21 relative), on tensor cores.
 """
 

@@ -1,7 +1,7 @@
 """Triton loops of the `cuda` kernel: values, reconstruction, gradients and Adam from lists of active pairs.
 
 N rows, d_sae latents, d_in dimensions; all arithmetic in float32. Lists are row by row (offsets, latents, values; also
-`rows`, the row of each pair) and latent by latent (starts, latent_rows, latent_values), see `_triton_select`. Sums run
+`rows`, the row of each pair) and latent by latent (starts, latent_rows, latent_values), see `select`. Sums run
 in a fixed order: the same input gives the same bytes.
 """
 

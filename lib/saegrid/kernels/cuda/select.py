@@ -5,7 +5,7 @@ of eight bits finds the k-th largest exactly. Pre-activations are the product (f
 float32. Ties at the cut go to the lower row, then to the lower latent, so that the same input gives the same lists.
 
 `facts` (int32) holds what only the device knows: how many pairs are kept, whether they are too many for the lists (the
-dense path then computes the step, see `_triton_dense`), and how many are active in the end.
+dense path then computes the step, see `dense`), and how many are active in the end.
 """
 
 from __future__ import annotations

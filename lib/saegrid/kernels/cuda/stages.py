@@ -24,7 +24,7 @@ PRODUCT_TILE = {"M": 64, "N": 128, "K": 32, "num_warps": 8}
 
 
 class Lists(NamedTuple):
-    """Kept pairs, row by row, in buffers that may be longer than the count in `facts` (see `_triton_select`)."""
+    """Kept pairs, row by row, in buffers that may be longer than the count in `facts` (see `select`)."""
 
     offsets: Tensor  # (N + 1,) int32
     rows: Tensor  # (capacity,) int32

@@ -1,4 +1,4 @@
-"""Sentences for figures: what a figure says, for its caption and for readers who don't see it. All from the rows."""
+"""Sentences for figures: captions and text alternatives, all from the rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from saegrid.analysis.numbers import COLUMNS, counted, header, number
 from saegrid.report.figures import plots
 
 STILL_FALLING = 0.01
-"""A curve that fell by more than this share in its last epoch was not done."""
+"""A curve that fell by more than this share in its last epoch had not converged."""
 
 
 def point(row: Mapping[str, Any], y: str) -> str:
@@ -22,7 +22,7 @@ def point(row: Mapping[str, Any], y: str) -> str:
 
 
 def frontier_alt(df: pd.DataFrame, y: str, lower_is_better: bool = True) -> str:
-    """What the frontier shows, in a sentence for those who don't see it."""
+    """The frontier's text alternative, in a sentence."""
     front = selection.pareto(selection.candidates(df), y, lower_is_better=lower_is_better)
     points = "; ".join(f"{r['name']}: L0 {number(r['l0'], 'l0')}, {number(r[y], y)}" for r in front.to_dict("records"))
     return f"{header(y)} against L0 for {len(df)} runs. On the Pareto set, from sparse to dense: {points}."
@@ -31,7 +31,7 @@ def frontier_alt(df: pd.DataFrame, y: str, lower_is_better: bool = True) -> str:
 def frontier_caption(
     df: pd.DataFrame, y: str, lower_is_better: bool = True, baseline: pd.DataFrame | None = None
 ) -> str:
-    """What the frontier says, and what its marks mean."""
+    """What the frontier shows, and what its markers mean."""
     sparse = selection.candidates(df)
     front = selection.pareto(sparse, y, lower_is_better=lower_is_better)
     held = " and ".join(f"{count} {arch}" for arch, count in front["arch"].value_counts().items())
@@ -52,14 +52,14 @@ def frontier_caption(
 
 
 def heatmap_alt(df: pd.DataFrame, metric: str) -> str:
-    """The best and the worst field of a heat map in a sentence."""
+    """The best and the worst cell of a heat map in a sentence."""
     rows = df[df[metric].notna()].sort_values(metric)
     low, high = (f"{number(r[metric], metric)} for {r['name']}" for r in (rows.iloc[0], rows.iloc[-1]))
     return f"{header(metric)} by setting: from {low} to {high}."
 
 
 def position_alt(df: pd.DataFrame) -> str:
-    """How far the first position stands out, in a sentence."""
+    """Ratio of the first position's variance to the median, in a sentence."""
     size = df[df["position"] >= 0].groupby("position")["sq_norm_centred"].mean()
     if size.empty:
         return "The rows come from published files, whose positions are not known."
@@ -90,7 +90,7 @@ def firing_text(latents: pd.DataFrame) -> str:
 
 
 def dead_text(df: pd.DataFrame) -> str:
-    """The run with the fewest and that with the most dead latents, of those with a K."""
+    """The runs with the fewest and the most dead latents, among those with a K."""
     rows = df[df["k"].notna()].sort_values("dead_pct")
     if rows.empty:
         return "These rows hold no run with a K."

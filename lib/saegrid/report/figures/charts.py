@@ -1,7 +1,7 @@
-"""The interactive frontier: a Vega-Lite chart over the static picture, and the one script that draws it.
+"""The interactive frontier: a Vega-Lite chart above the static picture, and the one script that draws it.
 
-Hover shows a run, a click or Enter opens its page. The script comes out of vl-convert, which carries Vega, Vega-Lite
-and Vega-Embed in its wheel: nothing is fetched, and nothing minified is kept in the repository.
+Hover shows a run; a click or Enter opens its page. The script comes from vl-convert, whose wheel contains Vega,
+Vega-Lite and Vega-Embed: nothing is fetched, and the repository has no minified code.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from saegrid.report.tables import Markdown
 from saegrid.storage.atomic import write_text
 
 LIBRARY = "scripts/vega.js"
-"""The script as seen from the report's pages."""
+"""The script's path relative to the report's pages."""
 SHAPES = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down", "P": "cross"}
 SHOWN = ["l0", "l0_share_pct", "delta_loss", "frac_rec_pct", "loss_recovered_mean", "fvu_no_sink", "dead_pct"]
-"""Measures in a mark's tooltip."""
+"""Measures in a marker's tooltip."""
 LOG_2 = alt.Scale(type="log", base=2, nice=False, padding=24)
 LEGENDS = {"top": {"anchor": "start", "direction": "vertical", "margin": 4}}
-"""One legend below the other, for phones; Vega knows it, Altair's schema does not."""
+"""Stacked legends, for phones; Vega supports this, Altair's schema does not."""
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, sans-serif'
 
 
 def write_library(folder: str | Path) -> None:
-    """Write the script into the report's folder, unless this version's is there: bundling takes seconds."""
+    """Write the script into the report's folder unless this version is there: bundling takes seconds."""
     path = Path(folder) / LIBRARY
     head = f"// Vega, Vega-Lite and Vega-Embed (BSD-3-Clause), from vl-convert-python {version('vl-convert-python')}\n"
     if path.exists() and path.read_text(encoding="utf-8").startswith(head):
@@ -52,11 +52,11 @@ def frontier_figure(
     links: str = "runs/",
     baseline: pd.DataFrame | None = None,
 ) -> Markdown:
-    """The frontier of `y` as a figure: interactive where scripts run, the static picture beneath it elsewhere."""
+    """The frontier of `y` as a figure: interactive if scripts run, else the static picture."""
     told = {"lower_is_better": lower_is_better, "links": links, "baseline": baseline}
     content = frontier(df, y, **told).to_dict()
     content["config"]["legend"]["layout"] = LEGENDS
-    spec = json.dumps(content).replace("</", "<\\/")  # no text of the data ends the element
+    spec = json.dumps(content).replace("</", "<\\/")  # no text in the data can close the element
     above = f'<div class="chart" data-library="{LIBRARY}"><script type="application/json">{spec}</script></div>'
     return plots.figure(
         plots.frontier(df, y=y, **told),
@@ -74,8 +74,8 @@ def frontier(
     links: str = "",
     baseline: pd.DataFrame | None = None,
 ) -> alt.LayerChart:
-    """L0 against `y`, one mark a run as in `plots.frontier`: colour and shape by architecture, size by expansion, dense
-    runs hollow, the Pareto set of the others joined."""
+    """L0 against `y`, one marker per run as in `plots.frontier`: colour and shape by architecture, size by expansion,
+    dense runs hollow, the Pareto set of the others joined by a line."""
     sparse = candidates(df)
     rows = df.assign(
         page=[f"{links}{run_id}.html" for run_id in df["run_id"]],
@@ -134,7 +134,7 @@ def frontier(
 
 
 def _opacity(df: pd.DataFrame) -> alt.Opacity | alt.OpacityValue:
-    """Runs of the published recipe are pale beside others."""
+    """Published-recipe runs are pale if there are others."""
     if not plots.recipes_differ(df):
         return alt.OpacityValue(1)
     recipes = sorted(set(df["recipe"]) - {"published"})
@@ -148,7 +148,7 @@ def _tooltip(shown: list[str]) -> list[alt.Tooltip]:
 
 
 def _themed(chart: alt.LayerChart) -> alt.LayerChart:
-    """Ink in the page's own text colour, so that one chart serves both themes."""
+    """Ink in the page's text colour, so that one chart fits both themes."""
     ink = {"labelColor": "currentColor", "titleColor": "currentColor"}
     axis = {**ink, "gridColor": "currentColor", "gridOpacity": 0.12, "domainColor": "currentColor"}
     axis |= {"tickColor": "currentColor", "titleFontWeight": "normal", "labelFontSize": 12, "titleFontSize": 13}
@@ -157,6 +157,6 @@ def _themed(chart: alt.LayerChart) -> alt.LayerChart:
 
 
 def spec_of(figure: str) -> dict:
-    """The Vega-Lite specification that a figure carries, for the tests."""
+    """The Vega-Lite specification in a figure, for the tests."""
     start = figure.index('<script type="application/json">') + len('<script type="application/json">')
     return json.loads(figure[start : figure.index("</script>", start)])

@@ -31,11 +31,11 @@ def frontier(
     links: str = "",
     baseline: pd.DataFrame | None = None,
 ) -> Axes:
-    """L0 against a measure of fidelity: one mark a run, the Pareto set joined.
+    """L0 against a measure of fidelity: one marker per run, the Pareto set joined by a line.
 
-    Colour and shape tell the architecture, size the expansion; with `links` a mark leads to its run's page. Dense runs
-    (no `selection.candidates`) are hollow and not in the Pareto set: they would buy their fidelity with density alone.
-    Among other recipes, runs of the published one are pale. `baseline` (`experiment.pca_table`) is a dashed line.
+    Colour and shape show the architecture, size the expansion; with `links`, markers link to run pages. Dense runs (not
+    in `selection.candidates`) are hollow and not in the Pareto set: density alone would explain their fidelity.
+    If there are other recipes, published-recipe runs are pale. `baseline` (`experiment.pca_table`) is a dashed line.
     """
     pale = recipes_differ(df)
     sparse = candidates(df)
@@ -78,8 +78,8 @@ def spans_widely(df: pd.DataFrame, y: str, beside: pd.DataFrame) -> bool:
 
 
 def pca_line(df: pd.DataFrame, y: str, baseline: pd.DataFrame | None) -> pd.DataFrame:
-    """Where the frontier shows PCA: `components` and `y`, for as many components as the densest run has active latents;
-    no rows where `y` was not measured for it, or several stores were."""
+    """PCA's line in the frontier: `components` and `y`, up to as many components as the densest run has active latents;
+    no rows if `y` was not measured for PCA, or was measured on several stores."""
     if baseline is None or y not in baseline or baseline["store_id"].nunique() != 1:
         return pd.DataFrame(columns=["components", y], dtype=float)
     return baseline[baseline["components"] <= df["l0"].max()][["components", y]]
@@ -87,7 +87,7 @@ def pca_line(df: pd.DataFrame, y: str, baseline: pd.DataFrame | None) -> pd.Data
 
 @styled
 def heatmap(df: pd.DataFrame, *, metric: str = "delta_loss", ax: Axes | None = None) -> Axes:
-    """Architecture and K or threshold down, expansion across, the value written in each field (mean over seeds)."""
+    """Rows: architecture and K or threshold; columns: expansion; each cell shows the value (mean over seeds)."""
     rows = df.assign(setting=[setting(row, recipe=True) for row in df.to_dict("records")])
     order = _in_order(rows)["setting"].unique()
     table = rows.pivot_table(index="setting", columns="expansion", values=metric, sort=False)
@@ -104,7 +104,7 @@ def heatmap(df: pd.DataFrame, *, metric: str = "delta_loss", ax: Axes | None = N
 
 @styled
 def dead_latents(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Share of dead latents over K, one line an architecture, expansion and recipe (mean over seeds)."""
+    """Share of dead latents over K, one line per architecture, expansion and recipe (mean over seeds)."""
     rows = df[df["k"].notna()].astype({"k": int})
     groups = rows.groupby(["arch", "expansion", "recipe"])
     styles = dict(zip(sorted(rows["expansion"].unique()), ("-", "--", ":", "-."), strict=False))
@@ -130,7 +130,7 @@ def dead_latents(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 @styled
 def learning_curves(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """MSE over the epochs: validation, one line a run; of a single run the training rows' too (dashed)."""
+    """Validation MSE per epoch, one line per run; for a single run also the training MSE (dashed)."""
     df = _as_runs(df)
     for (_, arch), group in df.groupby(["run_id", "arch"], sort=False):
         color = PALETTE.get(arch, INK)
@@ -156,8 +156,8 @@ def learning_curves(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def firing_histogram(df: pd.DataFrame, *, n_rows: int = 0, ax: Axes | None = None) -> Axes:
     """Histogram of how often latents fire. Latents that never fire are left out: they are dead.
 
-    Of several runs, the mean of each architecture's runs, and a band from the lowest to the highest of them.
-    `n_rows` is the number of validation rows where `df` has no column `n_val_rows`.
+    For several runs, the mean over each architecture's runs, and a band from the lowest to the highest run.
+    `n_rows` is the number of validation rows if `df` has no column `n_val_rows`.
     """
     df = _as_runs(df)
     rates = np.log10((df["fired"] / df.get("n_val_rows", n_rows)).where(df["fired"] > 0))
@@ -181,10 +181,10 @@ def firing_histogram(df: pd.DataFrame, *, n_rows: int = 0, ax: Axes | None = Non
 
 @styled
 def error_by_position(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Squared reconstruction error by token position, beside the variance there: the sink shows at the first one.
+    """Squared reconstruction error and variance by token position: the sink shows at the first one.
 
-    Of several runs, one line an architecture (mean over its runs). Rows of published files, whose positions are not
-    known (-1), are left out.
+    For several runs, one line per architecture (mean over its runs). Rows of published files, whose positions are
+    unknown (-1), are left out.
     """
     df = _as_runs(df)
     df = df[df["position"] >= 0]
@@ -209,7 +209,7 @@ def error_by_position(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 @styled
 def against_published(df: pd.DataFrame, *, metric: str = "delta_loss", ax: Axes | None = None) -> Axes:
-    """One measure at every setting, ours (filled) and published (open) on one line each; `source` tells them apart."""
+    """One measure, one line per setting: ours (filled) and the published value (open), by `source`."""
     rows = df.assign(setting=[f"{setting(row)}, {row['expansion']}x" for row in df.to_dict("records")])
     order = list(_in_order(rows)["setting"].unique())
     for (source, arch), group in rows.groupby(["source", "arch"]):
@@ -235,41 +235,41 @@ def against_published(df: pd.DataFrame, *, metric: str = "delta_loss", ax: Axes 
 
 
 def setting(row: Mapping, recipe: bool = False) -> str:
-    """Architecture and K or threshold of a row: `TopK, K = 64`, `JumpReLU, θ = 0.5`; with its `recipe`, if another than
-    the published one, on demand."""
+    """Architecture and K or threshold of a row: `TopK, K = 64`, `JumpReLU, θ = 0.5`. If `recipe` is true, also its
+    recipe unless that is the published one."""
     sparsity = f"K = {row['k']}" if pd.isna(row["threshold"]) else f"θ = {row['threshold']:g}"
     other = recipe and row.get("recipe", "published") != "published"
     return f"{row['arch']}, {sparsity}" + (f", {row['recipe']}" if other else "")
 
 
 def recipes_differ(df: pd.DataFrame) -> bool:
-    """Whether rows of the published recipe stand beside rows of another."""
+    """Whether there are rows of the published recipe and of another one."""
     return "recipe" in df and "published" in set(df["recipe"]) and df["recipe"].nunique() > 1
 
 
 def figure(ax: Axes, *, alt: str, caption: str, above: str = "") -> Markdown:
-    """An Axes as a figure of a page: inline SVG in the page's own text colour, with a text for those who don't see it.
+    """An Axes as a figure of a page: inline SVG in the page's text colour, with a text alternative.
 
-    `above` is HTML that stands over the picture, such as its interactive form. Marks keep their links, and get their
+    `above` is HTML placed above the picture, such as its interactive form. Markers keep their links and get their
     names as tooltips; no script is needed.
     """
     with plt.rc_context(STYLE):
         buffer = io.StringIO()
         ax.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    plt.close(ax.figure)  # or the notebook shows it once more
+    plt.close(ax.figure)  # or the notebook shows it again
     svg = page_svg(buffer.getvalue(), INK, alt)
     parts = [*([above] if above else []), svg, f"<figcaption>{escape(caption)}</figcaption>"]
     return html_block('<figure class="plot">\n' + "\n".join(parts) + "\n</figure>")
 
 
 def side_by_side(figures: Iterable[Markdown]) -> Markdown:
-    """Figures in two columns where there is room for them."""
+    """Figures in two columns if there is room."""
     parts = [figure.removeprefix("```{=html}\n").removesuffix("\n```\n") for figure in figures]
     return html_block('<div class="figures">\n' + "\n".join(parts) + "\n</div>")
 
 
 def standalone_svg(ax: Axes) -> str:
-    """An Axes as an SVG file with a white background and dark ink, for places that have no page around it."""
+    """An Axes as an SVG file with a white background and dark ink, for use outside a page."""
     with plt.rc_context(STYLE | {"svg.fonttype": "path"}):
         buffer = io.StringIO()
         ax.figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
@@ -281,7 +281,7 @@ def _size(expansion: float) -> float:
 
 
 def _as_runs(df: pd.DataFrame) -> pd.DataFrame:
-    """Frames of a single run don't say which: they get the columns that tell runs apart."""
+    """Frames of a single run don't name it: add the columns that distinguish runs."""
     return df if "arch" in df else df.assign(run_id="", name="", arch="")
 
 

@@ -1,7 +1,7 @@
-"""How the report's plots look: colours, marks, and matplotlib's settings.
+"""The style of the report's plots: colours, markers, and matplotlib's settings.
 
-Colours are told apart by readers with any colour vision and on light and dark pages alike, and never alone: shape,
-size or a label says the same. Ink is a stand-in that `plots.figure` turns into the page's own text colour.
+Colours are distinct for any colour vision, on light and dark pages, and never the only cue: shape, size or a label says
+the same. Ink is a placeholder that `plots.figure` replaces with the page's text colour.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ INK = "#0a0b0c"
 PALETTE = {name: arch.color for name, arch in ARCHITECTURES.items()}
 MARKERS = {name: arch.marker for name, arch in ARCHITECTURES.items()}
 ABOVE = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "columnspacing": 1.4, "handletextpad": 0.3}
-"""A legend above the plot, where it hides nothing and leaves a phone the whole width."""
+"""A legend above the plot: it hides nothing, and the plot keeps a phone's whole width."""
 PALE = 0.4
-"""Opacity of marks that stand back."""
+"""Opacity of de-emphasised markers."""
 WIDE = 50.0
 """Values that span more than this factor get a logarithmic axis."""
 STYLE = {
@@ -52,7 +52,7 @@ STYLE = {
 
 
 def styled(plot: Callable[..., Axes]) -> Callable[..., Axes]:
-    """Run a plot in the report's style; with no `ax` it draws on a figure of its own."""
+    """Run a plot in the report's style; without `ax` it draws on a new figure."""
 
     @functools.wraps(plot)
     def drawn(df: pd.DataFrame, *, ax: Axes | None = None, **options) -> Axes:
@@ -65,7 +65,7 @@ def styled(plot: Callable[..., Axes]) -> Callable[..., Axes]:
 
 
 def log_axes(ax: Axes, ticks: list) -> None:
-    """Both axes logarithmic, plain numbers on them, the x axis to base 2 with these ticks."""
+    """Both axes logarithmic with plain numbers; the x axis to base 2 with these ticks."""
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks(ticks)

@@ -1,4 +1,4 @@
-"""matplotlib's SVG made fit for a page of the report."""
+"""matplotlib's SVG adapted to a page of the report."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from html import escape
 
 
 def page_svg(svg: str, ink: str, alt: str) -> str:
-    """An SVG of matplotlib's as a part of a page.
+    """An SVG from matplotlib as part of a page.
 
-    Ink becomes the page's text colour, ids become unique to the figure. A group whose id begins with `mark: ` gets the
-    rest of it as its tooltip, and as the name of the link inside it.
+    Ink becomes the page's text colour; ids become unique to the figure. If a group's id begins with `mark: `, the rest
+    becomes its tooltip and the name of the link inside it.
     """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = svg.replace(ink, "currentColor")
-    mark = "f" + hashlib.sha256(svg.encode()).hexdigest()[:8]  # ids are unique in a page with several figures
+    mark = "f" + hashlib.sha256(svg.encode()).hexdigest()[:8]  # unique ids in a page with several figures
     svg = re.sub(r'<g id="mark: ([^"]*)">', r"<g><title>\1</title>", svg)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{mark}-\1"', svg)
     svg = re.sub(r'(url\(|href=")#([^")]+)', rf"\1#{mark}-\2", svg)

@@ -1,1 +1,1 @@
-"""Pages of the report, a module each."""
+"""Pages of the report, one module each."""

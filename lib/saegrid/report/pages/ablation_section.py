@@ -1,4 +1,4 @@
-"""What a recipe and each choice of it buys, as sentences, a figure and a table."""
+"""The gain from a recipe and from each of its choices, as sentences, a figure and a table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from saegrid.report.tables import html_table, markdown
 
 
 def verdict(found: pd.DataFrame) -> str:
-    """Which switched choices (`beside`) raise delta loss, which lower it, and which can't be told from the recipe."""
+    """Which switched choices (`beside`) raise delta loss, lower it, or make no measurable difference."""
     parts = {"More is lost": found["low"] > 0, "Less is lost": found["high"] < 0}
     lines = []
     for words, rows in parts.items():
@@ -27,7 +27,7 @@ def verdict(found: pd.DataFrame) -> str:
 
 @styled
 def forest(found: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Delta loss more than the recipe's with each choice switched (`beside`), with intervals; one row a choice."""
+    """Change of delta loss when each choice is switched (`beside`), with intervals; one row per choice."""
     rows = found.iloc[::-1]
     beyond = [(rows["delta_more"] - rows["low"]).clip(lower=0), (rows["high"] - rows["delta_more"]).clip(lower=0)]
     ax.errorbar(rows["delta_more"], range(len(rows)), xerr=beyond, fmt="o", color=INK, capsize=3)
@@ -39,7 +39,7 @@ def forest(found: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def recipe_section(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> str:
-    """The comparison as a section of a page; empty where all runs have one recipe."""
+    """The comparison of recipes as a section of a page; empty if all runs have the same one."""
     table = by_recipe(df, prompts)
     if table["recipe"].nunique() < 2:
         return ""

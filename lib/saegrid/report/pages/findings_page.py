@@ -1,4 +1,4 @@
-"""The five findings as a page: claims and rules as they stand, and sentences made of each finding's numbers."""
+"""The five findings as a page: the claims, the rules, and sentences with each finding's numbers."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ SIGNS = {findings.HOLDS: ("✓", "holds"), findings.FAILS: ("✗", "fails"), fin
 
 @dataclass(frozen=True)
 class Claim:
-    """A published claim, and how a finding about it is told."""
+    """A published claim, and how its finding is worded."""
 
     title: str
     text: str
     """The published sentence."""
     rule: str
-    """What the verdict asks, with its thresholds."""
+    """The rule for the verdict, with its numbers."""
     effect: Callable[[Finding], str]
-    """What the effect is."""
+    """What the effect measures, in words."""
     sentence: Callable[[Finding], str]
     """The numbers behind the verdict."""
 
@@ -147,7 +147,7 @@ CLAIMS: dict[int, Claim] = {
         _large,
     ),
 }
-"""The claims by the number of their finding."""
+"""The claims by finding number."""
 
 
 def sentence(finding: Finding) -> str:
@@ -174,9 +174,9 @@ def verdicts_text(own: list[Finding]) -> str:
 
 
 def findings_table(own: list[Finding], published: list[Finding], page: str | None = None) -> Markdown:
-    """One row a finding: the claim, the verdict on our rows with the effect, the verdict on the published rows.
+    """One row per finding: the claim, verdict and effect on our rows, the verdict on the published rows.
 
-    `page` is the findings page as seen from this one, "" for this one itself; None: no links.
+    `page` is the path of the findings page relative to this one, "" for this one; None: no links.
     """
     rows = []
     for ours, theirs in zip(own, published, strict=True):
@@ -207,7 +207,7 @@ def findings_table(own: list[Finding], published: list[Finding], page: str | Non
 
 
 def _their_effect(finding: Finding) -> str:
-    """The effect on the published rows, which have no per-prompt losses and so no interval."""
+    """The effect on the published rows, which have no per-prompt losses and thus no interval."""
     return "" if finding.effect is None else f'<span class="claim">{escape(effect_text(finding))}</span>'
 
 
@@ -218,7 +218,7 @@ def verdict(finding: Finding) -> str:
 
 
 def finding_section(own: Finding, published: Finding, links: str = "") -> Markdown:
-    """One finding at length: claim, verdict, numbers, rule, the rows it rests on, and the published rows' verdict."""
+    """One finding in full: claim, verdict, numbers, rule, its rows, and the verdict on the published rows."""
     claim = CLAIMS[own.number]
     columns = ["name", "seed", "l0", "val_mse", "nmse", "dead_pct", "delta_loss", "frac_rec_pct"]
     parts = [

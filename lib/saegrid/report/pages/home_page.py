@@ -1,7 +1,7 @@
 """The text of the home page, in the form of a model card, and the generated parts of other pages.
 
-Every number is formatted from the tables. The functions return Markdown that holds on its own, so that the same body
-can go to a model repository.
+Every number is formatted from the tables. The functions return self-contained Markdown, so that the same body can go
+to a model repository.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KEEP = {
     "threshold": 'z = pre * (pre > json.load(open(f"{{folder}}/cfg.json"))["threshold"])',
     "theta": 'z = pre * (pre > w["theta"])',
 }
-"""Code that keeps pre-activations, by what decides which."""
+"""Code that keeps pre-activations, per rule that decides which."""
 
 
 def model_card(
@@ -45,8 +45,8 @@ def model_card(
         df: the tidy table.
         prompts: the runs' per-prompt sums, for the intervals.
         title: the grid's title.
-        links: the report's folder as seen from the page, such as `report/`; empty: a card without links.
-        baseline: what PCA loses (`saegrid.experiment.pca_table`).
+        links: the report's folder relative to the page, such as `report/`; empty: a card without links.
+        baseline: losses of PCA (`saegrid.experiment.pca_table`).
     """
     best = selection.recommend(df)
     runs = f"{links}runs/" if links else ""
@@ -97,7 +97,7 @@ def swept_text(df: pd.DataFrame) -> str:
 
 
 def key_numbers(best: pd.Series) -> Markdown:
-    """The recommended run's numbers, large."""
+    """The recommended run's numbers, in large type."""
     cells = [
         (f"{number(best['delta_loss'], 'delta_loss')}", "nats/token", "loss added when spliced in"),
         (f"{number(best['l0'], 'l0')}", f"of {number(best['d_sae'], 'd_sae')}", "latents fire on a token"),
@@ -137,7 +137,7 @@ def recommendation(df: pd.DataFrame, prompts: pd.DataFrame | None = None, runs: 
 
 
 def setting_table(df: pd.DataFrame) -> Markdown:
-    """What all runs share, and what was swept."""
+    """The parameters that all runs share, and those that were swept."""
     rows = [(name.replace("_", " "), _values(df, name)) for name in ("model", "dataset", "text")]
     if df["activations"].any():
         rows += [("published activations", _values(df, "activations"))]
@@ -163,7 +163,7 @@ def setting_table(df: pd.DataFrame) -> Markdown:
 
 
 def files_text(best: pd.Series) -> Markdown:
-    """What a run's folder holds."""
+    """The contents of a run's folder."""
     return Markdown(
         f"Each run has a folder `runs/<run id>/`: the weights under the published name (`{best['name']}.pt`, a bare "
         "state dict for `load_state_dict`; with the `threshold` of a Gated, or of a JumpReLU with a K), the same as "
@@ -193,7 +193,7 @@ def load_text(best: pd.Series) -> Markdown:
 
 
 def limits_text(df: pd.DataFrame) -> Markdown:
-    """What the numbers can't carry."""
+    """Limitations of the numbers."""
     seeds = df["seed"].nunique()
     return Markdown(
         f"One layer of one model; {counted(seeds, 'seed')} a setting, so differences between single "
@@ -204,7 +204,7 @@ def limits_text(df: pd.DataFrame) -> Markdown:
 
 
 def published_note() -> Markdown:
-    """What the published table tells about its own definitions, with the arithmetic."""
+    """What the published table implies about its own definitions, with the arithmetic."""
     df = published_sweep.bounds()
     (var_low, var_high), (ce_low, ce_high) = published_sweep.meet(df, "var"), published_sweep.meet(df, "ce")
     usual = df[["usual_low", "usual_high"]]
@@ -260,7 +260,7 @@ BUDGET_COLUMNS = ["name", "budget", "l0", "d_sae", "delta_loss", "smaller", "spa
 
 
 def budget_section(df: pd.DataFrame, prompts: pd.DataFrame | None = None, links: str = "") -> str:
-    """The table as a section of a page; empty where there is nothing to choose between."""
+    """The table of `by_budget` as a section of a page; empty if it has fewer than two rows."""
     table = by_budget(df, prompts)
     if len(table) < 2:
         return ""

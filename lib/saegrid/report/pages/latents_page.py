@@ -1,7 +1,7 @@
-"""The latents page: cards of single latents, the table that leads to them, and the pieces that the page loads.
+"""The latents page: cards of single latents, the table that links to them, and the chunks that the page loads.
 
-Free of torch: the content comes from `report/latents/latents.json`, which `saegrid latents` computes. A card is made
-here once, whether it stands in the page or in a piece, and every string of the tokenizer is escaped.
+Free of torch: the content comes from `report/latents/latents.json`, which `saegrid latents` computes. Cards in the page
+and in chunks come from the same function, and every string of the tokenizer is escaped.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from saegrid.report.tables import Markdown, html_block, markdown
 from saegrid.storage.atomic import write_json, write_text
 
 CHUNK = 20
-"""Latents in a piece."""
+"""Latents per chunk."""
 GALLERY = 6
-"""Latents that stand in the page itself."""
+"""Latents shown in the page itself."""
 SHOWN_TOKENS = 4
 UNKNOWN = "the rows come from published files, whose tokens are not known."
 
 
 def load(folder: str | Path) -> dict[str, Any]:
-    """The described latents. Raises `SaegridError` where they are missing or damaged."""
+    """The described latents. Raises `SaegridError` if they are missing or damaged."""
     path = Path(folder) / "latents.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -41,8 +41,8 @@ def load(folder: str | Path) -> dict[str, Any]:
 
 
 def write_chunks(data: Mapping[str, Any], folder: str | Path) -> None:
-    """Write the pieces `chunk-00.js`, …: scripts that hand over ready cards, so that a page from a disk loads them too
-    (a browser fetches no JSON from `file://`). Pieces of an earlier sample go."""
+    """Write the chunks `chunk-00.js`, …: scripts with finished cards, which a page opened from disk can load too
+    (browsers fetch no JSON from `file://`). Deletes chunks of an earlier sample."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("chunk-*.js"):
@@ -54,7 +54,7 @@ def write_chunks(data: Mapping[str, Any], folder: str | Path) -> None:
 
 
 def introduction(data: Mapping[str, Any], runs: str) -> Markdown:
-    """Which run, how many latents, and what the sample is; `runs` is where run pages lie."""
+    """Which run, how many latents, and how they were sampled; `runs` is the folder of run pages."""
     share = 100 * data["n_alive"] / data["d_sae"]
     return Markdown(
         f"[{data['name']}]({runs}{data['run_id']}.ipynb), the recommended run, has {data['d_sae']:,} latents. "
@@ -64,7 +64,7 @@ def introduction(data: Mapping[str, Any], runs: str) -> Markdown:
 
 
 def how(data: Mapping[str, Any]) -> Markdown:
-    """How each number on the page is made, and what it does not say."""
+    """How each number on the page is computed, and its limitations."""
     apart = data["sinks"] == "apart" and data["n_sink_rows"]
     contexts = "Where it fires most, one context a prompt and none twice with the same last five tokens."
     if not data["tokens_known"]:
@@ -89,9 +89,9 @@ def how(data: Mapping[str, Any]) -> Markdown:
 
 
 def browser(data: Mapping[str, Any], chunks: str) -> Markdown:
-    """The table of all sampled latents beside the place where a chosen one is shown.
+    """The table of all sampled latents next to the card of the chosen one.
 
-    `chunks` is the folder of the pieces as seen from the page. Without scripts it is a plain table.
+    `chunks` is the folder of the chunks relative to the page. Without scripts it is a plain table.
     """
     rows = []
     for n, entry in enumerate(data["latents"]):
@@ -123,7 +123,7 @@ def browser(data: Mapping[str, Any], chunks: str) -> Markdown:
 
 
 def gallery(data: Mapping[str, Any], size: int = GALLERY) -> Markdown:
-    """Cards of a few latents at even steps of the sample, in the page itself."""
+    """Cards of a few latents, evenly spaced in the sample, in the page itself."""
     entries = data["latents"]
     steps = sorted({round((n + 0.5) * len(entries) / size) for n in range(size)}) if entries else []
     return markdown(*(html_block(card(entries[min(n, len(entries) - 1)], data)) for n in steps))
@@ -132,7 +132,7 @@ def gallery(data: Mapping[str, Any], size: int = GALLERY) -> Markdown:
 def card(entry: Mapping[str, Any], data: Mapping[str, Any], known: set[int] | None = None) -> str:
     """One latent as an HTML article.
 
-    `known` are the latents that the page can show: neighbours among them get links, where it is given.
+    `known`, if given, are the latents that the page can show: neighbours among them get links.
     """
     share = 100 * entry["fired"] / data["n_val_rows"]
     facts = f"Fires on <strong>{_percent(share)}%</strong> of {data['n_val_rows']:,} validation rows"
@@ -166,7 +166,7 @@ def _contexts(entry: Mapping[str, Any], data: Mapping[str, Any]) -> str:
 
 
 def _context(context: Mapping[str, Any], most: float) -> str:
-    """Tokens in a row, those where the latent fires shaded by its activation, the largest one framed and numbered."""
+    """Consecutive tokens, shaded by the latent's activation where it fires, the largest one framed and numbered."""
     parts = [] if context["whole"] else ["… "]
     for n, (token, act) in enumerate(zip(context["tokens"], context["acts"], strict=True)):
         text = escape(_visible(token))
@@ -188,7 +188,7 @@ def _tokens(tokens: Sequence[str]) -> str:
 
 
 def _token(token: str) -> str:
-    """A token by itself: a leading space is shown as a middle dot, so that it can be told from none."""
+    """A single token: a leading space becomes a middle dot, to make it visible."""
     text = _visible(token)
     text = f"·{text[1:]}" if text.startswith(" ") else text
     return f'<code class="token">{escape(text) or "∅"}</code>'
@@ -213,7 +213,7 @@ def _unique(tokens: Any) -> list[str]:
 def make(grid: Grid, root: str | Path = ".") -> Path:
     """Describe the latents of a grid's recommended run; writes `report/latents/`. Returns that folder.
 
-    Raises `SaegridError` where the tables, the run or its activation store are missing.
+    Raises `SaegridError` if the tables, the run or its activation store are missing.
     """
     root = Path(root)
     best = selection.recommend(results.read_tidy(root / grid.results_dir))

@@ -22,7 +22,7 @@ LOOKS = {
     ("dictionary_learning", "Matryoshka"): ("#b5609a", "D", "-."),
     ("sparsify", "TopK"): ("#7b7f87", "s", ":"),
 }
-"""Colour by library, mark by architecture."""
+"""Colour by library, marker by architecture."""
 
 
 def rules(found: pd.DataFrame) -> str:
@@ -42,7 +42,7 @@ def rules(found: pd.DataFrame) -> str:
 
 
 def table(found: pd.DataFrame) -> Markdown:
-    """All contenders at each K, as a table of a page."""
+    """All contenders at each K, as a table."""
     own = {"Contender": found["peer"] + " " + found["arch"], "K": found["k"].astype(str)}
     more = {
         head: found[f"{name}_more"].map(lambda more: " to ".join(map(signed, more[1:]))).mask(found["is_base"], "")
@@ -58,7 +58,7 @@ def table(found: pd.DataFrame) -> Markdown:
 
 
 def verdict(found: pd.DataFrame) -> str:
-    """At each K, this project's SAE beside the best of the others', in FVU without sinks and in delta loss."""
+    """At each K, this project's SAE against the best of the others, in FVU without sinks and in delta loss."""
     lines = []
     for k, group in found.groupby("k"):
         base, others = group[group["is_base"]].iloc[0], group[group["peer"] != OWN]
@@ -80,7 +80,7 @@ def verdict(found: pd.DataFrame) -> str:
 
 @styled
 def curves(found: pd.DataFrame, *, y: str, ax: Axes | None = None) -> Axes:
-    """A measure over the realised L0, one line a contender, both axes logarithmic."""
+    """A measure over the measured L0, one line per contender, both axes logarithmic."""
     for contender, (color, marker, line) in LOOKS.items():
         rows = found[(found["peer"] == contender[0]) & (found["arch"] == contender[1])].sort_values("l0_no_sink")
         if len(rows):

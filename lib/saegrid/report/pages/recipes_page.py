@@ -1,6 +1,6 @@
-"""The page about recipes, from tables kept in the repository (`results/recipes`, `results/peers`, …). Free of torch.
+"""The page about recipes, from committed tables (`results/recipes`, `results/peers`, …). Free of torch.
 
-It does not depend on the grid of the report that it stands in: these grids take longer than a quick look.
+It does not depend on the report's grid: its own grids take much longer than the quick grid.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SEEDS = (
 
 
 def page(root: str | Path = ".") -> Markdown:
-    """All sections; one whose tables are missing says by which command they are made."""
+    """All sections; a section without its tables says which command makes them."""
     sections = []
     for name, title in GRIDS.items():
         folder, made = Path(root) / "results" / name, f"Not measured yet: `make {name}` does it."
@@ -81,7 +81,7 @@ def _comparison(folder: Path, name: str) -> str:
 
 
 def _switched(df: pd.DataFrame, prompts: pd.DataFrame, caption: str) -> list[str]:
-    """What each choice of a recipe buys: in words, as a figure, and with the means in a table."""
+    """The gain from each choice of a recipe: in words, as a figure, and with the means in a table."""
     found = ablation.beside(df, prompts)
     text = "Delta loss with one choice of the recipe switched, less that of the whole recipe; bars are 95% intervals."
     changes = [change(row.delta_more, row.low, row.high) for row in found.itertuples()]
@@ -110,7 +110,7 @@ def _what(df: pd.DataFrame) -> str:
 
 
 def _beside_pca(means: pd.DataFrame, pca: pd.DataFrame) -> str:
-    """What as many principal components lose, and which settings lose more; empty where that was not measured."""
+    """The loss of PCA with K components, and the settings that lose more; empty if it was not measured."""
     same = pca[pca["components"].isin(means["k"].unique())]
     if len(same) != 1 or means["k"].nunique() != 1:
         return ""
@@ -125,7 +125,7 @@ def _beside_pca(means: pd.DataFrame, pca: pd.DataFrame) -> str:
 
 
 def claim(df: pd.DataFrame, prompts: pd.DataFrame) -> str:
-    """What `improved` makes of `published`'s delta loss and dead latents, in a sentence for each architecture."""
+    """Delta loss and dead latents of `improved` relative to `published`, one sentence per architecture."""
     pure = ablation.named(df)
     drawn, lines = intervals.draws(prompts), []
     for arch, rows in pure.groupby("arch", sort=False):

@@ -1,5 +1,5 @@
-"""Pages that are made from the runs and the tables: the home page, the run pages and their index, and the parts of
-committed pages that are made from committed tables."""
+"""Pages made from the runs and the tables: the home page, the run pages and their index, and the generated parts of
+committed pages."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from saegrid.storage.checksums import check_sum, read_json, sum_of
 
 INDEX_COLUMNS = ["name", "recipe", "seed", "l0", "fvu_no_sink", "dead_pct", "delta_loss", "frac_rec_pct"]
 LABELS = {"arch": "architecture", "k": "K"}
-"""Axes that a reader knows by another name than the parameter's."""
+"""Axes that readers know by a name other than the parameter's."""
 
 
 def write_committed_parts(root: str | Path) -> None:
-    """Write what `method.qmd` and `recipes.qmd` include: it comes from committed tables alone, and is committed."""
+    """Write the includes of `method.qmd` and `recipes.qmd`: they come only from committed tables and are committed."""
     folder = Path(root) / "results"
     folder.mkdir(exist_ok=True)
     write_text(folder / "_published.md", home_page.published_note())
@@ -39,7 +39,7 @@ def write_committed_parts(root: str | Path) -> None:
 
 
 def write_run_pages(df: pd.DataFrame, runs_dir: str | Path, folder: Path) -> None:
-    """The executed notebook of every run as a page, and an index that links all. Pages of other grids' runs go."""
+    """Write every run's executed notebook as a page, and an index. Deletes the pages of other grids' runs."""
     folder.mkdir(parents=True, exist_ok=True)
     for page in folder.glob("*.ipynb"):
         if page.stem not in set(df["run_id"]):
@@ -55,7 +55,7 @@ def write_run_pages(df: pd.DataFrame, runs_dir: str | Path, folder: Path) -> Non
             advice = finished_run.MEND if sum_of(path).exists() else "delete the folder and run it again"
             raise ResultsError(f"{error}; {advice}") from None
         page = run_page(notebook, title(row, also), markdown(summary(row, df), navigation(rows, n)))
-        page = nbformat.writes(nbformat.from_dict(page))  # cells as lists of lines: Quarto reads nothing else
+        page = nbformat.writes(nbformat.from_dict(page))  # cells as lists of lines: Quarto reads only those
         write_text(folder / f"{row['run_id']}.ipynb", page + "\n")
     write_text(folder / "index.qmd", index_page(df, finished_run.load_timing(df, runs_dir)))
 
@@ -63,8 +63,8 @@ def write_run_pages(df: pd.DataFrame, runs_dir: str | Path, folder: Path) -> Non
 def run_page(notebook: dict[str, Any], page_title: str, nav: str) -> dict[str, Any]:
     """An executed notebook as a page of the site.
 
-    It gets a title and links to its neighbours; its own first heading goes. Progress bars and widgets go; HTML outputs
-    become raw Markdown, and figures get a text, so that the page is the same and fetches nothing in either renderer.
+    It gets a title and links to its neighbours. Its first heading, progress bars and widgets are removed; HTML outputs
+    become raw Markdown, and figures get a text alternative: the page is the same and fetches nothing in both renderers.
     """
     page = copy.deepcopy(notebook)
     page.setdefault("metadata", {}).pop("widgets", None)
@@ -93,9 +93,9 @@ def run_page(notebook: dict[str, Any], page_title: str, nav: str) -> dict[str, A
 
 
 def title(row: dict[str, Any], also: Sequence[str] = ()) -> str:
-    """A run in words: `TopK, K = 64, 8x, seed 0`; its recipe too, where it is not the published one.
+    """A run in words: `TopK, K = 64, 8x, seed 0`; its recipe too, unless that is the published one.
 
-    `also`: further parameters to name, those by which the runs of the grid differ (`settings.unusual`).
+    `also`: further parameters to name, which differ between the grid's runs (`settings.unusual`).
     """
     recipe = described(row)
     parts = [setting(row), f"{row['expansion']}x", *([recipe] if recipe != "published" else [])]
@@ -108,7 +108,7 @@ def label(axis: str) -> str:
 
 
 def summary(row: dict[str, Any], df: pd.DataFrame) -> str:
-    """What came out of a run, and where it stands in its grid, in a sentence or two."""
+    """A run's results and its place in its grid, in a sentence or two."""
     fit = selection.candidates(df)
     text = (
         f"Spliced in, it costs the model **{number(row['delta_loss'], 'delta_loss')} nats/token** with "
@@ -125,7 +125,7 @@ def summary(row: dict[str, Any], df: pd.DataFrame) -> str:
 
 
 def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:
-    """Links to the runs before and behind, and to those that differ along one axis alone."""
+    """Links to the previous and next run, and to those that differ along only one axis."""
     also = settings.unusual(rows)
     around = ["[All runs](index.qmd) · [CSV](../data/results_tidy.csv) · [Results](../results.ipynb)"]
     if n > 0:
@@ -142,7 +142,7 @@ def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:
 
 
 def index_page(df: pd.DataFrame, timing: pd.DataFrame) -> Markdown:
-    """The list of all runs, and what they ran on."""
+    """The list of all runs, and their hardware."""
     df = df.assign(recipe=[described(row) for row in df.to_dict("records")])
     table = html_table(
         df, INDEX_COLUMNS, caption=f"{len(df)} runs; each leads to its executed notebook.", links="./", tools="runs"
@@ -153,7 +153,7 @@ def index_page(df: pd.DataFrame, timing: pd.DataFrame) -> Markdown:
 
 
 def _portable(output: dict[str, Any]) -> dict[str, Any] | None:
-    """An output that renders alike everywhere; None for progress bars and widgets."""
+    """An output that renders the same everywhere; None for progress bars and widgets."""
     if output.get("output_type") == "stream":
         return None if output.get("name") == "stderr" else output
     data = output.get("data", {})

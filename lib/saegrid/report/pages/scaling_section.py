@@ -12,7 +12,7 @@ from saegrid.report.tables import Markdown, html_table
 
 
 def exponent_table(found: pd.DataFrame, runs: int) -> Markdown:
-    """The slopes (`exponents`) of so many runs as a table of a page."""
+    """The slopes (`exponents`) of `runs` runs as a table."""
     rows = []
     for measure, those in found.groupby("measure", sort=False):
         slopes = {f"over {SIZES[row.size]}": change(row.slope, row.low, row.high, 2) for row in those.itertuples()}
@@ -29,7 +29,7 @@ def exponent_table(found: pd.DataFrame, runs: int) -> Markdown:
 
 
 def verdict(found: pd.DataFrame) -> str:
-    """What twice each size does to the measures (`exponents`), in a line for each size."""
+    """How doubling each size changes the measures (`exponents`), one line per size."""
     lines = []
     for size, rows in found.groupby("size", sort=False):
         told = [
@@ -42,9 +42,9 @@ def verdict(found: pd.DataFrame) -> str:
 
 @styled
 def curves(df: pd.DataFrame, *, y: str, x: str, by: str, ax: Axes | None = None) -> Axes:
-    """A measure over one size, one line for each value of another (means over all else), both axes logarithmic.
+    """A measure over size `x`, one line per value of `by` (means over the rest), both axes logarithmic.
 
-    A measure that can be 0, such as dead latents, keeps a linear axis.
+    A measure that can be 0, such as dead latents, has a linear axis.
     """
     groups = list(df.groupby(by))
     for n, (value, group) in enumerate(groups):

@@ -1,6 +1,6 @@
-"""The texts of a published repository: its model card, made of the report's parts, and its Space's front matter.
+"""The texts of a released repository: its model card, built from parts of the report, and its Space's front matter.
 
-Free of torch. Every number comes from the tidy table, through the functions that make the home page.
+Free of torch. Every number comes from the tidy table, through the functions behind the home page.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from saegrid.report.tables import Markdown, html_table, markdown, pipe_table
 from saegrid.storage.hub_access import HUB_ID
 
 BASE_MODELS = {EMBEDDED_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
-"""Hub ids of what is embedded, there in 4 bits. The embedded dataset is generated, and on no Hub."""
+"""Hub ids of the embedded models, embedded in 4 bits. The embedded dataset is generated; no Hub has it."""
 PICTURE = "frontier.png"
 SWEEP = "jakelipner/sae-grid-search-layer12"
 SPLICED = (
@@ -40,7 +40,7 @@ CUTS = {
     "threshold": 'cfg["threshold"]',
     "theta": 'state.pop("threshold")',
 }
-"""Where the threshold of a published file comes from, by what decides which pre-activations are kept."""
+"""How to get a released file's threshold, per rule that decides which pre-activations are kept."""
 PUBLISHED_CLASS = '''\
 import json
 
@@ -81,12 +81,12 @@ def readme(
     Args:
         df: the tidy table.
         prompts: the runs' per-prompt sums.
-        files: run id to its path in the repository, without ending.
+        files: run id to its path in the repository, without suffix.
         title: the grid's title.
-        repo: Hub id of the repository that the code loads from; empty: it loads from the folder that it runs in.
+        repo: Hub id of the repository that the code loads from; empty: the code loads from its working directory.
         space: Hub id of the Space with the report.
     """
-    named = df.assign(name=df["run_id"].map(files))  # a name alone may be that of several runs
+    named = df.assign(name=df["run_id"].map(files))  # several runs may share a name
     best = selection.recommend(df)
     own, published = claims.all_findings(df, prompts), claims.all_findings(published_sweep.rows())
     where = f"https://huggingface.co/spaces/{space}" if space else ""
@@ -167,23 +167,23 @@ def front_matter(df: pd.DataFrame, files: Mapping[str, str], title: str) -> str:
 
 
 def hub_model(name: str) -> str | None:
-    """The Hub id of a run's model; None for a local folder, whose name nobody else can use."""
+    """The Hub id of a run's model; None for a local folder, whose path nobody else has."""
     local = os.path.exists(os.path.expanduser(name)) or not HUB_ID.fullmatch(name)
     return BASE_MODELS.get(name) or (None if local else name)
 
 
 def model_name(name: str) -> str:
-    """What a card calls a run's model; of a local folder, its last part."""
+    """The name of a run's model in the card; for a local folder, its last path component."""
     return f"{BASE_MODELS[name]}, its weights in 4 bits" if name in BASE_MODELS else hub_model(name) or Path(name).name
 
 
 def dataset(name: str) -> str:
-    """What a card calls a run's dataset: the Hub id, the generator, or the name of a local folder."""
+    """The name of a run's dataset in the card: the Hub id, the generator, or the name of a local folder."""
     return name.partition(":")[2] if name == EMBEDDED_DATASET else Path(name).name if hub_model(name) is None else name
 
 
 def files_text(df: pd.DataFrame, files: Mapping[str, str]) -> Markdown:
-    """Where each run's SAE lies."""
+    """The path of each run's SAE."""
     rows = []
     for run_id, name in df[["run_id", "name"]].itertuples(index=False):
         file = files[run_id]
@@ -238,14 +238,14 @@ def space_readme(title: str, repo: str = "") -> str:
 
 
 def plain(text: str) -> str:
-    """The report's Markdown as any Markdown: raw blocks as HTML, no fenced divisions, claims on lines of their own."""
+    """The report's Markdown as plain Markdown: raw blocks as HTML, no fenced divs, each claim on its own line."""
     text = re.sub(r"^```\{=html\}\n(.*?)\n```$", r"\1", text, flags=re.S | re.M)
     text = re.sub(r"^:::.*\n", "", text, flags=re.M)
     return text.replace('<span class="claim">', '<br><span class="claim">')
 
 
 def picture(df: pd.DataFrame) -> bytes:
-    """The frontier as a PNG on white: a Hub's page shows no inline SVG."""
+    """The frontier as a PNG on white: Hub pages show no inline SVG."""
     buffer = io.BytesIO()
     with plt.rc_context(plots.STYLE):
         figure = plots.frontier(df, y="delta_loss").figure

@@ -1,15 +1,15 @@
-"""Publish a finished grid: a complete repository folder, one commit to a model repository, the site to a static Space.
+"""Release a finished grid: a complete repository folder, one commit to a model repository, the site to a static Space.
 
     README.md  frontier.png               the model card
     results.csv  results_full.csv  results_tidy.csv
-    {name}.pt  {name}.json                SAEs under the published names, and what a bare state dict does not tell
-    seed1/{name}.pt …                     further runs with a name that is taken
+    {name}.pt  {name}.json                SAEs under the published names, and what a bare state dict lacks
+    seed1/{name}.pt …                     further runs whose name is taken
     saelens/{name}/                       the same SAEs for SAELens
     site/                                 the report; its README.md makes it a static Space
     manifest.json                         size and SHA-256 of every other file
 
-The folder is made whole and checked before anything is sent, and the same runs give the same bytes, so that a second
-call sends only what the Hub lacks.
+The folder is complete and checked before anything is sent. The same runs give the same bytes, so a second call sends
+only what the Hub lacks.
 """
 
 from __future__ import annotations
@@ -42,30 +42,30 @@ REFUSALS = {
     409: "somebody else changed it at the same time",
     429: "too many requests, wait a while",
 }
-"""What a status means to the one who publishes; the Hub's own words come behind it."""
+"""What an HTTP status means for the uploader; the Hub's own message follows it."""
 
 
 class HubError(SaegridError):
-    """Something can't be published: not finished, no token, no network, or refused by the Hub."""
+    """The upload is impossible: an unfinished grid, no token, no network, or a refusal by the Hub."""
 
 
 def publish(
     grid: Grid, repo: str = "", space: str = "", folder: str | Path = "", dry_run: bool = False, root: str | Path = "."
 ) -> Path:
-    """Build a grid's repository folder and, given a place, upload it. Prints what goes where.
+    """Build a grid's repository folder and, if `repo` or `space` is given, upload it. Prints what goes where.
 
     Args:
-        repo: Hub id of the model repository, made where missing; the whole folder goes there in one commit.
-        space: Hub id of the static Space, made where missing; `site/` goes there in one commit.
-        folder: where to build; default `published/<grid's name>`. One that holds anything else is left alone.
-        dry_run: build and print, and ask nothing of the network.
+        repo: Hub id of the model repository, created if missing; the whole folder goes there in one commit.
+        space: Hub id of the static Space, created if missing; `site/` goes there in one commit.
+        folder: where to build; default `published/<grid's name>`. A folder with other contents is never replaced.
+        dry_run: build and print, without network access.
         root: the project's folder, with the runs and `_site`.
 
     Returns:
         The folder.
 
     Raises:
-        HubError: the site is missing or another grid's, an id is none, no token, no network, or the Hub refuses.
+        HubError: the site is missing or another grid's, an id is invalid, no token, no network, or the Hub refuses.
         ResultsError, SaeFileError: a run is not finished, or its files are damaged.
     """
     for parameter, name in (("repo", repo), ("space", space)):
@@ -83,7 +83,7 @@ def publish(
 
 
 def build(grid: Grid, folder: str | Path, repo: str = "", space: str = "", root: str | Path = ".") -> Path:
-    """Make the repository folder of a finished grid, as a whole or not at all, and check it. Raises as `publish`."""
+    """Make and check the repository folder of a finished grid, complete or not at all. Raises like `publish`."""
     try:
         root, folder = Path(root), expanded(str(folder))
     except ValueError as error:
@@ -110,10 +110,10 @@ def build(grid: Grid, folder: str | Path, repo: str = "", space: str = "", root:
 
 
 def places(df: pd.DataFrame) -> dict[str, str]:
-    """Run id to the path of its SAE in the repository, without ending.
+    """Run id to the path of its SAE in the repository, without suffix.
 
-    The first run of a published name, in the grid's order, gets the bare name, so that it is where readers of the
-    published sweep look for it. Others keep the name in a folder: `seed{seed}/`, or the run id where that is taken.
+    The first run with a published name, in the grid's order, gets the bare name, where readers of the published sweep
+    look for it. Others keep the name in a folder: `seed{seed}/`, or the run id if that is taken.
     """
     taken: dict[str, str] = {}
     for row in df.to_dict("records"):
@@ -123,7 +123,7 @@ def places(df: pd.DataFrame) -> dict[str, str]:
 
 
 def _replaceable(folder: Path) -> bool:
-    """Whether a folder is empty, or what an earlier call made."""
+    """Whether a folder is empty or made by an earlier call."""
     try:
         return not any(folder.iterdir()) or "published_grid" in json.loads((folder / MANIFEST).read_text("utf-8"))
     except (OSError, ValueError, TypeError):
@@ -162,7 +162,7 @@ def _check_site(folder: Path, df: pd.DataFrame) -> None:
 
 
 def _check_card(path: Path, df: pd.DataFrame) -> None:
-    """The card as the Hub reads it: every run with every metric in its `model-index`."""
+    """Check the card as the Hub reads it: its `model-index` has every metric of every run."""
     from huggingface_hub import ModelCard
 
     found = {(r.metric_args["run_id"], r.metric_type): r.metric_value for r in ModelCard.load(path).data.eval_results}
@@ -209,15 +209,15 @@ def _size(n: float) -> str:
 def upload(folder: Path, repo: str = "", space: str = "") -> None:
     """Send the folder to `repo` and its `site/` to `space`, one commit each; prints a line for each.
 
-    Whatever can be refused comes first: the token, the repositories, the contents of all large files. The commits come
-    last, and each is whole or absent. Contents that the Hub has are not sent again.
+    Steps that can be refused come first: the token, the repositories, the contents of all large files. The commits come
+    last, each atomic. Contents that the Hub has are not sent again.
 
     Raises:
-        HubError: no token, no network, or refused; says what has been published until then.
+        HubError: no token, no network, or a refusal; the message says what was already uploaded.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, logging
 
-    logging.set_verbosity_error()  # a refusal is told once, and not at each of the client's attempts
+    logging.set_verbosity_error()  # report a refusal once, not at each of the client's attempts
     targets = [(name, kind, path) for name, kind, path in _targets(folder, repo, space) if name]
     api = HfApi(library_name="saegrid")
     done: list[str] = []
@@ -235,14 +235,14 @@ def upload(folder: Path, repo: str = "", space: str = "") -> None:
             commits.append((name, kind, [*additions, *_stale(api, name, kind, set(names))]))
     for name, kind, operations in commits:
         with _refusals(name, done, committing=True):
-            # not upload_folder, which makes as many commits as it sees fit
+            # not upload_folder, which may split the upload into several commits
             commit = api.create_commit(name, operations, commit_message="Publish with saegrid", repo_type=kind)
         done.append(name)
         print(f"{name}: {commit.commit_url}", flush=True)
 
 
 def _stale(api: Any, name: str, kind: str, names: set[str]) -> list[Any]:
-    """Deletions of what an earlier publication put there by its manifest and this one lacks; other files stay."""
+    """Deletions of files that an earlier upload's manifest lists and this one lacks; other files stay."""
     from huggingface_hub import CommitOperationDelete
 
     present = set(api.list_repo_files(name, repo_type=kind))
@@ -279,7 +279,7 @@ def _check_token() -> None:
 
 @contextlib.contextmanager
 def _refusals(name: str, done: list[str], committing: bool = False) -> Iterator[None]:
-    """Whatever the Hub or the network does not let pass inside this block becomes one line."""
+    """Turn every refusal by the Hub or network failure inside this block into one line."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
     try:
@@ -287,7 +287,7 @@ def _refusals(name: str, done: list[str], committing: bool = False) -> Iterator[
     except (HTTPError, OfflineModeIsEnabled, OSError, RuntimeError, ValueError) as error:
         cause: BaseException | None = error
         while cause and not isinstance(cause, (HfHubHTTPError, HTTPError, OfflineModeIsEnabled)):
-            cause = cause.__cause__  # the upload of large files wraps what went wrong
+            cause = cause.__cause__  # the upload of large files wraps the original error
         so_far = f"{' and '.join(done)} is published, the rest is not" if done else "nothing was published"
         if committing and not isinstance(cause, HfHubHTTPError):
             so_far = f"whether its commit arrived is not known{''.join(f'; {name} is published' for name in done)}"
