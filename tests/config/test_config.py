@@ -1,5 +1,7 @@
 import ast
 import math
+from pathlib import Path
+from typing import get_args
 
 import nbformat
 import papermill
@@ -7,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from saegrid.config.architectures import ARCHITECTURES, Arch
 from saegrid.config.notebook import check_names, config_from_namespace
 from saegrid.config.recipes import RECIPES, THETA_TIE, described
 from saegrid.config.run_config import STORE_FIELDS, RunConfig, make_config
@@ -166,3 +169,13 @@ def test_the_config_is_built_right_behind_the_parameters():
     tagged = [index for index, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == 1
     assert "config_from_namespace(globals())" in cells[tagged[0] + 1].source
+
+
+def test_the_table_of_architectures_is_the_one_of_the_classes():
+    from saegrid.core.sae import SAE_CLASSES
+
+    assert set(get_args(Arch)) == set(ARCHITECTURES) == set(SAE_CLASSES)
+    source = Path("lib/saegrid/config/architectures.py").read_text()
+    assert source.count("        Architecture(\n") == len(ARCHITECTURES)
+    looks = {(arch.color, arch.marker) for arch in ARCHITECTURES.values()}
+    assert len(looks) == len(ARCHITECTURES)
