@@ -13,7 +13,7 @@ export HOME := $(or $(TMPDIR),/tmp)/saegrid-$(shell id -u)/home
 $(info no home that can be written to: using $(HOME) $(shell mkdir -p -m 700 "$(HOME)"))
 endif
 # Snakemake's log needs a user name
-export USER ?= uid$(shell id -u)
+export USER ?= $(or $(shell getent passwd "$$(id -u)" | cut -d: -f1),uid$(shell id -u))
 SNAKEMAKE = snakemake -s workflow/Snakefile --cores $(CORES) --rerun-incomplete --quiet rules
 
 .DEFAULT_GOAL := report
@@ -53,11 +53,11 @@ ablation: setup  ## the improved recipe without each of its choices: results/abl
 	$(SNAKEMAKE) --config grid=params/ablation.yaml -- results/ablation/results_tidy.csv
 
 test: setup
-	pytest -n auto --dist loadfile
+	pytest -n auto --dist loadfile --no-loadscope-reorder
 
 coverage: setup  ## line and branch coverage of the tests, subprocesses included
 	coverage erase
-	coverage run -m pytest -n auto --dist loadfile
+	coverage run -m pytest -n auto --dist loadfile --no-loadscope-reorder
 	coverage combine --quiet
 	coverage report
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import getpass
 import os
+import pwd
 import shutil
 import signal
 import socket
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+USER = pwd.getpwuid(os.getuid()).pw_name
 PROGRAMS = ["munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol"]
 CPUS = 8
 """Cores of the node, whatever the machine has: the most that the profile requests."""
@@ -64,7 +65,7 @@ class Cluster:
                 free.bind(("127.0.0.1", 0))
             ports = {"controller": one.getsockname()[1], "node": other.getsockname()[1]}
         host = socket.gethostname().split(".")[0]
-        self.config.write_text(CONFIG.format(root=root, host=host, user=getpass.getuser(), cpus=CPUS, **ports))
+        self.config.write_text(CONFIG.format(root=root, host=host, user=USER, cpus=CPUS, **ports))
         # the plugin unsets SLURM_CONF for a job's srun, because clusters have their configuration in /etc
         wrapper = root / "bin" / "srun"
         wrapper.write_text(f'#!/bin/sh\nSLURM_CONF={self.config} exec {shutil.which("srun")} "$@"\n')
@@ -130,7 +131,7 @@ class Cluster:
     def stop(self) -> None:
         """End the jobs, the daemons and their remaining processes."""
         if len(self.daemons) == 3:
-            self.call("scancel", f"--user={getpass.getuser()}", check=False)
+            self.call("scancel", f"--user={USER}", check=False)
         for daemon in reversed(self.daemons):
             daemon.terminate()
             try:
