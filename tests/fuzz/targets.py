@@ -1,6 +1,6 @@
 """Every parser and loader of this project, each as a function of bytes: only `SaegridError` may come out.
 
-`fuzz.py` drives them by coverage, `tests/test_resilience_input.py` by hypothesis and by what was found.
+`fuzz.py` drives them by coverage, `tests/formats/test_resilience_input.py` by hypothesis and by what was found.
 """
 
 from __future__ import annotations

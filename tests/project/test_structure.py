@@ -1,5 +1,6 @@
 """The house keeps its plan: imports go one way, the small library stays small, folders stay readable."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,3 +35,12 @@ def test_every_module_has_a_place_for_its_tests():
         *(path.name for path in LIB.iterdir() if path.is_dir()),
         "project",
     }
+
+
+def test_files_that_are_named_exist():
+    """Paths of modules and tests in workflows, docs and docstrings follow a move."""
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=False).stdout.split()
+    for name in tracked:
+        if name.endswith((".py", ".md", ".yml", ".toml", ".lock", "Makefile", "Snakefile")) and name != "CHANGELOG.md":
+            for path in re.findall(r"\b(?:tests|lib/saegrid|benchmarks)/[\w/]+\.py\b", Path(name).read_text("utf-8")):
+                assert Path(path).exists(), f"{name}: {path}"
