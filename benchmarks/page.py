@@ -192,8 +192,8 @@ def splice_table(results: dict[str, Any]) -> str:
     return (
         f"{splice['saes']} SAEs (d_sae {splice['d_sae']:,}) spliced into the model over the same {splice['tokens']:,} "
         f"tokens, in {splice['contexts']} contexts; loading is not timed. This project runs the blocks before the "
-        "splice, and the clean and ablated passes, once for all SAEs, and restarts the model behind the hooked block "
-        "for each; `run_evals` runs three whole passes an SAE. Machine: "
+        "splice, and the clean and ablated passes, once for all SAEs, and restarts the model after the hooked block "
+        "for each; `run_evals` runs three whole passes per SAE. Machine: "
         f"{splice['machine']}.\n\n{table(heads, rows)}\n\n" + " ".join(lines)
     )
 
@@ -206,9 +206,9 @@ def grid_table(results: dict[str, Any]) -> str:
     for run in grid["runs"]:
         times = (text(run[name], ".0f") for name in ("reference_ms", "auto_ms"))
         rows.append((run["name"], f"{run['steps']:,}", *times, text(run["reference_ms"] / run["auto_ms"], ".1f")))
-    heads = "Run", "Steps", "Reference (ms a step)", "Own kernel (ms a step)", "Ratio"
+    heads = "Run", "Steps", "Reference (ms per step)", "Own kernel (ms per step)", "Ratio"
     return (
-        f"Training all runs of `{grid['grid']}` one behind the other on one thread, by the measured step times: "
+        f"Training all runs of `{grid['grid']}` one after another on one thread, by the measured step times: "
         f"**{grid['reference_hours']:.1f} h** with the reference kernel, **{grid['auto_hours']:.1f} h** with this "
         f"machine's own, {grid['reference_hours'] / grid['auto_hours']:.1f} times less. Machine: "
         f"{grid['machine']}.\n\n{table(heads, rows)}"

@@ -80,7 +80,7 @@ def test_a_switched_choice_beside_the_whole_recipe(mixed, fake_grid, fake_runs):
     assert lines == [
         "- More is lost with `aux_coef = 0.0` (+0.200) nats/token.",
         "- Less is lost with `sinks = keep` (−0.100) nats/token.",
-        "- Not told from the whole recipe: `warmup = 0.0`.",
+        "- No measurable difference from the full recipe: `warmup = 0.0`.",
     ]
     ax = forest(found.reset_index())
     assert [label.get_text() for label in ax.get_yticklabels()][-1] == found["delta_more"].idxmax()

@@ -168,7 +168,7 @@ def test_faults_of_a_source_are_found_and_stop_the_rendering(tmp_path, source, f
     if fault is None:
         assert not faults
         return
-    line = re.sub(r"line (\d+)", lambda found: f"line {int(found[1]) + 3}", fault)  # behind the front matter
+    line = re.sub(r"line (\d+)", lambda found: f"line {int(found[1]) + 3}", fault)  # after the front matter
     assert faults == [f"index.qmd: {line}"]
     with pytest.raises(SiteError, match=re.escape(line)):
         site.render(tmp_path)

@@ -72,8 +72,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         Architecture(
             "JumpReLU",
-            "z = pre where pre > θ, 0 elsewhere; one fixed θ for all latents, or, in runs with a K, one a latent, "
-            "trained so that K latents a row are active on average.",
+            "z = pre where pre > θ, 0 elsewhere; one fixed θ for all latents, or, in runs with a K, one per latent, "
+            "trained so that K latents per row are active on average.",
             color="#009e73",
             marker="^",
             takes_threshold=True,
@@ -89,15 +89,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         Architecture(
             "ReLU",
-            "z = ReLU(pre), trained under an L1 penalty whose weight was moved so that K latents a row are active.",
+            "z = ReLU(pre), trained under an L1 penalty whose weight was moved so that K latents per row are active.",
             color="#7b7f87",
             marker="v",
             l1=True,
         ),
         Architecture(
             "Gated",
-            "z = pre where pre > θ, 0 elsewhere, one θ a latent: a Gated SAE (arXiv:2404.16014), its gate and "
-            "magnitude folded into one encoder, trained under an L1 penalty so that K latents a row are active on "
+            "z = pre where pre > θ, 0 elsewhere, one θ per latent: a Gated SAE (arXiv:2404.16014), its gate and "
+            "magnitude folded into one encoder, trained under an L1 penalty so that K latents per row are active on "
             "average.",
             color="#9a7d00",
             marker="P",

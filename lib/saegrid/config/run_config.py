@@ -105,7 +105,7 @@ class RunConfig(BaseModel):
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the weights and of the order of the rows."""
     lr_final: float = Field(0.0, ge=0.0, le=1.0)
-    """The learning rate ends at `lr * lr_final` (torch's default is 0; the code behind the data used 0.1)."""
+    """The learning rate ends at `lr * lr_final` (torch's default is 0; the data's own code used 0.1)."""
     checkpoint_steps: int = Field(1000, ge=1)
     """Maximum steps between checkpoints; one is also saved after each epoch."""
 
@@ -117,11 +117,11 @@ class RunConfig(BaseModel):
     warmup: float = Field(-1.0, ge=0.0, lt=1.0)
     """Share of the steps over which the learning rate rises from 0."""
     grad_clip: float = Field(-1.0, ge=0.0, allow_inf_nan=False)
-    """Maximum global gradient norm; 0: no clipping (the code behind the data used 1.0)."""
+    """Maximum global gradient norm; 0: no clipping (the data's own code used 1.0)."""
     project_grad: bool | Literal["recipe"] = "recipe"
     """Remove the part of the decoder's gradient along each decoder direction before Adam."""
     b_pre_init: Literal["recipe", "zero", "mean", "centre"] = "recipe"
-    """Initial `b_pre`: zeros, the training rows' mean (as the code behind the data did), or that without sinks."""
+    """Initial `b_pre`: zeros, the training rows' mean (as the data's own code did), or that without sinks."""
     encoder_init: Literal["recipe", "kaiming", "decoder"] = "recipe"
     """Initial encoder: torch's `Linear` default, or the transposed decoder."""
     encoder_tie: float = Field(-1.0, ge=0.0, allow_inf_nan=False)

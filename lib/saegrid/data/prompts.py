@@ -177,7 +177,7 @@ def _template_prefix(encode: Callable, config: RunConfig) -> int:
     """Number of tokens that the chat template puts before every question."""
     prefix = _common(encode("a", "a"), encode("1", "1"))
     if prefix >= config.max_tokens - 1:
-        raise ConfigError(f"max_tokens = {config.max_tokens}: no room behind the chat template's own first tokens")
+        raise ConfigError(f"max_tokens = {config.max_tokens}: no room after the chat template's own first tokens")
     return prefix
 
 

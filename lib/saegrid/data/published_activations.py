@@ -1,6 +1,6 @@
 """The published activation files: bare tensors [n, d_in], `{stage}_layer{layer}_train.pt` and `_val.pt`, or one.
 
-An unsplit `{stage}_layer{layer}.pt` is split as in the code behind the published files: the last fifth of
+An unsplit `{stage}_layer{layer}.pt` is split as by the code that made the published files: the last fifth of
 `torch.randperm` with seed 0 is for validation.
 """
 

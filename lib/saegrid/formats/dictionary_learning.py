@@ -12,22 +12,7 @@ from torch import Tensor
 
 from saegrid.core.sae import SAE, BatchTopK, Gated, ReLU, TopK
 from saegrid.errors import SaeFileError
-from saegrid.formats.exchange import (
-    Cfg,
-    Facts,
-    Plain,
-    check_k,
-    filled,
-    folded,
-    gate_bias,
-    gated,
-    jumprelu,
-    names,
-    read_cfg,
-    rescaled,
-    thresholds,
-    told,
-)
+from saegrid.formats import exchange
 from saegrid.storage.atomic import write_bytes, write_json
 from saegrid.storage.foreign_files import check_sizes, check_tensors, number, read_json, read_pt
 
@@ -51,7 +36,7 @@ BUFFERS = {
     "MatryoshkaBatchTopKSAE": ("k", "threshold", "group_sizes"),
 }
 
-INERT = names(
+INERT = exchange.names(
     """
     trainer_class lr steps seed device layer lm_name wandb_name submodule_name warmup_steps decay_start resample_steps
     sparsity_warmup_steps l1_penalty sparsity_penalty sparsity_function sparsity_queue_length n_sparsity_updates p_start
@@ -62,7 +47,7 @@ INERT = names(
 """Fields of `trainer` that only training reads."""
 
 
-class _Trainer(Cfg):
+class _Trainer(exchange.Cfg):
     dict_class: Literal[*SHAPES]
     k: int | None = None
     d_in: int | None = Field(None, alias="activation_dim")
@@ -76,7 +61,7 @@ class _Buffer(BaseModel):
     io: Literal["in", "out"] | None = None
 
 
-class _Config(Cfg):
+class _Config(exchange.Cfg):
     trainer: dict[str, Any]
     buffer: _Buffer | None = None
 
@@ -89,8 +74,8 @@ def read_dictionary(folder: Path) -> SAE:
     positive latent. Raises `SaeFileError`.
     """
     path, weights_path = folder / "config.json", folder / "ae.pt"
-    config = read_cfg(_Config, read_json(path), frozenset({"saegrid"}), path)
-    trainer = read_cfg(_Trainer, config.trainer, INERT, path)
+    config = exchange.read_cfg(_Config, read_json(path), frozenset({"saegrid"}), path)
+    trainer = exchange.read_cfg(_Trainer, config.trainer, INERT, path)
     name, state = trainer.dict_class, read_pt(weights_path)
     if trainer.k is not None and name in ("AutoEncoder", "GatedAutoEncoder"):
         raise SaeFileError(f"{path}: k = {trainer.k}: {name} takes none")
@@ -102,29 +87,31 @@ def read_dictionary(folder: Path) -> SAE:
     check_sizes(trainer, sizes, path)
     weights = _plain(name, state)
     if name == "GatedAutoEncoder":
-        sae = gated(weights, state["r_mag"], state["mag_bias"], True, weights_path)
+        sae = exchange.gated(weights, state["r_mag"], state["mag_bias"], True, weights_path)
     elif name == "JumpReluAutoEncoder":
-        sae = filled(jumprelu(state["threshold"], sizes["d_in"]), weights, centred=False)
+        sae = exchange.filled(exchange.jumprelu(state["threshold"], sizes["d_in"]), weights, centred=False)
     elif name == "AutoEncoder":
         sae = _relu(weights, weights_path)
     else:
-        sae = filled(_cut_by_k(trainer, buffers, sizes, folder), weights, centred=True)
+        sae = exchange.filled(_cut_by_k(trainer, buffers, sizes, folder), weights, centred=True)
     return sae
 
 
-def _plain(name: str, state: dict[str, Tensor]) -> Plain:
+def _plain(name: str, state: dict[str, Tensor]) -> exchange.Plain:
     """The weights of a class; for GatedAutoEncoder, those of its gate."""
     if "W_enc" in state:
-        return Plain(state["W_enc"].T, state["b_enc"], state["W_dec"], state["b_dec"])
+        return exchange.Plain(state["W_enc"].T, state["b_enc"], state["W_dec"], state["b_dec"])
     b_enc = state["gate_bias" if name == "GatedAutoEncoder" else "encoder.bias"]
     b_dec = state[next(key for key in ("bias", "decoder_bias", "b_dec") if key in state)]
-    return Plain(*(tensor.float() for tensor in (state["encoder.weight"], b_enc, state["decoder.weight"].T, b_dec)))
+    return exchange.Plain(
+        *(tensor.float() for tensor in (state["encoder.weight"], b_enc, state["decoder.weight"].T, b_dec))
+    )
 
 
-def _relu(weights: Plain, where: Path) -> SAE:
+def _relu(weights: exchange.Plain, where: Path) -> SAE:
     """An AutoEncoder, with decoder rows scaled to norm 1, as the library does on loading."""
-    weights = weights if _unit_norms(weights.W_dec) else rescaled(weights, where)
-    return filled(ReLU(weights.W_enc.shape[1], len(weights.W_enc)), weights, centred=True)
+    weights = weights if _unit_norms(weights.W_dec) else exchange.rescaled(weights, where)
+    return exchange.filled(ReLU(weights.W_enc.shape[1], len(weights.W_enc)), weights, centred=True)
 
 
 def _unit_norms(W_dec: Tensor) -> bool:
@@ -147,7 +134,7 @@ def _cut_by_k(trainer: _Trainer, buffers: dict[str, Any], sizes: dict[str, int],
     k = int(k)
     if trainer.k not in (None, k):
         raise SaeFileError(f"{path}: k = {trainer.k}, and ae.pt has {k}")
-    shape = {"d_in": sizes["d_in"], "d_sae": sizes["d_sae"], "k": check_k(k, sizes["d_sae"], weights_path)}
+    shape = {"d_in": sizes["d_in"], "d_sae": sizes["d_sae"], "k": exchange.check_k(k, sizes["d_sae"], weights_path)}
     if name == "AutoEncoderTopK":  # its `encode` uses the threshold only on request
         return TopK(**shape)
     for key in BUFFERS[name]:
@@ -172,24 +159,26 @@ def write_dictionary(sae: SAE, folder: Path, facts: dict[str, Any]) -> None:
     """Write TopK as AutoEncoderTopK, BatchTopK and Matryoshka as BatchTopKSAE with the cut, Gated as GatedAutoEncoder,
     ReLU as AutoEncoder, all others (and a ReLU that AutoEncoder would rescale) as JumpReluAutoEncoder.
     """
-    known, name = Facts.model_validate(facts), _class_of(sae)
-    weights = folded(sae, centred=name != "JumpReluAutoEncoder")
+    known, name = exchange.Facts.model_validate(facts), _class_of(sae)
+    weights = exchange.folded(sae, centred=name != "JumpReluAutoEncoder")
     state = {"encoder.weight": weights.W_enc, "decoder.weight": weights.W_dec.T.contiguous()}
     if name == "JumpReluAutoEncoder":
         state = {**weights._asdict(), "W_enc": weights.W_enc.T.contiguous()}
-        state["threshold"] = thresholds(sae, "dictionary_learning")
+        state["threshold"] = exchange.thresholds(sae, "dictionary_learning")
     elif name == "GatedAutoEncoder":
         state |= {"decoder_bias": weights.b_dec, "r_mag": torch.zeros(sae.d_sae)}
-        state |= {"gate_bias": gate_bias(sae, weights), "mag_bias": weights.b_enc}
+        state |= {"gate_bias": exchange.gate_bias(sae, weights), "mag_bias": weights.b_enc}
     elif name == "AutoEncoder":
         state |= {"encoder.bias": weights.b_enc, "bias": weights.b_dec}
     else:
-        theta = torch.tensor(-1.0) if isinstance(sae, TopK) else thresholds(sae, "dictionary_learning")[0].clone()
+        theta = (
+            torch.tensor(-1.0) if isinstance(sae, TopK) else exchange.thresholds(sae, "dictionary_learning")[0].clone()
+        )
         state |= {"encoder.bias": weights.b_enc, "b_dec": weights.b_dec}
         state |= {"k": torch.tensor(sae.k, dtype=torch.int32), "threshold": theta}
     trainer = {"trainer_class": TRAINERS[name], "dict_class": name, "activation_dim": sae.d_in, "dict_size": sae.d_sae}
     trainer |= {"k": sae.k} if name in BUFFERS else {}
-    trainer |= told(layer=known.layer, lm_name=known.model)
+    trainer |= exchange.told(layer=known.layer, lm_name=known.model)
     buffer = io.BytesIO()  # with a path, torch.save would store the file's name
     torch.save(state, buffer)
     write_bytes(folder / "ae.pt", buffer.getvalue())

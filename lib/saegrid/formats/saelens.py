@@ -13,22 +13,7 @@ from torch import Tensor
 
 from saegrid.core.sae import SAE, Gated, ReLU, TopK
 from saegrid.errors import SaeFileError
-from saegrid.formats.exchange import (
-    Cfg,
-    Facts,
-    Plain,
-    check_k,
-    filled,
-    folded,
-    gate_bias,
-    gated,
-    jumprelu,
-    names,
-    read_cfg,
-    rescaled,
-    thresholds,
-    told,
-)
+from saegrid.formats import exchange
 from saegrid.storage.atomic import write_bytes, write_json
 from saegrid.storage.foreign_files import check_sizes, check_tensors, read_json, read_safetensors
 
@@ -47,7 +32,7 @@ OWN_SHAPES = {
 SCALING = "scaling_factor"
 """An unused tensor of ones that old versions wrote."""
 
-INERT = names(
+INERT = exchange.names(
     """
     device sae_lens_version sae_lens_training_version
     decoder_init_norm l1_coefficient lp_norm l1_warm_up_steps l0_coefficient l0_warm_up_steps target_l0
@@ -56,7 +41,7 @@ INERT = names(
     """
 )
 """Fields of SAELens 6 outside `metadata` that only training reads."""
-OLD_INERT = INERT | names(
+OLD_INERT = INERT | exchange.names(
     """
     model_name model_class_name hook_eval hook_layer dataset_path dataset_trust_remote_code streaming
     is_dataset_tokenized context_size prepend_bos seqpos_slice exclude_special_tokens neuronpedia_id model_kwargs
@@ -94,7 +79,7 @@ class _Metadata(BaseModel):
     hook_head_index: None = None
 
 
-class _Cfg(Cfg):
+class _Cfg(exchange.Cfg):
     architecture: Literal["standard", "topk", "jumprelu", "gated"]
     d_in: int
     d_sae: int
@@ -120,7 +105,7 @@ class _NewCfg(_Cfg):
     metadata: _Metadata
 
 
-class _Kwargs(Cfg):
+class _Kwargs(exchange.Cfg):
     k: int | None = None
 
 
@@ -144,20 +129,23 @@ def read_saelens(folder: Path) -> SAE:
     tensors = _weights(cfg, weights_path, old="metadata" not in content)
     check_sizes(cfg, {"d_in": len(tensors["W_enc"]), "d_sae": len(tensors["W_dec"])}, path)
     b_enc = tensors["b_gate" if cfg.architecture == "gated" else "b_enc"]
-    weights, centred = Plain(tensors["W_enc"].T, b_enc, tensors["W_dec"], tensors["b_dec"]), cfg.apply_b_dec_to_input
+    weights, centred = (
+        exchange.Plain(tensors["W_enc"].T, b_enc, tensors["W_dec"], tensors["b_dec"]),
+        cfg.apply_b_dec_to_input,
+    )
     if cfg.architecture == "gated":
-        return gated(weights, tensors["r_mag"], tensors["b_mag"], centred, weights_path)
+        return exchange.gated(weights, tensors["r_mag"], tensors["b_mag"], centred, weights_path)
     if cfg.architecture == "jumprelu":
-        return filled(jumprelu(tensors["threshold"], cfg.d_in), weights, centred)
+        return exchange.filled(exchange.jumprelu(tensors["threshold"], cfg.d_in), weights, centred)
     if cfg.architecture == "standard":
-        return filled(ReLU(cfg.d_in, cfg.d_sae), weights, centred)
+        return exchange.filled(ReLU(cfg.d_in, cfg.d_sae), weights, centred)
     if cfg.rescale_acts_by_decoder_norm:
-        weights = rescaled(weights, weights_path)
-    return filled(TopK(cfg.d_in, cfg.d_sae, k=check_k(cfg.k, cfg.d_sae, path)), weights, centred)
+        weights = exchange.rescaled(weights, weights_path)
+    return exchange.filled(TopK(cfg.d_in, cfg.d_sae, k=exchange.check_k(cfg.k, cfg.d_sae, path)), weights, centred)
 
 
 def _new_cfg(content: dict[str, Any], path: Path) -> _NewCfg:
-    cfg = read_cfg(_NewCfg, content, INERT, path)
+    cfg = exchange.read_cfg(_NewCfg, content, INERT, path)
     version = re.match(r"(\d{1,9})\.(\d{1,9})\.", cfg.metadata.sae_lens_version or "")
     if cfg.architecture == "topk" and version and (int(version[1]), int(version[2])) < RESCALES:
         cfg = cfg.model_copy(update={"rescale_acts_by_decoder_norm": bool(cfg.rescale_acts_by_decoder_norm)})
@@ -175,7 +163,7 @@ def _old_cfg(content: dict[str, Any], path: Path) -> _OldCfg:
     normalize = renamed.get("normalize_activations", "")
     if normalize is None or normalize is False:
         renamed["normalize_activations"] = "none"
-    cfg = read_cfg(_OldCfg, renamed, OLD_INERT, path)
+    cfg = exchange.read_cfg(_OldCfg, renamed, OLD_INERT, path)
     if cfg.hook_name.endswith("_z") or "hook_z" in cfg.hook_name:
         raise SaeFileError(f"{path}: hook_name = {cfg.hook_name!r:.80}: rows of several heads in one")
     found = {k for k in (cfg.k, cfg.activation_fn_kwargs and cfg.activation_fn_kwargs.k) if k is not None}
@@ -212,15 +200,15 @@ def _weights(cfg: _Cfg, path: Path, old: bool) -> dict[str, Tensor]:
 def write_saelens(sae: SAE, folder: Path, facts: dict[str, Any]) -> None:
     """Write TopK as `topk`, ReLU as `standard`, Gated as `gated`, all others as `jumprelu` with a threshold per latent;
     the encoder is plain, decoder rows are unchanged."""
-    weights, known = folded(sae, centred=False), Facts.model_validate(facts)
+    weights, known = exchange.folded(sae, centred=False), exchange.Facts.model_validate(facts)
     tensors = {**weights._asdict(), "W_enc": weights.W_enc.T.contiguous()}
     kinds = ((TopK, "topk"), (ReLU, "standard"), (Gated, "gated"), (SAE, "jumprelu"))
     architecture = next(name for kind, name in kinds if isinstance(sae, kind))
     if architecture == "jumprelu":
-        tensors["threshold"] = thresholds(sae, "SAELens")
+        tensors["threshold"] = exchange.thresholds(sae, "SAELens")
     if architecture == "gated":
         b_mag = tensors.pop("b_enc")
-        tensors |= {"b_gate": gate_bias(sae, weights), "b_mag": b_mag, "r_mag": torch.zeros(sae.d_sae)}
+        tensors |= {"b_gate": exchange.gate_bias(sae, weights), "b_mag": b_mag, "r_mag": torch.zeros(sae.d_sae)}
     collected = not known.activations  # if not, dataset and max_tokens describe the evaluation prompts
     cfg = {
         "architecture": architecture,
@@ -230,7 +218,7 @@ def write_saelens(sae: SAE, folder: Path, facts: dict[str, Any]) -> None:
         "metadata": {
             "sae_lens_version": FORMAT,
             "sae_lens_training_version": None,
-            **told(
+            **exchange.told(
                 model_name=known.model,
                 hook_name=None if known.layer is None else f"blocks.{known.layer}.hook_resid_post",
                 context_size=known.context_size or (known.max_tokens if collected else None),

@@ -43,8 +43,8 @@ def frontier_caption(
         "more; dense runs are left out of the Pareto set, as they are of the recommendation."
     )
     return (
-        f"On the Pareto set {'is' if len(front) == 1 else 'are'} {held}{moves}. One mark a run, colour and shape by "
-        f"architecture, size by expansion; {'lower' if lower_is_better else 'higher'} and further left is better. "
+        f"On the Pareto set {'is' if len(front) == 1 else 'are'} {held}{moves}. One marker per run, colour and shape "
+        f"by architecture, size by expansion; {'lower' if lower_is_better else 'higher'} and further left is better. "
         f"A mark leads to its run's page.{left_out if dense else ''}"
         + (" Pale: the published recipe." if plots.recipes_differ(df) else "")
         + (" Dashed: PCA with as many components." if len(plots.pca_line(df, y, baseline)) else "")

@@ -21,7 +21,7 @@ def verdict(found: pd.DataFrame) -> str:
             lines.append(f"- {words} with {', '.join(told)} nats/token.")
     rest = found.loc[(found["low"] <= 0) & (found["high"] >= 0), "choice"]
     if len(rest):
-        lines.append(f"- Not told from the whole recipe: {', '.join(f'`{choice}`' for choice in rest)}.")
+        lines.append(f"- No measurable difference from the full recipe: {', '.join(f'`{choice}`' for choice in rest)}.")
     return "\n".join(lines)
 
 

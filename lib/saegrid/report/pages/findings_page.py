@@ -25,10 +25,10 @@ class Claim:
     """The published sentence."""
     rule: str
     """The rule for the verdict, with its numbers."""
-    effect: Callable[[Finding], str]
-    """What the effect measures, in words."""
+    effect: str
+    """What the effect is; the finding's facts fill in its {names}."""
     sentence: Callable[[Finding], str]
-    """The numbers behind the verdict."""
+    """The numbers that the verdict rests on."""
 
 
 def _pairs(finding: Finding) -> str:
@@ -109,7 +109,7 @@ CLAIMS: dict[int, Claim] = {
         "BatchTopK against TopK",
         "BatchTopK beats TopK at every configuration, on MSE and on dead latents.",
         "Holds if BatchTopK has the lower MSE and no more dead latents in every matched pair of runs.",
-        lambda finding: "Delta loss, BatchTopK − TopK",
+        "Delta loss, BatchTopK − TopK",
         _pairs,
     ),
     2: Claim(
@@ -118,7 +118,7 @@ CLAIMS: dict[int, Claim] = {
         f"Holds if at {findings.DEAD_EXPANSION}x the runs with K = {findings.SMALL_K} leave at least "
         f"{findings.MOSTLY_DEAD_PCT:g}% dead, and those with K of at least {findings.ENOUGH_K} fewer (means over the "
         "runs).",
-        lambda finding: "Delta loss, smallest K − larger K",
+        "Delta loss, smallest K − larger K",
         _dead,
     ),
     3: Claim(
@@ -127,7 +127,7 @@ CLAIMS: dict[int, Claim] = {
         "Holds if the lowest delta loss of all BatchTopK and TopK runs is BatchTopK, 4x or 8x, K = "
         f"{findings.SWEET_K}, with frac_rec of at least {findings.SWEET_FRAC_REC_PCT:g}% and at most "
         f"{findings.SWEET_DEAD_PCT:g}% dead.",
-        lambda finding: "Delta loss, best claimed − best other",
+        "Delta loss, best claimed − best other",
         _sweet,
     ),
     4: Claim(
@@ -135,7 +135,7 @@ CLAIMS: dict[int, Claim] = {
         "JumpReLU reconstructs almost perfectly, but by firing 10-45% of its latents: not sparse at low thresholds.",
         "Holds if at the smallest threshold every JumpReLU run has frac_rec of at least "
         f"{findings.NEAR_PERFECT_FRAC_REC_PCT:g}% and fires at least {findings.DENSE_SHARE_PCT:g}% of its latents.",
-        lambda finding: "Delta loss at the smallest θ",
+        "Delta loss at the smallest θ",
         _dense,
     ),
     5: Claim(
@@ -143,7 +143,7 @@ CLAIMS: dict[int, Claim] = {
         "16x adds little over 8x at matched K.",
         f"Holds if {findings.LARGE}x lowers the delta loss of {findings.MEDIUM}x by at most "
         f"{findings.LITTLE_NATS:g} nats/token on average.",
-        lambda finding: f"Delta loss, {finding.facts['large']}x − {finding.facts['small']}x",
+        "Delta loss, {large}x − {small}x",
         _large,
     ),
 }
@@ -151,8 +151,13 @@ CLAIMS: dict[int, Claim] = {
 
 
 def sentence(finding: Finding) -> str:
-    """The numbers behind a finding's verdict, in words."""
+    """The numbers that a finding's verdict rests on, in words."""
     return CLAIMS[finding.number].sentence(finding)
+
+
+def effect_name(finding: Finding) -> str:
+    """What a finding's effect is: `Delta loss, 16x − 8x`."""
+    return CLAIMS[finding.number].effect.format(**finding.facts)
 
 
 def effect_text(finding: Finding) -> str:
@@ -186,7 +191,7 @@ def findings_table(own: list[Finding], published: list[Finding], page: str | Non
         rows.append(
             f'<tr><th scope="row" class="wrap">{title}<span class="claim">{escape(claim.text)}</span></th>'
             f'<td class="text">{verdict(ours)}</td>'
-            f'<td class="text">{escape(effect_text(ours))}<span class="claim">{escape(claim.effect(ours))}</span></td>'
+            f'<td class="text">{escape(effect_text(ours))}<span class="claim">{escape(effect_name(ours))}</span></td>'
             f'<td class="text">{verdict(theirs)}{_their_effect(theirs)}</td></tr>'
         )
     heads = ["Published claim", "Verdict here", 'Effect, 95% interval <span class="unit">nats/token</span>']
@@ -229,7 +234,7 @@ def finding_section(own: Finding, published: Finding, links: str = "") -> Markdo
     ]
     if own.effect is not None:
         interval = ", with its 95% interval" if own.interval else ""
-        parts.insert(2, f"{claim.effect(own)}: **{effect_text(own)}** nats/token{interval}.")
+        parts.insert(2, f"{effect_name(own)}: **{effect_text(own)}** nats/token{interval}.")
     for finding, source in ((own, "this grid"), (published, "the published table")):
         if len(finding.evidence):
             caption = f"Finding {own.number}: rows of {source}."

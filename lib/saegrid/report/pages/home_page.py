@@ -172,12 +172,23 @@ def files_text(best: pd.Series) -> Markdown:
     )
 
 
+def rows_code(best: pd.Series) -> str:
+    """A line of code that stands for rows of the run's layer."""
+    return f"x = torch.randn(4, {best['d_in']})  # rows of the residual stream after block {best['layer']}"
+
+
+def own_code(best: pd.Series, source: str) -> str:
+    """Code that loads and runs the run's SAE with this library; `source` closes the call of `load_sae`."""
+    return (
+        f"import torch\n\nimport saegrid\n\nsae = saegrid.load_sae({source}\n{rows_code(best)}\n"
+        f"latent_acts, x_hat = sae.encode(x), sae(x)  # (4, {best['d_sae']}), (4, {best['d_in']})"
+    )
+
+
 def load_text(best: pd.Series) -> Markdown:
     """Code that runs the recommended SAE: with this library, and with torch alone."""
     folder = f"runs/{best['run_id']}"
-    x = f"x = torch.randn(4, {best['d_in']})  # rows of the residual stream behind block {best['layer']}"
-    own = f'import torch\n\nimport saegrid\n\nsae = saegrid.load_sae("{folder}")  # {best["name"]}\n{x}\n'
-    own += f"latent_acts, x_hat = sae.encode(x), sae(x)  # (4, {best['d_sae']}), (4, {best['d_in']})"
+    x, own = rows_code(best), own_code(best, f'"{folder}")  # {best["name"]}')
     keep = KEEP[ARCHITECTURES[best["arch"]].cut(not pd.isna(best["k"]))].format(k=best["k"])
     plain = "import json\n\n" if "json" in keep else ""
     plain += f'import torch\nfrom safetensors.torch import load_file\n\nfolder = "{folder}"\n'
@@ -232,7 +243,7 @@ def published_note() -> Markdown:
 def setting_note(df: pd.DataFrame, timing: pd.DataFrame) -> Markdown:
     """Hardware, time, versions and hashes of the runs on the site."""
     machine = [("processor", ", ".join(timing["cpu"].unique())), ("threads a run", _values(timing, "threads"))]
-    machine += [("training, all runs", f"{timing['train_seconds'].sum() / 60:.1f} minutes, one behind the other")]
+    machine += [("training, all runs", f"{timing['train_seconds'].sum() / 60:.1f} minutes, one run after another")]
     versions = [(n.replace("_", " "), _values(df, n)) for n in ("code_version", "torch_version", "kernel", "matmul")]
     hashes = [(n.replace("_", " "), _values(df, n, "`{}`")) for n in ("store_id", "data_sha256", "model_sha256")]
     columns = ["name", "train_seconds", "train_rows_per_second", "eval_seconds"]
@@ -269,6 +280,6 @@ def budget_section(df: pd.DataFrame, prompts: pd.DataFrame | None = None, links:
     )
     return markdown(
         "## Choose by budget",
-        "People who read latents want few a token, 20 to 50; whoever needs the model's loss takes what it costs.",
+        "People who read latents want few per token, 20 to 50; whoever needs the model's loss takes what it costs.",
         html_table(table, BUDGET_COLUMNS, caption=caption, links=links, mark_best=False),
     )

@@ -80,7 +80,7 @@ def how(data: Mapping[str, Any]) -> Markdown:
         "- **Promotes and demotes.** The latent's decoder direction goes through the final norm's scale and the "
         "language model's head, and what the head says to a zero vector is taken off: logits, centred over the "
         "vocabulary, as if the residual stream at the end were this direction alone. This is the direct path only: the "
-        f"blocks behind layer {data['layer']}, which read the direction too, are left out. Read the order, not the "
+        f"blocks after layer {data['layer']}, which read the direction too, are left out. Read the order, not the "
         "size.\n"
         "- **Nearest directions.** Cosine between decoder directions, over all latents of the dictionary. Those in "
         "this sample have a link.\n"

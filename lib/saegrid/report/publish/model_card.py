@@ -1,6 +1,6 @@
 """The texts of a released repository: its model card, built from parts of the report, and its Space's front matter.
 
-Free of torch. Every number comes from the tidy table, through the functions behind the home page.
+Free of torch. Every number comes from the tidy table, through the functions that make the home page.
 """
 
 from __future__ import annotations
@@ -201,9 +201,7 @@ def files_text(df: pd.DataFrame, files: Mapping[str, str]) -> Markdown:
 def load_text(best: pd.Series, file: str, repo: str = "") -> Markdown:
     """Code that loads the recommended SAE: with this library, without it, and with SAELens."""
     source = f"{repo}/{file}.pt" if repo else f"{file}.pt"
-    x = f"x = torch.randn(4, {best['d_in']})  # rows of the residual stream behind block {best['layer']}"
-    own = f'import torch\n\nimport saegrid\n\nsae = saegrid.load_sae("{source}")\n{x}\n'
-    own += f"latent_acts, x_hat = sae.encode(x), sae(x)  # (4, {best['d_sae']}), (4, {best['d_in']})"
+    x, own = home_page.rows_code(best), home_page.own_code(best, f'"{source}")')
     fetched = [f'hf_hub_download("{repo}", "{file}.{kind}")' if repo else f'"{file}.{kind}"' for kind in ("json", "pt")]
     used = PUBLISHED_CLASS if repo else PUBLISHED_CLASS.replace("from huggingface_hub import hf_hub_download\n", "")
     arch = ARCHITECTURES[best["arch"]]
