@@ -222,7 +222,7 @@ class Run:
 
     def _commit(self, row: dict) -> None:
         """Write `SHA256SUMS` of all files of the result and, last, `metrics.json`."""
-        for name in METRICS:
+        for name in (*METRICS, "kl"):
             if row[name] is None:
                 raise SaegridError(f"{self.run_id}: {name} is not a finite number, so the run has no result to publish")
         content = (json.dumps(row, indent=2, allow_nan=False) + "\n").encode()
