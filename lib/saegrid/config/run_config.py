@@ -37,7 +37,7 @@ class RunConfig(BaseModel):
     model_revision: str = ""
     """Hub revision (branch, tag or commit); empty is the default branch."""
     model_init: Literal["trained", "random"] = "trained"
-    """Its weights, or (a control) untrained ones, embeddings too, drawn from `data_seed` as transformers draws them."""
+    """Its weights, or, a control (arXiv:2501.17727), untrained ones from `data_seed`, embeddings too."""
     layer: int = Field(12, ge=0)
     """Index of the decoder block whose output is read: `hidden_states[layer + 1]`."""
     site: Literal["resid_post"] = "resid_post"
