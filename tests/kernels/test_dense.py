@@ -32,7 +32,8 @@ TOLD = StepSettings(1e-2, aux_k=20, dead_after=300, bandwidth=3.0, l0_coef=500.0
 PUBLISHED = TOLD
 IMPROVED = TOLD._replace(grad_clip=1.0, project_grad=True, aux_coef=1 / 32, sink=SINK, tie=3.0)
 MATRYOSHKA = IMPROVED._replace(prefixes=(5, 40, D_SAE))
-CASES = [*itertools.product(RULES, (PUBLISHED, IMPROVED)), *((rule, MATRYOSHKA) for rule in RULES[:3])]
+FROZEN = [IMPROVED._replace(freeze=part, start=make_params(3).W_dec) for part in ("decoder", "encoder", "soft")]
+CASES = [*itertools.product(RULES, (PUBLISHED, IMPROVED)), *((rule, MATRYOSHKA) for rule in RULES[:3]), *((RULES[1], settings) for settings in FROZEN)]
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +57,7 @@ def begin(rule: Rule, settings: StepSettings, device: str = "cpu") -> TrainState
 
 def on(device: str, rule: Rule, settings: StepSettings) -> StepSettings:
     told = settings._replace(l1_coef=500.0) if rule.kind in ("relu", "gated") else settings
-    return told if told.sink is None else told._replace(sink=told.sink.to(device))
+    return told._replace(**{name: t.to(device) for name in ("sink", "start") if (t := getattr(told, name)) is not None})
 
 
 @pytest.mark.parametrize("device", DEVICES)

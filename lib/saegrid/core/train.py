@@ -68,6 +68,7 @@ class _Run:
     matmul: str
     sae: SAE
     found: Estimates
+    start: Tensor | None  # of the weights that `freeze` holds
     path: Path  # the checkpoint
     report: Callable[[int], None]
 
@@ -120,11 +121,13 @@ def train(
         if config.presses_l1:
             sae.b_enc.sub_(cut)
     sae.to(device)
+    held = sae.W_enc if config.freeze == "encoder" else sae.W_dec
+    start = None if config.freeze == "none" else held.data.clone()
     path = run_dir / CHECKPOINT
     progress = _resumed(path, sae, config.run_id, store.data_sha256)
     progress = progress or Progress(TrainState.start(sae.params), _copy(sae.params))
     report(progress.epoch * store.n_train + min(progress.batch * config.batch_size, store.n_train))
-    run = _Run(config, store, kernel, matmul, sae, found, path, report)
+    run = _Run(config, store, kernel, matmul, sae, found, start, path, report)
     while progress.epoch < config.epochs:
         _epoch(run, progress)
         _validate(run, progress)
@@ -167,7 +170,7 @@ def _epoch(run: _Run, progress: Progress) -> None:
     """Train on the remaining rows of the epoch."""
     config, store, sae, found = run.config, run.store, run.sae, run.found
     state, seen = progress.state, progress.state.step
-    settings = step_settings(config, store, run.matmul)
+    settings = step_settings(config, store, run.matmul)._replace(start=run.start)
     if found.sink is not None:
         settings = settings._replace(sink=found.sink.to(sae.device))
     rule = sae.training_rule
@@ -222,6 +225,7 @@ def step_settings(config: RunConfig, store: Store, matmul: str) -> StepSettings:
         tie=config.encoder_tie,
         theta_tie=config.theta_tie,
         batch_size=config.batch_size,
+        freeze=config.freeze,
     )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from saegrid.errors import first_line
 from saegrid.kernels import reference
-from saegrid.kernels.reference import BETAS, EPS, THETA_RATE, keep_apart
+from saegrid.kernels.reference import BETAS, EPS, THETA_RATE, hold_and_tie, keep_apart
 from saegrid.kernels.state import L1_RATE, UNDER_L1, Codes, Params, Rule, StepSettings, TrainState
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         The batch's mean squared error before the step and the number of active pairs: tensors without dimensions.
     """
     rows = max(len(x), settings.batch_size)
-    key = (rows, rule.kind, settings._replace(lr=0.0, sink=None), settings.sink is None)
+    key = (rows, rule.kind, settings._replace(lr=0.0, sink=None, start=None), settings.sink is None)
     work = state.workspace.setdefault("dense", {})
     if "l1" not in work:
         work["l1"] = torch.tensor(state.l1, device=x.device)
@@ -377,7 +377,9 @@ def _smallest_kept(pre: Tensor, count: Tensor | int, by_row: bool) -> Tensor:
 
 
 def _adjusted(grads: Params, params: Params, settings: StepSettings) -> Params:
-    """Gradients without the sink's direction, projected and clipped."""
+    """Gradients without those of frozen weights and without the sink's direction, projected and clipped."""
+    if settings.frozen:
+        grads = grads._replace(**{settings.frozen: torch.zeros_like(params.W_dec)})
     if settings.sink is not None:
         grads = grads._replace(W_enc=grads.W_enc - torch.outer(grads.W_enc @ settings.sink, settings.sink))
     if settings.project_grad:
@@ -391,7 +393,7 @@ def _adjusted(grads: Params, params: Params, settings: StepSettings) -> Params:
 
 
 def _update(params: Params, m: Params, v: Params, grads: Params, numbers: Numbers, settings: StepSettings) -> None:
-    """Adam, unit-norm decoder rows, and the encoder's tie."""
+    """Adam, unit-norm decoder rows, freeze and tie."""
     beta1, beta2 = BETAS
     for name, p, g, mean, square in zip(Params._fields, params, grads, m, v, strict=True):
         mean.lerp_(g, 1 - beta1)
@@ -399,5 +401,4 @@ def _update(params: Params, m: Params, v: Params, grads: Params, numbers: Number
         rate = numbers.rate * (THETA_RATE if name == "theta" else 1.0)
         p.sub_(rate * mean / ((square * numbers.correction).sqrt() + EPS))
     params.W_dec.div_(params.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
-    if settings.tie:
-        params.W_enc.lerp_(params.W_dec, numbers.tie)
+    hold_and_tie(params, settings, numbers.tie)
