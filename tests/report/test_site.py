@@ -132,7 +132,7 @@ def test_a_changed_number_changes_the_pages(built, fake_grid, tmp_path):
     path = root / "runs" / run.run_id / "metrics.json"
     row = json.loads(path.read_text())
     old = number(row["delta_loss"], "delta_loss")
-    path.write_text(json.dumps(row | {"delta_loss": 0.0123}))
+    path.write_text(json.dumps(row | {"delta_loss": 0.0123, "kl": 0.0098}))
     reseal(path.parent)
     results.make(fake_grid, root)
     execute(root, fake_grid, "results")
