@@ -2,7 +2,8 @@
 
 Prompts of one template are alike, so templates are the clusters; seeds are the runs of one setting. A measure is a
 ratio of two sums over prompts, and its variance over templates is that of the ratio's linear part. Runs are compared
-on the same templates, so what two runs share cancels. `benchmarks/coverage.py` simulates what each interval covers.
+on the same templates, so what two runs share cancels. What each interval covers is simulated:
+`benchmarks/coverage_of_intervals.py`.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def _stand(table: pd.DataFrame) -> str:
     """Which of the comparisons with the best other SAE (`against_best`) stand together."""
     shown = table[table["p"] < LEVEL].assign(way=lambda rows: rows["more"].gt(0).map({True: "lower", False: "higher"}))
     parts = [
-        f"{MEASURES[measure]} {way} than the best other one's at K = {', '.join(map(str, rows['k']))}"
+        f"a {way} {MEASURES[measure]} than the best other one at K = {', '.join(map(str, rows['k']))}"
         for (measure, way), rows in shown.groupby(["measure", "way"], sort=False)
     ]
     return (

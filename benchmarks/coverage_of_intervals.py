@@ -1,6 +1,6 @@
 """How often does a 95% interval hold the true value? Simulated for every kind of interval that the report shows.
 
-    python benchmarks/coverage.py [--draws 2000]
+    python benchmarks/coverage_of_intervals.py [--draws 2000]
 
 A run's loss on a prompt is its true mean plus effects of the prompt's template, of the seed, of seed and prompt, and of
 the prompt. Their spreads are those of the comparisons in `results/peers` (delta loss in nats/token). Template effects
@@ -106,13 +106,14 @@ def table(draws: int, seed: int = 0) -> pd.DataFrame:
             for name, true, estimate in kinds():
                 rng = np.random.default_rng([seed, len(rows)])
                 found = [estimate(rng, counts, skewed) for _ in range(draws)]
-                rows.append((name, *counts, shape, _share(found, true), draws))
+                rows.append((name, *counts, shape, share(found, true), draws))
         rng = np.random.default_rng([seed, len(rows)])
-        rows.append(("slope of 24 runs", 0, 0, shape, _share([slope(rng, skewed) for _ in range(draws)], -0.2), draws))
+        rows.append(("slope of 24 runs", 0, 0, shape, share([slope(rng, skewed) for _ in range(draws)], -0.2), draws))
     return pd.DataFrame(rows, columns=["interval", "templates", "prompts", "effects", "covers_pct", "draws"])
 
 
-def _share(found: list[Estimate], true: float) -> float:
+def share(found: list[Estimate], true: float) -> float:
+    """Share of the intervals that hold the true value, in %."""
     return round(100 * float(np.mean([low <= true <= high for _, low, high, _ in found])), 1)
 
 
