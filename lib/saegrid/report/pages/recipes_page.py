@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from saegrid.analysis import ablation, intervals, peers, scaling
+from saegrid.analysis import ablation, intervals, peers, scaling, selection
 from saegrid.analysis.numbers import change, counted, header, number
 from saegrid.experiment import pca_table, results
 from saegrid.report.figures import plots
@@ -56,7 +56,7 @@ def _peers(folder: Path) -> str:
 
 
 def _scaling(folder: Path) -> str:
-    df = results.read_tidy(folder)
+    df = selection.without_controls(results.read_tidy(folder))
     panels = [("fvu_no_sink", "d_sae", "k"), ("delta_loss", "d_sae", "k")]
     panels += [("delta_loss", "k", "n_train_rows"), ("dead_pct", "d_sae", "k")]
     figures = []
@@ -69,7 +69,7 @@ def _scaling(folder: Path) -> str:
 
 
 def _comparison(folder: Path, name: str) -> str:
-    df, prompts = results.read_tidy(folder), results.read_prompts(folder)
+    df, prompts = selection.without_controls(results.read_tidy(folder)), results.read_prompts(folder)
     caption = f"Means over {df['seed'].nunique()} seeds, from make {name}"
     if (ablation.named(df)["switched"] != "").any():
         return markdown(_what(df), *_switched(df, prompts, caption))
