@@ -17,7 +17,7 @@ import torch
 
 from saegrid.core.evaluation import replacement, scored_rows
 from saegrid.core.metrics import sink_norm
-from saegrid.core.splice import load_baseline, scored_positions, splice
+from saegrid.core.splice import load_baseline, scored_positions, splice, token_scores
 from saegrid.data.language_model import load_lm
 from saegrid.data.prompts import make_prompts
 from saegrid.data.sources import pinned
@@ -43,12 +43,11 @@ def by_rarity(run_dir: Path) -> pd.DataFrame:
     x = torch.cat(scored_rows(baseline))
     limit = sink_norm([x])
     replace = replacement(sae, kernel, limit)
-    clean, spliced = (
-        torch.cat(splice(lm, baseline.prompts, baseline.x, config.layer, how)) for how in (lambda rows: rows, replace)
-    )
+    final = splice(lm, baseline.prompts, baseline.x, config.layer, replace)
+    clean, spliced = (token_scores(lm, baseline.prompts, states)["ce"] for states in (baseline.clean, final))
     ordinary = x.norm(dim=1) <= limit
     tokens = [prompt.tokens[position] for prompt in baseline.prompts for position in scored_positions(prompt)]
-    df = pd.DataFrame({"rows": [rows_with[token] for token in tokens], "delta": (spliced - clean).numpy()})
+    df = pd.DataFrame({"rows": [rows_with[token] for token in tokens], "delta": spliced - clean})
     df["error"] = (x - replace(x)).double().square().sum(1).numpy()
     df["spread"] = (x - x[ordinary].mean(0)).double().square().sum(1).numpy()
     df = df[ordinary.numpy()]

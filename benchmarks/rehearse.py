@@ -155,7 +155,7 @@ class Rehearsal:
             if run.run_id in known:
                 continue
             run = make_config(**run.model_dump() | {"store_dir": str(self.folder / run.store_dir)})
-            choice = kernels.choose(run.kernel, run.matmul, run.threads, run.not_on_cuda)
+            choice = kernels.choose(run.kernel, run.matmul, run.threads, "cpu")
             resolved = make_config(**run.model_dump() | choice._asdict())
             kernels.set_threads(resolved.threads)
             step = timed_steps(resolved, prepare_store(resolved))
@@ -181,8 +181,7 @@ def timed_steps(config: RunConfig, store: Any) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            kernel, device = kernels.load(config.kernel), kernels.device(config.kernel)
-            train(config, store, kernel, Path(folder), config.matmul, report, device)
+            train(config, store, kernels.load(config.kernel), Path(folder), config.matmul, report)
         except Enough:
             pass
     late = times[min(WARM_UP, len(times) // 2) :]

@@ -86,7 +86,7 @@ def synthetic_row(run: RunConfig) -> dict:
             "l0": float(l0),
             "l0_eval": l0 * 1.02,
         },
-        **{"l0_no_sink": l0 * 0.97, "dead_pct_no_sink": 96.0},
+        **{"l0_no_sink": l0 * 0.97, "dead_pct_no_sink": 96.0, "kl": 0.8 * delta},
         **{"dead_pct": min(95.0, 330 * run.expansion**0.5 / l0 + (3 if run.arch == "TopK" else 0))},
         **{"ce_clean": clean, "ce_spliced": spliced, "ce_zero": zero, "ce_mean": mean, "delta_loss": delta},
         **{"frac_rec_pct": 100 * clean / spliced, "loss_recovered_zero": (zero - spliced) / (zero - clean)},
@@ -112,6 +112,7 @@ def write_synthetic_run(folder: Path, run: RunConfig) -> None:
     for name in ("clean", "spliced", "zero", "mean"):
         prompts[f"ce_{name}_sum"] = tokens * row[f"ce_{name}"]
     prompts["ce_spliced_sum"] += tokens * (noise - noise.mean())
+    prompts["kl_sum"] = tokens * row["kl"] * (1 + noise - noise.mean())
     prompts.to_csv(folder / "prompts.csv", index=False)
     alive = rng.random(row["d_sae"]) >= row["dead_pct"] / 100
     fired = np.where(alive, 1 + rng.geometric(0.03, row["d_sae"]).clip(max=199), 0)

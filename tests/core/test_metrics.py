@@ -74,9 +74,9 @@ def test_the_means_are_exact_beside_a_sink():
 
 
 def test_splice_metrics_by_hand():
-    result = splice_metrics(clean=2.0, spliced=2.5, zero=10.0, mean=7.0)
+    result = splice_metrics(clean=2.0, spliced=2.5, zero=10.0, mean=7.0, kl=0.25)
     assert result["delta_loss"] == 0.5
     assert result["frac_rec_pct"] == 80.0
     assert result["loss_recovered_zero"] == 7.5 / 8
     assert result["loss_recovered_mean"] == 4.5 / 5
-    assert math.isnan(splice_metrics(1.0, 1.0, 1.0, 1.0)["loss_recovered_zero"])
+    assert math.isnan(splice_metrics(1.0, 1.0, 1.0, 1.0, 0.0)["loss_recovered_zero"])

@@ -1,5 +1,7 @@
 """The splice evaluator against a direct computation: one prompt at a time, full passes, nothing shared."""
 
+import math
+
 import pandas as pd
 import pytest
 import torch
@@ -15,8 +17,11 @@ from saegrid.core.splice import (
     load_baseline,
     make_baseline,
     mean_losses,
+    replaced_positions,
     save_baseline,
     scored_positions,
+    token_scores,
+    with_shared,
 )
 from saegrid.data.language_model import load_lm, take_apart
 from saegrid.data.prompts import Prompt, make_prompts
@@ -54,20 +59,27 @@ def shift(x):
 
 
 def direct(lm, prompt, layer, replace):
-    """Summed loss of one prompt: a full forward pass whose block output a hook replaces."""
+    """Summed loss of one prompt."""
+    positions, log_q = predicted(lm, prompt, layer, replace)
+    targets = torch.tensor(prompt.tokens)[[position + 1 for position in positions]]
+    return -log_q[range(len(positions)), targets].sum().item()
+
+
+def predicted(lm, prompt, layer, replace):
+    """One prompt's scored positions and log-probabilities there: a full forward pass whose block output is replaced."""
     positions = [0, *range(max(1, prompt.prefix), len(prompt.tokens) - 1)] if len(prompt.tokens) > 1 else []
 
     def hook(module, arguments, output):
         x = (output[0] if isinstance(output, tuple) else output).clone()
-        x[0, positions] = replace(x[0, positions])
+        x[0, positions] = replace(x[0, positions]).to(x)
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
     handle = lm.blocks[layer].register_forward_hook(hook)
     with torch.no_grad():
         logits = lm.model(input_ids=torch.tensor([prompt.tokens])).logits[0].double()
     handle.remove()
-    targets = torch.tensor(prompt.tokens)[[position + 1 for position in positions]]
-    return -logits.log_softmax(-1)[positions, targets].sum().item()
+    scored = [position for position in positions if position + 1 not in prompt.shared]
+    return scored, logits[scored].log_softmax(-1)
 
 
 @pytest.mark.parametrize("layer", [0, 2, 3])
@@ -92,9 +104,12 @@ def test_agrees_on_the_embedded_model():
     """Nats per token within 1e-4, prompts of different lengths in one batch against one at a time."""
     config = make_config(k=64, train_tokens=10, val_tokens=10, eval_prompts=4)
     lm = load_lm(config)
-    prompts = make_prompts(config, lm.tokenizer)["eval"]
     mean = torch.linspace(-1, 1, lm.d_in)
-    sums = evaluate(lm, make_baseline(lm, prompts, 12, mean), 12, shift)
+    baseline = make_baseline(lm, make_prompts(config, lm.tokenizer)["eval"], 12, mean)
+    prompts = baseline.prompts
+    shared = lm.tokenizer.decode([prompts[0].tokens[index] for index in prompts[0].shared])
+    assert shared == "? Give the result as your final answer. Do not include units.\n"
+    sums = evaluate(lm, baseline, 12, shift)
     for name, replace in {"clean": lambda x: x, "spliced": shift, "zero": torch.zeros_like}.items():
         expected = [direct(lm, prompt, 12, replace) for prompt in prompts]
         difference = (sums[f"ce_{name}_sum"] - expected) / sums["n_tokens"]
@@ -102,16 +117,81 @@ def test_agrees_on_the_embedded_model():
     assert 1 < mean_losses(sums)["clean"] < 4  # it reads English
 
 
+@pytest.mark.parametrize("layer", [0, 3])
+def test_kl_is_that_of_whole_passes_in_float64(lm, layer):
+    """Nats per token within 1e-6, and the cross-entropies too: what is left is the float32 of the log-probabilities."""
+    lm.model.double()
+    prompts = some_prompts(prefix=2)[:2] + some_prompts()[3:]
+    prompts = [Prompt([*p.tokens[:7], *range(8), *p.tokens[7:]], p.template, p.prefix) for p in prompts]
+    baseline = make_baseline(lm, prompts, layer, torch.zeros(24))
+    sums = evaluate(lm, baseline, layer, shift)
+    for index, prompt in enumerate(baseline.prompts):
+        (_, log_p), (_, log_q) = (predicted(lm, prompt, layer, how) for how in (lambda x: x.float(), shift_32))
+        expected = sum(p.exp().item() * (p - q).item() for p, q in zip(log_p.flatten(), log_q.flatten(), strict=True))
+        assert sums["kl_sum"][index] / len(log_p) == pytest.approx(expected / len(log_p), abs=1e-6)
+        spliced = direct(lm, prompt, layer, shift_32) / len(log_p)
+        assert sums["ce_spliced_sum"][index] / len(log_p) == pytest.approx(spliced, abs=1e-6)
+        assert sums["n_tokens"][index] == len(log_p) == len(prompt.tokens) - 1 - max(prompt.prefix - 1, 0) - 8
+    assert mean_losses(sums)["kl"] == sums["kl_sum"].sum() / sums["n_tokens"].sum() > 0.01
+
+
+def shift_32(x):
+    return shift(x.float())
+
+
+class Words:
+    """A model whose final states are its logits."""
+
+    @staticmethod
+    def head(states):
+        return states
+
+
+def test_kl_by_hand():
+    """p = (1/2, 1/4, 1/4) and q = (1/4, 1/2, 1/4): ½ log 2 - ¼ log 2; p = (1, 0) and q = (1/4, 3/4): log 4."""
+    p = [[0.5, 0.25, 0.25], [1.0, 1e-38, 1e-38], [0.2, 0.3, 0.5]]
+    q = [[0.25, 0.5, 0.25], [0.25, 0.375, 0.375], [0.2, 0.3, 0.5]]
+    clean, final = ([torch.tensor(rows[:2]).log() + 3, torch.tensor(rows[2:]).log()] for rows in (p, q))
+    prompts = [Prompt([1, 0, 2], 0), Prompt([0, 1], 1)]
+    found = token_scores(Words, prompts, final, clean)
+    assert found["prompt"].tolist() == [0, 0, 1]
+    assert found["kl"].tolist() == pytest.approx([math.log(2) / 4, math.log(4), 0], abs=1e-6)
+    assert found["ce"].tolist() == pytest.approx([math.log(4), -math.log(0.375), -math.log(0.3)], abs=1e-6)
+    assert list(token_scores(Words, prompts, final)) == ["prompt", "ce"]
+
+
+def test_a_sentence_that_all_prompts_share_is_replaced_but_not_scored():
+    """0 to 8 are in all three prompts. 20, 21 are too, but are shorter than `SHARED_RUN`."""
+    sentence = [*range(9)]
+    prompts = [
+        Prompt([30, *sentence, 31, 20, 21], 0),
+        Prompt([32, 33, *sentence, 34, 20, 21, 35], 1),
+        Prompt([36, 36, 36, 20, 21, *sentence], 2),
+    ]
+    marked = with_shared(prompts)
+    assert [prompt.shared for prompt in marked] == [[*range(1, 10)], [*range(2, 11)], [*range(5, 14)]]
+    assert [scored_positions(p).tolist() for p in marked] == [[9, 10, 11], [0, 10, 11, 12, 13], [0, 1, 2, 3]]
+    assert replaced_positions(marked[0]).tolist() == [*range(12)]
+    assert with_shared([*prompts, Prompt(sentence[:-1], 3)]) == [*prompts, Prompt(sentence[:-1], 3)]  # no such run
+    short = [*prompts, Prompt([*sentence, 5][1:], 3)]  # 1 to 8 are shared, and 5 is left to score
+    assert scored_positions(with_shared(short)[3]).tolist() == [7]
+    bare = [*prompts, Prompt(sentence, 3)]  # would have nothing to score
+    assert with_shared(bare) == bare
+    assert with_shared(prompts[:1]) == prompts[:1]
+    chat = [Prompt([*sentence, 30 + n, *sentence], n, prefix=9) for n in (0, 1)]
+    assert [scored_positions(prompt).tolist() for prompt in with_shared(chat)] == [[0], [0]]
+
+
 def test_the_true_activations_recover_everything(lm):
     baseline = make_baseline(lm, some_prompts(), 2, torch.zeros(24))
     result = splice_metrics(**mean_losses(evaluate(lm, baseline, 2, lambda x: x)))
-    assert result["delta_loss"] == 0
+    assert result["delta_loss"] == result["kl"] == 0
     assert result["loss_recovered_zero"] == 1 and result["frac_rec_pct"] == 100
 
 
 def test_the_losses_are_summed_before_they_are_divided():
     sums = pd.DataFrame({"n_tokens": [1, 3], **{f"ce_{name}_sum": [4.0, 0.0] for name in PASSES}})
-    assert mean_losses(sums) == dict.fromkeys(PASSES, 1.0)
+    assert mean_losses(sums.assign(kl_sum=[2.0, 0.0])) == dict.fromkeys(PASSES, 1.0) | {"kl": 0.5}
 
 
 PASSES = ("clean", "spliced", "zero", "mean")
@@ -129,7 +209,8 @@ def test_a_baseline_comes_back_as_it_was_saved(lm, tmp_path):
     back = load_baseline(tmp_path)
     assert back.prompts == baseline.prompts
     pd.testing.assert_frame_equal(back.sums, baseline.sums)
-    assert all(torch.equal(a, b) for a, b in zip(back.x, baseline.x, strict=True))
+    for name in ("x", "clean"):
+        assert all(torch.equal(a, b) for a, b in zip(getattr(back, name), getattr(baseline, name), strict=True))
     content = (tmp_path / "baseline.safetensors").read_bytes()
     (tmp_path / "baseline.safetensors").write_bytes(content[:-8])
     with pytest.raises(StoreError, match=r"baseline\.safetensors: damaged"):
@@ -147,13 +228,13 @@ def test_fvu_on_the_prompts_leaves_sinks_out_and_l0_does_not(kernel):
     for tensor in sae.params[:5]:
         tensor.normal_(0, 0.3, generator=generator)
     lengths = [len(scored_positions(prompt)) for prompt in prompts]
-    sums = reconstructed(Baseline(prompts, x, pd.DataFrame()), sae, kernel)
+    sums = reconstructed(Baseline(prompts, x, [], pd.DataFrame()), sae, kernel)
     rows = torch.cat([acts[: len(acts) - 1][1:] for acts in x]).double()  # no last one, and no sink
     assert sums["sq_norm_centred"].sum() == pytest.approx((rows - rows.mean(0)).square().sum().item())
     assert sums["sq_error"].sum() == pytest.approx((rows - sae(rows.float())).square().sum().item(), rel=1e-5)
     scored = torch.cat([acts[: len(acts) - 1] for acts in x])
     assert sums["active"].sum() == (sae.encode(scored) > 0).sum() and list(sums["sq_error"] > 0)[-1] is False
-    losses = {f"ce_{name}_sum": 1.0 for name in ("clean", "spliced", "zero", "mean")}
+    losses = {f"ce_{name}_sum": 1.0 for name in PASSES} | {"kl_sum": 1.0}
     found = on_prompts(sums.assign(n_tokens=lengths, **losses))
     assert found["fvu_eval"] == pytest.approx(
         (rows - sae(rows.float())).square().sum().item() / sums["sq_norm_centred"].sum(), rel=1e-5

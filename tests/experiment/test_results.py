@@ -12,8 +12,8 @@ from saegrid.analysis import published_sweep, selection
 from saegrid.config.recipes import YOUNGER
 from saegrid.config.run_config import make_config
 from saegrid.errors import ResultsError
-from saegrid.experiment import finished_run, results
-from saegrid.storage.checksums import SUMS, write_sealed
+from saegrid.experiment import finished_run, pca_table, results
+from saegrid.storage.checksums import SUMS, write_sealed, write_sums
 
 
 def change(root, run, **changes):
@@ -52,6 +52,18 @@ def test_tables_from_before_there_were_recipes_are_read(fake_grid, fake_runs):
     path.write_text(json.dumps({name: value for name, value in row.items() if name not in YOUNGER}))
     reseal(path.parent)
     assert finished_run.load_run(path.parent) == row
+
+
+def test_tables_from_before_there_was_a_kl_are_read(fake_grid, fake_runs, tmp_path):
+    baseline = pd.DataFrame([{name: 1.0 for name in pca_table.COLUMNS} | {"store_id": "0a"}])
+    folder = results.make(fake_grid, fake_runs)
+    new = results.read_prompts(folder)
+    assert new["kl_sum"].sum() > 0
+    for name, table in (("results_prompts.csv", new), (pca_table.FILE, baseline)):
+        table.drop(columns=["kl_sum", "kl"], errors="ignore").to_csv(tmp_path / name, index=False)
+    write_sums(tmp_path, ["results_prompts.csv", pca_table.FILE])
+    pd.testing.assert_frame_equal(results.read_prompts(tmp_path), new.assign(kl_sum=math.nan))
+    pd.testing.assert_frame_equal(pca_table.read(tmp_path), baseline.assign(kl=math.nan))
 
 
 @pytest.mark.parametrize(("arch", "younger"), [("BatchTopK", "encoder_tie"), ("JumpReLU", "theta_tie")])

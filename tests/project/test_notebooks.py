@@ -55,6 +55,7 @@ def test_the_metrics_follow_from_the_files(trained):
     clean, spliced = prompts["ce_clean_sum"].sum() / tokens, prompts["ce_spliced_sum"].sum() / tokens
     assert metrics["delta_loss"] == pytest.approx(spliced - clean)
     assert metrics["frac_rec_pct"] == pytest.approx(100 * clean / spliced)
+    assert metrics["kl"] == pytest.approx(prompts["kl_sum"].sum() / tokens) and metrics["kl"] > 0
     assert metrics["ce_zero"] > clean and metrics["ce_mean"] > clean
     assert metrics["l0_eval"] == pytest.approx(prompts["active"].sum() / tokens)
     assert metrics["fvu_eval"] == pytest.approx(prompts["sq_error"].sum() / prompts["sq_norm_centred"].sum())

@@ -51,6 +51,7 @@ COLUMNS = {
     "ce_spliced": Column("CE spliced", "nats/token", ".3f", "min"),
     "ce_zero": Column("CE zero", "nats/token", ".3f"),
     "ce_mean": Column("CE mean", "nats/token", ".3f"),
+    "kl": Column("KL", "nats/token", ".3f", "min"),
     "delta_loss": Column("Delta loss", "nats/token", ".3f", "min"),
     "delta_interval": Column("Delta loss, 95% interval", "nats/token"),
     "delta_more": Column("Delta loss more", "nats/token", "+.3f"),

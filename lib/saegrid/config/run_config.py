@@ -140,10 +140,12 @@ class RunConfig(BaseModel):
     """A latent that has not fired for this share of the run's rows is dead for AuxK."""
 
     # --- machine ---
-    kernel: Literal["auto", "reference", "cpu", "cuda"] = "auto"
-    """Implementation of the training step; `auto` takes the fastest that runs here and records it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of all tensors; `auto` takes a GPU if torch finds one."""
+    kernel: Literal["auto", "reference", "cpu", "dense"] = "auto"
+    """Implementation of the training step; `auto` takes the fastest on the device and records it."""
     matmul: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the encoder's product in training; evaluation always uses fp32."""
+    """Precision of products in training (`cpu`: of the encoder's alone); evaluation always uses fp32."""
     threads: int = Field(0, ge=0)
     """Threads per run; 0: `OMP_NUM_THREADS` if set, else all cores. Recorded, and reused on resume."""
 
@@ -201,11 +203,9 @@ class RunConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _kernel_and_what_it_can(self) -> RunConfig:
+    def _untrained_model_and_its_rows(self) -> RunConfig:
         if self.model_init == "random" and self.activations:
             raise ValueError("model_init = 'random': `activations` holds a trained model's rows; leave it out")
-        if self.kernel == "cuda" and self.not_on_cuda:
-            raise ValueError(f"kernel = 'cuda': has no {self.not_on_cuda} yet; take 'auto' or 'cpu', or leave it out")
         return self
 
     @field_validator("runs_dir", "store_dir")
@@ -235,22 +235,6 @@ class RunConfig(BaseModel):
     def presses_l1(self) -> bool:
         """Whether an L1 penalty brings L0 to k."""
         return ARCHITECTURES[self.arch].l1
-
-    @property
-    def not_on_cuda(self) -> str:
-        """The first choice that the `cuda` kernel lacks; empty if it has all."""
-        if self.prefixes or self.presses_l1:
-            return f"arch = '{self.arch}'"
-        if self.trains_theta:
-            return f"k = {self.k} for {self.arch}"
-        if self.sinks == "apart":
-            return "sinks = 'apart'"
-        if self.freeze != "none":
-            return f"freeze = {self.freeze!r}"
-        for name, value in (("aux_coef", self.aux_coef), ("encoder_tie", self.encoder_tie)):
-            if value:
-                return f"{name} = {value:g}"
-        return ""
 
     def check_training(self) -> None:
         """Check the batch size against the number of rows, if known. Raises `ConfigError`."""

@@ -114,8 +114,8 @@ class Reconstruction:
         }
 
 
-def splice_metrics(clean: float, spliced: float, zero: float, mean: float) -> dict[str, float]:
-    """Metrics of a splice from four cross-entropies in nats per token over the same tokens.
+def splice_metrics(clean: float, spliced: float, zero: float, mean: float, kl: float) -> dict[str, float]:
+    """Metrics of a splice from four cross-entropies and a divergence, in nats per token over the same tokens.
 
     `frac_rec_pct` is the published ratio 100 * clean / spliced; `loss_recovered_*` are the standard measures.
     """
@@ -124,6 +124,7 @@ def splice_metrics(clean: float, spliced: float, zero: float, mean: float) -> di
         "ce_spliced": spliced,
         "ce_zero": zero,
         "ce_mean": mean,
+        "kl": kl,
         "delta_loss": spliced - clean,
         "frac_rec_pct": 100 * _ratio(clean, spliced),
         "loss_recovered_zero": _ratio(zero - spliced, zero - clean),

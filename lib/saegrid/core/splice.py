@@ -1,11 +1,14 @@
-"""The splice evaluator: put x_hat in place of the residual stream and read the model's next-token loss.
+"""The splice evaluator: put x_hat in place of the residual stream and read the model's next-token predictions.
 
 The prefix up to the hooked block and the reference passes (clean, zero and mean) do not depend on the SAE: they run
-once per store (`Baseline`) for all SAEs of a grid. Each SAE costs one pass through the blocks after the hooked one.
+once per store (`Baseline`) for all SAEs of a grid. Each SAE costs one pass through the blocks after the hooked one, and
+two of the unembedding: its own, and that of the clean pass, whose final states the baseline holds (its
+log-probabilities would be a hundred times as large).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +16,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -26,33 +28,62 @@ from saegrid.storage.checksums import read_bytes, read_sealed, write_sealed
 
 BATCH_TOKENS = 4096
 """Padded tokens per forward pass of the model."""
-HEAD_ROWS = 1024
-"""Rows per call of the unembedding: bounds the logits' memory."""
+HEAD_ROWS = 256
+"""Rows per call of the unembedding: bounds the memory of logits, of which a few copies exist at once."""
+SHARED_RUN = 8
+"""Tokens in a row that all evaluation prompts have, from which on they are not scored."""
 SUMS = ["prompt", "template", "n_tokens", "ce_clean_sum", "ce_zero_sum", "ce_mean_sum"]
 """Columns of `Baseline.sums`."""
 
 
 @dataclass
 class Baseline:
-    """The evaluation prompts, their residual stream at the hooked block, and their losses in the reference passes."""
+    """The evaluation prompts, their residual stream at the hooked block, and what the reference passes gave."""
 
     prompts: list[Prompt]
     x: list[Tensor]  # per prompt (T, d_in)
+    clean: list[Tensor]  # per prompt (n, d_in): final states of the clean pass at the scored positions
     sums: pd.DataFrame  # one row per prompt, with the columns `SUMS`
 
 
-def scored_positions(prompt: Prompt) -> Tensor:
-    """Positions that are replaced and whose next token is scored, (n,) int64.
+def replaced_positions(prompt: Prompt) -> Tensor:
+    """Positions that every pass but the clean one replaces, (n,) int64.
 
     All positions except the last (no token follows it) and a chat prefix that every prompt shares, of which only
-    position 0 (the attention sink) is kept. The clean, spliced, zero and mean passes use the same positions.
+    position 0 (the attention sink) is kept.
     """
-    scored = [position for position in prompt.positions if position < len(prompt.tokens) - 1]
-    return torch.tensor(scored, dtype=torch.int64)
+    return torch.tensor([at for at in prompt.positions if at < len(prompt.tokens) - 1], dtype=torch.int64)
+
+
+def scored_positions(prompt: Prompt) -> Tensor:
+    """Replaced positions whose next token is scored in every pass, (n,) int64: those before a `Prompt.shared` not."""
+    replaced = replaced_positions(prompt)
+    return replaced[~torch.isin(replaced + 1, torch.tensor(prompt.shared, dtype=torch.int64))]
+
+
+def with_shared(prompts: list[Prompt]) -> list[Prompt]:
+    """The prompts, each with the tokens that all of them share: runs of `SHARED_RUN` tokens or more after the prefix.
+
+    Such a sentence is no evidence. None is marked if all prompts are of one problem template, or if a prompt would have
+    nothing left to score.
+    """
+    windows = [
+        {start: tuple(prompt.tokens[start : start + SHARED_RUN]) for start in range(prompt.prefix, last + 1)}
+        for prompt in prompts
+        for last in [len(prompt.tokens) - SHARED_RUN]
+    ]
+    everywhere = set.intersection(*(set(runs.values()) for runs in windows))
+    marked = []
+    for prompt, runs in zip(prompts, windows, strict=True):
+        shared = {at for start, run in runs.items() if run in everywhere for at in range(start, start + SHARED_RUN)}
+        marked.append(dataclasses.replace(prompt, shared=sorted(shared)))
+    several = len({prompt.template for prompt in prompts}) > 1
+    return marked if several and all(len(scored_positions(prompt)) for prompt in marked) else prompts
 
 
 def make_baseline(lm: LM, prompts: list[Prompt], layer: int, mean: Tensor) -> Baseline:
     """Run the reference passes. `mean` (d_in,) is the training rows' mean."""
+    prompts = with_shared(prompts)
     x: list[Tensor] = [torch.empty(0)] * len(prompts)
     for indices, ids, mask in padded_batches([prompt.tokens for prompt in prompts], BATCH_TOKENS):
         hidden = hidden_at(lm, ids, mask, layer)
@@ -65,54 +96,78 @@ def make_baseline(lm: LM, prompts: list[Prompt], layer: int, mean: Tensor) -> Ba
             "n_tokens": [len(scored_positions(prompt)) for prompt in prompts],
         }
     )
-    passes = {"clean": lambda rows: rows, "zero": torch.zeros_like, "mean": lambda rows: mean.to(rows).expand_as(rows)}
+    clean = splice(lm, prompts, x, layer, lambda rows: rows)
+    frame["ce_clean_sum"] = _sums(token_scores(lm, prompts, clean), frame)["ce"]
+    passes = {"zero": torch.zeros_like, "mean": lambda rows: mean.to(rows).expand_as(rows)}
     for name, replace in passes.items():
-        frame[f"ce_{name}_sum"] = [losses.sum().item() for losses in splice(lm, prompts, x, layer, replace)]
-    return Baseline(prompts, x, frame)
+        final = splice(lm, prompts, x, layer, replace)
+        frame[f"ce_{name}_sum"] = _sums(token_scores(lm, prompts, final), frame)["ce"]
+    return Baseline(prompts, x, clean, frame)
 
 
 def splice(
     lm: LM, prompts: list[Prompt], x: list[Tensor], layer: int, replace: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
-    """Cross-entropy at each prompt's scored positions, (n,) float64, in nats.
+    """Final states at each prompt's scored positions, (n, d_in) in the model's dtype.
 
     Args:
         x: residual stream of each prompt after block `layer`, (T, d_in).
-        replace: maps the rows at the scored positions (n, d_in) to their replacements; called once per batch.
+        replace: maps the rows at the replaced positions (n, d_in) to their replacements; called once per batch.
     """
     found: list[Tensor] = [torch.empty(0)] * len(prompts)
     for indices, ids, mask in padded_batches([prompt.tokens for prompt in prompts], BATCH_TOKENS):
         hidden = torch.zeros(*ids.shape, x[0].shape[1], dtype=x[0].dtype, device=str(lm.model.device))
-        where = [scored_positions(prompts[index]) for index in indices]
+        where = [replaced_positions(prompts[index]) for index in indices]
         for row, index in enumerate(indices):
             hidden[row, : len(x[index])] = x[index]
         rows = torch.cat([torch.full_like(positions, row) for row, positions in enumerate(where)])
         positions = torch.cat(where)
         hidden[rows, positions] = replace(hidden[rows, positions].float()).to(hidden)
-        final = final_from(lm, hidden, ids, mask, layer)[rows, positions]
-        losses = _cross_entropy(lm, final, ids[rows, positions + 1])
+        final = final_from(lm, hidden, ids, mask, layer)
         for row, index in enumerate(indices):
-            found[index] = losses[rows == row]
+            found[index] = final[row, scored_positions(prompts[index])]
     return found
 
 
+@torch.inference_mode()
+def token_scores(lm: LM, prompts: list[Prompt], final: list[Tensor], clean: list[Tensor] | None = None) -> pd.DataFrame:
+    """One row per scored position, in nats: `prompt`, `ce` of the next token and, with `clean`, `kl`.
+
+    `kl` is KL(p_clean ‖ p) over the whole vocabulary, p being the prediction from the final states `final`.
+    """
+    where = [(index, position + 1) for index, prompt in enumerate(prompts) for position in scored_positions(prompt)]
+    frame = pd.DataFrame({"prompt": [index for index, _ in where]}, dtype="int64")
+    targets = torch.tensor([prompts[index].tokens[following] for index, following in where], dtype=torch.int64)
+    chunks = [torch.split(torch.cat(states), HEAD_ROWS) for states in (final, clean or final)]
+    found: dict[str, list[Tensor]] = {"ce": [], "kl": []} if clean else {"ce": []}
+    for states, reference, wanted in zip(*chunks, torch.split(targets, HEAD_ROWS), strict=True):
+        log_q = _log_probs(lm, states)
+        found["ce"].append(-log_q.gather(1, wanted[:, None].to(log_q.device))[:, 0].double())
+        if clean:
+            log_p = _log_probs(lm, reference)
+            found["kl"].append((log_p.exp() * (log_p - log_q)).sum(1, dtype=torch.float64))
+    return frame.assign(**{name: torch.cat(values).cpu().numpy() for name, values in found.items()})
+
+
 def evaluate(lm: LM, baseline: Baseline, layer: int, replace: Callable[[Tensor], Tensor]) -> pd.DataFrame:
-    """Per-prompt loss sums of all four passes: the columns `SUMS` and `ce_spliced_sum`."""
-    losses = splice(lm, baseline.prompts, baseline.x, layer, replace)
-    return baseline.sums.assign(ce_spliced_sum=[of_prompt.sum().item() for of_prompt in losses])
+    """Per-prompt sums over scored positions: the columns `SUMS`, `ce_spliced_sum` and `kl_sum`."""
+    final = splice(lm, baseline.prompts, baseline.x, layer, replace)
+    found = _sums(token_scores(lm, baseline.prompts, final, baseline.clean), baseline.sums)
+    return baseline.sums.assign(ce_spliced_sum=found["ce"], kl_sum=found["kl"])
 
 
 def mean_losses(sums: pd.DataFrame) -> dict[str, float]:
-    """Nats per token of each pass: sums over all prompts, divided once."""
+    """Nats per token of each pass, and KL: sums over all prompts, divided once."""
+    names = {name: f"ce_{name}_sum" for name in ("clean", "spliced", "zero", "mean")} | {"kl": "kl_sum"}
     tokens = sums["n_tokens"].sum()
-    return {name: float(sums[f"ce_{name}_sum"].sum() / tokens) for name in ("clean", "spliced", "zero", "mean")}
+    return {name: float(sums[column].sum() / tokens) for name, column in names.items()}
 
 
 def save_baseline(baseline: Baseline, folder: Path, data_sha256: str = "") -> None:
     """Write `baseline.safetensors`, then `baseline.json`, into a store's folder; `data_sha256`: hash of its rows."""
-    content = save({"x": torch.cat(baseline.x)})
+    content = save({"x": torch.cat(baseline.x), "clean": torch.cat(baseline.clean)})
     write_bytes(folder / "baseline.safetensors", content)
-    prompts = [{"tokens": p.tokens, "template": p.template, "prefix": p.prefix} for p in baseline.prompts]
+    prompts = [vars(prompt) for prompt in baseline.prompts]
     hashes = {"data_sha256": data_sha256, "x_sha256": hashlib.sha256(content).hexdigest()}
     write_sealed(folder / "baseline.json", {**hashes, "prompts": prompts, "sums": baseline.sums.to_dict("list")})
 
@@ -134,21 +189,21 @@ def load_baseline(folder: Path, data_sha256: str = "") -> Baseline | None:
         stored = read_bytes(weights)
         if hashlib.sha256(stored).hexdigest() != content["x_sha256"]:
             raise DamagedError(f"{weights}: damaged (not the SHA-256 in {path.name})")
-        x = torch.split(load(stored)["x"], [len(p.tokens) for p in prompts])
-        return Baseline(prompts, list(x), pd.DataFrame(content["sums"])[SUMS])
+        tensors = load(stored)
+        x = torch.split(tensors["x"], [len(prompt.tokens) for prompt in prompts])
+        clean = torch.split(tensors["clean"], [len(scored_positions(prompt)) for prompt in prompts])
+        return Baseline(prompts, list(x), list(clean), pd.DataFrame(content["sums"])[SUMS])
     except DamagedError as error:
         raise StoreError(str(error)) from None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
         raise StoreError(f"{path}: damaged ({error!r})") from None
 
 
-@torch.inference_mode()
-def _cross_entropy(lm: LM, final: Tensor, targets: Tensor) -> Tensor:
-    """Loss of each row, (n,) float64 nats, from final states (n, d_in)."""
-    losses = [
-        F.cross_entropy(lm.head(states).float(), wanted, reduction="none").double()
-        for states, wanted in zip(
-            torch.split(final, HEAD_ROWS), torch.split(targets.to(final.device), HEAD_ROWS), strict=True
-        )
-    ]
-    return torch.cat(losses)
+def _log_probs(lm: LM, final: Tensor) -> Tensor:
+    """Log-probabilities (n, vocabulary) float32 of final states (n, d_in)."""
+    return lm.head(final).float().log_softmax(1)
+
+
+def _sums(scores: pd.DataFrame, of: pd.DataFrame) -> pd.DataFrame:
+    """Sums of each prompt's scores, one row for each row of `of`."""
+    return scores.groupby("prompt").sum().reindex(of.index, fill_value=0.0)

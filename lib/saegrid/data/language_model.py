@@ -122,7 +122,8 @@ def load_lm(config: RunConfig, device: str | None = None) -> LM:
         "architecture": type(model).__name__,
         "attention": model.config._attn_implementation,
     }
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not device:
+        device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     text = model.config.get_text_config()
     config.check_shape(text.hidden_size, text.num_hidden_layers)
     return take_apart(model.to(device), load_tokenizer(config.model, folder), identity, config.layer)

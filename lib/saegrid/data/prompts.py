@@ -16,7 +16,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +43,8 @@ class Prompt:
     template: int
     prefix: int = 0
     """Number of leading tokens that the chat template puts into every prompt; 0 for plain text."""
+    shared: list[int] = field(default_factory=list)
+    """Indices of tokens that all evaluation prompts share, and that are not scored; none in the other splits."""
 
     @property
     def positions(self) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +13,7 @@ from saegrid.storage.checksums import check_sums, read_sealed
 
 FILE = "results_baselines.csv"
 COMPONENTS = (16, 32, 64, 128, 256)
-MEASURES = ["fvu", "fvu_no_sink", "delta_loss", "frac_rec_pct", "loss_recovered_mean", "loss_recovered_zero"]
+MEASURES = ["fvu", "fvu_no_sink", "kl", "delta_loss", "frac_rec_pct", "loss_recovered_mean", "loss_recovered_zero"]
 COLUMNS = ["store_id", "components", *MEASURES]
 
 
@@ -37,12 +38,16 @@ def load(grid: Grid, root: str | Path = ".") -> pd.DataFrame:
 
 
 def read(results_dir: str | Path) -> pd.DataFrame:
-    """Read `results_baselines.csv`; no rows if it is missing. Raises `ResultsError` if it is damaged."""
+    """Read `results_baselines.csv`; no rows if it is missing. Raises `ResultsError` if it is damaged.
+
+    An older table has no `kl`.
+    """
     path = Path(results_dir) / FILE
     if not path.exists():
         return pd.DataFrame(columns=COLUMNS)
     try:
         check_sums(path.parent, [path.name])
-        return pd.read_csv(path, dtype={"store_id": str})[COLUMNS]
+        table = pd.read_csv(path, dtype={"store_id": str})
+        return table.assign(kl=table.get("kl", math.nan))[COLUMNS]
     except (DamagedError, KeyError, ValueError, pd.errors.ParserError) as error:
         raise ResultsError(f"{path}: {error}; make it again with `python -m saegrid tables`") from None

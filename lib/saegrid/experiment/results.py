@@ -36,8 +36,7 @@ from saegrid.storage.checksums import SUMS, check_sums, read_sealed, sum_of, wri
 
 PUBLISHED = ["arch", "expansion", "k", "threshold", "l0", "val_mse", "nmse", "dead_pct", "delta_loss", "frac_rec_pct"]
 """Columns of the published `results_full.csv`, in its order."""
-PROMPT_SUMS = ["run_id", "prompt", "template", "n_tokens", "ce_clean_sum", "ce_spliced_sum"]
-
+PROMPT_SUMS = ["run_id", "prompt", "template", "n_tokens", "ce_clean_sum", "ce_spliced_sum", "kl_sum"]
 STABILITY_FILE = "stability.csv"
 PAIRS = "stability.json"
 """In a store's folder: one record per pair of runs on it (`saegrid.experiment.stability`)."""
@@ -99,14 +98,14 @@ def write_tables(
     results_dir = Path(results_dir)
     results_dir.mkdir(parents=True, exist_ok=True)
     by_k = df[df["arch"].isin(["BatchTopK", "TopK"])]
-    own = [name for name in METRICS if name not in PUBLISHED]
+    own = [*(name for name in METRICS if name not in PUBLISHED), "kl"]
     tables = {
         "results.csv": by_k[["arch", "expansion", "k", "val_mse", "nmse", "dead_pct", "recipe", "seed", "run_id"]],
         "results_full.csv": df[[*PUBLISHED, "recipe", "seed", *own, "run_id"]],
         "results_tidy.csv": df[TIDY],
     }
     if prompts is not None:
-        tables["results_prompts.csv"] = prompts[PROMPT_SUMS]
+        tables["results_prompts.csv"] = prompts.reindex(columns=PROMPT_SUMS)
     if baseline is not None:
         tables[pca_table.FILE] = baseline
     if stable is not None:
@@ -212,12 +211,13 @@ def read_stability(results_dir: str | Path) -> pd.DataFrame:
 
 
 def read_prompts(results_dir: str | Path) -> pd.DataFrame:
-    """Read `results_prompts.csv`. Raises `ResultsError` if it is missing or damaged."""
+    """Read `results_prompts.csv`; an older table has no `kl_sum`. Raises `ResultsError` if it is missing or damaged."""
     path = Path(results_dir) / "results_prompts.csv"
     try:
         with advising("make it again with `python -m saegrid tables`"):
             check_sums(path.parent, [path.name])
-        return pd.read_csv(path, dtype={"run_id": str, "template": str})[PROMPT_SUMS]
+        prompts = pd.read_csv(path, dtype={"run_id": str, "template": str})
+        return prompts.assign(kl_sum=prompts.get("kl_sum", math.nan))[PROMPT_SUMS]
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror}; `python -m saegrid tables` makes it") from None
     except (KeyError, ValueError, pd.errors.ParserError) as error:

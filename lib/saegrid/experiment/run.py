@@ -160,7 +160,7 @@ class Run:
     @property
     def device(self) -> str:
         """Device of the run's tensors, "cpu" or "cuda"."""
-        return kernels.device(self.config.kernel)
+        return "cpu" if self.config.kernel == "cpu" else kernels.choose_device(self.config.device)
 
     @cached_property
     def store(self) -> Store:
@@ -228,7 +228,7 @@ class Run:
 
     def _commit(self, row: dict) -> None:
         """Write `SHA256SUMS` of all files of the result and, last, `metrics.json`."""
-        for name in METRICS:
+        for name in (*METRICS, "kl"):
             if row[name] is None:
                 raise SaegridError(f"{self.run_id}: {name} is not a finite number, so the run has no result to publish")
         content = (json.dumps(row, indent=2, allow_nan=False) + "\n").encode()
@@ -269,7 +269,7 @@ class Run:
         write_sealed(self.folder / "timing.json", {"run_id": self.run_id} | times | facts)
 
     def _resolved(self, config: RunConfig) -> RunConfig:
-        """The config with its chosen kernel, precision and threads: those of the first start, if there was one."""
+        """The config with its chosen kernel, precision, threads and device: those of the first start, if there was one."""
         path = self.folder / "config.json"
         places = {"runs_dir": config.runs_dir, "store_dir": config.store_dir}
         try:
@@ -278,7 +278,7 @@ class Run:
         except SaegridError as error:
             print(f"{error}; the run starts again", flush=True)
             (self.folder / CHECKPOINT).unlink(missing_ok=True)  # its kernel and precision are unknown
-        choice = kernels.choose(config.kernel, config.matmul, config.threads, config.not_on_cuda)
+        choice = kernels.choose(config.kernel, config.matmul, config.threads, config.device)
         resolved = make_config(**config.model_dump() | choice._asdict())
         write_sealed(path, {"run_id": self.run_id} | resolved.identity())
         return resolved

@@ -209,7 +209,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         rate = settings.lr / correction1 * (THETA_RATE if name == "theta" else 1.0)
         p.addcdiv_(m, (v / correction2).sqrt_().add_(EPS), value=-rate)
     params.W_dec.div_(params.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
-    hold_and_tie(params, settings)
+    hold_and_tie(params, settings, settings.tie_share)
     if rule.kind == "jumprelu":
         settle_thetas(params, settings)
     if settings.sink is not None:
@@ -234,7 +234,7 @@ def _codes_and_gradients(
     return codes, *gradients(params, x, codes, push)
 
 
-def hold_and_tie(params: Params, settings: StepSettings) -> None:
+def hold_and_tie(params: Params, settings: StepSettings, tie_share: float | Tensor) -> None:
     """Hold frozen weights to their start, and move the encoder towards the decoder as it then is, in place.
 
     A tied encoder thus follows a frozen decoder; a frozen encoder follows nothing. A decoder row w below the soft
@@ -250,7 +250,7 @@ def hold_and_tie(params: Params, settings: StepSettings) -> None:
     if settings.freeze == "encoder":
         params.W_enc.copy_(settings.start)
     elif settings.tie:
-        params.W_enc.lerp_(params.W_dec, settings.tie_share)
+        params.W_enc.lerp_(params.W_dec, tie_share)
 
 
 def settle_thetas(params: Params, settings: StepSettings) -> None:

@@ -127,7 +127,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         g_pre_bias = g_dec_bias - b_pre_pulls.sum(0)
     _apply_vectors(state, (g_dec_bias, g_pre_bias, *vectors), adam)
     if held:
-        hold_and_tie(params, settings)
+        hold_and_tie(params, settings, settings.tie_share)
     if rule.kind == "jumprelu":
         settle_thetas(params, settings)
     if settings.sink is not None:

@@ -152,7 +152,10 @@ def setting_table(df: pd.DataFrame) -> Markdown:
     rows += [("architecture", _values(df, "arch")), ("expansion", _values(df, "expansion", "{}x"))]
     rows += [("K", _values(df, "k")), ("threshold θ", _values(df, "threshold")), ("seed", _values(df, "seed"))]
     rows += [(COLUMNS[n].title.lower(), _values(df, n)) for n in ("n_train_rows", "n_val_rows")]
-    rows += [("splice", f"{_values(df, 'n_eval_prompts')} prompts, {_values(df, 'n_eval_tokens')} scored tokens")]
+    # older tables have no KL, and score such a sentence
+    shared = " (a sentence that all prompts share is not scored)" if df["kl"].notna().all() else ""
+    scored = f"{_values(df, 'n_eval_tokens')} scored tokens{shared}"
+    rows += [("splice", f"{_values(df, 'n_eval_prompts')} prompts, {scored}")]
     rows += [
         ("recipe", _values(df, "recipe")),
         (
