@@ -282,7 +282,7 @@ def run_row(run: RunConfig, like: RunConfig, record: dict[str, Any], folder: Pat
 
 
 def machine() -> dict[str, Any]:
-    from saegrid.experiment.provenance import processor
+    from saegrid.experiment.run import processor
 
     memory_gb = round(psutil.virtual_memory().total / 1e9, 1)
     return {"processor": processor(), "cores": os.cpu_count(), "memory_gb": memory_gb}
