@@ -60,6 +60,8 @@ SHAPES = ((896, 8, 220, 4096), (896, 8, 220, 512), (896, 16, 64, 4096), (896, 16
           (2048, 16, 64, 512), (4096, 16, 64, 4096), (4096, 16, 64, 512))  # fmt: skip
 """d_in, expansion, K, batch size."""
 SMALL = ((64, 4, 8, 128), (64, 4, 8, 64))
+TINY_RUN = {"k": 3, "expansion": 4, "layer": 1, "epochs": 4, "batch_size": 128, "train_tokens": 1200,
+            "val_tokens": 300, "eval_prompts": 4, "max_tokens": 24}  # fmt: skip
 PRODUCTS = 5
 """Matrix products of a step: pre-activations, x_hat, and the gradients of z, W_dec and W_enc."""
 
@@ -274,7 +276,7 @@ def installed(module: str) -> bool:
 
 
 def quality(device: str) -> dict[str, Any]:
-    """Validation MSE after a short training of the same rows: reference in fp32 on the CPU, `dense` in both precisions."""
+    """Validation MSE after a short training on the same rows: `reference` in fp32 on the CPU, `dense` in both."""
     d_in, d_sae, n_train, epochs = (128, 1024, 32_768, 3) if device == "cuda" else (32, 128, 2048, 2)
     rows, held_out = row_like(n_train, d_in, 5), row_like(2048, d_in, 6)
     found: dict[str, Any] = {}
@@ -318,10 +320,9 @@ def runs(device: str) -> dict[str, Any]:
             ends = {}
             for kernel, where in (("cpu", "cpu"), ("dense", device)):
                 places = {"runs_dir": f"{folder}/{kernel}", "store_dir": f"{folder}/stores-{kernel}"}
-                run = Run(make_config(arch=arch, recipe=recipe, model=model, dataset=dataset, device=where, k=3,
-                                      kernel=kernel,
-                                      expansion=4, layer=1, epochs=4, batch_size=128, train_tokens=1200, val_tokens=300,
-                                      eval_prompts=4, max_tokens=24, prefixes=2 * (arch == "Matryoshka"), **places))  # fmt: skip
+                own = {"arch": arch, "recipe": recipe, "kernel": kernel, "device": where}
+                run = Run(make_config(**own, **places, **TINY_RUN, model=model, dataset=dataset,
+                                      prefixes=2 * (arch == "Matryoshka")))  # fmt: skip
                 run.train()
                 row = run.evaluate()
                 ends[kernel] = {name: row[name] for name in ("val_mse", "l0", "ce_clean", "ce_spliced")}
@@ -341,7 +342,8 @@ def in_own_process(device: str, part: str, spec: dict[str, Any] | None = None, c
     command = [sys.executable, __file__, "--device", device, "--part", part]
     command += ["--spec", json.dumps(spec)] if spec else []
     command += ["--compile-only"] if compile_only else []
-    environment = dict(os.environ, TORCH_COMPILE_DISABLE="1") if spec and spec.get("eager") else dict(os.environ)
+    uncompiled = part == "rules" or (spec is not None and spec.get("eager", False))  # compiling all rules takes minutes
+    environment = dict(os.environ, TORCH_COMPILE_DISABLE="1") if uncompiled else dict(os.environ)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment, check=False)
     except subprocess.TimeoutExpired:

@@ -257,7 +257,7 @@ class _Code(NamedTuple):
 
 def _kept(batch: _Batch, kind: str, numbers: Numbers, settings: StepSettings, l1: Tensor) -> _Code:
     """TopK, BatchTopK, a given threshold, ReLU; with Matryoshka's prefixes."""
-    params, pre = batch.params, batch.pre
+    pre = batch.pre
     if kind in ("topk", "batchtopk"):
         by_row = kind == "topk"
         count = (numbers.k if by_row else numbers.k * numbers.rows).long()
