@@ -12,7 +12,7 @@ import torch
 from peers import ARCHITECTURES
 from prepare import Shape
 
-from saegrid.experiment.provenance import code_version, processor
+from saegrid.experiment.run import code_version, processor
 
 SHAPES = "896x8x220,896x16x64,576x8x128,2048x16x64"
 BATCHES = (512, 4096)

@@ -60,13 +60,14 @@ class Weights:
 
     def put(self, optimizer: torch.optim.Optimizer | None, matrices: dict[str, nn.Parameter], flipped: str) -> None:
         """Copy both matrices into a peer's parameters and their moments into its Adam; one in `flipped` transposed."""
+        fused = optimizer is not None and optimizer.param_groups[0].get("fused")
         for name, parameter in matrices.items():
             turn = (lambda t: t.T) if name == flipped else (lambda t: t)
             with torch.no_grad():
                 parameter.copy_(turn(self.params[name]))
             if optimizer is not None:
                 optimizer.state[parameter] = {
-                    "step": torch.tensor(self.step),
+                    "step": torch.tensor(self.step, device=parameter.device if fused else "cpu"),
                     "exp_avg": torch.empty_like(parameter).copy_(turn(self.m[name])),
                     "exp_avg_sq": torch.empty_like(parameter).copy_(turn(self.v[name])),
                 }
@@ -76,11 +77,12 @@ class Peer:
     def __init__(self, spec: dict):
         self.spec, self.arch, self.k = spec, spec["arch"], spec["k"]
         self.flags = set(spec["setting"].split("+")) - {"default"}
+        self.device = spec.get("device", "cpu")
         self.facts: dict = {}
 
     @property
     def precision(self) -> contextlib.AbstractContextManager:
-        return torch.autocast("cpu", torch.bfloat16) if "bf16" in self.flags else contextlib.nullcontext()
+        return torch.autocast(self.device, torch.bfloat16) if "bf16" in self.flags else contextlib.nullcontext()
 
 
 class SaeLens(Peer):
@@ -106,7 +108,7 @@ class SaeLens(Peer):
             # its decoder norms' backward fails on sparse activations on a CPU
             options |= {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False}
         make, configure = self.classes
-        self.sae = make(configure(d_in=weights.d_in, d_sae=weights.d_sae, device="cpu", **options))
+        self.sae = make(configure(d_in=weights.d_in, d_sae=weights.d_sae, device=self.device, **options))
         config = SAETrainerConfig(
             total_training_samples=10**9,
             train_batch_size_samples=self.spec["batch"],
@@ -150,7 +152,7 @@ class Sparsify(Peer):
 
         weights = Weights(inputs)
         config = SparseCoderConfig(num_latents=weights.d_sae, k=self.k)
-        self.sae = SparseCoder(weights.d_in, config, dtype=torch.float32)
+        self.sae = SparseCoder(weights.d_in, config, dtype=torch.float32, device=self.device)
         adam = torch.optim.Adam(self.sae.parameters(), lr=LR) if "adam" in self.flags else None
         weights.put(adam, {"W_enc": self.sae.encoder.weight, "W_dec": self.sae.W_dec}, flipped="")
         b_enc, b_dec = weights.biases(centred=True)
@@ -161,7 +163,7 @@ class Sparsify(Peer):
             self.optimizer.train()
         else:
             self.optimizer = adam
-        self.silent_for = torch.zeros(weights.d_sae, dtype=torch.long)
+        self.silent_for = torch.zeros(weights.d_sae, dtype=torch.long, device=self.device)
         if "compile" in self.flags:
             self.sae.compile()
         return self
@@ -202,7 +204,7 @@ class DictionaryLearning(Peer):
         weights, jump = Weights(inputs), self.arch == "JumpReLU"
         sparsity = {"target_l0": float(self.k)} if jump else {"k": self.k}
         shape = {"activation_dim": weights.d_in, "dict_size": weights.d_sae}
-        self.trainer = self.make(steps=10**6, layer=0, lm_name="none", lr=LR, device="cpu", **shape, **sparsity)
+        self.trainer = self.make(steps=10**6, layer=0, lm_name="none", lr=LR, device=self.device, **shape, **sparsity)
         sae = self.sae = self.trainer.ae
         b_enc, b_dec = weights.biases(centred=not jump)
         if jump:
@@ -241,7 +243,7 @@ class Plain(Peer):
     def __call__(self, inputs: dict[str, Tensor]) -> Plain:
         weights = Weights(inputs)
         sparsity = {"threshold": self.spec["theta"]} if self.arch == "JumpReLU" else {"k": self.k}
-        sae = self.sae = self.make(weights.d_in, weights.d_sae, **sparsity)
+        sae = self.sae = self.make(weights.d_in, weights.d_sae, **sparsity).to(self.device)
         fused = True if "fused" in self.flags else None
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=LR, fused=fused)
         weights.put(self.optimizer, {"W_enc": sae.encoder.weight, "W_dec": sae.decoder.weight}, flipped="W_dec")

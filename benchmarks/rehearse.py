@@ -155,7 +155,7 @@ class Rehearsal:
             if run.run_id in known:
                 continue
             run = make_config(**run.model_dump() | {"store_dir": str(self.folder / run.store_dir)})
-            choice = kernels.choose(run.kernel, run.matmul, run.threads, run.not_on_cuda)
+            choice = kernels.choose(run.kernel, run.matmul, run.threads, "cpu")
             resolved = make_config(**run.model_dump() | choice._asdict())
             kernels.set_threads(resolved.threads)
             step = timed_steps(resolved, prepare_store(resolved))
@@ -181,8 +181,7 @@ def timed_steps(config: RunConfig, store: Any) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            kernel, device = kernels.load(config.kernel), kernels.device(config.kernel)
-            train(config, store, kernel, Path(folder), config.matmul, report, device)
+            train(config, store, kernels.load(config.kernel), Path(folder), config.matmul, report)
         except Enough:
             pass
     late = times[min(WARM_UP, len(times) // 2) :]
@@ -283,7 +282,7 @@ def run_row(run: RunConfig, like: RunConfig, record: dict[str, Any], folder: Pat
 
 
 def machine() -> dict[str, Any]:
-    from saegrid.experiment.provenance import processor
+    from saegrid.experiment.run import processor
 
     memory_gb = round(psutil.virtual_memory().total / 1e9, 1)
     return {"processor": processor(), "cores": os.cpu_count(), "memory_gb": memory_gb}

@@ -1,4 +1,4 @@
-"""Commands: `python -m saegrid list | collect | pca | tables | latents | pages | site | mend | publish`.
+"""Commands: `python -m saegrid list | collect | pca | stability | tables | latents | pages | site | mend | publish`.
 
 A user's mistake is one line on stderr and exit code 2.
 """
@@ -25,6 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("grid", type=Path)
     command.add_argument("store_id", help="one of the grid's stores, as `list` shows them")
     command = commands.add_parser("pca", help="measure what as many principal components lose, for a store of a grid")
+    command.add_argument("grid", type=Path)
+    command.add_argument("store_id", help="one of the grid's stores, as `list` shows them")
+    command = commands.add_parser("stability", help="match the latents of runs that differ in their seed, on one store")
     command.add_argument("grid", type=Path)
     command.add_argument("store_id", help="one of the grid's stores, as `list` shows them")
     command = commands.add_parser("list", help="the runs of a grid: id, store, and whether it has finished")
@@ -95,7 +98,7 @@ def _run(options: argparse.Namespace) -> None:
 
         upload.publish(grid, options.repo, options.space, options.folder, options.dry_run)
     else:
-        _collect(grid, options.store_id, options.command == "pca")
+        _of_store(grid, options.store_id, options.command)
 
 
 def _checked(grid_file: Path) -> Grid:
@@ -124,15 +127,21 @@ def _list(grid: Grid) -> None:
         print(f"{run.run_id}  {run.store_id}  {state}")
 
 
-def _collect(grid: Grid, store_id: str, with_pca: bool) -> None:
+def _of_store(grid: Grid, store_id: str, command: str) -> None:
+    """Run `collect`, `pca` or `stability`."""
     stores = {run.store_id: run for run in grid.runs()}
     if store_id not in stores:
         raise SaegridError(f"store_id = {store_id!r}: the grid {grid.name} has {', '.join(stores)}")
+    if command == "stability":
+        from saegrid.experiment import stability
+
+        stability.make(grid, store_id)
+        return
     check(stores[store_id])  # also for a model on the Hub
     from saegrid.experiment.run import prepare_store  # imports torch
 
     store = prepare_store(stores[store_id])
-    if with_pca:
+    if command == "pca":
         from saegrid.experiment import pca
 
         pca.make(stores[store_id], store)

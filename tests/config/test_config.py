@@ -54,6 +54,10 @@ NOTEBOOK = "notebooks/train.ipynb"
         ({"k": 4, "project_grad": 2}, ["project_grad"]),
         ({"k": 4, "recipe": "improved", "kernel": "cuda"}, ["kernel = 'cuda'", "sinks = 'apart'", "'cpu'"]),
         ({"k": 4, "encoder_tie": 3, "kernel": "cuda"}, ["kernel = 'cuda'", "encoder_tie = 3", "'cpu'"]),
+        ({"k": 4, "freeze": "soft", "kernel": "cuda"}, ["kernel = 'cuda'", "freeze = 'soft'", "'cpu'"]),
+        ({"k": 4, "freeze": "both"}, ["freeze = 'both'", "'none', 'decoder', 'encoder' or 'soft'"]),
+        ({"k": 4, "model_init": "mean"}, ["model_init = 'mean'", "'trained' or 'random'"]),
+        ({"k": 4, "model_init": "random", "activations": "a"}, ["model_init = 'random'", "a trained model's rows"]),
         ({"k": 4, "aux_coef": 0.5, "kernel": "cuda"}, ["kernel = 'cuda'", "aux_coef = 0.5", "'cpu'"]),
         ({"k": 4, "learning_rate": 1e-4}, ["learning_rate = 0.0001", "no such parameter", "lr"]),
     ],
@@ -107,6 +111,12 @@ def test_a_recipe_is_resolved_once_and_each_choice_can_be_switched():
 
 def test_published_runs_keep_the_ids_from_before_there_were_recipes():
     assert make_config(arch="TopK", k=64).run_id == "TopK_exp8x_k64_s0_bcb6000e"
+    assert make_config(arch="TopK", k=64).store_id == "layer12_c55a7040"
+
+
+def test_a_control_is_named_as_one():
+    assert make_config(k=64, recipe="improved", freeze="soft").name == "BatchTopK_exp8x_k64_improved_frozen-soft"
+    assert make_config(k=64, model_init="random").name == "BatchTopK_exp8x_k64_untrained-model"
 
 
 def test_only_trained_thresholds_have_a_tie():
@@ -144,6 +154,8 @@ changes = {
     "train_tokens": st.integers(1, 99_999),
     "layer": st.integers(13, 99),
     "kernel": st.just("reference"),
+    "freeze": st.sampled_from(["decoder", "encoder", "soft"]),
+    "model_init": st.just("random"),
 }
 
 

@@ -158,6 +158,21 @@ def test_local_folder_loads_and_is_identified_by_its_weights(folder):
     assert load_lm(config).identity["sha256"] != before["sha256"]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_untrained_model_is_that_of_its_seed(folder, dtype):
+    """Control `model_init = "random"`: another model of the same shape, embeddings too, the same each time."""
+    config = config_for(folder, model_init="random", lm_dtype=dtype, data_seed=2)
+    before = torch.get_rng_state()
+    one, again, trained = load_lm(config), load_lm(config), load_lm(config_for(folder, lm_dtype=dtype))
+    other = load_lm(config_for(folder, model_init="random", lm_dtype=dtype, data_seed=1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert one.identity == again.identity
+    assert len({lm.identity["sha256"] for lm in (one, other, trained)}) == 3
+    embeddings = [lm.model.get_input_embeddings().weight for lm in (one, again, trained, other)]
+    assert torch.equal(embeddings[0], embeddings[1]) and embeddings[0].dtype == getattr(torch, dtype)
+    assert not any(torch.equal(embeddings[0], weights) for weights in embeddings[2:])
+
+
 def test_lm_dtype_is_the_precision_of_the_passes(folder):
     lm = load_lm(config_for(folder, lm_dtype="bfloat16"))
     ids, mask = padded(5)

@@ -106,11 +106,16 @@ def test_reference_by_hand():
 
 @pytest.mark.parametrize(("grad_clip", "project_grad"), [(0.0, False), (1.0, False), (0.0, True), (1.0, True)])
 @pytest.mark.parametrize("tie", [0.0, 3.0])
-def test_reference_step_is_torch_adam(grad_clip, project_grad, tie):
-    """Against torch's own Adam and clipping, with unit norm decoder rows after each step."""
+@pytest.mark.parametrize("freeze", ["none", "decoder", "encoder"])
+def test_reference_step_is_torch_adam(grad_clip, project_grad, tie, freeze):
+    """Against torch's own Adam and clipping, with unit norm decoder rows after each step, without frozen weights."""
     state, rule = start(make_params()), Rule("batchtopk", 9)
     weights = [torch.nn.Parameter(p.clone()) for p in state.params]
-    adam = torch.optim.Adam(weights, lr=1e-2)
+    frozen = {"none": None, "encoder": 0, "decoder": 2}[freeze]
+    trained = [weight for n, weight in enumerate(weights) if n != frozen]
+    adam = torch.optim.Adam(trained, lr=1e-2)
+    told = StepSettings(1e-2, grad_clip, project_grad, tie=tie, freeze=freeze)
+    told = told._replace(start=state.params[frozen].clone() if frozen is not None else None)
     for step in range(4):
         x = make_rows(64, seed=step)
         codes = reference.encode(Params(*weights), x, rule)
@@ -122,14 +127,49 @@ def test_reference_step_is_torch_adam(grad_clip, project_grad, tie):
             unit = w_dec.detach() / w_dec.detach().norm(dim=1, keepdim=True)
             w_dec.grad -= (w_dec.grad * unit).sum(1, keepdim=True) * unit
         if grad_clip:
-            torch.nn.utils.clip_grad_norm_(weights, grad_clip)
+            torch.nn.utils.clip_grad_norm_(trained, grad_clip)
         adam.step()
         with torch.no_grad():
-            w_dec /= w_dec.norm(dim=1, keepdim=True)
-            weights[0] += 1e-2 * tie * (w_dec - weights[0])
-        reference.train_step(state, x, rule, StepSettings(1e-2, grad_clip, project_grad, tie=tie))
+            if freeze != "decoder":
+                w_dec /= w_dec.norm(dim=1, keepdim=True)
+            if freeze != "encoder":
+                weights[0] += 1e-2 * tie * (w_dec - weights[0])
+        reference.train_step(state, x, rule, told)
     for mine, theirs in zip(state.params, weights, strict=True):
         assert apart(mine, theirs.detach()) < 1e-5
+
+
+def test_softly_frozen_rows_turn_back_to_a_cosine_of_0_8():
+    """By hand, in the plane: (0.6, 0.8) becomes (0.8, 0.6), and the opposite of the start becomes the start."""
+    begin = torch.tensor([[1.0, 0.0]]).repeat(4, 1)
+    w_dec = torch.tensor([[0.6, 0.8], [0.96, -0.28], [-0.6, -0.8], [-1.0, 0.0]])
+    params = make_params()._replace(W_dec=w_dec, W_enc=torch.zeros(4, 2))
+    reference.hold_and_tie(params, StepSettings(0.1, freeze="soft", start=begin, tie=5.0))
+    by_hand = torch.tensor([[0.8, 0.6], [0.96, -0.28], [0.8, -0.6], [1.0, 0.0]])
+    torch.testing.assert_close(params.W_dec, by_hand)
+    torch.testing.assert_close(params.W_enc, by_hand / 2)  # the tie follows the rows as they are held
+
+
+@pytest.mark.parametrize("kernel", [reference, cpu])
+@pytest.mark.parametrize("rule", [Rule("topk", 9), Rule("relu", 20), Rule("gated", 20), Rule("jumprelu", 20)], ids=str)
+@pytest.mark.parametrize("freeze", ["decoder", "encoder", "soft"])
+def test_what_is_frozen_stays(kernel, rule, freeze):
+    sink = torch.nn.functional.normalize(torch.ones(D_IN), dim=0)
+    params = {"gated": gated_params, "jumprelu": jump_params}.get(rule.kind, make_params)()
+    reference.keep_apart(params, sink)
+    state, held = start(params), "W_enc" if freeze == "encoder" else "W_dec"
+    told = StepSettings(0.1, tie=3.0, sink=sink, l1_coef=1.0, bandwidth=3.0, l0_coef=500.0, freeze=freeze)
+    begin = getattr(params, held)
+    for step in range(5):
+        kernel.train_step(state, make_rows(100, step), rule, told._replace(start=begin))
+    cosine = torch.nn.functional.cosine_similarity(getattr(state.params, held), begin)
+    if freeze == "soft":
+        assert cosine.min() > 0.8 - 1e-5 and (cosine < 0.8 + 1e-5).any()
+        torch.testing.assert_close(state.params.W_dec.norm(dim=1), torch.ones(D_SAE))
+    else:
+        torch.testing.assert_close(getattr(state.params, held), begin, rtol=0, atol=1e-5)
+    other = "W_dec" if held == "W_enc" else "W_enc"
+    assert not torch.allclose(getattr(state.params, other), getattr(params, other), atol=1e-2)
 
 
 def test_reference_matryoshka_is_autograd():
@@ -314,6 +354,24 @@ def test_cpu_train_step_with_trained_thresholds(grad_clip, project_grad, aux_coe
     told = StepSettings(1e-2, grad_clip, project_grad, "fp32", aux_coef, 20, 150, bandwidth=3.0, l0_coef=500.0)
     expected, _ = stepped(jump_params(), Rule("jumprelu", 20), told)
     assert (expected.params.theta != THETA).any() and expected.params.theta.min() >= 0
+
+
+@pytest.mark.parametrize(("grad_clip", "project_grad"), [(0.0, False), (1.0, True)])
+@pytest.mark.parametrize("freeze", ["decoder", "encoder", "soft"])
+@pytest.mark.parametrize("prefixes", [(), (24, 48, D_SAE)])
+def test_cpu_train_step_with_frozen_weights(grad_clip, project_grad, freeze, prefixes):
+    params = make_params()
+    begin = params.W_enc if freeze == "encoder" else params.W_dec
+    told = StepSettings(1e-2, grad_clip, project_grad, "fp32", 1 / 32, 20, 150, tie=3.0, prefixes=prefixes)
+    expected, actual = stepped(params, Rule("batchtopk", 9), told._replace(freeze=freeze, start=begin.clone()))
+    for mine, theirs in zip(actual.params, expected.params, strict=True):
+        assert torch.equal(mine, theirs)  # as `stepped` leaves them
+    cpu.train_step(actual, make_rows(100, 9), Rule("batchtopk", 9), told._replace(freeze=freeze, start=begin.clone()))
+    reference.train_step(
+        expected, make_rows(100, 9), Rule("batchtopk", 9), told._replace(freeze=freeze, start=begin.clone())
+    )
+    for name, mine, theirs in zip(Params._fields, actual.params, expected.params, strict=True):
+        assert apart(mine, theirs) < 1e-3, name
 
 
 @pytest.mark.parametrize("kernel", [reference, cpu])

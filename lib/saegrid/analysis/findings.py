@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from saegrid.analysis import intervals
-from saegrid.analysis.selection import DENSE_SHARE_PCT
+from saegrid.analysis.selection import DENSE_SHARE_PCT, without_controls
 from saegrid.config import settings
 
 HOLDS, FAILS, NOT_TESTABLE = "holds", "fails", "not testable here"
@@ -50,8 +50,9 @@ class Finding:
 def all_findings(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> list[Finding]:
     """The five findings on the rows of `df`; with intervals if `prompts` has the runs' per-prompt sums.
 
-    They concern the published recipe: runs of other recipes are ignored.
+    They concern the published recipe: runs of other recipes are ignored, and so are controls.
     """
+    df = without_controls(df)
     if "recipe" in df:
         df = df[df["recipe"] == "published"]
     measured = None if prompts is None else intervals.measured(prompts)

@@ -2,24 +2,83 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
+
+from saegrid.analysis.numbers import COLUMNS
+from saegrid.config import settings
+from saegrid.config.settings import CONTROLS
+from saegrid.errors import ResultsError
 
 DENSE_SHARE_PCT = 10.0
 """A run that fires at least this share of its latents is dense and can't be "best": the published card calls "firing
 10-45% of its latents" not sparse. Fixed before the results."""
 
 
+def without_controls(df: pd.DataFrame) -> pd.DataFrame:
+    """The rows that are no controls. Only the table of controls, and the tables of all runs, show the others."""
+    for name, usual in CONTROLS.items():
+        df = df[df[name].isna() | (df[name] == usual)] if name in df else df
+    return df
+
+
 def candidates(df: pd.DataFrame) -> pd.DataFrame:
-    """The rows that may be called best: those that fire less than `DENSE_SHARE_PCT` of their latents.
+    """The rows that may be called best: those that fire less than `DENSE_SHARE_PCT` of their latents. Never controls.
 
     The recommendation, the Pareto sets and the stars in tables share this rule. If no row is that sparse, or d_sae is
     unknown, all rows qualify. K replaces an L0 that was not printed.
     """
+    df = without_controls(df)
     if "d_sae" not in df:
         return df
     l0 = df["l0"] if "k" not in df else df["l0"].fillna(pd.to_numeric(df["k"]).astype(float))
     sparse = df[100 * l0 / df["d_sae"] < DENSE_SHARE_PCT]
     return sparse if len(sparse) else df
+
+
+COMPARED = ("kl", "delta_loss", "loss_recovered_mean", "fvu_no_sink", "dead_pct", "stable_pct")
+"""Measures that controls are compared on."""
+
+
+def beside_controls(df: pd.DataFrame, baseline: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Each setting that has a control, followed by its controls: means over seeds of the measures in `COMPARED`.
+
+    PCA with K components is one more control where `baseline` (`experiment.pca_table`) has it. Columns: `name`,
+    `control` (`freeze = decoder`; empty for the setting itself), `seeds`, the measures, and `reached`, those on which a
+    control is at least as good as its setting: they say nothing there.
+    """
+    keyed = df.assign(rest=[settings.key(row, *CONTROLS) for row in df.to_dict("records")])
+    measures, found = [name for name in COMPARED if name in df], []
+    for _, rows in keyed.groupby("rest", sort=False):
+        plain = without_controls(rows)
+        kinds = rows.drop(index=plain.index).groupby(list(CONTROLS), sort=False)
+        if plain.empty or not len(kinds):
+            continue
+        own = plain[measures].mean()
+        found.append({"name": plain["name"].iloc[0], "control": "", "seeds": len(plain), **own, "reached": ()})
+        controls = []
+        for values, runs in kinds:
+            said = [f"{n} = {v}" for (n, usual), v in zip(CONTROLS.items(), values, strict=True) if v != usual]
+            told = {"name": runs["name"].iloc[0], "control": ", ".join(said), "seeds": len(runs)}
+            controls.append(told | runs[measures].mean().to_dict())
+        controls += [] if baseline is None else _pca(baseline, plain.iloc[0], measures)
+        found += [row | {"reached": _reached(row, own)} for row in controls]
+    return pd.DataFrame(found, columns=["name", "control", "seeds", *measures, "reached"])
+
+
+def _pca(baseline: pd.DataFrame, plain: pd.Series, measures: list[str]) -> list[dict[str, Any]]:
+    """PCA with as many components as a run's K, on the same rows; none if it was not measured."""
+    if pd.isna(plain["k"]):
+        return []
+    same = baseline[(baseline["components"] == plain["k"]) & (baseline["store_id"] == plain["store_id"])]
+    told = {"name": f"PCA, {plain['k']} components", "control": "PCA", "seeds": 1}
+    return [told | {name: row[name] for name in measures if name in row} for row in same.to_dict("records")]
+
+
+def _reached(control: dict[str, Any], own: pd.Series) -> tuple[str, ...]:
+    signs = {name: -1 if COLUMNS[name].best == "min" else 1 for name in own.index if name in control}
+    return tuple(name for name, sign in signs.items() if sign * (control[name] - own[name]) >= 0)
 
 
 def same_settings(own: pd.DataFrame, other: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -28,7 +87,7 @@ def same_settings(own: pd.DataFrame, other: pd.DataFrame) -> tuple[pd.DataFrame,
     A setting is architecture, expansion, K and threshold. Only the published recipe and thresholds in activation units
     match.
     """
-    keys = ["arch", "expansion", "k", "threshold"]
+    keys, own = ["arch", "expansion", "k", "threshold"], without_controls(own)
     if "recipe" in own:
         own = own[own["recipe"] == "published"]
     if "threshold_unit" in own:
@@ -50,8 +109,14 @@ def cost(df: pd.DataFrame) -> str:
 
 
 def recommend(df: pd.DataFrame) -> pd.Series:
-    """The row with the lowest `cost` among the sparse ones (`candidates`)."""
-    return candidates(df).nsmallest(1, cost(df)).iloc[0]
+    """The row with the lowest `cost` among the sparse ones (`candidates`).
+
+    Raises `ResultsError` if all rows are controls.
+    """
+    rows = candidates(df)
+    if rows.empty:
+        raise ResultsError("results: every run is a control (freeze, model_init), so none can be recommended")
+    return rows.nsmallest(1, cost(df)).iloc[0]
 
 
 def pareto(df: pd.DataFrame, y: str, x: str = "l0", lower_is_better: bool = True) -> pd.DataFrame:

@@ -82,6 +82,18 @@ class Grid(BaseModel):
                 runs[run.run_id] = run
         return list(runs.values())
 
+    def seeds(self) -> list[list[RunConfig]]:
+        """The runs of each setting with at least two seeds, by seed: they differ in their seed alone."""
+        groups: dict[str, list[RunConfig]] = {}
+        for run in self.runs():
+            groups.setdefault(repr(run.model_dump(exclude={"seed", *PLACES})), []).append(run)
+        return [sorted(runs, key=lambda run: run.seed) for runs in groups.values() if len(runs) > 1]
+
+    def other_seeds(self, run_id: str) -> list[str]:
+        """Ids of the runs that differ from a run in their seed alone."""
+        groups = [[run.run_id for run in runs] for runs in self.seeds()]
+        return [other for group in groups if run_id in group for other in group if other != run_id]
+
 
 def load_grid(path: str | Path) -> Grid:
     """Read a grid file. Raises `ConfigError` for a file that is missing, not YAML, or not a grid."""

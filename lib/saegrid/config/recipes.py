@@ -34,6 +34,7 @@ L1_COEF = 1.0
 """Initial L1 weight of ReLU and Gated on rows with a mean square of 1; the loss divides it by d_in."""
 
 YOUNGER = {
+    **{"freeze": "none", "model_init": "trained", "device": "auto"},
     **{"recipe": "published", "prefixes": 0, "theta_tie": 0.0},
     **{"bandwidth": BANDWIDTH, "l0_coef": L0_COEF, "l1_coef": L1_COEF},
 } | {

@@ -36,6 +36,8 @@ class RunConfig(BaseModel):
     """`embedded:smollm2-135m-instruct`, a local folder, or the Hub id of a causal language model."""
     model_revision: str = ""
     """Hub revision (branch, tag or commit); empty is the default branch."""
+    model_init: Literal["trained", "random"] = "trained"
+    """Its weights, or, a control (arXiv:2501.17727), untrained ones from `data_seed`, embeddings too."""
     layer: int = Field(12, ge=0)
     """Index of the decoder block whose output is read: `hidden_states[layer + 1]`."""
     site: Literal["resid_post"] = "resid_post"
@@ -106,6 +108,8 @@ class RunConfig(BaseModel):
     """Seed of the weights and of the order of the rows."""
     lr_final: float = Field(0.0, ge=0.0, le=1.0)
     """The learning rate ends at `lr * lr_final` (torch's default is 0; the data's own code used 0.1)."""
+    freeze: Literal["none", "decoder", "encoder", "soft"] = "none"
+    """A control (arXiv:2602.14111): W_dec or W_enc keeps its start; soft: W_dec's rows keep a cosine of 0.8 to it."""
     checkpoint_steps: int = Field(1000, ge=1)
     """Maximum steps between checkpoints; one is also saved after each epoch."""
 
@@ -136,10 +140,12 @@ class RunConfig(BaseModel):
     """A latent that has not fired for this share of the run's rows is dead for AuxK."""
 
     # --- machine ---
-    kernel: Literal["auto", "reference", "cpu", "cuda"] = "auto"
-    """Implementation of the training step; `auto` takes the fastest that runs here and records it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of all tensors; `auto` takes a GPU if torch finds one."""
+    kernel: Literal["auto", "reference", "cpu", "dense"] = "auto"
+    """Implementation of the training step; `auto` takes the fastest on the device and records it."""
     matmul: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the encoder's product in training; evaluation always uses fp32."""
+    """Precision of products in training (`cpu`: of the encoder's alone); evaluation always uses fp32."""
     threads: int = Field(0, ge=0)
     """Threads per run; 0: `OMP_NUM_THREADS` if set, else all cores. Recorded, and reused on resume."""
 
@@ -197,9 +203,9 @@ class RunConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _kernel_and_what_it_can(self) -> RunConfig:
-        if self.kernel == "cuda" and self.not_on_cuda:
-            raise ValueError(f"kernel = 'cuda': has no {self.not_on_cuda} yet; take 'auto' or 'cpu', or leave it out")
+    def _untrained_model_and_its_rows(self) -> RunConfig:
+        if self.model_init == "random" and self.activations:
+            raise ValueError("model_init = 'random': `activations` holds a trained model's rows; leave it out")
         return self
 
     @field_validator("runs_dir", "store_dir")
@@ -230,20 +236,6 @@ class RunConfig(BaseModel):
         """Whether an L1 penalty brings L0 to k."""
         return ARCHITECTURES[self.arch].l1
 
-    @property
-    def not_on_cuda(self) -> str:
-        """The first choice that the `cuda` kernel lacks; empty if it has all."""
-        if self.prefixes or self.presses_l1:
-            return f"arch = '{self.arch}'"
-        if self.trains_theta:
-            return f"k = {self.k} for {self.arch}"
-        if self.sinks == "apart":
-            return "sinks = 'apart'"
-        for name, value in (("aux_coef", self.aux_coef), ("encoder_tie", self.encoder_tie)):
-            if value:
-                return f"{name} = {value:g}"
-        return ""
-
     def check_training(self) -> None:
         """Check the batch size against the number of rows, if known. Raises `ConfigError`."""
         if not self.activations and self.batch_size > self.train_tokens:
@@ -252,22 +244,27 @@ class RunConfig(BaseModel):
     @property
     def name(self) -> str:
         """The published file name without its ending: `BatchTopK_exp8x_k220`, `JumpReLU_exp8x_t0.5`; any recipe but
-        the published one is appended."""
+        the published one is appended, and what makes the run a control."""
         sparsity = f"t{self.threshold:g}" if self.threshold else f"k{self.k}"
         recipe = "" if self.recipe == "published" else f"_{self.recipe}"
-        return f"{self.arch}_exp{self.expansion}x_{sparsity}{recipe}"
+        frozen = "" if self.freeze == "none" else f"_frozen-{self.freeze}"
+        untrained = "_untrained-model" if self.model_init == "random" else ""
+        return f"{self.arch}_exp{self.expansion}x_{sparsity}{recipe}{frozen}{untrained}"
 
     @property
     def run_id(self) -> str:
         """Unique name of the run: readable part, seed, and a hash of every parameter that can change its result."""
-        identity = self.identity()
-        younger = {name for name, value in YOUNGER.items() if identity[name] == value}
-        return f"{self.name}_s{self.seed}_{_digest({n: v for n, v in identity.items() if n not in younger})}"
+        return f"{self.name}_s{self.seed}_{_digest(_without_younger(self.identity()))}"
 
     @property
     def store_id(self) -> str:
         """Unique name of the activation store that the run reads."""
-        return f"layer{self.layer}_{_digest(self.model_dump(include=STORE_FIELDS))}"
+        return f"layer{self.layer}_{_digest(self.store_parameters)}"
+
+    @property
+    def store_parameters(self) -> dict[str, Any]:
+        """Parameters that determine the activation store, without younger ones at the values that older stores had."""
+        return _without_younger(self.model_dump(include=STORE_FIELDS))
 
     def identity(self) -> dict[str, Any]:
         """Every parameter that can change the run's result."""
@@ -276,7 +273,7 @@ class RunConfig(BaseModel):
 
 PLACES = {"runs_dir", "store_dir"}
 STORE_FIELDS = {
-    *("model", "model_revision", "layer", "site", "lm_dtype"),
+    *("model", "model_revision", "model_init", "layer", "site", "lm_dtype"),
     *("dataset", "dataset_revision", "text", "max_tokens", "train_tokens", "val_tokens", "eval_prompts", "data_seed"),
     *("activations", "activations_revision", "activations_stage", "act_dtype"),
 }
@@ -308,6 +305,10 @@ def check_place(path: str) -> str:
     if not path.isprintable() or re.search(r"[{}\\\"'`$*?<>|;&]", path) or path.startswith("-"):
         raise ValueError("a folder's name without quotes, braces and the shell's own characters is needed")
     return path
+
+
+def _without_younger(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in parameters.items() if name not in YOUNGER or value != YOUNGER[name]}
 
 
 def _digest(parameters: dict[str, Any]) -> str:

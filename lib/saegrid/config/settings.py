@@ -12,8 +12,10 @@ from saegrid.config.architectures import ARCHITECTURES
 from saegrid.config.recipes import RECIPES, described
 from saegrid.config.run_config import PLACES, RunConfig
 
-MACHINE = {"kernel", "matmul", "threads", "checkpoint_steps"}
+MACHINE = {"device", "kernel", "matmul", "threads", "checkpoint_steps"}
 """Parameters that say how a run is computed, not what."""
+CONTROLS = {"freeze": "none", "model_init": "trained"}
+"""Parameters that make a run a control, with the value of a run that is none."""
 CHOICES = {*RECIPES["published"], "theta_tie"}
 """Parameters that a recipe decides: together they are one axis, `recipe`."""
 AXES = [name for name in RunConfig.model_fields if name not in {*PLACES, *MACHINE, *CHOICES, "threshold_unit", "seed"}]

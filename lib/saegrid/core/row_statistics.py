@@ -22,15 +22,14 @@ class Estimates(NamedTuple):
     limit: float = math.inf  # unscaled norm above which a row is a sink
 
     def to_train_on(self, x: Tensor) -> Tensor:
-        """The rows of x (N, d_in) to train on, unscaled: sinks that are set apart are dropped.
+        """Which rows of x (N, d_in), unscaled, to train on if sinks are set apart: (N,) bool.
 
         Sinks that keep a sink-sized residual after removing `sink` stay in the training set.
         """
-        if self.sink is None:
-            return x
+        assert self.sink is not None
         left = x - self.scale * self.mean
         left = torch.addr(left, left @ self.sink, self.sink, alpha=-1)
-        return x[(x.norm(dim=1) <= self.limit) | (left.norm(dim=1) > self.limit)]
+        return (x.norm(dim=1) <= self.limit) | (left.norm(dim=1) > self.limit)
 
 
 def estimate(config: RunConfig, store: Store) -> Estimates:

@@ -68,6 +68,7 @@ class _Run:
     matmul: str
     sae: SAE
     found: Estimates
+    start: Tensor | None  # of the weights that `freeze` holds
     path: Path  # the checkpoint
     report: Callable[[int], None]
 
@@ -96,7 +97,7 @@ def train(
 
     Args:
         report: called with the row count of each batch, and once with the rows done before a resume.
-        device: device of the kernel (`kernels.device`) and of the returned SAE.
+        device: device of the steps and of the returned SAE, "cpu" or "cuda".
 
     Returns:
         The SAE with the kept weights, and the loop's final state with the learning curve.
@@ -120,13 +121,13 @@ def train(
         if config.presses_l1:
             sae.b_enc.sub_(cut)
     sae.to(device)
-    if found.sink is not None:
-        found = found._replace(sink=found.sink.to(device), mean=found.mean.to(device))
+    held = sae.W_enc if config.freeze == "encoder" else sae.W_dec
+    start = None if config.freeze == "none" else held.data.clone()
     path = run_dir / CHECKPOINT
     progress = _resumed(path, sae, config.run_id, store.data_sha256)
     progress = progress or Progress(TrainState.start(sae.params), _copy(sae.params))
     report(progress.epoch * store.n_train + min(progress.batch * config.batch_size, store.n_train))
-    run = _Run(config, store, kernel, matmul, sae, found, path, report)
+    run = _Run(config, store, kernel, matmul, sae, found, start, path, report)
     while progress.epoch < config.epochs:
         _epoch(run, progress)
         _validate(run, progress)
@@ -169,17 +170,25 @@ def _epoch(run: _Run, progress: Progress) -> None:
     """Train on the remaining rows of the epoch."""
     config, store, sae, found = run.config, run.store, run.sae, run.found
     state, seen = progress.state, progress.state.step
-    settings = step_settings(config, store, run.matmul)._replace(sink=found.sink)
+    settings = step_settings(config, store, run.matmul)._replace(start=run.start)
+    if found.sink is not None:
+        settings = settings._replace(sink=found.sink.to(sae.device))
     rule = sae.training_rule
     if sae.l0_is_free:
         rule = rule._replace(aim=progress.aim)
     batches = store.batches(
-        "train", config.batch_size, config.seed, progress.epoch, start=progress.batch, device=sae.device
+        "train",
+        config.batch_size,
+        config.seed,
+        progress.epoch,
+        start=progress.batch,
+        device=sae.device,
+        keep=None if found.sink is None else found.to_train_on,
     )
     for x in batches:
+        done = progress.batch * config.batch_size
         progress.batch += 1
-        run.report(len(x))
-        x = found.to_train_on(x)
+        run.report(min(config.batch_size, store.n_train - done))
         if not len(x):
             continue
         if found.scale != 1:
@@ -215,6 +224,8 @@ def step_settings(config: RunConfig, store: Store, matmul: str) -> StepSettings:
         l1_coef=config.l1_coef,
         tie=config.encoder_tie,
         theta_tie=config.theta_tie,
+        batch_size=config.batch_size,
+        freeze=config.freeze,
     )
 
 
@@ -277,7 +288,7 @@ def save_checkpoint(path: Path, progress: Progress, run_id: str, data_sha256: st
     parts = {"weights": state.params, "m": state.m, "v": state.v, "best": progress.best}
     tensors = {f"{part}.{name}": t for part, params in parts.items() for name, t in params._asdict().items()}
     tensors["quiet"] = state.quiet
-    facts = {"run_id": run_id, "data_sha256": data_sha256, "step": state.step, "l1": state.l1}
+    facts = {"run_id": run_id, "data_sha256": data_sha256, "step": state.step, "l1": float(state.l1)}
     checkpoint.write(path, tensors, facts | {"plain": plain(progress)})
 
 

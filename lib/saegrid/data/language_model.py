@@ -7,6 +7,7 @@ Both are exact: unneeded blocks are skipped, the rest of the model is unchanged.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,14 +97,17 @@ def load_lm(config: RunConfig, device: str | None = None) -> LM:
     try:
         with embedded.quiet_transformers():
             # None: sdpa if the model has it, else eager, which holds (T, T) scores for every head. Both are exact
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=its_config,
-                dtype=getattr(torch, config.lm_dtype),
-                attn_implementation=None,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
+            if config.model_init == "random":
+                model, loading = untrained(its_config, config), {"missing_keys": ()}
+            else:
+                model, loading = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    config=its_config,
+                    dtype=getattr(torch, config.lm_dtype),
+                    attn_implementation=None,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                )
     except Exception as error:  # a file's values can make transformers raise anything
         reason = first_line(error)
         raise ConfigError(f"model = {config.model!r}: not a causal language model that loads: {reason}") from None
@@ -113,15 +117,37 @@ def load_lm(config: RunConfig, device: str | None = None) -> LM:
     identity = {
         "model": config.model,
         "revision": revision,
-        "sha256": files_sha256(weight_files(folder)),
+        "sha256": files_sha256(weight_files(folder)) if config.model_init == "trained" else tensors_sha256(model),
         "dtype": config.lm_dtype,
         "architecture": type(model).__name__,
         "attention": model.config._attn_implementation,
     }
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not device:
+        device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     text = model.config.get_text_config()
     config.check_shape(text.hidden_size, text.num_hidden_layers)
     return take_apart(model.to(device), load_tokenizer(config.model, folder), identity, config.layer)
+
+
+def untrained(its_config: Any, config: RunConfig) -> nn.Module:
+    """A model with weights as transformers draws them for a new one, embeddings included, from `data_seed`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.data_seed)
+        return AutoModelForCausalLM.from_config(its_config, dtype=getattr(torch, config.lm_dtype))
+
+
+def tensors_sha256(model: nn.Module) -> str:
+    """SHA-256 of a model's tensors."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def model_folder(config: RunConfig) -> tuple[Path, str]:

@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,7 @@ class Store:
         start: int = 0,
         buffer_shards: int = BUFFER_SHARDS,
         device: str = "cpu",
+        keep: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[Tensor]:
         """Batches of float32 rows (N, d_in) on `device`, each row once; the last batch may be smaller.
 
@@ -154,9 +155,10 @@ class Store:
         Args:
             start: number of batches to skip without reading them.
             buffer_shards: bounds the memory to this many shards plus one that straddles two groups.
+            keep: says which rows of a batch to return: a mask (N,) of float32 rows (N, d_in), on the CPU.
         """
         batches = self._batches(split, batch_size, seed, epoch, start, buffer_shards)
-        return received(_prefetched(sent(batches, device)))
+        return received(_prefetched(sent(batches, device, keep)))
 
     def rows(self, split: str) -> Tensor:
         """All rows of a split in the stored order, float32 (n, d_in). For small stores."""
@@ -270,7 +272,7 @@ def _prefetched(batches: Iterator[Any]) -> Iterator[Any]:
 Sent = tuple[Tensor, "torch.cuda.Event | None"]
 
 
-def sent(batches: Iterator[Tensor], device: str) -> Iterator[Sent]:
+def sent(batches: Iterator[Tensor], device: str, keep: Callable[[Tensor], Tensor] | None = None) -> Iterator[Sent]:
     """Float32 rows on `device`, each batch with the event that marks the end of its copy. For the prefetching thread.
 
     Rows are copied in their stored precision, from pinned memory on a separate stream, and converted to float32 on the
@@ -278,10 +280,12 @@ def sent(batches: Iterator[Tensor], device: str) -> Iterator[Sent]:
     """
     if device == "cpu":
         for batch in batches:
-            yield batch.float(), None
+            rows = batch.float()
+            yield rows if keep is None else rows[keep(rows)], None
         return
     stream = torch.cuda.Stream()
     for batch in batches:
+        batch = batch if keep is None else batch[keep(batch.float())]
         with torch.cuda.stream(stream):
             rows = batch.pin_memory().to(device, non_blocking=True).float()
             yield rows, stream.record_event()

@@ -6,6 +6,7 @@ prompts are stored with them. Needs torch and the language model; the page itsel
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from saegrid.data.collect import open_store
 from saegrid.data.language_model import LM, final_from, load_lm
 from saegrid.data.sources import pinned
 from saegrid.data.store import Store
-from saegrid.experiment import finished_run
+from saegrid.experiment import finished_run, stability
 from saegrid.formats.run_folder import load_folder
 
 SAMPLE = 240
@@ -34,8 +35,12 @@ TOKENS, NEIGHBOURS = 10, 5
 BATCH_ROWS = 2048
 
 
-def describe(run_dir: Path, store_dir: Path, size: int = SAMPLE) -> dict[str, Any]:
-    """The run's facts and, for a sample of its latents, firing, contexts, unembedded tokens and neighbours."""
+def describe(run_dir: Path, store_dir: Path, size: int = SAMPLE, other_seeds: Sequence[Path] = ()) -> dict[str, Any]:
+    """The run's facts and, for a sample of its latents, firing, contexts, unembedded tokens and neighbours.
+
+    `other_seeds` are the folders of runs that differ in their seed alone: `found_again` says with how many of them a
+    latent is stable, and `match_cosine` the mean cosine of its matches (None: it has no match).
+    """
     config = finished_run.load_config(run_dir, run_dir.name, store_dir=str(store_dir))
     facts = finished_run.load_run(run_dir)
     sae, store = load_folder(run_dir), open_store(config)
@@ -49,19 +54,22 @@ def describe(run_dir: Path, store_dir: Path, size: int = SAMPLE) -> dict[str, An
     tokens = Tokens(lm.tokenizer)
     effects = unembed(lm, sae.W_dec[chosen])
     near = neighbours(sae.W_dec, chosen)
+    seeds = stability.again(run_dir, list(other_seeds), store, config) if other_seeds else {}
     entries = []
     for n, latent in enumerate(chosen.tolist()):
         own = acts[:, n]
+        again, cosine = seeds.get(latent, (0, None))
         quiet = own.masked_fill(sinks, 0.0)
         entries.append(
             {"latent": latent, "fired": int(fired[latent]), "fired_on_sinks": int((own[sinks] > 0).sum())}
             | {"mean_act": float(quiet.sum() / (quiet > 0).sum().clamp_min(1)), "max_act": float(quiet.max())}
             | {"contexts": contexts(quiet.numpy(), meta, tokens), **_extremes(effects[n], tokens)}
-            | {"neighbours": [[other, round(cosine, 3), int(fired[other])] for other, cosine in near[n]]}
+            | {"found_again": again, "match_cosine": cosine}
+            | {"neighbours": [[other, round(near_cosine, 3), int(fired[other])] for other, near_cosine in near[n]]}
         )
     names = ("run_id", "name", "model", "layer", "sinks", "d_sae", "n_val_rows", "dead_pct")
     kept = {name: facts[name] for name in names}
-    counts = {"n_alive": int((fired > 0).sum()), "n_sink_rows": int(sinks.sum())}
+    counts = {"n_alive": int((fired > 0).sum()), "n_sink_rows": int(sinks.sum()), "other_seeds": len(other_seeds)}
     return kept | counts | {"tokens_known": bool((meta["token_ids"] >= 0).all()), "latents": entries}
 
 

@@ -76,7 +76,7 @@ def _store_faults(folder: Path) -> Iterator[tuple[str, list[str]]]:
     except SaegridError as error:
         yield error.fact, ["manifest.json", "baseline.json"]
         return
-    for name in ("baseline.json", "pca.json"):
+    for name in ("baseline.json", "pca.json", results.PAIRS):
         if (folder / name).exists():
             try:
                 _check_made_of(folder / name, data)
@@ -90,7 +90,7 @@ def _changes(folder: Path, run: RunConfig) -> Iterator[tuple[str, list[str]]]:
         if (folder / "manifest.json").exists():
             check_sources(run, folder, read_sealed(folder / "manifest.json"))
     except SaegridError as error:
-        yield error.fact, ["manifest.json", "baseline.json", "pca.json"]
+        yield error.fact, ["manifest.json", "baseline.json", "pca.json", results.PAIRS]
 
 
 def _check_manifest(folder: Path) -> str:

@@ -11,6 +11,7 @@ from saegrid.data.language_model import lm_shape
 from saegrid.data.manifest import BUFFER_SHARDS, SHARD_ROWS
 from saegrid.data.prompts import check_dataset
 from saegrid.errors import ConfigError
+from saegrid.kernels import choose_device
 from saegrid.storage.hub_access import local_folder
 
 BASE = 700e6
@@ -45,7 +46,8 @@ def check_chat(config: RunConfig) -> None:
 def check_fits(config: RunConfig, d_in: int) -> None:
     """Check that a run fits into the free memory. Raises `ConfigError` with both numbers."""
     needs, free = needed(config, d_in), available()
-    if config.kernel != "cuda" and free is not None and needs > free:
+    on_cpu = config.kernel in ("cpu", "reference") or choose_device(config.device) == "cpu"
+    if on_cpu and free is not None and needs > free:
         raise ConfigError(
             f"expansion = {config.expansion}, batch_size = {config.batch_size}: the run needs about "
             f"{needs / 1e9:.1f} GB of memory (d_sae = {config.expansion * d_in}), and {free / 1e9:.1f} GB are free"

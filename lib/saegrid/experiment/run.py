@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import json
 import math
+import platform
 import time
 from functools import cached_property
+from importlib.resources import files as package_files
 from pathlib import Path
 
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+import saegrid
 from saegrid import kernels
 from saegrid.config.architectures import ARCHITECTURES
 from saegrid.config.run_config import RunConfig, make_config
@@ -31,12 +35,14 @@ from saegrid.data.store import Store
 from saegrid.errors import DamagedError, SaegridError, StoreError
 from saegrid.experiment.finished_run import METRICS, NOTEBOOK, SET_ASIDE, check_run, load_config, load_run
 from saegrid.experiment.preflight import check
-from saegrid.experiment.provenance import code_version, processor
 from saegrid.formats.run_folder import load_folder, save_sae
 from saegrid.storage.atomic import sweep, write_bytes, write_text
 from saegrid.storage.checksums import read_sealed, sum_of, write_sealed, write_sums
 from saegrid.storage.locks import waiting_lock
 from saegrid.storage.processes import die_with_papermill
+
+CODE = ("config", "core", "data", "experiment", "kernels")
+"""Folders whose sources can change a run's result: their hash is in the run's code version."""
 
 
 def prepare_store(config: RunConfig) -> Store:
@@ -154,7 +160,7 @@ class Run:
     @property
     def device(self) -> str:
         """Device of the run's tensors, "cpu" or "cuda"."""
-        return kernels.device(self.config.kernel)
+        return "cpu" if self.config.kernel == "cpu" else kernels.choose_device(self.config.device)
 
     @cached_property
     def store(self) -> Store:
@@ -263,7 +269,7 @@ class Run:
         write_sealed(self.folder / "timing.json", {"run_id": self.run_id} | times | facts)
 
     def _resolved(self, config: RunConfig) -> RunConfig:
-        """The config with its chosen kernel, precision and threads: those of the first start, if there was one."""
+        """The config with its chosen kernel, precision, threads and device: those of the first start, if there was one."""
         path = self.folder / "config.json"
         places = {"runs_dir": config.runs_dir, "store_dir": config.store_dir}
         try:
@@ -272,7 +278,26 @@ class Run:
         except SaegridError as error:
             print(f"{error}; the run starts again", flush=True)
             (self.folder / CHECKPOINT).unlink(missing_ok=True)  # its kernel and precision are unknown
-        choice = kernels.choose(config.kernel, config.matmul, config.threads, config.not_on_cuda)
+        choice = kernels.choose(config.kernel, config.matmul, config.threads, config.device)
         resolved = make_config(**config.model_dump() | choice._asdict())
         write_sealed(path, {"run_id": self.run_id} | resolved.identity())
         return resolved
+
+
+def code_version() -> str:
+    """Version of the package, with a hash of the sources that can change a result."""
+    digest = hashlib.sha256()
+    root = Path(str(package_files(saegrid)))
+    for name in CODE:
+        for source in sorted((root / name).rglob("*.py")):
+            digest.update(source.read_bytes())
+    return f"{saegrid.__version__}+{digest.hexdigest()[:12]}"
+
+
+def processor() -> str:
+    """Name of the processor, for the timing record."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CAPABILITY = (8, 0)
-"""Minimum compute capability of the `cuda` kernel: that of Triton; it includes bf16 and TF32."""
-
 
 class Kernel(Protocol):
     """Interface of each kernel's module. `reference` is the definition; a test checks the others against it."""
@@ -41,66 +38,67 @@ class Kernel(Protocol):
 class Choice(NamedTuple):
     """How one run computes; recorded in its config and reused on resume."""
 
-    kernel: str  # "reference", "cpu" or "cuda"
+    kernel: str  # "reference", "cpu" or "dense"
     matmul: str  # "fp32" or "bf16"
     threads: int  # at least 1
+    device: str  # "cpu" or "cuda" (which torch also calls AMD's GPUs)
 
 
 def load(name: str) -> Kernel:
-    """The module of a kernel: "reference", "cpu" or "cuda". Raises `ConfigError` if it can't run here."""
-    if name not in ("reference", "cpu", "cuda"):
-        raise ConfigError(f"kernel = {name!r}: must be 'reference', 'cpu' or 'cuda'")
+    """The module of a kernel: "reference", "cpu" or "dense". Raises `ConfigError` if it can't run here."""
+    if name not in ("reference", "cpu", "dense"):
+        raise ConfigError(f"kernel = {name!r}: must be 'reference', 'cpu' or 'dense'")
     if name == "cpu" and importlib.util.find_spec("numba") is None:
         raise ConfigError("kernel = 'cpu': needs the package numba; install it or use 'reference'")
-    if name == "cuda" and (missing := _missing_for_cuda()):
-        raise ConfigError(f"kernel = 'cuda': {missing}; use 'cpu', 'reference' or 'auto'")
-    _settle_caches(name)
+    if name == "cpu":
+        _settle_cache()
     return importlib.import_module(f"saegrid.kernels.{name}")
 
 
-def _settle_caches(name: str) -> None:
+def _settle_cache() -> None:
     """Keep compiled code in the cache if the compiler's own folder is not writable (read-only checkout, no home)."""
-    if name == "cpu":
-        place = os.environ.get("NUMBA_CACHE_DIR") or Path(__file__).parent / "cpu" / "__pycache__"
-        if not can_write(Path(place)):
-            import numba
+    place = os.environ.get("NUMBA_CACHE_DIR") or Path(__file__).parent / "cpu" / "__pycache__"
+    if not can_write(Path(place)):
+        import numba
 
-            numba.config.CACHE_DIR = str(own_cache_dir() / "numba")  # type: ignore[attr-defined]
-    elif name == "cuda":
-        place = os.environ.get("TRITON_CACHE_DIR") or os.path.expanduser("~/.triton")
-        if not can_write(Path(place)):
-            os.environ["TRITON_CACHE_DIR"] = str(own_cache_dir() / "triton")
+        numba.config.CACHE_DIR = str(own_cache_dir() / "numba")  # type: ignore[attr-defined]
 
 
-def device(name: str) -> str:
-    """Device of a kernel's tensors: "cuda" (the current GPU) or "cpu"."""
+def choose_device(device: str = "auto") -> str:
+    """The device "cpu" or "cuda"; "auto" takes a GPU if torch finds one. Raises `ConfigError`: there is none."""
     import torch
 
-    return "cuda" if name == "cuda" and torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device = 'cuda': torch {torch.__version__} finds no GPU here; use 'cpu' or 'auto'")
+    return device
 
 
-def choose(kernel: str, matmul: str, threads: int, not_on_cuda: str = "") -> Choice:
-    """Resolve "auto" (kernel, matmul) and 0 (threads) for this machine, and log the choice and its reasons.
-
-    Args:
-        not_on_cuda: what the run needs and the `cuda` kernel lacks, so that "auto" skips that kernel.
+def choose(kernel: str, matmul: str, threads: int, device: str = "auto") -> Choice:
+    """Resolve "auto" (kernel, matmul, device) and 0 (threads) for this machine, and log the choice and its reasons.
 
     Raises:
-        ConfigError: `kernel` can't run here.
+        ConfigError: `kernel` or `device` can't be had here, or the kernel `cpu` is asked for on a GPU.
     """
     reasons = []
+    if kernel == "cpu" and device == "cuda":
+        raise ConfigError("kernel = 'cpu': runs on the device 'cpu' alone; use 'dense' or 'auto' on a GPU")
+    if device == "auto" and kernel in ("cpu", "reference"):
+        device = "cpu"
+    device = choose_device(device)
     if kernel == "auto":
-        kernel, reason = _fastest_kernel(not_on_cuda and f"it has no {not_on_cuda}")
+        kernel, reason = _fastest_kernel(device)
         reasons.append(reason)
     load(kernel)
     if matmul == "auto":
-        matmul, reason = _fastest_matmul(kernel)
+        matmul, reason = _fastest_matmul(kernel, device)
         reasons.append(reason)
     if threads == 0:
         threads, reason = _cores()
         reasons.append(reason)
-    choice = Choice(kernel, matmul, threads)
-    logger.info("kernel %s, matmul %s, threads %d (%s)", *choice, "; ".join(reasons) or "as asked")
+    choice = Choice(kernel, matmul, threads, device)
+    logger.info("kernel %s, matmul %s, threads %d, device %s (%s)", *choice, "; ".join(reasons) or "as asked")
     return choice
 
 
@@ -111,46 +109,27 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _missing_for_cuda() -> str:
-    """Why the `cuda` kernel can't run here; empty if it can.
-
-    With TRITON_INTERPRET=1 (for debugging; very slow) it needs no GPU.
-    """
-    import torch
-
-    if importlib.util.find_spec("triton") is None:
-        return "needs the package triton, which torch's CUDA builds bring along"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return ""
-    if torch.version.cuda is None or not torch.cuda.is_available():
-        return f"torch {torch.__version__} finds no NVIDIA GPU here"
-    capability = torch.cuda.get_device_capability()
-    return "" if capability >= CAPABILITY else f"needs a GPU of compute capability 8.0, this one has {capability}"
-
-
-def _fastest_kernel(missing: str = "") -> tuple[str, str]:
-    """The fastest kernel that runs here, and the reason. `missing`: why it can't be `cuda`."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    missing = missing or ("Triton only interprets" if interpreted else _missing_for_cuda())
-    if not missing:
+def _fastest_kernel(device: str) -> tuple[str, str]:
+    """The fastest kernel on the device, and the reason."""
+    if device == "cuda":
         import torch
 
-        return "cuda", f"kernel: {torch.cuda.get_device_name()} is here"
+        return "dense", f"kernel: {torch.cuda.get_device_name()} is here"
     if importlib.util.find_spec("numba"):
-        return "cpu", f"kernel: not cuda ({missing}), numba is here"
-    return "reference", f"kernel: not cuda ({missing}), numba is not installed"
+        return "cpu", "kernel: no GPU, numba is here"
+    return "reference", "kernel: no GPU, numba is not installed"
 
 
-def _fastest_matmul(kernel: str) -> tuple[str, str]:
-    """bf16 if the processor multiplies it natively: 2.1 times the fp32 rate with AVX512_BF16 (measured)."""
+def _fastest_matmul(kernel: str, device: str) -> tuple[str, str]:
+    """bf16 if the device multiplies it natively: 2.1 times the fp32 rate with AVX512_BF16 (measured)."""
     import torch
 
     if kernel == "reference":
         return "fp32", "matmul: the reference's precision"
-    if kernel == "cuda":
-        if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
+    if device == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "matmul: the GPU has bf16 instructions"
-        return "fp32", "matmul: no GPU with bf16 instructions"
+        return "fp32", "matmul: the GPU has no bf16 instructions"
     probes = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
     if any(probe and probe() for probe in probes):
         return "bf16", "matmul: the processor has bf16 instructions"

@@ -21,6 +21,8 @@ from saegrid.kernels.state import NONE, Codes, Params, Rule, StepSettings, Train
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
+SOFT_COSINE = 0.8
+"""Minimum cosine of a decoder row with its start under `freeze = "soft"` (arXiv:2602.14111)."""
 THETA_RATE = 10.0
 """Theta's learning rate / the others': at theirs, theta does not follow the pre-activations (measured: LOG.md)."""
 
@@ -168,7 +170,7 @@ def auxk_gradients(params: Params, x: Tensor, codes: Codes, dead: Tensor, k: int
 
 
 def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings) -> tuple[float, int]:
-    """One step: encode, decode, backward, clip, Adam, unit-norm decoder rows, tie. Changes `state` in place.
+    """One step: encode, decode, backward, clip, Adam, unit-norm decoder rows, freeze, tie. Changes `state` in place.
 
     Adam is dense (arXiv:1412.6980): a latent that did not fire still decays its moments and moves. The tie is decoupled
     weight decay as in AdamW (arXiv:1711.05101), of the encoder towards the decoder instead of 0.
@@ -187,6 +189,8 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
             grads = Params(*(g + settings.aux_coef * more for g, more in zip(grads, extra, strict=True)))
         state.quiet += len(x)
         state.quiet[codes.latents[active].long()] = 0
+    if settings.frozen:
+        grads = grads._replace(**{settings.frozen: torch.zeros_like(params.W_dec)})
     if settings.sink is not None:
         grads = grads._replace(W_enc=grads.W_enc - torch.outer(grads.W_enc @ settings.sink, settings.sink))
     if settings.project_grad:
@@ -205,8 +209,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         rate = settings.lr / correction1 * (THETA_RATE if name == "theta" else 1.0)
         p.addcdiv_(m, (v / correction2).sqrt_().add_(EPS), value=-rate)
     params.W_dec.div_(params.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
-    if settings.tie:
-        params.W_enc.lerp_(params.W_dec, settings.tie_share)
+    hold_and_tie(params, settings, settings.tie_share)
     if rule.kind == "jumprelu":
         settle_thetas(params, settings)
     if settings.sink is not None:
@@ -229,6 +232,25 @@ def _codes_and_gradients(
     if settings.prefixes:
         return codes, *matryoshka_gradients(params, x, codes, settings.prefixes)
     return codes, *gradients(params, x, codes, push)
+
+
+def hold_and_tie(params: Params, settings: StepSettings, tie_share: float | Tensor) -> None:
+    """Hold frozen weights to their start, and move the encoder towards the decoder as it then is, in place.
+
+    A tied encoder thus follows a frozen decoder; a frozen encoder follows nothing. A decoder row w below the soft
+    freeze's cosine c with its start s becomes c s + sqrt(1 - c²) u, u the direction of w's part orthogonal to s.
+    """
+    if settings.freeze == "decoder":
+        params.W_dec.copy_(settings.start)
+    elif settings.freeze == "soft":
+        cosine = (params.W_dec * settings.start).sum(1, keepdim=True)
+        apart = torch.nn.functional.normalize(params.W_dec - cosine * settings.start)
+        held = SOFT_COSINE * settings.start + (1 - SOFT_COSINE**2) ** 0.5 * apart
+        params.W_dec.copy_(torch.where(cosine < SOFT_COSINE, torch.nn.functional.normalize(held), params.W_dec))
+    if settings.freeze == "encoder":
+        params.W_enc.copy_(settings.start)
+    elif settings.tie:
+        params.W_enc.lerp_(params.W_dec, tie_share)
 
 
 def settle_thetas(params: Params, settings: StepSettings) -> None:

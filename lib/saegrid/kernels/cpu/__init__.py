@@ -29,6 +29,7 @@ from saegrid.kernels.reference import (
     THETA_RATE,
     above_theta,
     folded_gate,
+    hold_and_tie,
     keep_apart,
     l0_pull,
     magnitudes,
@@ -80,7 +81,9 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     beta1, beta2 = BETAS
     state.step += 1
     rate, correction = settings.lr / (1 - beta1**state.step), 1 / (1 - beta2**state.step)
-    adam = tuple(map(np.float32, (1 - beta1, beta2, 1 - beta2, rate, correction, EPS, settings.tie_share)))
+    held = settings.freeze != "none"  # after the loops, then: the tie too
+    tie = 0.0 if held else settings.tie_share
+    adam = tuple(map(np.float32, (1 - beta1, beta2, 1 - beta2, rate, correction, EPS, tie)))
     weights, m, v = (tuple(arrays(p[:3])) for p in (params, state.m, state.v))
     if settings.prefixes:
         loss, codes, d_hat = _prefix_errors(params, x, codes, settings.prefixes, workspace)
@@ -102,10 +105,12 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     )
     if settings.sink is not None:  # W_enc's gradient is a sum of these rows
         centred.addr_(centred @ settings.sink, settings.sink, alpha=-1)
-    if settings.grad_clip or _is_dense(codes, params):
+    if settings.grad_clip or settings.frozen or _is_dense(codes, params):
         grads = Params(*(buffer(workspace, f"grad {name}", p.shape) for name, p in params._asdict().items()))
         grads.b_dec.copy_(g_dec_bias)
         _gradients(params, centred, codes, d_hat, grads, workspace, slopes)
+        if settings.frozen:
+            getattr(grads, settings.frozen).zero_()
         edges = even(len(params.b_enc))
         if settings.project_grad:
             run(pairs.project_latents, edges, *arrays((grads.W_dec, params.W_dec)))
@@ -121,6 +126,8 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         )  # fmt: skip
         g_pre_bias = g_dec_bias - b_pre_pulls.sum(0)
     _apply_vectors(state, (g_dec_bias, g_pre_bias, *vectors), adam)
+    if held:
+        hold_and_tie(params, settings, settings.tie_share)
     if rule.kind == "jumprelu":
         settle_thetas(params, settings)
     if settings.sink is not None:

@@ -17,7 +17,7 @@ from saegrid.analysis.numbers import COLUMNS, MISSING, counted, number
 from saegrid.analysis.scaling import MEASURES
 from saegrid.config.architectures import ARCHITECTURES
 from saegrid.report.figures import captions, plots
-from saegrid.report.pages import findings_page
+from saegrid.report.pages import findings_page, trust_section
 from saegrid.report.pages.ablation_section import recipe_section
 from saegrid.report.tables import Markdown, html_block, html_table, markdown, pipe_table
 
@@ -40,6 +40,7 @@ def model_card(
     title: str = "",
     links: str = "",
     baseline: pd.DataFrame | None = None,
+    stable: pd.DataFrame | None = None,
 ) -> Markdown:
     """The home page's body: recommendation, headline figure, findings, results, what was swept, files, how to load.
 
@@ -49,8 +50,11 @@ def model_card(
         title: the grid's title.
         links: the report's folder relative to the page, such as `report/`; empty: a card without links.
         baseline: losses of PCA (`saegrid.experiment.pca_table`).
+        stable: stability of the grid's settings (`results.read_stability`).
     """
     best = selection.recommend(df)
+    trust = "" if stable is None else trust_section.in_short(best, df, stable, baseline)
+    df = selection.without_controls(df)
     runs = f"{links}runs/" if links else ""
     y = selection.cost(df)
     ax = plots.frontier(df, y=y, links=runs, baseline=baseline)
@@ -61,6 +65,7 @@ def model_card(
     return markdown(
         recommendation(df, prompts, runs),
         key_numbers(best),
+        *filter(None, [trust]),
         f"{escape(title)}: {swept_text(df)}" if title else swept_text(df),
         plots.figure(ax, alt=alt, caption=caption),
         f"The recommended run costs least; fewer latents cost more, and the line joins the runs that none beats.{more}",
@@ -73,7 +78,9 @@ def model_card(
         + (f" [Evidence, rule and rows of each]({links}findings.ipynb)." if links else ""),
         findings_page.findings_table(own, published, f"{links}findings.html" if links else None),
         "## Results",
-        html_table(df, MAIN, caption=f"All {len(df)} runs.", links=runs, tools="results" if links else ""),
+        html_table(
+            df, [*MAIN, "stable_pct"], caption=f"All {len(df)} runs.", links=runs, tools="results" if links else ""
+        ),
         *filter(None, [recipe_section(df, prompts)]),
         "## What was swept",
         setting_table(df),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from saegrid.analysis import selection
-from saegrid.analysis.numbers import number
+from saegrid.analysis.numbers import counted, number
 from saegrid.config.grid import Grid
 from saegrid.errors import SaegridError
 from saegrid.experiment import results
@@ -84,6 +84,8 @@ def how(data: Mapping[str, Any]) -> Markdown:
         "size.\n"
         "- **Nearest directions.** Cosine between decoder directions, over all latents of the dictionary. Those in "
         "this sample have a link.\n"
+        "- **Found again.** With how many runs that differ in their seed alone it is stable: matched one to one by "
+        "decoder directions, the cosines of both decoder and encoder rows with its match are above 0.7.\n"
         "- Latents were sampled by how often they fire, not by how well they read.\n" + (given if apart else "")
     )
 
@@ -105,11 +107,13 @@ def browser(data: Mapping[str, Any], chunks: str) -> Markdown:
             f'<td data-value="{share!r}">{_percent(share)}</td>'
             f'<td data-value="{entry["max_act"]!r}">{number(entry["max_act"], "max_act")}</td>'
             f'<td class="text">{_tokens(peaks[:SHOWN_TOKENS])}</td>'
-            f'<td class="text">{_tokens(promoted[:SHOWN_TOKENS])}</td></tr>'
+            f'<td class="text">{_tokens(promoted[:SHOWN_TOKENS])}</td>{_again(entry, data)}</tr>'
         )
     heads = ['<th scope="col">Latent</th>', '<th scope="col">Fires on <span class="unit">% of rows</span></th>']
     heads += ['<th scope="col">Largest <span class="unit">act</span></th>']
     heads += [f'<th scope="col" class="text">{title}</th>' for title in ("Fires most on", "Promotes")]
+    if data.get("other_seeds"):
+        heads += ['<th scope="col">Found again <span class="unit">other seeds</span></th>']
     caption = f"{len(data['latents'])} latents of {data['name']}, from rare to frequent."
     return html_block(
         f'<div class="latents" data-chunks="{escape(chunks)}">\n'
@@ -141,6 +145,10 @@ def card(entry: Mapping[str, Any], data: Mapping[str, Any], known: set[int] | No
     if entry["max_act"] > 0:
         facts += f" · largest activation {number(entry['max_act'], 'max_act')}"
         facts += f", mean where it fires {number(entry['mean_act'], 'max_act')}"
+    if data.get("other_seeds"):
+        facts += f" · found again with {entry['found_again']} of {counted(data['other_seeds'], 'other seed')}"
+        if entry["match_cosine"] is not None:
+            facts += f" (cosine with its match {number(entry['match_cosine'], 'cosine')})"
     near = []
     for other, cosine, fired in entry["neighbours"]:
         name = f'<a href="#latent-{other}">{other}</a>' if known and other in known else str(other)
@@ -154,6 +162,14 @@ def card(entry: Mapping[str, Any], data: Mapping[str, Any], known: set[int] | No
         f"<dt>Demotes</dt><dd>{_weighted(entry['demoted'])}</dd>\n"
         f"<dt>Nearest directions</dt><dd>{', '.join(near)}</dd>\n</dl>\n</article>"
     )
+
+
+def _again(entry: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    """The cell that says with how many other seeds a latent was found; empty if there is one seed."""
+    if not data.get("other_seeds"):
+        return ""
+    sign = "✓ " if entry["found_again"] else ""
+    return f'<td data-value="{entry["found_again"]}">{sign}{entry["found_again"]} of {data["other_seeds"]}</td>'
 
 
 def _contexts(entry: Mapping[str, Any], data: Mapping[str, Any]) -> str:
@@ -218,7 +234,9 @@ def make(grid: Grid, root: str | Path = ".") -> Path:
     root = Path(root)
     best = selection.recommend(results.read_tidy(root / grid.results_dir))
     first = grid.runs()[0]
-    data = describe(root / first.runs_dir / best["run_id"], root / first.store_dir)
+    runs = root / first.runs_dir
+    seeds = [runs / run_id for run_id in grid.other_seeds(best["run_id"])]
+    data = describe(runs / best["run_id"], root / first.store_dir, other_seeds=seeds)
     folder = root / "report" / "latents"
     write_chunks(data, folder)
     write_json(folder / "latents.json", data)

@@ -54,7 +54,7 @@ def _peers(folder: Path) -> str:
 
 
 def _scaling(folder: Path) -> str:
-    df = results.read_tidy(folder)
+    df = selection.without_controls(results.read_tidy(folder))
     measure = selection.cost(df)
     panels = [("fvu_no_sink", "d_sae", "k"), (measure, "d_sae", "k")]
     panels += [(measure, "k", "n_train_rows"), ("dead_pct", "d_sae", "k")]
@@ -68,7 +68,7 @@ def _scaling(folder: Path) -> str:
 
 
 def _comparison(folder: Path, name: str) -> str:
-    df, prompts = results.read_tidy(folder), results.read_prompts(folder)
+    df, prompts = selection.without_controls(results.read_tidy(folder)), results.read_prompts(folder)
     caption = f"Means over {df['seed'].nunique()} seeds, from make {name}"
     if (ablation.named(df)["switched"] != "").any():
         return markdown(_what(df), *_switched(df, prompts, caption))

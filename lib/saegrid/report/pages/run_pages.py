@@ -112,11 +112,14 @@ def summary(row: dict[str, Any], df: pd.DataFrame) -> str:
     """A run's results and its place in its grid, in a sentence or two."""
     fit, measure = selection.candidates(df), selection.cost(df)
     moved = f" and moves its predictions by a KL of {number(row['kl'], 'kl')}" if measure == "kl" else ""
+    control = [f"{name} = {row[name]}" for name, usual in settings.CONTROLS.items() if row.get(name, usual) != usual]
     text = (
         f"Spliced in, it costs the model **{number(row['delta_loss'], 'delta_loss')} nats/token**{moved} with "
         f"**L0 {number(row['l0'], 'l0')}** of {number(row['d_sae'], 'd_sae')} latents; "
         f"{number(row['dead_pct'], 'dead_pct')}% of them are dead. "
     )
+    if control:
+        return text + f"It is a control ({', '.join(control)}), and so is not ranked."
     if row["run_id"] not in set(fit["run_id"]):
         return text + f"It fires {selection.DENSE_SHARE_PCT:g}% of its latents or more, and so is not ranked."
     place = 1 + int((fit[measure] < row[measure]).sum())

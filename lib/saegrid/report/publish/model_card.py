@@ -21,7 +21,7 @@ from saegrid.config.architectures import ARCHITECTURES
 from saegrid.config.run_config import EMBEDDED_DATASET, EMBEDDED_MODEL
 from saegrid.experiment import finished_run
 from saegrid.report.figures import captions, plots
-from saegrid.report.pages import findings_page, home_page
+from saegrid.report.pages import findings_page, home_page, trust_section
 from saegrid.report.tables import Markdown, html_table, markdown, pipe_table
 from saegrid.storage.hub_access import HUB_ID
 
@@ -74,7 +74,13 @@ class PublishedSAE(nn.Module):
 
 
 def readme(
-    df: pd.DataFrame, prompts: pd.DataFrame, files: Mapping[str, str], title: str, repo: str = "", space: str = ""
+    df: pd.DataFrame,
+    prompts: pd.DataFrame,
+    files: Mapping[str, str],
+    title: str,
+    repo: str = "",
+    space: str = "",
+    stable: pd.DataFrame | None = None,
 ) -> str:
     """The model card: YAML front matter, then findings, tables, files, and code that runs as printed.
 
@@ -85,9 +91,16 @@ def readme(
         title: the grid's title.
         repo: Hub id of the repository that the code loads from; empty: the code loads from its working directory.
         space: Hub id of the Space with the report.
+        stable: stability of the grid's settings (`results.read_stability`).
     """
     named = df.assign(name=df["run_id"].map(files))  # several runs may share a name
+<<<<<<< HEAD
     best, y = selection.recommend(df), selection.cost(df)
+=======
+    best = selection.recommend(df)
+    trust = "" if stable is None else trust_section.in_short(best, df, stable)
+    named = selection.without_controls(named)
+>>>>>>> stability
     own, published = claims.all_findings(df, prompts), claims.all_findings(published_sweep.rows())
     where = f"https://huggingface.co/spaces/{space}" if space else ""
     body = markdown(
@@ -95,14 +108,20 @@ def readme(
         f"{len(df)} sparse autoencoders, one for each point of a grid, trained on a language model's residual stream "
         "and spliced back into it." + (f" [The whole report]({where})." if where else ""),
         home_page.recommendation(named, prompts),
+<<<<<<< HEAD
         f"![{captions.frontier_alt(named, y)}]({PICTURE})",
         f"{COLUMNS[y].title} against L0, one mark a run; lower and further left is better.",
+=======
+        *filter(None, [trust]),
+        f"![{captions.frontier_alt(named, 'delta_loss')}]({PICTURE})",
+        "Delta loss against L0, one mark a run; lower and further left is better.",
+>>>>>>> stability
         "## The five published findings, tested again",
         f"They come from [{SWEEP}](https://huggingface.co/{SWEEP}), on Qwen2.5-0.5B-Instruct; the rows that its card "
         "prints are tested by the same functions.",
         findings_page.findings_table(own, published),
         "## Results",
-        html_table(named, [*home_page.MAIN, "seed"], caption=f"All {len(df)} runs."),
+        html_table(named, [*home_page.MAIN, "seed"], caption=f"All {len(named)} runs."),
         "All columns: `results_tidy.csv`; as the published sweep has them: `results.csv` and `results_full.csv`.",
         "## What was swept",
         home_page.setting_table(
@@ -246,7 +265,11 @@ def picture(df: pd.DataFrame) -> bytes:
     """The frontier as a PNG on white: Hub pages show no inline SVG."""
     buffer = io.BytesIO()
     with plt.rc_context(plots.STYLE):
+<<<<<<< HEAD
         figure = plots.frontier(df, y=selection.cost(df)).figure
+=======
+        figure = plots.frontier(selection.without_controls(df), y="delta_loss").figure
+>>>>>>> stability
         figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
     plt.close(figure)
     return buffer.getvalue()

@@ -96,14 +96,15 @@ def build(grid: Grid, folder: str | Path, repo: str = "", space: str = "", root:
         raise HubError(f"folder = {str(folder)!r}: holds something else; name a folder that is new or empty")
     folder = folder.resolve()
     with waiting_lock(folder.with_name(f".{folder.name}.lock")), replacing_folder(folder) as part:
-        results.write_tables(df, part)
+        stable = results.read_stability(root / grid.results_dir)
+        results.write_tables(df, part, stable=stable if len(stable) else None)
         for row in df.to_dict("records"):
             _write_sae(runs_dir / row["run_id"], row, part, files[row["run_id"]])
         shutil.copytree(root / "_site", part / "site")
         write_text(part / "site" / "README.md", model_card.space_readme(grid.title, repo))
         write_bytes(part / model_card.PICTURE, model_card.picture(df))
         prompts = finished_run.load_prompts(df, runs_dir)
-        write_text(part / "README.md", model_card.readme(df, prompts, files, grid.title, repo, space))
+        write_text(part / "README.md", model_card.readme(df, prompts, files, grid.title, repo, space, stable))
         _check_card(part / "README.md", df)
         write_json(part / MANIFEST, {"published_grid": grid.name, "files": _contents(part)})
     return folder

@@ -1,0 +1,423 @@
+"""What a GPU makes of the `dense` kernel: `make gpu`, under ten minutes, written to gpu.json.
+
+Needs a GPU, Python, torch 2.11 or newer and this checkout; the other libraries, and the packages of a whole run, take
+part where they are installed. Without a GPU the same script runs on the CPU with small sizes (`--device cpu`).
+
+    facts      device, versions, measured bandwidth and bf16 product: together the floor of a step
+    rules      every rule and recipe against the reference on the CPU, and steps that never wait for the device
+    steps      milliseconds per step against the plain loop and the other libraries
+    quality    validation error after a short training: the device in bf16 against the reference in fp32
+    runs       whole runs of a tiny language model, on the device and on the CPU
+
+Each part, and each shape of `steps`, runs in a process of its own, so that one failure does not take the others along;
+code is compiled beforehand by several processes at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "lib"), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from saegrid.kernels import dense, reference  # noqa: E402
+from saegrid.kernels.state import Params, Rule, StepSettings, TrainState  # noqa: E402
+
+MARK = "RESULT "
+PATIENCE = 240.0
+"""Seconds that one process may take."""
+IMPROVED = StepSettings(1e-3, 1.0, True, aux_coef=1 / 32, dead_after=1_000_000, tie=3.0, l0_coef=0.1, bandwidth=0.3,
+                        theta_tie=10.0)  # fmt: skip
+RECIPES = {
+    "published": {arch: Rule(kind, 220) for arch, kind in (("BatchTopK", "batchtopk"), ("TopK", "topk"))},
+    "improved": {
+        "BatchTopK": Rule("batchtopk", 64),
+        "Matryoshka": Rule("batchtopk", 64),
+        "JumpReLU": Rule("jumprelu", 64),
+        "ReLU": Rule("relu", 64),
+        "Gated": Rule("gated", 64),
+    },
+}
+SHAPES = ((896, 8, 220, 4096), (896, 8, 220, 512), (896, 16, 64, 4096), (896, 16, 64, 512), (2048, 16, 64, 4096),
+          (2048, 16, 64, 512), (4096, 16, 64, 4096), (4096, 16, 64, 512))  # fmt: skip
+"""d_in, expansion, K, batch size."""
+SMALL = ((64, 4, 8, 128), (64, 4, 8, 64))
+PRODUCTS = 5
+"""Matrix products of a step: pre-activations, x_hat, and the gradients of z, W_dec and W_enc."""
+
+
+# --- facts ---
+
+
+def facts(device: str) -> dict[str, Any]:
+    found = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.platform()}
+    if device == "cuda":
+        found |= {"device": torch.cuda.get_device_name(), "capability": list(torch.cuda.get_device_capability())}
+        found |= {"cuda": torch.version.cuda or torch.version.hip}
+    else:
+        found |= {"device": f"CPU, {torch.get_num_threads()} threads"}
+    n, side = (2**29, 8192) if device == "cuda" else (2**24, 1024)
+    copied = per_call(partial(torch.empty(n, device=device).copy_, torch.ones(n, device=device)), device)
+    a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
+    multiplied = per_call(lambda: a @ b, device)
+    return found | {"bytes_per_s": 8 * n / copied["s"], "bf16_flop_per_s": 2 * side**3 / multiplied["s"]}
+
+
+def floor_ms(known: dict[str, Any], d_in: int, expansion: int, batch: int) -> float:
+    """Time of the products, and of one read and one write of weights and moments, one after the other."""
+    d_sae = expansion * d_in
+    products = PRODUCTS * 2 * batch * d_in * d_sae / known["bf16_flop_per_s"]
+    return 1e3 * (products + 2 * 3 * 2 * 4 * d_in * d_sae / known["bytes_per_s"])
+
+
+def per_call(call: Callable[[], Any], device: str, seconds: float = 0.6) -> dict[str, float]:
+    """Median, minimum and maximum seconds per call over blocks of calls, after a warm-up."""
+
+    def block(n: int) -> float:
+        settle(device)
+        started = time.perf_counter()
+        for _ in range(n):
+            call()
+        settle(device)
+        return (time.perf_counter() - started) / n
+
+    block(3)
+    n = max(1, int(seconds / 6 / max(block(3), 1e-6)))
+    times = [block(n) for _ in range(6)]
+    return {"s": statistics.median(times), "min_s": min(times), "max_s": max(times)}
+
+
+def settle(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+# --- rules ---
+
+
+def rules(device: str) -> dict[str, Any]:
+    """Relative distance of the weights from the reference's after six steps; must be below 1e-4."""
+    from kernel_cases import D_IN, D_SAE, apart, make_params, make_rows, start
+
+    sink = torch.nn.functional.normalize(torch.arange(1.0, D_IN + 1), dim=0)
+    told = StepSettings(1e-2, aux_k=20, dead_after=300, bandwidth=3.0, l0_coef=500.0, theta_tie=2.0, batch_size=200)
+    improved = told._replace(grad_clip=1.0, project_grad=True, aux_coef=1 / 32, sink=sink, tie=3.0)
+    worst = {}
+    for kind in ("topk", "batchtopk", "threshold", "jumprelu", "relu", "gated"):
+        for recipe, settings in (("published", told), ("improved", improved), ("matryoshka", improved)):
+            if recipe == "matryoshka":
+                if kind not in ("topk", "batchtopk", "threshold"):
+                    continue
+                settings = settings._replace(prefixes=(5, 40, D_SAE))
+            if kind in ("relu", "gated"):
+                settings = settings._replace(l1_coef=500.0)
+            params, rule = make_params(), Rule(kind, 9, 150.0 if kind == "threshold" else 0.0)
+            if kind in ("jumprelu", "gated"):
+                params = params._replace(theta=torch.linspace(0, 20, D_SAE))
+            if kind == "gated":
+                params = params._replace(gain=torch.linspace(-0.2, 0.2, D_SAE))
+            if settings.sink is not None:
+                reference.keep_apart(params, sink)
+            on_it = settings if settings.sink is None else settings._replace(sink=sink.to(device))
+            mine, theirs = start(Params(*(p.to(device) for p in params))), start(params)
+            for step, n in enumerate([200, 200, 37, 200, 64, 200]):
+                x = make_rows(n, step)
+                dense.train_step(mine, x.to(device), rule, on_it)
+                reference.train_step(theirs, x, rule, settings)
+            batches = [make_rows(n, n).to(device) for n in (200, 64)]
+            with never_waiting(device):
+                for x in batches:
+                    dense.train_step(mine, x, rule, on_it)
+            for n in (200, 64):
+                reference.train_step(theirs, make_rows(n, n), rule, settings)
+            worst[f"{kind} {recipe}"] = max(apart(a.cpu(), b) for a, b in zip(mine.params, theirs.params, strict=True))
+    return {"apart": worst, "largest": max(worst.values()), "passed": max(worst.values()) < 1e-4}
+
+
+@contextlib.contextmanager
+def never_waiting(device: str):
+    """An error if the host waits for the device."""
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+# --- steps ---
+
+
+def steps(device: str, spec: dict[str, Any], compile_only: bool) -> dict[str, Any]:
+    """Milliseconds per step of one contender at one shape."""
+    d_in, _, _, batch = spec["shape"]
+    x = [row_like(batch, d_in, seed).to(device) for seed in range(4)]
+    step = (ours if spec["who"] == "saegrid" else theirs)(device, spec)
+    started = time.perf_counter()
+    for _ in range(3):
+        step(x[0])
+    settle(device)
+    if compile_only:
+        return {"compile_s": time.perf_counter() - started}
+    turn = iter(range(10**9))
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    found = per_call(lambda: step(x[next(turn) % 4]), device)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    if spec["who"] == "saegrid" and device == "cuda" and dense.compiles is bool(spec.get("eager")):
+        raise RuntimeError("torch.compile failed")
+    return {"ms": 1e3 * found["s"], "min_ms": 1e3 * found["min_s"], "max_ms": 1e3 * found["max_s"], "peak_bytes": peak}
+
+
+def row_like(n: int, d_in: int, seed: int) -> Tensor:
+    """Rows with a mean square of 1 and a decaying spectrum."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.arange(1, d_in + 1).pow(-0.5)
+    rows = torch.randn(n, d_in, generator=generator) * (scales / scales.square().mean().sqrt())
+    return rows @ torch.linalg.qr(torch.randn(d_in, d_in, generator=torch.Generator().manual_seed(0)))[0]
+
+
+def start_params(d_in: int, d_sae: int, device: str, rule: Rule) -> Params:
+    generator = torch.Generator().manual_seed(1)
+    w_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator))
+    params = Params(w_dec.clone(), torch.zeros(d_sae), w_dec, torch.zeros(d_in), torch.zeros(d_in))
+    if rule.kind in ("jumprelu", "gated"):
+        params = params._replace(theta=torch.full((d_sae,), 2.0 if rule.kind == "jumprelu" else 0.0))
+    if rule.kind == "gated":
+        params = params._replace(gain=torch.zeros(d_sae))
+    if rule.kind in ("relu", "gated"):
+        params = params._replace(b_enc=torch.full((d_sae,), -2.0))
+    return Params(*(p.to(device) for p in params))
+
+
+def ours(device: str, spec: dict[str, Any]) -> Callable[[Tensor], Any]:
+    d_in, expansion, k, batch = spec["shape"]
+    rule = RECIPES[spec["recipe"]][spec["arch"]]._replace(k=k)
+    settings = StepSettings(1e-4) if spec["recipe"] == "published" else IMPROVED
+    d_sae = expansion * d_in
+    settings = settings._replace(matmul="bf16", batch_size=batch, aux_k=d_in // 2)
+    if rule.kind in ("relu", "gated"):
+        settings = settings._replace(l1_coef=1.0)
+    if spec["arch"] == "Matryoshka":
+        settings = settings._replace(prefixes=tuple(d_sae >> halvings for halvings in reversed(range(5))))
+    dense.DIGIT = spec.get("digit", dense.DIGIT)
+    state = TrainState.start(start_params(d_in, d_sae, device, rule))
+    return lambda x: dense.train_step(state, x, rule, settings)
+
+
+def theirs(device: str, spec: dict[str, Any]) -> Callable[[Tensor], Any]:
+    from peers import CONTENDERS
+
+    d_in, expansion, k, batch = spec["shape"]
+    params = start_params(d_in, expansion * d_in, device, Rule("topk", k))
+    inputs = {f"{part}.{name}": p.cpu() if part == "params" else torch.zeros_like(p).cpu()
+              for part in ("params", "m", "v") for name, p in params._asdict().items()}  # fmt: skip
+    told = {"arch": spec["arch"], "k": k, "setting": spec["setting"], "batch": batch, "theta": 0.0, "device": device}
+    return CONTENDERS[spec["who"]](told)(inputs | {"step": 1000}).step
+
+
+def contenders(shapes: tuple, device: str) -> list[dict[str, Any]]:
+    """What is timed, the most important first."""
+    setting = "bf16+fused+compile" if device == "cuda" else "default"
+    main, found = shapes[0], []
+    for shape in shapes[:2]:
+        for arch in ("BatchTopK", "TopK"):
+            found.append({"who": "saegrid", "recipe": "published", "arch": arch, "shape": shape})
+            found.append({"who": "torch", "setting": setting, "arch": arch, "shape": shape})
+    for arch in RECIPES["improved"]:
+        found.append(
+            {"who": "saegrid", "recipe": "improved", "arch": arch, "shape": (*main[:2], main[2] // 2, main[3])}
+        )
+    found.append({"who": "saegrid", "recipe": "published", "arch": "BatchTopK", "shape": main, "eager": True})
+    found.append({"who": "saegrid", "recipe": "published", "arch": "BatchTopK", "shape": shapes[1], "eager": True})
+    if device == "cuda":
+        for digit in (2, 3):
+            found.append({"who": "saegrid", "recipe": "published", "arch": "BatchTopK", "shape": main, "digit": digit})
+    for who, module in (
+        ("sae-lens", "sae_lens"),
+        ("dictionary_learning", "dictionary_learning"),
+        ("sparsify", "sparsify"),
+    ):
+        if installed(module):
+            for arch in ("BatchTopK", "TopK")[who == "sparsify" :]:
+                found.append({"who": who, "setting": "default", "arch": arch, "shape": main})
+    for shape in shapes[2:]:
+        found.append({"who": "saegrid", "recipe": "published", "arch": "BatchTopK", "shape": shape})
+        found.append({"who": "torch", "setting": setting, "arch": "BatchTopK", "shape": shape})
+    return found
+
+
+def installed(module: str) -> bool:
+    return subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, check=False).returncode == 0
+
+
+# --- quality ---
+
+
+def quality(device: str) -> dict[str, Any]:
+    """Validation MSE after a short training of the same rows: reference in fp32 on the CPU, `dense` in both precisions."""
+    d_in, d_sae, n_train, epochs = (128, 1024, 32_768, 3) if device == "cuda" else (32, 128, 2048, 2)
+    rows, held_out = row_like(n_train, d_in, 5), row_like(2048, d_in, 6)
+    found: dict[str, Any] = {}
+    for arch, rule in RECIPES["improved"].items():
+        rule = rule._replace(k=16)
+        settings = IMPROVED._replace(batch_size=512, aux_k=d_in // 2, l1_coef=1.0 * (rule.kind in ("relu", "gated")))
+        if arch == "Matryoshka":
+            settings = settings._replace(prefixes=(d_sae // 4, d_sae // 2, d_sae))
+        ends = {}
+        for name, kernel, where, matmul in (
+            ("reference fp32", reference, "cpu", "fp32"),
+            ("dense fp32", dense, device, "fp32"),
+            ("dense bf16", dense, device, "bf16"),
+        ):
+            state = TrainState.start(start_params(d_in, d_sae, where, rule))
+            for epoch in range(epochs):
+                order = torch.randperm(n_train, generator=torch.Generator().manual_seed(epoch))
+                for chosen in order.split(512):
+                    kernel.train_step(state, rows[chosen].to(where), rule, settings._replace(matmul=matmul))
+            params = Params(*(p.cpu() for p in state.params))
+            codes = reference.encode(params, held_out, rule if rule.kind != "relu" else Rule("threshold"))
+            ends[name] = (reference.decode(params, codes) - held_out).square().mean().item()
+        found[arch] = ends | {"ratio": ends["dense bf16"] / ends["reference fp32"]}
+    return found | {"passed": all(abs(ends["ratio"] - 1) < 0.01 for ends in found.values())}
+
+
+# --- runs ---
+
+
+def runs(device: str) -> dict[str, Any]:
+    """Metrics of whole runs, from a tiny language model to the splice, on the device and on the CPU."""
+    from tiny import save_dataset, save_model
+
+    from saegrid.config.run_config import make_config
+    from saegrid.experiment.run import Run
+
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model, dataset = save_model(Path(folder) / "model"), save_dataset(Path(folder) / "data", train=200)
+        for arch, recipe in (("BatchTopK", "published"), ("Matryoshka", "improved"), ("JumpReLU", "improved")):
+            ends = {}
+            for kernel, where in (("cpu", "cpu"), ("dense", device)):
+                places = {"runs_dir": f"{folder}/{kernel}", "store_dir": f"{folder}/stores-{kernel}"}
+                run = Run(make_config(arch=arch, recipe=recipe, model=model, dataset=dataset, device=where, k=3,
+                                      kernel=kernel,
+                                      expansion=4, layer=1, epochs=4, batch_size=128, train_tokens=1200, val_tokens=300,
+                                      eval_prompts=4, max_tokens=24, prefixes=2 * (arch == "Matryoshka"), **places))  # fmt: skip
+                run.train()
+                row = run.evaluate()
+                ends[kernel] = {name: row[name] for name in ("val_mse", "l0", "ce_clean", "ce_spliced")}
+            found[f"{arch} {recipe}"] = ends
+    close = [abs(ends["dense"]["val_mse"] / ends["cpu"]["val_mse"] - 1) < 0.05 for ends in found.values()]
+    return found | {"passed": all(close)}
+
+
+# --- all parts ---
+
+
+PARTS: dict[str, Callable[[str], dict[str, Any]]] = {"facts": facts, "rules": rules, "quality": quality, "runs": runs}
+
+
+def in_own_process(device: str, part: str, spec: dict[str, Any] | None = None, compile_only: bool = False) -> dict:
+    """A part's result, or {"error": last line}."""
+    command = [sys.executable, __file__, "--device", device, "--part", part]
+    command += ["--spec", json.dumps(spec)] if spec else []
+    command += ["--compile-only"] if compile_only else []
+    environment = dict(os.environ, TORCH_COMPILE_DISABLE="1") if spec and spec.get("eager") else dict(os.environ)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"took more than {PATIENCE:.0f} s"}
+    for line in done.stdout.splitlines():
+        if line.startswith(MARK):
+            return json.loads(line[len(MARK) :])
+    sys.stderr.write(done.stderr[-3000:])
+    return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    parser.add_argument("--minutes", type=float, default=9.0, help="no further contender is timed after this")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/gpu.json on a GPU, none on a CPU")
+    parser.add_argument("--processes", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)))
+    parser.add_argument("--part", choices=(*PARTS, "steps"), help=argparse.SUPPRESS)
+    parser.add_argument("--spec", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
+    told = parser.parse_args()
+    if told.part:
+        with torch.no_grad() if told.part != "steps" else contextlib.nullcontext():
+            found = (
+                steps(told.device, told.spec, told.compile_only)
+                if told.part == "steps"
+                else PARTS[told.part](told.device)
+            )
+        print(MARK + json.dumps(found), flush=True)
+        os._exit(0)  # CUDA graphs and compile workers need no orderly end
+    sys.exit(measure(told.device, 60 * told.minutes, told.processes, told.out))
+
+
+def measure(device: str, seconds: float, processes: int, out: Path | None) -> int:
+    """Run all parts; print them as they come, and write them after each. Returns 1 if any part failed."""
+    started = time.perf_counter()
+    found: dict[str, Any] = {"date": datetime.date.today().isoformat()}
+    out = out or (ROOT / "benchmarks" / "gpu.json" if device == "cuda" else None)
+
+    def keep(name: str, value: Any) -> None:
+        found[name] = value
+        if name != "steps":
+            print(f"[{time.perf_counter() - started:.0f} s] {name}: {json.dumps(value)}", flush=True)
+        if out:
+            out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+    keep("facts", in_own_process(device, "facts"))
+    listed = contenders(SHAPES if device == "cuda" else SMALL, device)
+    with ThreadPoolExecutor(processes) as pool:  # compiles ahead; the results lie in torch's cache
+        ahead = [pool.submit(in_own_process, device, "steps", spec, True) for spec in listed if not spec.get("eager")]
+        others = {name: pool.submit(in_own_process, device, name) for name in ("rules", "quality", "runs")}
+        for name, future in others.items():
+            keep(name, future.result())
+        compiled = [future.result() for future in ahead]
+    keep("compile_s", [round(c.get("compile_s", 0.0), 1) for c in compiled])
+    rows: list[dict[str, Any]] = []
+    for spec in listed:
+        if time.perf_counter() - started > seconds:
+            keep("left_out", [s for s in listed[len(rows) :]])
+            break
+        row = spec | in_own_process(device, "steps", spec)
+        if "ms" in row and "error" not in found["facts"]:
+            row["floor_ms"] = floor_ms(found["facts"], *spec["shape"][:2], spec["shape"][3])
+        rows.append(row)
+        print(f"[{time.perf_counter() - started:.0f} s] {json.dumps(row)}", flush=True)
+        keep("steps", rows)
+    keep("minutes", (time.perf_counter() - started) / 60)
+    failed = [
+        name
+        for name, value in found.items()
+        if isinstance(value, dict) and ("error" in value or value.get("passed") is False)
+    ]
+    failed += [f"{row['who']} {row['arch']} {row['shape']}" for row in rows if "error" in row]
+    print("failed: " + (", ".join(failed) or "nothing"))
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
