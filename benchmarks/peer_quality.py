@@ -144,7 +144,7 @@ def measured(
     while rate := following(losses(rows)):
         try_rate(rate)
     best = best_of(losses(rows))
-    if "delta_loss" in rows[best]:
+    if "kl" in rows[best]:
         return pd.DataFrame(rows.values()), None
     if best not in saes:
         try_rate(best)

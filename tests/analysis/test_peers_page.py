@@ -76,5 +76,20 @@ def test_the_page_has_its_table_and_its_verdict(folder):
     assert "Not measured yet: `make peer-quality` does it." not in page
 
 
+def test_kl_is_compared_where_all_have_it(folder):
+    """One comparison more at each K; half of delta loss has half its interval, and the figure shows it."""
+    for name, half in (("runs.csv", "delta_loss / 2"), ("prompts.csv", "(ce_spliced_sum - ce_clean_sum) / 2")):
+        table = pd.read_csv(folder / name)
+        column = "kl" if name == "runs.csv" else "kl_sum"
+        table.assign(**{column: table.eval(half)}).to_csv(folder / name, index=False)
+    found = peers.compared(*peers.read(folder))
+    for row in found.to_dict("records"):
+        assert [2 * value for value in row["kl_more"][:3]] == pytest.approx(row["delta_loss_more"][:3])
+    table = peers.against_best(found)
+    assert list(table["measure"]) == ["fvu_no_sink", "kl", "delta_loss"] * 2
+    page = recipes_page.page(folder.parents[1])
+    assert "Corrected for all 6 comparisons" in page and "KL (nats/token) over the realised L0" in page
+
+
 def test_without_the_runs_the_page_says_what_makes_them(tmp_path):
     assert "Not measured yet: `make peer-quality` does it." in recipes_page.page(tmp_path)

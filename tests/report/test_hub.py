@@ -59,7 +59,7 @@ def write_run(folder, run, best):
     row["weights_sha256"] = save_sae(sae, folder, run.name, facts)
     row["val_mse"] = (x - sae(x)).double().square().mean().item()
     row["l0"] = (sae.encode(x) > 0).sum(1).double().mean().item()
-    row["delta_loss"] = 0.25 if best else 0.5
+    row["kl"] = row["delta_loss"] = 0.25 if best else 0.5
     (folder / "metrics.json").write_text(json.dumps(row))
     reseal(folder)
 

@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 
 from saegrid.analysis import selection
 from saegrid.analysis.numbers import COLUMNS, MISSING, counted, header, number
+from saegrid.analysis.scaling import MEASURES
 from saegrid.config import settings
 from saegrid.config.settings import CONTROLS
 from saegrid.report.figures import plots
@@ -83,11 +84,11 @@ def in_short(best: pd.Series, df: pd.DataFrame, stable: pd.DataFrame, baseline: 
     beside = df[[settings.key(row, *CONTROLS) == settings.key(best, *CONTROLS) for row in df.to_dict("records")]]
     found = selection.beside_controls(beside, baseline)
     if len(found):
-        losses = found[found["control"] != ""].sort_values("delta_loss")
-        least = losses.iloc[0]
+        measure = selection.cost(found)
+        least = found[found["control"] != ""].sort_values(measure).iloc[0]
         parts.append(
-            f"The control that loses least ({least['control']}) has a delta loss of "
-            f"{number(least['delta_loss'], 'delta_loss')} nats/token. {reached_text(found)}"
+            f"The control that loses least ({least['control']}) has a {MEASURES[measure]} of "
+            f"{number(least[measure], measure)} nats/token. {reached_text(found)}"
         )
     return "\n\n".join(parts)
 
