@@ -33,7 +33,11 @@ PUBLISHED = TOLD
 IMPROVED = TOLD._replace(grad_clip=1.0, project_grad=True, aux_coef=1 / 32, sink=SINK, tie=3.0)
 MATRYOSHKA = IMPROVED._replace(prefixes=(5, 40, D_SAE))
 FROZEN = [IMPROVED._replace(freeze=part, start=make_params(3).W_dec) for part in ("decoder", "encoder", "soft")]
-CASES = [*itertools.product(RULES, (PUBLISHED, IMPROVED)), *((rule, MATRYOSHKA) for rule in RULES[:3]), *((RULES[1], settings) for settings in FROZEN)]
+CASES = [
+    *itertools.product(RULES, (PUBLISHED, IMPROVED)),
+    *((rule, MATRYOSHKA) for rule in RULES[:3]),
+    *((RULES[1], settings) for settings in FROZEN),
+]
 
 
 @pytest.fixture(autouse=True)
