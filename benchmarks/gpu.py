@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import gc
 import json
 import os
 import platform
@@ -29,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,7 @@ def facts(device: str) -> dict[str, Any]:
     else:
         found |= {"device": f"CPU, {torch.get_num_threads()} threads"}
     n, side = (2**29, 8192) if device == "cuda" else (2**24, 1024)
-    source, target = torch.ones(n, device=device), torch.empty(n, device=device)
-    copied = per_call(lambda: target.copy_(source), device)
-    del source, target
+    copied = per_call(partial(torch.empty(n, device=device).copy_, torch.ones(n, device=device)), device)
     a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
     multiplied = per_call(lambda: a @ b, device)
     return found | {"bytes_per_s": 8 * n / copied["s"], "bf16_flop_per_s": 2 * side**3 / multiplied["s"]}
@@ -171,12 +169,9 @@ def never_waiting(device: str):
 
 def steps(device: str, spec: dict[str, Any], compile_only: bool) -> dict[str, Any]:
     """Milliseconds per step of one contender at one shape."""
-    d_in, expansion, k, batch = spec["shape"]
+    d_in, _, _, batch = spec["shape"]
     x = [row_like(batch, d_in, seed).to(device) for seed in range(4)]
-    if spec["who"] == "saegrid":
-        step = ours(device, spec)
-    else:
-        step = theirs(device, spec)
+    step = (ours if spec["who"] == "saegrid" else theirs)(device, spec)
     started = time.perf_counter()
     for _ in range(3):
         step(x[0])
@@ -413,7 +408,6 @@ def measure(device: str, seconds: float, processes: int, out: Path | None) -> in
         rows.append(row)
         print(f"[{time.perf_counter() - started:.0f} s] {json.dumps(row)}", flush=True)
         keep("steps", rows)
-        gc.collect()
     keep("minutes", (time.perf_counter() - started) / 60)
     failed = [
         name

@@ -1,8 +1,11 @@
+import math
+
 import pandas as pd
 import pytest
 
 from saegrid.analysis import findings, intervals
 from saegrid.analysis.ablation import beside, by_recipe
+from saegrid.analysis.numbers import change
 from saegrid.config.recipes import RECIPES
 from saegrid.errors import ResultsError
 from saegrid.experiment import finished_run, results
@@ -26,11 +29,13 @@ def mixed(fake_grid, fake_runs):
 
 
 def test_means_over_seeds_and_their_range(mixed):
-    table = by_recipe(mixed)
+    table = by_recipe(mixed.assign(kl=math.nan))
     assert list(table["recipe"]) == ["published", "improved", "improved but aux_coef = 0.0"]
     assert list(table["delta_loss"]) == pytest.approx([2.5, 0.15, 0.5])
-    assert list(table["delta_range"]) == ["2.000 to 3.000", "0.100 to 0.200", ""]
+    assert list(table["delta_loss_range"]) == ["2.000 to 3.000", "0.100 to 0.200", ""]
     assert list(table["seeds"]) == [2, 2, 1]
+    by_kl = by_recipe(mixed.assign(kl=mixed["delta_loss"] / 2))
+    assert list(by_kl["kl_range"]) == ["1.000 to 1.500", "0.050 to 0.100", ""]
 
 
 def test_the_card_compares_recipes_where_there_is_more_than_one(mixed):
@@ -49,13 +54,12 @@ def test_the_published_findings_are_tested_on_the_published_recipe_alone(mixed):
 def test_intervals_over_templates_and_seeds(fake_grid, fake_runs):
     """Seeds that differ more than prompts do make the interval wider than the prompts alone would."""
     df = results.tidy(fake_grid, fake_runs / "runs")
-    drawn = intervals.draws(finished_run.load_prompts(df, fake_runs / "runs"))
+    found = intervals.measured(finished_run.load_prompts(df, fake_runs / "runs"))
     ids = list(df.sort_values("delta_loss")["run_id"].iloc[[0, -1]])
-    low, high = intervals.central(intervals.over_seeds(drawn, ids))
-    alone = [intervals.interval(drawn, {run_id: 1.0}) for run_id in ids]
-    assert low == pytest.approx(alone[0][0], abs=0.05) and high == pytest.approx(alone[1][1], abs=0.05)
-    one = intervals.central(intervals.over_seeds(drawn, ids[:1]))
-    assert one == pytest.approx(alone[0])
+    both, alone = intervals.over_seeds(found, ids), [intervals.contrast(found, {run_id: 1.0}) for run_id in ids]
+    assert both.low < alone[0].low and both.high > alone[1].high
+    assert both.value == pytest.approx((alone[0].value + alone[1].value) / 2)
+    assert intervals.over_seeds(found, ids[:1]) == alone[0]
 
 
 def test_a_switched_choice_beside_the_whole_recipe(mixed, fake_grid, fake_runs):
@@ -71,19 +75,26 @@ def test_a_switched_choice_beside_the_whole_recipe(mixed, fake_grid, fake_runs):
         for n, add in enumerate(extra)
     ]
     losses = [s.eval("(ce_spliced_sum - ce_clean_sum).sum() / n_tokens.sum()") for s in sums]
-    df = mixed.iloc[[2] * len(told)].assign(**{n: [row[n] for row in told] for n in mixed}).assign(delta_loss=losses)
+    df = mixed.iloc[[2] * len(told)].assign(**{n: [row[n] for row in told] for n in mixed})
+    df = df.assign(delta_loss=losses, kl=math.nan)
     found = beside(df, pd.concat(sums)).set_index("choice")
-    assert found.loc["aux_coef = 0.0", ["delta_more", "low", "high"]].to_list() == pytest.approx([0.2] * 3)
-    assert found.loc["sinks = keep", ["delta_more", "low", "high"]].to_list() == pytest.approx([-0.1] * 3)
+    assert found.loc["aux_coef = 0.0", ["more", "low", "high"]].to_list() == pytest.approx([0.2] * 3)
+    assert found.loc["sinks = keep", ["more", "low", "high"]].to_list() == pytest.approx([-0.1] * 3)
     assert found.loc["warmup = 0.0", "low"] < 0 < found.loc["warmup = 0.0", "high"]
     lines = verdict(found.reset_index()).splitlines()
+    row = found.loc["warmup = 0.0"]
     assert lines == [
-        "- More is lost with `aux_coef = 0.0` (+0.200) nats/token.",
-        "- Less is lost with `sinks = keep` (−0.100) nats/token.",
-        "- No measurable difference from the full recipe: `warmup = 0.0`.",
+        "- More is lost with `aux_coef = 0.0` (+0.200 [+0.200, +0.200]) nats/token.",
+        "- Less is lost with `sinks = keep` (−0.100 [−0.100, −0.100]) nats/token.",
+        "- Not shown to differ from the full recipe, within these intervals: `warmup = 0.0` "
+        f"({change(row['more'], row['low'], row['high'])}).",
+        "",
+        "Verdicts hold together: corrected for 3 comparisons (Holm, 5%).",
     ]
+    close = pd.DataFrame({"choice": ["a", "b"], "more": 0.1, "low": 0.01, "high": 0.19, "p": [0.06, 0.04]})
+    assert "- More is lost with `b`" in verdict(close) and "intervals: `a`" in verdict(close)
     ax = forest(found.reset_index())
-    assert [label.get_text() for label in ax.get_yticklabels()][-1] == found["delta_more"].idxmax()
+    assert [label.get_text() for label in ax.get_yticklabels()][-1] == found["more"].idxmax()
     assert beside(df.iloc[:1], sums[0]).empty
     with pytest.raises(ResultsError, match="more than one setting"):
         beside(df.assign(k=[64, 64, 64, 32]), pd.concat(sums))
@@ -104,7 +115,7 @@ def test_the_recipes_page_is_made_from_kept_tables(mixed, fake_grid, fake_runs, 
     folder = tmp_path / "results/recipes"
     results.write_tables(kept, folder, prompts[prompts["run_id"].isin(kept["run_id"])])
     page = recipes_page.page(tmp_path)
-    old, new = (kept[kept["recipe"] == recipe]["delta_loss"].mean() for recipe in ("published", "improved"))
+    old, new = (kept[kept["recipe"] == recipe]["kl"].mean() for recipe in ("published", "improved"))
     assert f"{100 * new / old:.1f}% of it" in page and "`make ablation` does it" in page
     path = folder / "results_prompts.csv"
     path.write_text(path.read_text().replace("0", "1", 1))

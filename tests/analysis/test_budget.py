@@ -44,6 +44,6 @@ def test_the_card_has_the_table_with_intervals(fake_grid, fake_runs):
     for row in table.to_dict("records"):
         for budget in map(int, row["budget"].split(" to ")):
             within = selection.candidates(df)[lambda runs, budget=budget: runs["l0"] <= 1.05 * budget]
-            assert row["delta_loss"] == within["delta_loss"].min()
+            assert row["kl"] == within["kl"].min()
     assert table["sparser"].iloc[1].count("[") == 1
     assert budget_section(df, prompts) in home_page.model_card(df, prompts)

@@ -1,12 +1,9 @@
 """Verdicts on rows that are made so that each comes out one way, and intervals against a computation by hand."""
 
-import itertools
-
-import numpy as np
 import pandas as pd
 import pytest
 
-from saegrid.analysis import findings, intervals, published_sweep, selection
+from saegrid.analysis import findings, published_sweep, selection
 from saegrid.analysis.findings import FAILS, HOLDS, NOT_TESTABLE
 from saegrid.experiment import finished_run, results
 from saegrid.report.pages import findings_page
@@ -109,53 +106,3 @@ def test_recommended_is_the_lowest_loss_of_the_sparse():
     df = rows(("JumpReLU", 4, 0.1, 1.0, 5, 0.01), ("TopK", 4, 64, 1.0, 5, 0.3), ("BatchTopK", 4, 64, 1.0, 5, 0.2))
     assert selection.recommend(df)["run_id"] == "run2"
     assert selection.recommend(df.iloc[:1])["run_id"] == "run0"
-
-
-def prompts_of(run_id, deltas, templates):
-    n = len(deltas)
-    frame = pd.DataFrame({"run_id": run_id, "prompt": range(n), "template": templates, "n_tokens": 10})
-    return frame.assign(ce_clean_sum=20.0, ce_spliced_sum=20.0 + 10 * np.asarray(deltas))
-
-
-def test_draws_are_means_over_drawn_templates():
-    deltas, templates = [0.1, 0.3, 0.5, 0.9], [0, 0, 1, 2]
-    drawn = intervals.draws(prompts_of("a", deltas, templates))["a"]
-    by_template = {0: (0.4, 2), 1: (0.5, 1), 2: (0.9, 1)}
-    possible = set()
-    for first in by_template.values():
-        for second in by_template.values():
-            for third in by_template.values():
-                extra, count = (sum(values) for values in zip(first, second, third, strict=True))
-                possible.add(round(extra / count, 9))
-    assert {round(value, 9) for value in drawn} == possible
-
-
-def test_pairing_takes_out_what_the_runs_share():
-    rng = np.random.default_rng(0)
-    noise = rng.normal(1.0, 0.5, 40)
-    both = pd.concat([prompts_of("a", noise + 0.1, range(40)), prompts_of("b", noise, range(40))])
-    drawn = intervals.draws(both)
-    low, high = intervals.interval(drawn, {"a": 1.0, "b": -1.0})
-    assert (low, high) == (pytest.approx(0.1), pytest.approx(0.1))
-    low, high = intervals.interval(drawn, {"a": 1.0})
-    assert 0.15 < high - low < 0.6  # about 2 · 1.96 · 0.5 / √40
-
-
-def test_fvu_is_a_quotient_of_sums_under_each_draw():
-    errors, norms = np.array([1.0, 2.0, 6.0]), np.array([10.0, 4.0, 8.0])
-    frame = prompts_of("a", [0.0] * 3, range(3)).assign(sq_error=errors, sq_norm_centred=norms)
-    picks = itertools.product(range(3), repeat=3)
-    possible = {round(errors[list(pick)].sum() / norms[list(pick)].sum(), 9) for pick in picks}
-    assert {round(value, 9) for value in intervals.draws(frame, "fvu_eval")["a"]} == possible
-
-
-def test_prompts_without_a_template_stand_for_themselves():
-    frame = prompts_of("a", [0.1, 0.9], [0, 0])
-    assert intervals.draws(frame)["a"].nunique() == 1
-    assert intervals.draws(frame.assign(template=np.nan))["a"].nunique() == 3
-
-
-def test_runs_scored_on_different_prompts_are_not_compared():
-    other = prompts_of("b", [0.1, 0.2], [0, 1]).assign(prompt=[0, 2])
-    with pytest.raises(results.ResultsError, match="scored on different prompts"):
-        intervals.draws(pd.concat([prompts_of("a", [0.1, 0.2], [0, 1]), other]))

@@ -47,12 +47,12 @@ def test_the_best_learning_rate_of_each_is_compared(folder):
     base = found[found["is_base"]]
     assert list(base["k"]) == [16, 64] and set(base["arch"]) == {"JumpReLU"}
     for measure in ("delta_loss", "fvu_eval"):
-        assert set(base[f"{measure}_more"]) == {(0.0, 0.0, 0.0)}
+        assert set(base[f"{measure}_more"]) == {(0.0, 0.0, 0.0, 1.0)}
         for _, row in found[~found["is_base"]].iterrows():
-            more, low, high = row[f"{measure}_more"]
+            more, low, high, _ = row[f"{measure}_more"]
             own = base[base["k"] == row["k"]][measure].item()
             assert more == pytest.approx(row[measure] - own) and low < more < high
-        assert all(low > 0 for _, low, _ in found[found["peer"] == "sae-lens"][f"{measure}_more"])
+        assert all(low > 0 for _, low, _, _ in found[found["peer"] == "sae-lens"][f"{measure}_more"])
 
 
 def test_seeds_that_a_contender_lacks_and_rates_that_were_not_chosen_are_left_out(folder):
@@ -67,8 +67,9 @@ def test_seeds_that_a_contender_lacks_and_rates_that_were_not_chosen_are_left_ou
 def test_the_page_has_its_table_and_its_verdict(folder):
     page = recipes_page.page(folder.parents[1])
     assert (
-        "JumpReLU has an FVU without sinks of 0.290 against 0.350 of the best other one (sae-lens BatchTopK; +" in page
+        "K = 16, JumpReLU: FVU without sinks 0.290 against 0.350 of the best other one (sae-lens BatchTopK; +" in page
     )
+    assert "Corrected for all 4 comparisons" in page
     assert "best of 2 learning rates" in page and "Means over 3 seeds" in page
     row = next(line for line in page.splitlines() if '<th scope="row">sae-lens BatchTopK' in line)
     assert len(re.findall(r"\+0\.\d{3} to \+0\.\d{3}", row)) == 2

@@ -77,13 +77,14 @@ def test_the_readmes_peers_are_those_of_the_committed_tables():
     for k, group in found.groupby("k"):
         own, others = group[group["is_base"]].iloc[0], group[group["peer"] != peers.OWN]
         cells = [str(k)]
-        for measure, on_prompts in (("fvu_no_sink", "fvu_eval"), ("delta_loss", "delta_loss")):
+        for measure in ("fvu_no_sink", "delta_loss"):
             best = others.loc[others[measure].idxmin()]
             cells += [f"{own[measure]:.3f}", f"{best[measure]:.3f} ({best['peer']} {best['arch']})"]
-            more, low, high = best[f"{on_prompts}_more"]
-            assert own["arch"] == "Matryoshka" and (low > 0) == (measure == "fvu_no_sink" or k < 128), (k, measure)
-            assert more > 0 and high > 0
-        assert f"| {' | '.join(cells)} |" in README
+        assert own["arch"] == "Matryoshka" and f"| {' | '.join(cells)} |" in README
+    table = peers.against_best(found)
+    shown = table[(table["p"] < 0.05) & (table["more"] > 0)].groupby("measure")["k"].agg(list)
+    assert shown["fvu_no_sink"] == [16, 32, 64, 128] and shown["delta_loss"] == [16] and len(table) == 8
+    assert "shown (Holm, 8 tests): FVU at each K, delta loss at K = 16:" in README
 
 
 def test_the_published_settings_row_is_that_of_the_rehearsal(monkeypatch):

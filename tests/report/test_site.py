@@ -132,7 +132,7 @@ def test_a_changed_number_changes_the_pages(built, fake_grid, tmp_path):
     path = root / "runs" / run.run_id / "metrics.json"
     row = json.loads(path.read_text())
     old = number(row["delta_loss"], "delta_loss")
-    path.write_text(json.dumps(row | {"delta_loss": 0.0123}))
+    path.write_text(json.dumps(row | {"delta_loss": 0.0123, "kl": 0.0098}))
     reseal(path.parent)
     results.make(fake_grid, root)
     execute(root, fake_grid, "results")
@@ -315,7 +315,7 @@ def test_a_point_of_the_frontier_shows_its_run_and_leads_there(built, fake_grid,
     page = open_page("report/frontier.html")
     figure = page.locator("figure.live").first
     marks = figure.locator(".chart path[role=link]")
-    labels = {f"{row['name']}: {captions.point(row, 'delta_loss')}" for row in df.to_dict("records")}
+    labels = {f"{row['name']}: {captions.point(row, 'kl')}" for row in df.to_dict("records")}
     assert {mark.get_attribute("aria-label") for mark in marks.all()} == labels
     assert not figure.locator("> svg").is_visible()  # the static picture is there for print
     mark = marks.last

@@ -100,7 +100,10 @@ def test_the_card_holds_the_recommended_run_and_every_verdict(fake_grid, fake_ru
     text = home_page.model_card(df, prompts)
     best = selection.recommend(df)
     assert f"**Recommended: `{best['name']}`**" in text
-    assert f"**{best['delta_loss']:.3f} nats/token**" in text
+    assert "with the lowest KL of" in text and f"a KL of **{best['kl']:.3f} nats/token** (95% interval" in text
+    older = home_page.model_card(df.assign(kl=math.nan), prompts.drop(columns="kl_sum"))
+    assert f"it costs the model **{best['delta_loss']:.3f} nats/token** (95% interval" in older
+    assert "with the lowest delta loss of" in older and ">KL" not in older
     assert f"{best['name']}.pt" in text
     for finding in findings.all_findings(df, prompts):
         assert findings_page.CLAIMS[finding.number].text.replace("'", "&#x27;") in text

@@ -6,13 +6,16 @@ import pandas as pd
 
 from saegrid.analysis import intervals
 from saegrid.analysis.numbers import number
+from saegrid.analysis.selection import cost
 from saegrid.config import settings
 from saegrid.config.recipes import described, switched
 from saegrid.errors import ResultsError
 
-MEANS = ["l0", "fvu_no_sink", "dead_pct", "dead_pct_no_sink", "delta_loss"]
-BETWEEN = ["delta_interval", "delta_range"]
-"""Uncertainty of the mean delta loss: its interval if there are per-prompt sums, else its range over the seeds."""
+MEANS = ["l0", "fvu_no_sink", "dead_pct", "dead_pct_no_sink", "kl", "delta_loss"]
+BETWEEN = ["kl_interval", "kl_range", "delta_loss_interval", "delta_loss_range"]
+"""Uncertainty of the mean cost: its interval if there are per-prompt sums, else its range over the seeds."""
+LEVEL = 0.05
+"""Error of a family of comparisons."""
 
 
 def named(df: pd.DataFrame) -> pd.DataFrame:
@@ -28,26 +31,27 @@ def setting(df: pd.DataFrame) -> list[str]:
 
 
 def by_recipe(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> pd.DataFrame:
-    """One row per setting and recipe, in table order: means over seeds, number of seeds, uncertainty of delta loss.
+    """One row per setting and recipe, in table order: means over seeds, number of seeds, uncertainty of the cost.
 
-    Columns: those of `setting`, `recipe` in words, `seeds`, `MEANS`, and one of `BETWEEN`: `delta_interval` (95%,
-    over templates and seeds) if the runs' per-prompt sums are given, else `delta_range` (over the seeds).
+    Columns: those of `setting`, `recipe` in words, `seeds`, `MEANS`, and one of `BETWEEN`, of `selection.cost`: its
+    interval (95%, over templates and seeds) if the runs' per-prompt sums are given, else its range over the seeds.
     """
+    measure = cost(df)
     groups = named(df).groupby([*setting(df), "recipe"], sort=False, dropna=False)
     table = groups[MEANS].mean().assign(seeds=groups["seed"].nunique())
     if prompts is None:
-        bounds = groups["delta_loss"].agg(lambda seeds: _between(seeds.min(), seeds.max()) if len(seeds) > 1 else "")
-    else:
-        drawn = intervals.draws(prompts)
-        bounds = groups["run_id"].agg(lambda ids: _between(*intervals.central(intervals.over_seeds(drawn, list(ids)))))
-    return table.assign(**{BETWEEN[prompts is None]: bounds}).reset_index()
+        bounds = groups[measure].agg(lambda seeds: _between(seeds.min(), seeds.max()) if len(seeds) > 1 else "")
+        return table.assign(**{f"{measure}_range": bounds}).reset_index()
+    measured = intervals.measured(prompts, measure)
+    bounds = groups["run_id"].agg(lambda ids: _between(*intervals.over_seeds(measured, list(ids))[1:3]))
+    return table.assign(**{f"{measure}_interval": bounds}).reset_index()
 
 
 def beside(df: pd.DataFrame, prompts: pd.DataFrame, base: str = "improved") -> pd.DataFrame:
-    """How switching one choice of a recipe changes delta loss: one row per switched choice, costliest first.
+    """How switching one choice of a recipe changes its cost: one row per switched choice, costliest first.
 
-    Columns: `recipe` in words, `choice`, `delta_more` (mean over seeds minus that of unchanged `base`), and `low` and
-    `high`, its central 95% interval, paired over templates and seeds.
+    Columns: `recipe` in words, `choice`, `more` (mean `selection.cost` over seeds minus that of unchanged `base`),
+    `low` and `high`, its 95% interval, paired over templates and seeds, and `p`, corrected for all choices (Holm).
 
     Raises:
         ResultsError: the runs have more than one setting, or a choice and `base` have different seeds.
@@ -56,15 +60,13 @@ def beside(df: pd.DataFrame, prompts: pd.DataFrame, base: str = "improved") -> p
     if len({settings.key(row, "recipe") for row in df.to_dict("records")}) > 1:
         raise ResultsError("ablation: runs of more than one setting; compare one at a time")
     own = rows[rows["recipe"] == base]
-    drawn, found = intervals.draws(prompts), []
+    measured, found = intervals.measured(prompts, cost(df)), []
     changed = rows[(rows["base"] == base) & (rows["switched"] != "")]
     for choice, those in changed.groupby("switched", sort=False):
-        low, high = intervals.difference(drawn, those, own)
-        more = those["delta_loss"].mean() - own["delta_loss"].mean()
-        recipe = those["recipe"].iloc[0]
-        found.append({"recipe": recipe, "choice": choice, "delta_more": more, "low": low, "high": high})
-    columns = ["recipe", "choice", "delta_more", "low", "high"]
-    return pd.DataFrame(found, columns=columns).sort_values("delta_more", ascending=False, ignore_index=True)
+        found.append((those["recipe"].iloc[0], choice, *intervals.difference(measured, those, own)))
+    table = pd.DataFrame(found, columns=["recipe", "choice", "more", "low", "high", "p"])
+    table["p"] = intervals.holm(table["p"])
+    return table.sort_values("more", ascending=False, ignore_index=True)
 
 
 def _between(low: float, high: float) -> str:

@@ -1,8 +1,8 @@
 """The five published findings, each a function from the tidy table to a verdict, an effect and its numbers.
 
 The same functions run on our own rows and on the published ones; `report.pages.findings_page` words the results.
-An effect is a delta loss or a difference of delta losses in nats/token; its 95% interval is a paired bootstrap over
-problem templates and needs the runs' per-prompt sums (`finished_run.load_prompts`).
+An effect is a delta loss or a difference of delta losses in nats/token; its 95% interval is a t interval over problem
+templates and needs the runs' per-prompt sums (`finished_run.load_prompts`).
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def all_findings(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> list[
     df = without_controls(df)
     if "recipe" in df:
         df = df[df["recipe"] == "published"]
-    drawn = None if prompts is None else intervals.draws(prompts)
+    measured = None if prompts is None else intervals.measured(prompts)
     tests = (batchtopk_beats_topk, small_k_dies, sweet_spot, jumprelu_is_dense, large_adds_little)
-    return [test(df, drawn) for test in tests]
+    return [test(df, measured) for test in tests]
 
 
-def batchtopk_beats_topk(df: pd.DataFrame, drawn: pd.DataFrame | None = None) -> Finding:
+def batchtopk_beats_topk(df: pd.DataFrame, measured: intervals.Measured | None = None) -> Finding:
     """Finding 1: every BatchTopK row against the otherwise equal TopK row.
 
     Facts: `pairs`, their number; in how many BatchTopK has lower `val_mse`, lower `delta_loss`, no higher `dead_pct`.
@@ -75,10 +75,10 @@ def batchtopk_beats_topk(df: pd.DataFrame, drawn: pd.DataFrame | None = None) ->
     gap = pairs["delta_loss_batch"] - pairs["delta_loss_top"]
     weights = _weights(pairs, "run_id_batch", 1 / n) | _weights(pairs, "run_id_top", -1 / n)
     evidence = df[df["arch"].isin(["BatchTopK", "TopK"])].sort_values(["expansion", "k", "arch"])
-    return Finding(1, verdict, float(gap.mean()), _interval(drawn, weights), evidence, facts)
+    return Finding(1, verdict, float(gap.mean()), _interval(measured, weights), evidence, facts)
 
 
-def small_k_dies(df: pd.DataFrame, drawn: pd.DataFrame | None = None) -> Finding:
+def small_k_dies(df: pd.DataFrame, measured: intervals.Measured | None = None) -> Finding:
     """Finding 2: dead latents at small and at larger K, at one expansion.
 
     Facts: rows with `small` and with `enough` K; if the claim's own K are missing, the smallest and the largest.
@@ -91,12 +91,12 @@ def small_k_dies(df: pd.DataFrame, drawn: pd.DataFrame | None = None) -> Finding
         verdict = HOLDS if most and enough["dead_pct"].mean() < small["dead_pct"].mean() else FAILS
     elif rows["k"].nunique() > 1:
         small, enough = rows[rows["k"] == rows["k"].min()], rows[rows["k"] == rows["k"].max()]
-    effect, interval = _difference(small, enough, drawn) if len(small) and len(enough) else (None, None)
+    effect, interval = _difference(small, enough, measured) if len(small) and len(enough) else (None, None)
     evidence = pd.concat([small, enough]).sort_values(["k", "arch"])
     return Finding(2, verdict, effect, interval, evidence, {"small": small, "enough": enough})
 
 
-def sweet_spot(df: pd.DataFrame, drawn: pd.DataFrame | None = None) -> Finding:
+def sweet_spot(df: pd.DataFrame, measured: intervals.Measured | None = None) -> Finding:
     """Finding 3: the best of BatchTopK, 4x or 8x, K=220 against the best other BatchTopK or TopK run.
 
     Facts: `best`, the best claimed run (or the best of all), and `rival`, the best other run: at most one row each.
@@ -108,13 +108,13 @@ def sweet_spot(df: pd.DataFrame, drawn: pd.DataFrame | None = None) -> Finding:
         best = rows.nsmallest(1, "delta_loss")
         return Finding(3, NOT_TESTABLE, None, None, best, {"best": best, "rival": rows.iloc[:0]})
     best, rival = sweet.nsmallest(1, "delta_loss"), other.nsmallest(1, "delta_loss")
-    effect, interval = _difference(best, rival, drawn)
+    effect, interval = _difference(best, rival, measured)
     as_good = best["frac_rec_pct"].item() >= SWEET_FRAC_REC_PCT and best["dead_pct"].item() <= SWEET_DEAD_PCT
     verdict = HOLDS if effect < 0 and as_good else FAILS
     return Finding(3, verdict, effect, interval, pd.concat([sweet, rival]), {"best": best, "rival": rival})
 
 
-def jumprelu_is_dense(df: pd.DataFrame, drawn: pd.DataFrame | None = None) -> Finding:
+def jumprelu_is_dense(df: pd.DataFrame, measured: intervals.Measured | None = None) -> Finding:
     """Finding 4: reconstruction and density of JumpReLU at the smallest threshold. Facts: its rows, `lowest`."""
     rows = df[(df["arch"] == "JumpReLU") & df["threshold"].notna()]
     lowest = rows[rows["threshold"] == rows["threshold"].min()]
@@ -124,12 +124,12 @@ def jumprelu_is_dense(df: pd.DataFrame, drawn: pd.DataFrame | None = None) -> Fi
         perfect = (lowest["frac_rec_pct"] >= NEAR_PERFECT_FRAC_REC_PCT).all()
         verdict = HOLDS if perfect and (share >= DENSE_SHARE_PCT).all() else FAILS
         effect = float(lowest["delta_loss"].mean())
-        interval = _interval(drawn, _weights(lowest, "run_id", 1 / len(lowest)))
+        interval = _interval(measured, _weights(lowest, "run_id", 1 / len(lowest)))
     evidence = rows.sort_values(["threshold", "expansion"])
     return Finding(4, verdict, effect, interval, evidence, {"lowest": lowest})
 
 
-def large_adds_little(df: pd.DataFrame, drawn: pd.DataFrame | None = None) -> Finding:
+def large_adds_little(df: pd.DataFrame, measured: intervals.Measured | None = None) -> Finding:
     """Finding 5: 16x against 8x, all else equal.
 
     Facts: the expansions `small` and `large` (the two largest if the claim's are missing) and `gaps`, the delta loss of
@@ -151,7 +151,7 @@ def large_adds_little(df: pd.DataFrame, drawn: pd.DataFrame | None = None) -> Fi
     verdict = NOT_TESTABLE if not testable else HOLDS if -effect <= LITTLE_NATS else FAILS
     evidence = rows[rows["expansion"].isin([small, large])].sort_values(["arch", "k", "expansion"])
     facts = {"small": small, "large": large, "gaps": gaps.tolist()}
-    return Finding(5, verdict, effect, _interval(drawn, weights), evidence, facts)
+    return Finding(5, verdict, effect, _interval(measured, weights), evidence, facts)
 
 
 def _pairs(rows: pd.DataFrame, axis: str, base: tuple[Any, str], other: tuple[Any, str]) -> pd.DataFrame:
@@ -164,15 +164,18 @@ def _pairs(rows: pd.DataFrame, axis: str, base: tuple[Any, str], other: tuple[An
 
 
 def _difference(
-    a: pd.DataFrame, b: pd.DataFrame, drawn: pd.DataFrame | None
+    a: pd.DataFrame, b: pd.DataFrame, measured: intervals.Measured | None
 ) -> tuple[float, tuple[float, float] | None]:
     weights = _weights(a, "run_id", 1 / len(a)) | _weights(b, "run_id", -1 / len(b))
-    return float(a["delta_loss"].mean() - b["delta_loss"].mean()), _interval(drawn, weights)
+    return float(a["delta_loss"].mean() - b["delta_loss"].mean()), _interval(measured, weights)
 
 
 def _weights(rows: pd.DataFrame, name: str, weight: float) -> dict[str, float]:
     return dict.fromkeys(rows[name], weight) if name in rows else {}
 
 
-def _interval(drawn: pd.DataFrame | None, weights: Mapping[str, float]) -> tuple[float, float] | None:
-    return intervals.interval(drawn, weights) if drawn is not None and weights else None
+def _interval(measured: intervals.Measured | None, weights: Mapping[str, float]) -> tuple[float, float] | None:
+    if measured is None or not weights:
+        return None
+    _, low, high, _ = intervals.contrast(measured, weights)
+    return low, high

@@ -1,34 +1,58 @@
-"""95% intervals of measures on the evaluation prompts, by a paired bootstrap over problem templates.
+"""95% intervals of measures on the evaluation prompts: t intervals over problem templates and, with several, seeds.
 
-Prompts of one template are alike, so templates are drawn. Every draw takes the same templates for all runs, so the
-noise that two runs share cancels in their difference. A measure is a ratio of two sums over prompts.
+Prompts of one template are alike, so templates are the clusters; seeds are the runs of one setting. A measure is a
+ratio of two sums over prompts, and its variance over templates is that of the ratio's linear part. Runs are compared
+on the same templates, so what two runs share cancels. What each interval covers is simulated:
+`benchmarks/coverage_of_intervals.py`.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import mpmath
 import numpy as np
 import pandas as pd
 
 from saegrid.errors import ResultsError
 
-DRAWS = 2000
-SEED = 0
 COVERAGE = 0.95
 MEASURES = {
+    "kl": ("kl_sum", "n_tokens"),
     "delta_loss": ("ce_spliced_sum - ce_clean_sum", "n_tokens"),
     "fvu_eval": ("sq_error", "sq_norm_centred"),
 }
-"""Numerator and denominator, each summed over prompts: nats/token; FVU without sinks on the prompts."""
+"""Numerator and denominator, each summed over prompts: nats/token, twice; FVU without sinks on the prompts."""
 
 
-def draws(prompts: pd.DataFrame, measure: str = "delta_loss") -> pd.DataFrame:
-    """A measure of every run under every bootstrap draw: one row per draw, one column per run id.
+class Estimate(NamedTuple):
+    """A value, its 95% interval, and the two-sided p of the value 0; NaN bounds and p with a single template."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A measure of every run, and what each template adds to it."""
+
+    value: pd.Series  # by run id
+    parts: (
+        pd.DataFrame
+    )  # one row per template, one column per run id: (numerator - value · denominator) / Σ denominator
+
+
+def measured(prompts: pd.DataFrame, measure: str = "delta_loss") -> Measured:
+    """A measure of the runs in `prompts`.
 
     `prompts` is long-form: `run_id, prompt, template, n_tokens` and the sums that the measure needs (`MEASURES`). A
-    prompt without a template is its own group. Raises `ResultsError` if the runs were not scored on the same prompts
+    prompt without a template is its own cluster. Raises `ResultsError` if the runs were not scored on the same prompts
     and tokens, or if a sum is missing.
     """
     alone = "prompt " + prompts["prompt"].astype(str)
@@ -45,41 +69,86 @@ def draws(prompts: pd.DataFrame, measure: str = "delta_loss") -> pd.DataFrame:
     if tokens.isna().any().any() or (tokens.nunique(axis=1) != 1).any():
         raise ResultsError("prompts.csv: the runs were scored on different prompts or tokens and can't be compared")
     groups = prompts.groupby(["group", "run_id"], sort=True)[["above", "below"]].sum().unstack("run_id")
-    n_groups = len(groups)
-    weights = np.random.default_rng(SEED).multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=DRAWS)
-    above, below = groups["above"], groups["below"]
-    return pd.DataFrame((weights @ above.to_numpy()) / (weights @ below.to_numpy()), columns=above.columns)
+    value = groups["above"].sum() / groups["below"].sum()
+    return Measured(value, (groups["above"] - value * groups["below"]) / groups["below"].sum())
 
 
-def interval(drawn: pd.DataFrame, weights: Mapping[str, float]) -> tuple[float, float]:
-    """The central 95% interval of a weighted sum of runs' measures, such as `{"a": 1, "b": -1}` for a - b."""
-    return central(sum(drawn[run_id] * weight for run_id, weight in weights.items()))
+def contrast(found: Measured, weights: Mapping[str, float]) -> Estimate:
+    """A weighted sum of runs' measures, such as `{"a": 1, "b": -1}` for a - b. Generalises over templates alone."""
+    runs, factors = list(weights), np.array(list(weights.values()))
+    return _estimate(found.value[runs] @ factors, found.parts[runs].to_numpy() @ factors, np.zeros(1))
 
 
-def over_seeds(drawn: pd.DataFrame, run_ids: Sequence[str]) -> np.ndarray:
-    """Means (`DRAWS`,) over the runs of one setting; both seeds and templates are drawn.
-
-    Two settings with equally many seeds in the same order get the same draws, so their difference is paired.
-    """
-    values = drawn[list(run_ids)].to_numpy()
-    picked = np.random.default_rng(SEED + 1).integers(values.shape[1], size=values.shape)
-    means: np.ndarray = np.take_along_axis(values, picked, axis=1).mean(axis=1)
-    return means
+def over_seeds(found: Measured, runs: Sequence[str]) -> Estimate:
+    """The mean over the runs of one setting. Generalises over templates and, if there are several runs, seeds."""
+    value, parts = found.value[list(runs)], found.parts[list(runs)]
+    return _estimate(value.mean(), parts.to_numpy().mean(axis=1), value.to_numpy())
 
 
-def difference(drawn: pd.DataFrame, runs: pd.DataFrame, base: pd.DataFrame) -> tuple[float, float]:
-    """The central 95% interval of the mean over `runs` minus that over `base`, paired over templates and seeds.
+def difference(found: Measured, runs: pd.DataFrame, base: pd.DataFrame) -> Estimate:
+    """The mean over `runs` minus that over `base`, paired over templates and seeds.
 
     Both have the columns `run_id` and `seed`. Raises `ResultsError` if their seeds differ.
     """
+    ours, theirs = _paired(runs, base)
+    values = found.value[ours].to_numpy() - found.value[theirs].to_numpy()
+    return _estimate(values.mean(), (found.parts[ours].to_numpy() - found.parts[theirs].to_numpy()).mean(1), values)
+
+
+def ratio(found: Measured, runs: pd.DataFrame, base: pd.DataFrame) -> Estimate:
+    """The mean over `runs` divided by that over `base`, paired as `difference` is."""
+    ours, theirs = _paired(runs, base)
+    whole = found.value[theirs].mean()
+    value = found.value[ours].mean() / whole
+    parts = (found.parts[ours].to_numpy() - value * found.parts[theirs].to_numpy()).mean(axis=1) / whole
+    seeds = (found.value[ours].to_numpy() - value * found.value[theirs].to_numpy()) / whole
+    return _estimate(value, parts, seeds)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """The p of a family of comparisons, corrected (Holm 1979): below 0.05, the error of the whole family is."""
+    order = np.argsort(ps, kind="stable")
+    raised = np.array(ps)[order] * np.arange(len(ps), 0, -1)
+    found = np.empty(len(ps))
+    found[order] = np.minimum(np.maximum.accumulate(raised), 1.0)
+    return list(found)
+
+
+def t_interval(value: float, error: float, df: float) -> Estimate:
+    """value ± t(df) · error, the standard error; `df` is rounded down."""
+    if not df >= 1:
+        return Estimate(value, np.nan, np.nan, np.nan)
+    df, apart = int(df), abs(value) / error if error else np.inf * abs(value)
+    half = _quantile(df) * error
+    return Estimate(value, value - half, value + half, 1.0 if np.isnan(apart) else _tails(apart, df))
+
+
+def _estimate(value: float, parts: np.ndarray, seeds: np.ndarray) -> Estimate:
+    """The t interval of a value from its parts by template (G,) and its values by seed (n,): Satterthwaite's df."""
+    n_groups, n = len(parts), len(seeds)
+    templates = n_groups / max(n_groups - 1, 1) * np.sum(np.square(parts))
+    between = seeds.var(ddof=1) / n if n > 1 else 0.0
+    total = templates + between
+    if n_groups < 2 or not total > 0:
+        return t_interval(float(value), 0.0, n_groups - 1)
+    df = total**2 / (templates**2 / (n_groups - 1) + between**2 / max(n - 1, 1))
+    return t_interval(float(value), float(np.sqrt(total)), df)
+
+
+def _paired(runs: pd.DataFrame, base: pd.DataFrame) -> tuple[list[str], list[str]]:
     runs, base = runs.sort_values("seed"), base.sort_values("seed")
     if list(runs["seed"]) != list(base["seed"]):
         raise ResultsError(f"seeds {list(runs['seed'])} and {list(base['seed'])}: only the same ones can be paired")
-    return central(over_seeds(drawn, list(runs["run_id"])) - over_seeds(drawn, list(base["run_id"])))
+    return list(runs["run_id"]), list(base["run_id"])
 
 
-def central(values: np.ndarray | pd.Series) -> tuple[float, float]:
-    """The central 95% interval of the drawn values."""
-    tail = (1 - COVERAGE) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return float(low), float(high)
+def _tails(t: float, df: int) -> float:
+    """The chance that Student's |t| with `df` degrees of freedom is above `t`."""
+    return float(mpmath.betainc(df / 2, 0.5, 0, df / (df + t * t), regularized=True))
+
+
+@functools.cache
+def _quantile(df: int) -> float:
+    """The t above which, and below whose negative, lie 5% of Student's t."""
+    bounds = (1.9, 12.8)  # df of infinity and of 1
+    return float(mpmath.findroot(lambda t: _tails(t, df) - (1 - COVERAGE), bounds, solver="anderson", tol=1e-12))

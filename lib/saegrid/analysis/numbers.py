@@ -53,10 +53,11 @@ COLUMNS = {
     "ce_mean": Column("CE mean", "nats/token", ".3f"),
     "kl": Column("KL", "nats/token", ".3f", "min"),
     "delta_loss": Column("Delta loss", "nats/token", ".3f", "min"),
-    "delta_interval": Column("Delta loss, 95% interval", "nats/token"),
-    "delta_more": Column("Delta loss more", "nats/token", "+.3f"),
-    "delta_change": Column("More than the whole recipe's", "nats/token"),
-    "delta_range": Column("Delta loss, range over seeds", "nats/token"),
+    "kl_interval": Column("KL, 95% interval", "nats/token"),
+    "kl_range": Column("KL, range over seeds", "nats/token"),
+    "delta_loss_interval": Column("Delta loss, 95% interval", "nats/token"),
+    "delta_loss_range": Column("Delta loss, range over seeds", "nats/token"),
+    "change": Column("More than the whole recipe's", "nats/token"),
     "budget": Column("Best within an L0 of", "latents/token"),
     "smaller": Column("Half the latents costs", "nats/token"),
     "sparser": Column("The sparser budget costs", "nats/token"),
@@ -105,8 +106,8 @@ def change(value: float, low: float, high: float, digits: int = 3) -> str:
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """A difference with its sign: `+0.081`, with a true minus sign."""
-    return f"{value:+.{digits}f}".replace("-", "−")
+    """A difference with its sign: `+0.081`, with a true minus sign; a dash if it is missing."""
+    return MISSING if math.isnan(value) else f"{value:+.{digits}f}".replace("-", "−")
 
 
 def between(values: pd.Series, digits: str) -> str:

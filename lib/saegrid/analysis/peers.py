@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pandas as pd
 
 from saegrid.analysis import intervals
+from saegrid.analysis.selection import cost
 
 OWN = "saegrid"
 KEYS = ["peer", "arch", "k", "rate", "seed"]
-COMPARED = (
-    ("fvu_no_sink", "an FVU without sinks", "fvu_eval", "More FVU"),
-    ("delta_loss", "a delta loss", "delta_loss", "More delta loss"),
-)
-"""Measure and its name; the measure compared on the prompts, with an interval; the title of its column."""
-MEANS = ["l0_no_sink", "fvu_no_sink", "fvu_eval", "dead_pct_no_sink", "delta_loss"]
+COMPARED = {"fvu_no_sink": "fvu_eval", "kl": "kl", "delta_loss": "delta_loss"}
+"""Measures that contenders are compared by (KL if all have it), and what is compared on the prompts, with an interval.
+"""
+MEANS = ["l0_no_sink", "fvu_no_sink", "fvu_eval", "dead_pct_no_sink", "kl", "delta_loss"]
 CONTENDER = ["peer", "arch"]
 
 
@@ -43,21 +43,39 @@ def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 def compared(runs: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
     """One row per K and contender: means over seeds, and the differences from this project's SAE at that K.
 
-    This project's SAE is its architecture with the lowest FVU without sinks. `delta_loss_more` and `fvu_eval_more` are
-    (difference, low, high): the bounds are its central 95% interval, over problem templates and seeds.
+    This project's SAE is its architecture with the lowest FVU without sinks. `delta_loss_more`, `fvu_eval_more` and, if
+    all runs have a KL, `kl_more` are `intervals.Estimate`s, over problem templates and seeds.
     """
-    drawn, rows = {measure: intervals.draws(prompts, measure) for measure in intervals.MEASURES}, []
+    runs, rows = runs.assign(kl=runs.get("kl", math.nan)), []
+    names = [name for name in COMPARED.values() if name != "kl" or cost(runs) == "kl"]
+    measured = {name: intervals.measured(prompts, name) for name in names}
     for k, group in runs.groupby("k"):
         own = group[group["peer"] == OWN].groupby("arch")["fvu_no_sink"].mean().idxmin()
         base = group[(group["peer"] == OWN) & (group["arch"] == own)]
         for (peer, arch), those in group.groupby(CONTENDER, sort=False):
             means = those[MEANS].mean()
-            more = {
-                f"{name}_more": (means[name] - base[name].mean(), *intervals.difference(drawn[name], those, base))
-                for name in drawn
-            }
+            more = {f"{name}_more": intervals.difference(measured[name], those, base) for name in names}
             rates = " and ".join(f"{rate:.2g}" for rate in sorted(those["rate"].unique()))
             row = {"k": k, "peer": peer, "arch": arch, "is_base": (peer, arch) == (OWN, own), "rates": rates}
             row |= {"tried": those["tried"].max(), "seeds": len(those)}
             rows.append(row | dict(means) | more)
-    return pd.DataFrame(rows).sort_values(["k", "delta_loss"], ignore_index=True)
+    return pd.DataFrame(rows).sort_values(["k", cost(runs)], ignore_index=True)
+
+
+def against_best(found: pd.DataFrame) -> pd.DataFrame:
+    """This project's SAE beside the best of the others (`compared`): one row per K and measure of `COMPARED`.
+
+    Columns: `k`, `measure`, `arch` (this project's), `own`, `peer`, `their_arch`, `theirs`, and of the difference on
+    the prompts `more` (theirs minus own), `low`, `high` and `p`, corrected for all rows (Holm).
+    """
+    rows = []
+    for k, group in found.groupby("k"):
+        base, others = group[group["is_base"]].iloc[0], group[group["peer"] != OWN]
+        for measure, on_prompts in COMPARED.items():
+            if len(others) and f"{on_prompts}_more" in found:
+                best = others.loc[others[measure].idxmin()]
+                theirs = (best["peer"], best["arch"], best[measure])
+                rows.append((k, measure, base["arch"], base[measure], *theirs, *best[f"{on_prompts}_more"]))
+    names = ["k", "measure", "arch", "own", "peer", "their_arch", "theirs", "more", "low", "high", "p"]
+    table = pd.DataFrame(rows, columns=names)
+    return table.assign(p=intervals.holm(table["p"]))

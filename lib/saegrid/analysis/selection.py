@@ -107,15 +107,20 @@ def same_settings(own: pd.DataFrame, other: pd.DataFrame) -> tuple[pd.DataFrame,
     return both, other[[key not in shared for key in other_keys]]
 
 
+def cost(df: pd.DataFrame) -> str:
+    """The measure by which runs are ranked: `kl`, or `delta_loss` if a run has no KL (it has both signs near 0)."""
+    return "kl" if "kl" in df and len(df) and df["kl"].notna().all() else "delta_loss"
+
+
 def recommend(df: pd.DataFrame) -> pd.Series:
-    """The row with the lowest delta loss among the sparse ones (`candidates`).
+    """The row with the lowest `cost` among the sparse ones (`candidates`).
 
     Raises `ResultsError` if all rows are controls.
     """
     rows = candidates(df)
     if rows.empty:
         raise ResultsError("results: every run is a control (freeze, model_init), so none can be recommended")
-    return rows.nsmallest(1, "delta_loss").iloc[0]
+    return rows.nsmallest(1, cost(df)).iloc[0]
 
 
 def pareto(df: pd.DataFrame, y: str, x: str = "l0", lower_is_better: bool = True) -> pd.DataFrame:

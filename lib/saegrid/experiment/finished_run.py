@@ -9,7 +9,7 @@ import contextlib
 import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,11 @@ SET_ASIDE = "metrics.json.aside"
 """Metrics of a complete run, set aside until its notebook is executed again, which restores them."""
 MEND = "`python -m saegrid mend GRID` drops it, and the next run makes it again"
 _HEX = re.compile(r"[0-9a-f]{8,64}")
+
+
+def metrics_of(row: Mapping[str, Any]) -> list[str]:
+    """The metrics that a run has: `METRICS`, and `kl` unless an older version made it."""
+    return [*METRICS, "kl"] if _is_finite(row["kl"]) else METRICS
 
 
 @contextlib.contextmanager

@@ -338,8 +338,8 @@ def _gated(batch: _Batch, l1: Tensor) -> _Code:
 
 def _add_auxk(batch: _Batch, code: _Code, dead: Tensor, room: int, settings: StepSettings) -> None:
     """Add AuxK's gradient (`reference.auxk_gradients`), from the `room` latents among which all dead ones are."""
-    params, grads, d_sae = batch.params, code.grads, len(dead)
-    chosen: Any = dead.int().topk(room, sorted=False).indices if room < d_sae else slice(None)
+    params, grads = batch.params, code.grads
+    chosen: Any = dead.int().topk(room, sorted=False).indices if room < len(dead) else slice(None)
     pre = torch.where(dead[chosen], batch.pre[:, chosen], 0.0)  # (N, room)
     if room > settings.aux_k:
         pre = torch.where(pre >= _smallest_kept(pre, settings.aux_k, by_row=True), pre, 0.0)

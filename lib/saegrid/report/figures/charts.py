@@ -24,7 +24,7 @@ from saegrid.storage.atomic import write_text
 LIBRARY = "scripts/vega.js"
 """The script's path relative to the report's pages."""
 SHAPES = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down", "P": "cross"}
-SHOWN = ["l0", "l0_share_pct", "delta_loss", "frac_rec_pct", "loss_recovered_mean", "fvu_no_sink", "dead_pct"]
+SHOWN = ["l0", "l0_share_pct", "kl", "delta_loss", "frac_rec_pct", "loss_recovered_mean", "fvu_no_sink", "dead_pct"]
 """Measures in a marker's tooltip."""
 LOG_2 = alt.Scale(type="log", base=2, nice=False, padding=24)
 LEGENDS = {"top": {"anchor": "start", "direction": "vertical", "margin": 4}}
@@ -84,7 +84,7 @@ def frontier(
         l0_share_pct=100 * df["l0"] / df["d_sae"],
     )
     rows["label"] = [f"{row['name']}: {captions.point(row, y)}" for row in rows.to_dict("records")]
-    shown = list(dict.fromkeys([*SHOWN, y]))
+    shown = [name for name in dict.fromkeys([*SHOWN, y]) if name not in df or df[name].notna().any()]
     for name in shown:
         rows[f"{name}_text"] = [number(value, name) for value in rows[name]]
     keep = [

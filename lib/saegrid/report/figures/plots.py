@@ -82,7 +82,7 @@ def pca_line(df: pd.DataFrame, y: str, baseline: pd.DataFrame | None) -> pd.Data
     no rows if `y` was not measured for PCA, or was measured on several stores."""
     if baseline is not None and "store_id" in df:  # a control's untrained model has a store of its own
         baseline = baseline[baseline["store_id"].isin(df["store_id"])]
-    if baseline is None or y not in baseline or baseline["store_id"].nunique() != 1:
+    if baseline is None or y not in baseline or baseline[y].isna().any() or baseline["store_id"].nunique() != 1:
         return pd.DataFrame(columns=["components", y], dtype=float)
     return baseline[baseline["components"] <= df["l0"].max()][["components", y]]
 

@@ -5,35 +5,40 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 
-from saegrid.analysis.ablation import BETWEEN, MEANS, by_recipe, setting
-from saegrid.analysis.numbers import number
+from saegrid.analysis.ablation import BETWEEN, LEVEL, MEANS, by_recipe, setting
+from saegrid.analysis.numbers import COLUMNS, change
 from saegrid.report.figures.style import INK, styled
 from saegrid.report.tables import html_table, markdown
 
 
 def verdict(found: pd.DataFrame) -> str:
-    """Which switched choices (`beside`) raise delta loss, lower it, or make no measurable difference."""
-    parts = {"More is lost": found["low"] > 0, "Less is lost": found["high"] < 0}
+    """Which switched choices (`beside`) raise the cost, lower it, or are not shown to differ, as a family."""
+    shown = found["p"] < LEVEL
+    parts = {"More is lost": shown & (found["more"] > 0), "Less is lost": shown & (found["more"] < 0)}
     lines = []
     for words, rows in parts.items():
         if rows.any():
-            told = [f"`{row.choice}` ({number(row.delta_more, 'delta_more')})" for row in found[rows].itertuples()]
-            lines.append(f"- {words} with {', '.join(told)} nats/token.")
-    rest = found.loc[(found["low"] <= 0) & (found["high"] >= 0), "choice"]
-    if len(rest):
-        lines.append(f"- No measurable difference from the full recipe: {', '.join(f'`{choice}`' for choice in rest)}.")
-    return "\n".join(lines)
+            lines.append(f"- {words} with {_told(found[rows])} nats/token.")
+    if not shown.all():
+        lines.append(f"- Not shown to differ from the full recipe, within these intervals: {_told(found[~shown])}.")
+    return "\n".join(
+        [*lines, "", f"Verdicts hold together: corrected for {len(found)} comparisons (Holm, {LEVEL:.0%})."]
+    )
+
+
+def _told(rows: pd.DataFrame) -> str:
+    return ", ".join(f"`{row.choice}` ({change(row.more, row.low, row.high)})" for row in rows.itertuples())
 
 
 @styled
-def forest(found: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Change of delta loss when each choice is switched (`beside`), with intervals; one row per choice."""
+def forest(found: pd.DataFrame, *, measure: str = "delta_loss", ax: Axes | None = None) -> Axes:
+    """Change of a measure when each choice is switched (`beside`), with intervals; one row per choice."""
     rows = found.iloc[::-1]
-    beyond = [(rows["delta_more"] - rows["low"]).clip(lower=0), (rows["high"] - rows["delta_more"]).clip(lower=0)]
-    ax.errorbar(rows["delta_more"], range(len(rows)), xerr=beyond, fmt="o", color=INK, capsize=3)
+    beyond = [(rows["more"] - rows["low"]).clip(lower=0), (rows["high"] - rows["more"]).clip(lower=0)]
+    ax.errorbar(rows["more"], range(len(rows)), xerr=beyond, fmt="o", color=INK, capsize=3)
     ax.axvline(0.0, color=INK, linewidth=0.8, linestyle="--")
     ax.set_yticks(range(len(rows)), rows["choice"])
-    ax.set_xlabel("Delta loss more than the whole recipe's (nats/token)")
+    ax.set_xlabel(f"{COLUMNS[measure].title} more than the whole recipe's ({COLUMNS[measure].unit})")
     ax.grid(visible=False, axis="y")
     return ax
 

@@ -197,8 +197,8 @@ def findings_table(own: list[Finding], published: list[Finding], page: str | Non
     heads = ["Published claim", "Verdict here", 'Effect, 95% interval <span class="unit">nats/token</span>']
     heads += ['On the published rows <span class="unit">nats/token</span>']
     caption = (
-        "Verdicts on this grid's rows and on the published ones. Intervals by paired bootstrap over templates; the "
-        "published rows allow none."
+        "Verdicts on this grid's rows and on the published ones. 95% t intervals over templates, of each "
+        "effect; the published rows allow none."
     )
     return html_block(
         f'<div class="table-scroll" role="region" tabindex="0" aria-label="The five findings">\n'
@@ -225,7 +225,7 @@ def verdict(finding: Finding) -> str:
 def finding_section(own: Finding, published: Finding, links: str = "") -> Markdown:
     """One finding in full: claim, verdict, numbers, rule, its rows, and the verdict on the published rows."""
     claim = CLAIMS[own.number]
-    columns = ["name", "seed", "l0", "val_mse", "nmse", "dead_pct", "delta_loss", "frac_rec_pct"]
+    columns = ["name", "seed", "l0", "val_mse", "nmse", "dead_pct", "kl", "delta_loss", "frac_rec_pct"]
     parts = [
         f"> {claim.text}",
         f"**On this grid: {SIGNS[own.verdict][0]} {own.verdict}.** {sentence(own)}",

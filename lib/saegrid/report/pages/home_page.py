@@ -14,13 +14,15 @@ from saegrid.analysis import findings as claims
 from saegrid.analysis import intervals, published_sweep, selection
 from saegrid.analysis.budget import by_budget
 from saegrid.analysis.numbers import COLUMNS, MISSING, counted, number
+from saegrid.analysis.scaling import MEASURES
 from saegrid.config.architectures import ARCHITECTURES
 from saegrid.report.figures import captions, plots
 from saegrid.report.pages import findings_page, trust_section
 from saegrid.report.pages.ablation_section import recipe_section
 from saegrid.report.tables import Markdown, html_block, html_table, markdown, pipe_table
 
-MAIN = ["name", "l0", "val_mse", "nmse", "fvu_no_sink", "dead_pct", "delta_loss", "frac_rec_pct", "loss_recovered_mean"]
+MAIN = ["name", "l0", "val_mse", "nmse", "fvu_no_sink", "dead_pct", "kl", "delta_loss", "frac_rec_pct"]
+MAIN += ["loss_recovered_mean"]
 """Columns of the results table on the home page."""
 KEEP = {
     "k": "top = pre.topk({k})\nz = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())",
@@ -54,9 +56,10 @@ def model_card(
     trust = "" if stable is None else trust_section.in_short(best, df, stable, baseline)
     df = selection.without_controls(df)
     runs = f"{links}runs/" if links else ""
-    ax = plots.frontier(df, y="delta_loss", links=runs, baseline=baseline)
-    alt = captions.frontier_alt(df, "delta_loss")
-    caption = captions.frontier_caption(df, "delta_loss", baseline=baseline)
+    y = selection.cost(df)
+    ax = plots.frontier(df, y=y, links=runs, baseline=baseline)
+    alt = captions.frontier_alt(df, y)
+    caption = captions.frontier_caption(df, y, baseline=baseline)
     own, published = claims.all_findings(df, prompts), claims.all_findings(published_sweep.rows())
     more = f" [Interactive, and against other measures]({links}frontier.ipynb)." if links else ""
     return markdown(
@@ -105,7 +108,9 @@ def swept_text(df: pd.DataFrame) -> str:
 
 def key_numbers(best: pd.Series) -> Markdown:
     """The recommended run's numbers, in large type."""
+    changed = [] if pd.isna(best["kl"]) else [(number(best["kl"], "kl"), "nats/token", "KL when spliced in")]
     cells = [
+        *changed,
         (f"{number(best['delta_loss'], 'delta_loss')}", "nats/token", "loss added when spliced in"),
         (f"{number(best['l0'], 'l0')}", f"of {number(best['d_sae'], 'd_sae')}", "latents fire on a token"),
         (
@@ -124,7 +129,7 @@ def key_numbers(best: pd.Series) -> Markdown:
 
 def recommendation(df: pd.DataFrame, prompts: pd.DataFrame | None = None, runs: str = "") -> Markdown:
     """The recommended run and its numbers as one paragraph."""
-    best = selection.recommend(df)
+    best, measure = selection.recommend(df), selection.cost(df)
     name = f"[{best['name']}]({runs}{best['run_id']}.ipynb)" if runs else f"`{best['name']}`"
     limit = f"{claims.DENSE_SHARE_PCT:g}% of their latents"
     sparse = 100 * best["l0"] / best["d_sae"] < claims.DENSE_SHARE_PCT
@@ -132,11 +137,16 @@ def recommendation(df: pd.DataFrame, prompts: pd.DataFrame | None = None, runs: 
     text = {column: number(best[column], column) for column in MAIN}
     between = ""
     if prompts is not None:
-        low, high = intervals.interval(intervals.draws(prompts), {best["run_id"]: 1.0})
-        between = f" (95% interval {number(low, 'delta_loss')} to {number(high, 'delta_loss')})"
+        _, low, high, _ = intervals.contrast(intervals.measured(prompts, measure), {best["run_id"]: 1.0})
+        between = f" (95% interval {number(low, measure)} to {number(high, measure)})"
+    told = {
+        "kl": f"it moves the model's predictions by a KL of **{text['kl']} nats/token**{between} and adds "
+        f"{text['delta_loss']} nats/token to its loss",
+        "delta_loss": f"it costs the model **{text['delta_loss']} nats/token**{between}",
+    }[measure]
     return Markdown(
-        f"::: {{.headline}}\n**Recommended: {name}**, with the lowest delta loss {of}.\n\n"
-        f"Spliced in, it costs the model **{text['delta_loss']} nats/token**{between} with **L0 {text['l0']}** "
+        f"::: {{.headline}}\n**Recommended: {name}**, with the lowest {MEASURES[measure]} {of}.\n\n"
+        f"Spliced in, {told} with **L0 {text['l0']}** "
         f"of {number(best['d_sae'], 'd_sae')} latents: frac_rec {text['frac_rec_pct']}%, loss recovered against the "
         f"mean {text['loss_recovered_mean']}, FVU without sinks {text['fvu_no_sink']}, dead latents "
         f"{text['dead_pct']}%.\n:::\n"
@@ -218,9 +228,9 @@ def limits_text(df: pd.DataFrame) -> Markdown:
     seeds = df["seed"].nunique()
     return Markdown(
         f"One layer of one model; {counted(seeds, 'seed')} a setting, so differences between single "
-        f"runs may be chance; {_values(df, 'n_eval_prompts')} prompts for the losses. The intervals tell how sure the "
-        "prompts make a difference, not what another seed would give. frac_rec has the published meaning, "
-        "CE clean / CE spliced, which is not the field's fraction of loss recovered.\n"
+        f"runs may be chance; {_values(df, 'n_eval_prompts')} prompts for the losses. The intervals of single runs "
+        "generalise over problem templates, not over seeds, and each stands for itself, not for all at once. frac_rec "
+        "has the published meaning, CE clean / CE spliced, which is not the field's fraction of loss recovered.\n"
     )
 
 
@@ -277,7 +287,7 @@ def _values(df: pd.DataFrame, name: str, form: str = "{}") -> str:
     return ", ".join(form.format(number(value, name)) for value in values) or MISSING
 
 
-BUDGET_COLUMNS = ["name", "budget", "l0", "d_sae", "delta_loss", "smaller", "sparser"]
+BUDGET_COLUMNS = ["name", "budget", "l0", "d_sae", "kl", "delta_loss", "smaller", "sparser"]
 
 
 def budget_section(df: pd.DataFrame, prompts: pd.DataFrame | None = None, links: str = "") -> str:
@@ -285,11 +295,10 @@ def budget_section(df: pd.DataFrame, prompts: pd.DataFrame | None = None, links:
     table = by_budget(df, prompts)
     if len(table) < 2:
         return ""
-    caption = "The lowest delta loss within each budget of L0, and what a neighbour costs against it" + (
-        ", with 95% intervals." if prompts is not None else "."
-    )
+    caption = f"The lowest {MEASURES[selection.cost(df)]} within each budget of L0, and how much more a neighbour has"
+    caption += ", with 95% intervals of each." if prompts is not None else "."
     return markdown(
         "## Choose by budget",
-        "People who read latents want few per token, 20 to 50; whoever needs the model's loss takes what it costs.",
+        "People who read latents want few per token, 20 to 50; whoever needs the model as it is takes what that costs.",
         html_table(table, BUDGET_COLUMNS, caption=caption, links=links, mark_best=False),
     )

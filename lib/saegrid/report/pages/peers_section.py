@@ -5,8 +5,10 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 
+from saegrid.analysis.ablation import LEVEL
 from saegrid.analysis.numbers import between, change, counted, header, number, signed
-from saegrid.analysis.peers import COMPARED, OWN
+from saegrid.analysis.peers import COMPARED, against_best
+from saegrid.analysis.scaling import MEASURES
 from saegrid.report.figures.style import ABOVE, log_axes, styled
 from saegrid.report.tables import Markdown, html_table
 
@@ -35,9 +37,9 @@ def rules(found: pd.DataFrame) -> str:
         f"best and its better neighbour. Means over {seeds}, of which the first chose the learning rate. "
         "Attention sinks are left out of everybody's training rows (this project's recipe does so itself), out of "
         "every measure and out of the splice, and thresholds are calibrated to K without them. This project keeps the "
-        "epoch of the lowest validation MSE, as it always does, the others the last. Intervals are a paired bootstrap "
-        "over problem templates and seeds. All take as many rows to as many latents; the speed page has what a step "
-        "takes in seconds."
+        "epoch of the lowest validation MSE, as it always does, the others the last. Intervals are t "
+        "intervals over problem templates and seeds, paired. All take as many rows to as many latents; the speed page "
+        "has what a step takes in seconds."
     )
 
 
@@ -45,37 +47,52 @@ def table(found: pd.DataFrame) -> Markdown:
     """All contenders at each K, as a table."""
     own = {"Contender": found["peer"] + " " + found["arch"], "K": found["k"].astype(str)}
     more = {
-        head: found[f"{name}_more"].map(lambda more: " to ".join(map(signed, more[1:]))).mask(found["is_base"], "")
-        for _, _, name, head in COMPARED
+        f"More {MEASURES[name]}": found[f"{on}_more"].map(_bounds).mask(found["is_base"], "")
+        for name, on in COMPARED.items()
+        if f"{on}_more" in found
     }
-    columns = [*own, "fvu_no_sink", "dead_pct_no_sink", "delta_loss", *more, "Rate"]
+    columns = [*own, "fvu_no_sink", "dead_pct_no_sink", "kl", "delta_loss", *more, "Rate"]
     own |= more | {"Rate": found["rates"]}
     caption = (
-        "More: than this project's SAE of the lowest FVU at that K, on the prompts, 95% intervals. Rate: the best "
-        "learning rate by the library's default."
+        "More: than this project's SAE of the lowest FVU at that K, on the prompts, 95% intervals of each. "
+        "Rate: the best learning rate by the library's default."
     )
     return html_table(found.assign(**own), columns, caption=caption, mark_best=False)
 
 
 def verdict(found: pd.DataFrame) -> str:
-    """At each K, this project's SAE against the best of the others, in FVU without sinks and in delta loss."""
-    lines = []
-    for k, group in found.groupby("k"):
-        base, others = group[group["is_base"]].iloc[0], group[group["peer"] != OWN]
-        if others.empty:
-            continue
-        told = []
-        for name, words, on_prompts, _ in COMPARED:
-            best = others.loc[others[name].idxmin()]
-            told.append(
-                f"{words} of {number(base[name], name)} against {number(best[name], name)} of the best other one "
-                f"({best['peer']} {best['arch']}; {change(*best[f'{on_prompts}_more'])} on the prompts)"
-            )
-        lines.append(f"- K = {k}: {base['arch']} has {' and '.join(told)}.")
+    """At each K, this project's SAE against the best of the others in each measure, and which differences stand."""
+    table, lines = against_best(found), []
+    for k, rows in table.groupby("k"):
+        told = [
+            f"{MEASURES[row.measure]} {number(row.own, row.measure)} against {number(row.theirs, row.measure)} of the "
+            f"best other one ({row.peer} {row.their_arch}; {change(row.more, row.low, row.high)} on the prompts)"
+            for row in rows.itertuples()
+        ]
+        lines.append(f"- K = {k}, {rows['arch'].iloc[0]}: {'; '.join(told)}.")
+        group = found[found["k"] == k]
         absent = [" ".join(name) for name in LOOKS if name not in set(zip(group["peer"], group["arch"], strict=True))]
         if absent:
             lines[-1] += f" Not run: {', '.join(absent)}."
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _stand(table)]) if lines else ""
+
+
+def _stand(table: pd.DataFrame) -> str:
+    """Which of the comparisons with the best other SAE (`against_best`) stand together."""
+    shown = table[table["p"] < LEVEL].assign(way=lambda rows: rows["more"].gt(0).map({True: "lower", False: "higher"}))
+    parts = [
+        f"a {way} {MEASURES[measure]} than the best other one at K = {', '.join(map(str, rows['k']))}"
+        for (measure, way), rows in shown.groupby(["measure", "way"], sort=False)
+    ]
+    return (
+        f"Corrected for all {len(table)} comparisons (Holm, {LEVEL:.0%} for the family), this project's SAE is shown "
+        f"to have {' and '.join(parts) or 'no measure lower or higher'}; elsewhere the interval says how large a "
+        "difference may be."
+    )
+
+
+def _bounds(more: tuple[float, float, float, float]) -> str:
+    return " to ".join(map(signed, more[1:3]))
 
 
 @styled

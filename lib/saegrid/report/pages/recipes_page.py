@@ -10,7 +10,8 @@ from pathlib import Path
 import pandas as pd
 
 from saegrid.analysis import ablation, intervals, peers, scaling, selection
-from saegrid.analysis.numbers import change, counted, header, number
+from saegrid.analysis.numbers import COLUMNS, change, counted, header, number
+from saegrid.analysis.scaling import MEASURES
 from saegrid.experiment import pca_table, results
 from saegrid.report.figures import plots
 from saegrid.report.pages import ablation_section, peers_section, scaling_section
@@ -20,10 +21,7 @@ GRIDS = {"recipes": "Two recipes", "ablation": "What each choice buys", "scaling
 """Folders under `results/`, made by the grid files of the same names, and the titles of their sections."""
 
 VARIED = ("n_train_rows", "expansion", "k")
-SEEDS = (
-    "Intervals: 95%, by a paired bootstrap over prompt templates and seeds; few seeds make them narrower than they "
-    "should be."
-)
+SEEDS = "Intervals: 95%, t intervals over prompt templates and seeds, paired."
 
 
 def page(root: str | Path = ".") -> Markdown:
@@ -44,7 +42,7 @@ def _peers(folder: Path) -> str:
     runs, prompts = peers.read(folder)
     found = peers.compared(runs, prompts)
     figures = []
-    for y in ("delta_loss", "fvu_no_sink"):
+    for y in (selection.cost(found), "fvu_no_sink"):
         text = f"{header(y)} over the realised L0, a line for each library and architecture; lower is better."
         figures.append(plots.figure(peers_section.curves(found, y=y), alt=text, caption=text))
     return markdown(
@@ -57,8 +55,9 @@ def _peers(folder: Path) -> str:
 
 def _scaling(folder: Path) -> str:
     df = selection.without_controls(results.read_tidy(folder))
-    panels = [("fvu_no_sink", "d_sae", "k"), ("delta_loss", "d_sae", "k")]
-    panels += [("delta_loss", "k", "n_train_rows"), ("dead_pct", "d_sae", "k")]
+    measure = selection.cost(df)
+    panels = [("fvu_no_sink", "d_sae", "k"), (measure, "d_sae", "k")]
+    panels += [(measure, "k", "n_train_rows"), ("dead_pct", "d_sae", "k")]
     figures = []
     for y, x, by in panels:
         text = f"{header(y)} over {header(x)}, a line for each {header(by)}; means over the other sizes."
@@ -82,16 +81,17 @@ def _comparison(folder: Path, name: str) -> str:
 
 def _switched(df: pd.DataFrame, prompts: pd.DataFrame, caption: str) -> list[str]:
     """The gain from each choice of a recipe: in words, as a figure, and with the means in a table."""
-    found = ablation.beside(df, prompts)
-    text = "Delta loss with one choice of the recipe switched, less that of the whole recipe; bars are 95% intervals."
-    changes = [change(row.delta_more, row.low, row.high) for row in found.itertuples()]
-    changed = found[["recipe"]].assign(delta_change=changes)
+    found, measure = ablation.beside(df, prompts), selection.cost(df)
+    text = f"{COLUMNS[measure].title} with one choice of the recipe switched, less that of the whole recipe; bars are "
+    text += "95% intervals of each."
+    changes = [change(row.more, row.low, row.high) for row in found.itertuples()]
+    changed = found[["recipe"]].assign(change=changes)
     table = ablation.by_recipe(df).merge(changed, how="left")
     means = [name for name in ablation.MEANS if name != "dead_pct_no_sink"]  # the column of changes needs the room
-    columns = ["recipe", *means, "delta_change"]
+    columns = ["recipe", *means, "change"]
     return [
         ablation_section.verdict(found),
-        plots.figure(ablation_section.forest(found), alt=text, caption=text),
+        plots.figure(ablation_section.forest(found, measure=measure), alt=text, caption=text),
         html_table(table, columns, caption=f"{caption}; “but” names the choice that differs."),
     ]
 
@@ -115,31 +115,31 @@ def _beside_pca(means: pd.DataFrame, pca: pd.DataFrame) -> str:
     if len(same) != 1 or means["k"].nunique() != 1:
         return ""
     row = same.iloc[0]
-    worse = means[means["delta_loss"] > row["delta_loss"]]
+    measure = "kl" if selection.cost(pca) == selection.cost(means) == "kl" else "delta_loss"
+    worse = means[means[measure] > row[measure]]
     names = ", ".join(f"{arch} ({recipe})" for arch, recipe in zip(worse["arch"], worse["recipe"], strict=True))
     return (
         f"PCA with {row['components']} components has an FVU without sinks of "
-        f"{number(row['fvu_no_sink'], 'fvu_no_sink')} and a delta loss of {number(row['delta_loss'], 'delta_loss')} "
+        f"{number(row['fvu_no_sink'], 'fvu_no_sink')} and a {MEASURES[measure]} of {number(row[measure], measure)} "
         "nats/token. " + (f"More is lost by {names}." if names else "Every setting here loses less.")
     )
 
 
 def claim(df: pd.DataFrame, prompts: pd.DataFrame) -> str:
-    """Delta loss and dead latents of `improved` relative to `published`, one sentence per architecture."""
-    pure = ablation.named(df)
-    drawn, lines = intervals.draws(prompts), []
+    """Cost and dead latents of `improved` relative to `published`, one sentence per architecture."""
+    pure, measure = ablation.named(df), selection.cost(df)
+    measured, lines = intervals.measured(prompts, measure), []
     for arch, rows in pure.groupby("arch", sort=False):
         groups = {recipe: rows[rows["recipe"] == recipe] for recipe in ("published", "improved")}
         if any(group.empty for group in groups.values()):
             continue
-        mean = {recipe: group["delta_loss"].mean() for recipe, group in groups.items()}
-        over = {recipe: intervals.over_seeds(drawn, list(group["run_id"])) for recipe, group in groups.items()}
-        low, high = intervals.central(100 * over["improved"] / over["published"])
+        mean = {recipe: group[measure].mean() for recipe, group in groups.items()}
+        part, low, high, _ = intervals.ratio(measured, groups["improved"], groups["published"])
         dead = {recipe: group["dead_pct"] for recipe, group in groups.items()}
         lines.append(
-            f"- **{arch}**: delta loss {number(mean['published'], 'delta_loss')} → "
-            f"{number(mean['improved'], 'delta_loss')} nats/token, "
-            f"{100 * mean['improved'] / mean['published']:.1f}% of it [{low:.1f}, {high:.1f}]; dead latents "
+            f"- **{arch}**: {MEASURES[measure]} {number(mean['published'], measure)} → "
+            f"{number(mean['improved'], measure)} nats/token, "
+            f"{100 * part:.1f}% of it [{100 * low:.1f}, {100 * high:.1f}]; dead latents "
             f"{number(dead['published'].mean(), 'dead_pct')}% → {number(dead['improved'].mean(), 'dead_pct')}% "
             f"(at most {number(dead['improved'].max(), 'dead_pct')}%)"
         )

@@ -14,6 +14,7 @@ import pandas as pd
 
 from saegrid.analysis import selection
 from saegrid.analysis.numbers import number
+from saegrid.analysis.scaling import MEASURES
 from saegrid.config import settings
 from saegrid.config.recipes import described
 from saegrid.errors import DamagedError, ResultsError
@@ -25,7 +26,7 @@ from saegrid.report.tables import Markdown, html_block, html_table, markdown
 from saegrid.storage.atomic import write_text
 from saegrid.storage.checksums import check_sum, read_json, sum_of
 
-INDEX_COLUMNS = ["name", "recipe", "seed", "l0", "fvu_no_sink", "dead_pct", "delta_loss", "frac_rec_pct"]
+INDEX_COLUMNS = ["name", "recipe", "seed", "l0", "fvu_no_sink", "dead_pct", "kl", "delta_loss", "frac_rec_pct"]
 LABELS = {"arch": "architecture", "k": "K"}
 """Axes that readers know by a name other than the parameter's."""
 
@@ -109,10 +110,11 @@ def label(axis: str) -> str:
 
 def summary(row: dict[str, Any], df: pd.DataFrame) -> str:
     """A run's results and its place in its grid, in a sentence or two."""
-    fit = selection.candidates(df)
+    fit, measure = selection.candidates(df), selection.cost(df)
+    moved = f" and moves its predictions by a KL of {number(row['kl'], 'kl')}" if measure == "kl" else ""
     control = [f"{name} = {row[name]}" for name, usual in settings.CONTROLS.items() if row.get(name, usual) != usual]
     text = (
-        f"Spliced in, it costs the model **{number(row['delta_loss'], 'delta_loss')} nats/token** with "
+        f"Spliced in, it costs the model **{number(row['delta_loss'], 'delta_loss')} nats/token**{moved} with "
         f"**L0 {number(row['l0'], 'l0')}** of {number(row['d_sae'], 'd_sae')} latents; "
         f"{number(row['dead_pct'], 'dead_pct')}% of them are dead. "
     )
@@ -120,9 +122,9 @@ def summary(row: dict[str, Any], df: pd.DataFrame) -> str:
         return text + f"It is a control ({', '.join(control)}), and so is not ranked."
     if row["run_id"] not in set(fit["run_id"]):
         return text + f"It fires {selection.DENSE_SHARE_PCT:g}% of its latents or more, and so is not ranked."
-    place = 1 + int((fit["delta_loss"] < row["delta_loss"]).sum())
-    front = row["run_id"] in set(selection.pareto(fit, "delta_loss")["run_id"])
-    ranked = "It has the lowest delta loss" if place == 1 else f"By delta loss it is number {place}"
+    place = 1 + int((fit[measure] < row[measure]).sum())
+    front = row["run_id"] in set(selection.pareto(fit, measure)["run_id"])
+    ranked = f"It has the lowest {MEASURES[measure]}" if place == 1 else f"By {MEASURES[measure]} it is number {place}"
     text += f"{ranked} of the {len(fit)} runs that are ranked"
     return text + (" and lies on the [Pareto set](../frontier.ipynb)." if front else ".")
 

@@ -21,7 +21,7 @@ def exponent_table(found: pd.DataFrame, runs: int) -> Markdown:
         )
     table = pd.DataFrame(rows)
     caption = (
-        f"Exponents fitted to {runs} runs, all sizes at once, with 95% intervals by a bootstrap over the runs: "
+        f"Exponents fitted to {runs} runs, all sizes at once, with 95% t intervals over the runs: "
         "−0.5 means that four times the size halves the measure. More tokens are more steps, too: epochs and batch are "
         "the same."
     )

@@ -16,7 +16,7 @@ import pandas as pd
 
 from saegrid.analysis import findings as claims
 from saegrid.analysis import published_sweep, selection
-from saegrid.analysis.numbers import header
+from saegrid.analysis.numbers import COLUMNS, header
 from saegrid.config.architectures import ARCHITECTURES
 from saegrid.config.run_config import EMBEDDED_DATASET, EMBEDDED_MODEL
 from saegrid.experiment import finished_run
@@ -30,7 +30,7 @@ BASE_MODELS = {EMBEDDED_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 PICTURE = "frontier.png"
 SWEEP = "jakelipner/sae-grid-search-layer12"
 SPLICED = (
-    *("l0_eval", "ce_clean", "ce_spliced", "ce_zero", "ce_mean", "delta_loss", "frac_rec_pct"),
+    *("l0_eval", "ce_clean", "ce_spliced", "ce_zero", "ce_mean", "kl", "delta_loss", "frac_rec_pct"),
     *("loss_recovered_zero", "loss_recovered_mean"),
 )
 """Metrics measured on the evaluation prompts; all others on the validation rows."""
@@ -94,9 +94,13 @@ def readme(
         stable: stability of the grid's settings (`results.read_stability`).
     """
     named = df.assign(name=df["run_id"].map(files))  # several runs may share a name
+<<<<<<< HEAD
+    best, y = selection.recommend(df), selection.cost(df)
+=======
     best = selection.recommend(df)
     trust = "" if stable is None else trust_section.in_short(best, df, stable)
     named = selection.without_controls(named)
+>>>>>>> stability
     own, published = claims.all_findings(df, prompts), claims.all_findings(published_sweep.rows())
     where = f"https://huggingface.co/spaces/{space}" if space else ""
     body = markdown(
@@ -104,9 +108,14 @@ def readme(
         f"{len(df)} sparse autoencoders, one for each point of a grid, trained on a language model's residual stream "
         "and spliced back into it." + (f" [The whole report]({where})." if where else ""),
         home_page.recommendation(named, prompts),
+<<<<<<< HEAD
+        f"![{captions.frontier_alt(named, y)}]({PICTURE})",
+        f"{COLUMNS[y].title} against L0, one mark a run; lower and further left is better.",
+=======
         *filter(None, [trust]),
         f"![{captions.frontier_alt(named, 'delta_loss')}]({PICTURE})",
         "Delta loss against L0, one mark a run; lower and further left is better.",
+>>>>>>> stability
         "## The five published findings, tested again",
         f"They come from [{SWEEP}](https://huggingface.co/{SWEEP}), on Qwen2.5-0.5B-Instruct; the rows that its card "
         "prints are tested by the same functions.",
@@ -140,7 +149,7 @@ def front_matter(df: pd.DataFrame, files: Mapping[str, str], title: str) -> str:
 
     metrics = []
     for row in df.to_dict("records"):
-        for name in finished_run.METRICS:
+        for name in finished_run.metrics_of(row):
             spliced = name in SPLICED
             source = "dataset" if spliced or not row["activations"] else "activations"
             task = "Next-token loss with the SAE spliced in" if spliced else "Reconstruction of the residual stream"
@@ -256,7 +265,11 @@ def picture(df: pd.DataFrame) -> bytes:
     """The frontier as a PNG on white: Hub pages show no inline SVG."""
     buffer = io.BytesIO()
     with plt.rc_context(plots.STYLE):
+<<<<<<< HEAD
+        figure = plots.frontier(df, y=selection.cost(df)).figure
+=======
         figure = plots.frontier(selection.without_controls(df), y="delta_loss").figure
+>>>>>>> stability
         figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
     plt.close(figure)
     return buffer.getvalue()

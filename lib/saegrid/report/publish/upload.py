@@ -167,7 +167,8 @@ def _check_card(path: Path, df: pd.DataFrame) -> None:
     from huggingface_hub import ModelCard
 
     found = {(r.metric_args["run_id"], r.metric_type): r.metric_value for r in ModelCard.load(path).data.eval_results}
-    wanted = {(row["run_id"], name): row[name] for row in df.to_dict("records") for name in finished_run.METRICS}
+    rows = df.to_dict("records")
+    wanted = {(row["run_id"], name): row[name] for row in rows for name in finished_run.metrics_of(row)}
     if found != wanted:
         raise HubError(f"{path.name}: its model-index does not hold the metrics of every run")
 
