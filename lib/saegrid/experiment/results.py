@@ -181,7 +181,8 @@ def over_pairs(values: dict[tuple[int, int], float], seeds: int) -> tuple[float,
     """95% interval of a mean over all pairs of seeds: a jackknife over seeds, with t of seeds - 1 degrees of freedom.
 
     Pairs that share a seed are not independent, so a seed is left out with all its pairs. NaN below 3 seeds, and where
-    all pairs are equal (such as 0%), which says nothing of the spread. Simulated coverage for 3 to 5 seeds: 95% if a pair's value comes from its two seeds, up to 99% if it is the pair's own.
+    all pairs are equal (such as 0%), which says nothing of the spread. Simulated coverage for 3 to 5 seeds: 95% if a
+    pair's value comes from its two seeds, up to 99% if it is the pair's own.
     """
     if seeds < 3:
         return math.nan, math.nan

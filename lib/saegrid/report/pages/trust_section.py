@@ -83,10 +83,10 @@ def in_short(best: pd.Series, df: pd.DataFrame, stable: pd.DataFrame, baseline: 
     found = selection.beside_controls(beside, baseline)
     if len(found):
         losses = found[(found["control"] != "") & ~found["control"].str.contains("model_init")]
-        said = reached_text(found)
-        for least in losses.nsmallest(1, "delta_loss").to_dict("records"):
-            loss = f"{number(least['delta_loss'], 'delta_loss')} nats/token"
-            said = f"The control that loses least ({least['control']}) has a delta loss of {loss}. {said}"
+        said, measure = reached_text(found), selection.cost(losses)
+        for least in losses.nsmallest(1, measure).to_dict("records"):
+            loss = f"{COLUMNS[measure].title} {number(least[measure], measure)} nats/token"
+            said = f"The control that loses least is {least['control']}: {loss}. {said}"
         parts.append(said)
     return "\n\n".join(parts)
 

@@ -94,13 +94,9 @@ def readme(
         stable: stability of the grid's settings (`results.read_stability`).
     """
     named = df.assign(name=df["run_id"].map(files))  # several runs may share a name
-<<<<<<< HEAD
     best, y = selection.recommend(df), selection.cost(df)
-=======
-    best = selection.recommend(df)
     trust = "" if stable is None else trust_section.in_short(best, df, stable)
     named = selection.without_controls(named)
->>>>>>> stability
     own, published = claims.all_findings(df, prompts), claims.all_findings(published_sweep.rows())
     where = f"https://huggingface.co/spaces/{space}" if space else ""
     body = markdown(
@@ -108,14 +104,9 @@ def readme(
         f"{len(df)} sparse autoencoders, one for each point of a grid, trained on a language model's residual stream "
         "and spliced back into it." + (f" [The whole report]({where})." if where else ""),
         home_page.recommendation(named, prompts),
-<<<<<<< HEAD
+        *filter(None, [trust]),
         f"![{captions.frontier_alt(named, y)}]({PICTURE})",
         f"{COLUMNS[y].title} against L0, one mark a run; lower and further left is better.",
-=======
-        *filter(None, [trust]),
-        f"![{captions.frontier_alt(named, 'delta_loss')}]({PICTURE})",
-        "Delta loss against L0, one mark a run; lower and further left is better.",
->>>>>>> stability
         "## The five published findings, tested again",
         f"They come from [{SWEEP}](https://huggingface.co/{SWEEP}), on Qwen2.5-0.5B-Instruct; the rows that its card "
         "prints are tested by the same functions.",
@@ -265,11 +256,7 @@ def picture(df: pd.DataFrame) -> bytes:
     """The frontier as a PNG on white: Hub pages show no inline SVG."""
     buffer = io.BytesIO()
     with plt.rc_context(plots.STYLE):
-<<<<<<< HEAD
-        figure = plots.frontier(df, y=selection.cost(df)).figure
-=======
-        figure = plots.frontier(selection.without_controls(df), y="delta_loss").figure
->>>>>>> stability
+        figure = plots.frontier(selection.without_controls(df), y=selection.cost(df)).figure
         figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
     plt.close(figure)
     return buffer.getvalue()
