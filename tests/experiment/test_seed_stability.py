@@ -107,6 +107,7 @@ def test_the_interval_is_a_jackknife_over_seeds():
     low, high = results.over_pairs({(0, 1): 1.0, (0, 2): 2.0, (1, 2): 3.0}, 3)
     assert (low, high) == pytest.approx((2 - 4.3027 * math.sqrt(4 / 3), 2 + 4.3027 * math.sqrt(4 / 3)), rel=1e-4)
     assert all(map(math.isnan, results.over_pairs({(0, 1): 1.0}, 2)))
+    assert all(map(math.isnan, results.over_pairs({(0, 1): 0.0, (0, 2): 0.0, (1, 2): 0.0}, 3)))
 
 
 def test_runs_have_their_settings_stability_and_no_other(made):
@@ -143,6 +144,10 @@ def test_what_a_control_reaches_is_marked(made):
     assert "fvu_no_sink" in found["reached"][1] and "dead_pct" not in found["reached"][1]
     assert not {"delta_loss", "stable_pct"} & set(found["reached"][1])
     assert found["reached"][2] == ("delta_loss",)
+    untrained = df["seed"].eq(0) & df["freeze"].eq("decoder")
+    other = df.assign(freeze="none", model_init=["random" if n else "trained" for n in untrained], delta_loss=0.0)
+    assert not {"delta_loss", "loss_recovered_mean"} & set(selection.beside_controls(other)["reached"][1])
+    assert "no loss to lose" in trust_section.controls(other)
     said = trust_section.controls(df, baseline)
     assert "0.200 ≈" in said and "0.400 ≈" in said and "these measures say nothing" in said
     assert "FVU without sinks (freeze = decoder)" in said and "Delta loss (PCA)" in said

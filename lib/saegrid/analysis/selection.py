@@ -39,6 +39,8 @@ def candidates(df: pd.DataFrame) -> pd.DataFrame:
 
 COMPARED = ("kl", "delta_loss", "loss_recovered_mean", "fvu_no_sink", "dead_pct", "stable_pct")
 """Measures that controls are compared on."""
+LOSSES = ("kl", "delta_loss", "loss_recovered_mean")
+"""Of those, the ones that an untrained language model is not compared on: it has nothing to lose."""
 
 
 def beside_controls(df: pd.DataFrame, baseline: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -77,7 +79,9 @@ def _pca(baseline: pd.DataFrame, plain: pd.Series, measures: list[str]) -> list[
 
 
 def _reached(control: dict[str, Any], own: pd.Series) -> tuple[str, ...]:
+    apart = LOSSES if "model_init" in control["control"] else ()
     signs = {name: -1 if COLUMNS[name].best == "min" else 1 for name in own.index if name in control}
+    signs = {name: sign for name, sign in signs.items() if name not in apart}
     return tuple(name for name, sign in signs.items() if sign * (control[name] - own[name]) >= 0)
 
 

@@ -180,8 +180,9 @@ def stability(grid: Grid, root: str | Path = ".") -> pd.DataFrame:
 def over_pairs(values: dict[tuple[int, int], float], seeds: int) -> tuple[float, float]:
     """95% interval of a mean over all pairs of seeds: a jackknife over seeds, with t of seeds - 1 degrees of freedom.
 
-    Pairs that share a seed are not independent, so a seed is left out with all its pairs. NaN below 3 seeds. Simulated
-    coverage for 3 to 5 seeds: 95% if a pair's value comes from its two seeds, up to 99% if it is the pair's own.
+    Pairs that share a seed are not independent, so a seed is left out with all its pairs. NaN below 3 seeds, and where
+    all pairs are equal (such as 0%), which says nothing of the spread. Simulated coverage for 3 to 5 seeds: 95% if a
+    pair's value comes from its two seeds, up to 99% if it is the pair's own.
     """
     if seeds < 3:
         return math.nan, math.nan
@@ -189,6 +190,8 @@ def over_pairs(values: dict[tuple[int, int], float], seeds: int) -> tuple[float,
 
     left = np.array([np.mean([v for pair, v in values.items() if seed not in pair]) for seed in range(seeds)])
     error = math.sqrt((seeds - 1) / seeds * np.square(left - left.mean()).sum())
+    if not error:
+        return math.nan, math.nan
     mean, half = float(np.mean(list(values.values()))), float(t.ppf(0.975, seeds - 1)) * error
     return mean - half, mean + half
 

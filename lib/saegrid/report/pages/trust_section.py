@@ -7,7 +7,6 @@ from matplotlib.axes import Axes
 
 from saegrid.analysis import selection
 from saegrid.analysis.numbers import COLUMNS, MISSING, counted, header, number
-from saegrid.analysis.scaling import MEASURES
 from saegrid.config import settings
 from saegrid.config.settings import CONTROLS
 from saegrid.report.figures import plots
@@ -43,9 +42,8 @@ def stability(stable: pd.DataFrame) -> Markdown:
 def verdict(plain: pd.DataFrame) -> str:
     """The range of stability over the settings, what chance gives, and what follows for readers of latents."""
     low, high = (plain.loc[plain["stable_pct"].agg(end)] for end in ("idxmin", "idxmax"))
-    share = f"{number(low['stable_pct'], 'stable_pct')}%"
-    if len(plain) > 1:
-        share += f" ({low['name']}) to {number(high['stable_pct'], 'stable_pct')}% ({high['name']})"
+    least, most = (f"{number(row['stable_pct'], 'stable_pct')}%" for row in (low, high))
+    share = least if least == most else f"{least} ({low['name']}) to {most} ({high['name']})"
     found, chance = (number(plain[name].mean(), name) for name in ("matched_cosine", "random_cosine"))
     text = (
         f"**{share} of the live latents are found again with another seed.** Matched one to one, the decoder rows of "
@@ -55,8 +53,8 @@ def verdict(plain: pd.DataFrame) -> str:
     )
     if high["stable_pct"] < FEW_PCT:
         text += (
-            " So these SAEs reconstruct, but most of their latents are those of the seed: do not read a single latent "
-            "as a property of the language model unless other seeds have it too."
+            " So most of these latents are those of the seed, however well the SAE reconstructs: do not read a single "
+            "latent as a property of the language model unless other seeds have it too."
         )
     return text
 
@@ -84,12 +82,12 @@ def in_short(best: pd.Series, df: pd.DataFrame, stable: pd.DataFrame, baseline: 
     beside = df[[settings.key(row, *CONTROLS) == settings.key(best, *CONTROLS) for row in df.to_dict("records")]]
     found = selection.beside_controls(beside, baseline)
     if len(found):
-        measure = selection.cost(found)
-        least = found[found["control"] != ""].sort_values(measure).iloc[0]
-        parts.append(
-            f"The control that loses least ({least['control']}) has a {MEASURES[measure]} of "
-            f"{number(least[measure], measure)} nats/token. {reached_text(found)}"
-        )
+        losses = found[(found["control"] != "") & ~found["control"].str.contains("model_init")]
+        said, measure = reached_text(found), selection.cost(losses)
+        for least in losses.nsmallest(1, measure).to_dict("records"):
+            loss = f"{COLUMNS[measure].title} {number(least[measure], measure)} nats/token"
+            said = f"The control that loses least is {least['control']}: {loss}. {said}"
+        parts.append(said)
     return "\n\n".join(parts)
 
 
@@ -104,6 +102,8 @@ def controls(df: pd.DataFrame, baseline: pd.DataFrame | None = None) -> Markdown
         for name in reached:
             shown.loc[row, name] = f"{number(found.loc[row, name], name)} ≈"
     caption = "Settings beside their controls, means over seeds; ≈ marks what a control reaches."
+    if found["control"].str.contains("model_init").any():
+        caption += " An untrained language model has no loss to lose, so its losses are not compared."
     return markdown(
         reached_text(found),
         html_table(shown, ["name", "control", "seeds", *measures], caption=caption, mark_best=False),
