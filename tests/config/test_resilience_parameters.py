@@ -91,7 +91,7 @@ POINTS = [
     ({"model": "../../etc/passwd"}, ["model = '../../etc/passwd'"]),
     ({"dataset": "embedded:none"}, ["dataset = 'embedded:none'", "embedded:gsm_symbolic"]),
     ({"dataset": "/no/such/folder"}, ["dataset = '/no/such/folder'", "no such folder"]),
-    ({"dataset": "lib"}, ["dataset = 'lib'", "train.jsonl"]),
+    ({"dataset": "lib"}, ["dataset = 'lib'", "no .jsonl, .parquet, .txt or .md file"]),
     ({"learning_rate": 1e-4}, ["learning_rate = 0.0001", "no such parameter", "lr"]),
     ({"K": 4}, ["K = 4", "no such parameter"]),
 ]

@@ -45,13 +45,24 @@ class RunConfig(BaseModel):
 
     # --- text ---
     dataset: str = Field(EMBEDDED_DATASET, min_length=1)
-    """`embedded:gsm_symbolic`, a folder with `train.jsonl` and `test.jsonl` (`question`, `answer`), or a Hub id."""
+    """`embedded:gsm_symbolic`, `embedded:python_docs`, `embedded:python_code`, a `.jsonl`, `.parquet`, `.txt` or `.md`
+    file, a folder of them, or a Hub id."""
     dataset_revision: str = ""
     """Hub revision of the dataset; empty is the default branch."""
+    dataset_config: str = ""
+    """Configuration of a Hub dataset that has several."""
+    dataset_split: str = ""
+    """The one split to draw all text from; empty: evaluation from `test` and the rest from `train`, if both exist."""
+    text_field: str = ""
+    """Field with text or messages; empty: `question` and `answer`, `text`, or `messages`, the first that is there."""
     text: Literal["plain", "chat"] = "plain"
-    """Question + worked answer as plain text, or through the tokenizer's chat template."""
+    """Question + worked answer as plain text, or through the chat template; messages always go through it."""
     max_tokens: int = Field(512, ge=2)
     """Prompts are truncated to this many tokens."""
+    context: int = Field(0, ge=0)
+    """Plain documents are packed into contexts of this many tokens; 0: `max_tokens`."""
+    skip_tokens: str = ""
+    """Tokens that are neither trained on nor spliced: `special`, `bos`, token ids, separated by commas."""
     train_tokens: int = Field(100_000, ge=1)
     """Rows of activations to train on."""
     val_tokens: int = Field(20_000, ge=1)
@@ -202,6 +213,20 @@ class RunConfig(BaseModel):
             raise ValueError(f"kernel = 'cuda': has no {self.not_on_cuda} yet; take 'auto' or 'cpu', or leave it out")
         return self
 
+    @field_validator("context")
+    @classmethod
+    def _room_for_a_next_token(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("at least 2, or 0 for max_tokens")
+        return value
+
+    @field_validator("skip_tokens")
+    @classmethod
+    def _token_classes(cls, value: str) -> str:
+        if not re.fullmatch(r"((special|bos|\d{1,9})(, ?(?!$)|$))*", value):
+            raise ValueError("special, bos and token ids, separated by commas, are allowed")
+        return value
+
     @field_validator("runs_dir", "store_dir")
     @classmethod
     def _a_place(cls, value: str) -> str:
@@ -260,23 +285,26 @@ class RunConfig(BaseModel):
     @property
     def run_id(self) -> str:
         """Unique name of the run: readable part, seed, and a hash of every parameter that can change its result."""
-        identity = self.identity()
-        younger = {name for name, value in YOUNGER.items() if identity[name] == value}
-        return f"{self.name}_s{self.seed}_{_digest({n: v for n, v in identity.items() if n not in younger})}"
+        return f"{self.name}_s{self.seed}_{_digest(_given(self.identity()))}"
 
     @property
     def store_id(self) -> str:
         """Unique name of the activation store that the run reads."""
-        return f"layer{self.layer}_{_digest(self.model_dump(include=STORE_FIELDS))}"
+        return f"layer{self.layer}_{_digest(self.store_identity())}"
 
     def identity(self) -> dict[str, Any]:
         """Every parameter that can change the run's result."""
         return self.model_dump(exclude=PLACES)
 
+    def store_identity(self) -> dict[str, Any]:
+        """Every parameter that can change the rows of the run's store, younger ones only where they are set."""
+        return _given(self.model_dump(include=STORE_FIELDS))
+
 
 PLACES = {"runs_dir", "store_dir"}
 STORE_FIELDS = {
     *("model", "model_revision", "layer", "site", "lm_dtype"),
+    *("dataset_config", "dataset_split", "text_field", "context", "skip_tokens"),
     *("dataset", "dataset_revision", "text", "max_tokens", "train_tokens", "val_tokens", "eval_prompts", "data_seed"),
     *("activations", "activations_revision", "activations_stage", "act_dtype"),
 }
@@ -308,6 +336,11 @@ def check_place(path: str) -> str:
     if not path.isprintable() or re.search(r"[{}\\\"'`$*?<>|;&]", path) or path.startswith("-"):
         raise ValueError("a folder's name without quotes, braces and the shell's own characters is needed")
     return path
+
+
+def _given(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters without those of `YOUNGER` that have the value of earlier runs."""
+    return {name: value for name, value in parameters.items() if name not in YOUNGER or value != YOUNGER[name]}
 
 
 def _digest(parameters: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
-from saegrid.config.run_config import STORE_FIELDS, RunConfig
+from saegrid.config.run_config import RunConfig
 from saegrid.data.language_model import LM, check_tokens, hidden_at, lm_shape, load_lm, padded_batches
 from saegrid.data.manifest import FORMAT, MEND, SHARD_ROWS
 from saegrid.data.prompts import Prompt, draw_prompts
@@ -67,7 +67,7 @@ def open_store(config: RunConfig) -> Store:
     if not (folder / "manifest.json").exists():
         raise StoreError(f"{folder}: no activation store here; collect it first")
     store = Store(folder)
-    for name, value in _parameters(config).items():
+    for name, value in config.store_identity().items():
         made = store.manifest["parameters"].get(name)
         if made != value:
             raise StoreError(f"{folder}: made with {name} = {made!r}, where the run has {value!r}; delete the folder")
@@ -97,7 +97,7 @@ def _make(config: RunConfig, folder: Path, device: str | None, shard_rows: int) 
     write_json(folder / "timing.json", {"collect_seconds": round(seconds, 3), "rows_per_second": round(rows / seconds)})
     manifest = {
         "format": FORMAT,
-        "parameters": _parameters(config),
+        "parameters": config.store_identity(),
         **source,
         "sources": sources | hub_sources(config, "" if config.activations else source["data"]["revision"]),
         "d_in": d_in,
@@ -120,7 +120,7 @@ def _add_collected(config: RunConfig, writers: dict[str, ShardWriter], device: s
             for first in range(0, len(prompts[split]), WINDOW):
                 for index, acts in enumerate(_residuals(lm, prompts[split][first : first + WINDOW], config.layer, bar)):
                     prompt = prompts[split][first + index]
-                    positions = torch.tensor(prompt.positions)
+                    positions = torch.tensor(prompt.positions, dtype=torch.int64)
                     tokens = torch.tensor(prompt.tokens)[positions]
                     writer.add(acts, tokens, positions, torch.full_like(positions, first + index))
     data = {
@@ -163,7 +163,7 @@ def _identity(prompts: dict[str, list[Prompt]]) -> str:
     for n, (split, some) in enumerate(prompts.items()):
         digest.update(f"{', ' if n else ''}{json.dumps(split)}: [".encode())
         for i, prompt in enumerate(some):
-            digest.update(f"{', ' if i else ''}{json.dumps(vars(prompt))}".encode())
+            digest.update(f"{', ' if i else ''}{json.dumps(prompt.record())}".encode())
         digest.update(b"]")
     digest.update(b"}")
     return digest.hexdigest()
@@ -193,10 +193,6 @@ def _add_published(config: RunConfig, writers: dict[str, ShardWriter], device: s
     data["note"] = "all rows of the published files: train_tokens and val_tokens do not apply"
     data["sha256"] = files_sha256(list(files.values()))
     return {"model": model, "data": data}
-
-
-def _parameters(config: RunConfig) -> dict[str, Any]:
-    return config.model_dump(include=STORE_FIELDS)
 
 
 def _entry(name: str, content: bytes) -> dict[str, Any]:
