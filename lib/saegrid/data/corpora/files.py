@@ -95,7 +95,7 @@ def _walk(config: RunConfig, folder: Path) -> list[Path]:
 
 def _text_file(path: Path, config: RunConfig, where: str) -> list[Content]:
     if config.text_field:
-        raise ConfigError(f"text_field = {config.text_field!r}: {path.name} is a text and has no fields")
+        raise ConfigError(f"text_field = {config.text_field!r}: {path} is a text and has no fields")
     try:
         return [plain(read_bytes(path).decode("utf-8-sig"), where)]
     except UnicodeDecodeError as error:
