@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from saegrid.config.run_config import make_config
 from saegrid.core.splice import load_baseline, scored_positions
 from saegrid.data.collect import _identity, collect, open_store
-from saegrid.data.corpora.documents import PART, documents
+from saegrid.data.corpora.documents import FEW, PART, documents
 from saegrid.data.corpora.tokens import EVAL_CONTEXTS
 from saegrid.data.prompts import Prompt, check_dataset, draw_prompts, make_prompts
 from saegrid.errors import ConfigError, StoreError
@@ -181,15 +181,17 @@ def test_evaluation_contexts_come_from_many_documents_and_share_none(tmp_path):
     assert len({prompt.template for prompt in short}) == len(short)
 
 
-def test_a_long_text_is_several_documents(tmp_path):
-    lines = [text_of(number) for number in range(2000)]
-    (tmp_path / "book.txt").write_text("\n\n".join(lines))
-    parts = [document.content for document in documents(["\n\n".join(lines), "short", " \n"])]
-    assert "".join(parts[:-1]) == "\n\n".join(lines) and parts[-1] == "short"
+def test_a_long_text_is_several_documents_where_there_are_few(tmp_path):
+    book = "\n\n".join(text_of(number) for number in range(2000))
+    parts = [document.content for document in documents([book, "short", " \n"], count=3)]
+    assert "".join(parts[:-1]) == book and parts[-1] == "short"
     assert max(map(len, parts)) <= PART and all(part.endswith("\n\n") for part in parts[:-2])
-    assert [len(part.content) for part in documents(["x" * (2 * PART + 5)])] == [PART, PART, 5]
+    assert [len(part.content) for part in documents(["x" * (2 * PART + 5)], 1)] == [PART, PART, 5]
+    assert [part.content for part in documents([book], count=FEW)] == [book]
+    (tmp_path / "book.txt").write_text(book)
     prompts = make_prompts(config_for(tmp_path / "book.txt"), tiny_tokenizer())
-    assert len({prompt.template for some in prompts.values() for prompt in some}) >= 3
+    templates = [{prompt.template for prompt in some} for some in prompts.values()]
+    assert all(a.isdisjoint(b) for a, b in itertools.combinations(templates, 2))
 
 
 @pytest.mark.parametrize("names", [("train", "test"), ("train-00000-of-00001", "test-00000-of-00001")])

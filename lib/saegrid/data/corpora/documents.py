@@ -12,8 +12,8 @@ Content = str | tuple[str, str] | list[dict[str, str]]
 FORMS = (("question", "answer"), ("text",), ("messages",))
 """Fields that hold a row's content, in the order in which they are looked for."""
 ROLES = ("system", "user", "assistant", "tool")
-PART = 20_000
-"""Characters of a document; a longer text becomes several documents, divided between paragraphs."""
+FEW, PART = 100, 10_000
+"""In a corpus of fewer than `FEW` texts, those of more than `PART` characters are divided into several documents."""
 
 
 class Document(NamedTuple):
@@ -61,16 +61,19 @@ def plain(text: str, where: str) -> str:
     return text
 
 
-def documents(contents: Iterable[Content], start: int = 0) -> Iterator[Document]:
-    """Numbered documents, without blank ones. Long texts are divided: see `PART`."""
-    parts = (part for content in contents for part in (_parts(content) if isinstance(content, str) else [content]))
+def documents(contents: Iterable[Content], count: int, start: int = 0) -> Iterator[Document]:
+    """Documents numbered from `start`, without blank ones; `count`: number of texts in the corpus (see `FEW`)."""
+    parts = (part for content in contents for part in (_parts(content) if count < FEW else [content]))
     for index, part in enumerate(parts, start):
         if not isinstance(part, str) or part.strip():
             yield Document(index, part)
 
 
-def _parts(text: str) -> Iterator[str]:
-    """The text in parts of at most `PART` characters, divided at a blank line, else a line's end, else a space."""
+def _parts(text: Content) -> Iterator[Content]:
+    """A text in parts of at most `PART` characters, divided at a blank line, else a line's end, else a space."""
+    if not isinstance(text, str):
+        yield text
+        return
     start = 0
     while len(text) - start > PART:
         low, high = start + PART // 2, start + PART

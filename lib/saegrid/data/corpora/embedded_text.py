@@ -16,14 +16,15 @@ import sysconfig
 import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from saegrid.config.run_config import EMBEDDED_DATASET, RunConfig
 from saegrid.data.corpora.documents import Document, documents
 from saegrid.errors import ConfigError
 
 PYTHON_DOCS, PYTHON_CODE = "embedded:python_docs", "embedded:python_code"
-TEMPLATE_SHARES = {"eval": 0.2, "val": 0.2}
-"""Shares of the problem templates for evaluation and for validation; training gets the rest."""
+SHARES = {"eval": 0.2, "val": 0.2}
+"""Shares of the templates (or modules) for evaluation and for validation; training gets the rest."""
 CHUNK = 10_000
 """Problems drawn at once."""
 SEED_STEP = 10**9
@@ -42,13 +43,21 @@ def check_embedded(name: str) -> None:
 
 
 def embedded_corpus(config: RunConfig) -> dict[str, Iterator[Document]]:
-    """The streams of an embedded dataset: one per split if it has templates, else one. Raises `ConfigError`."""
+    """The streams of an embedded dataset: one per split if it has templates or modules. Raises `ConfigError`."""
     check_embedded(config.dataset)
     if config.dataset == EMBEDDED_DATASET:
         templates = split_templates(config.data_seed)
         return {split: gsm_symbolic(config.data_seed, templates[split]) for split in templates}
-    of_all = list(documents(text for _, text in _texts(config.dataset)))
-    return {"": iter(random.Random(config.data_seed).sample(of_all, len(of_all)))}
+    texts = [text for _, text in _texts(config.dataset)]
+    if config.dataset == PYTHON_DOCS:
+        return {"": _shuffled(documents(texts, len(texts)), config.data_seed)}
+    modules = _dealt_out(list(enumerate(texts)), config.data_seed)
+    return {
+        split: _shuffled(
+            (part._replace(index=n) for n, text in some for part in documents([text], 1)), config.data_seed
+        )
+        for split, some in modules.items()
+    }
 
 
 def embedded_identity(name: str) -> str:
@@ -64,12 +73,7 @@ def split_templates(seed: int) -> dict[str, set[int]]:
     _reasoning_gym()
     from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import tasks_ok
 
-    order = random.Random(seed).sample(sorted(tasks_ok), len(tasks_ok))
-    split: dict[str, set[int]] = {}
-    for name, share in TEMPLATE_SHARES.items():
-        count = round(share * len(tasks_ok))
-        split[name], order = set(order[:count]), order[count:]
-    return {**split, "train": set(order)}
+    return {name: set(some) for name, some in _dealt_out(sorted(tasks_ok), seed).items()}
 
 
 def gsm_symbolic(seed: int, templates: Iterable[int]) -> Iterator[Document]:
@@ -82,6 +86,21 @@ def gsm_symbolic(seed: int, templates: Iterable[int]) -> Iterator[Document]:
             if template in templates:
                 item = dataset[index]
                 yield Document(template, (item["question"], item["metadata"]["answer_cot"]))
+
+
+def _dealt_out(items: list[Any], seed: int) -> dict[str, list[Any]]:
+    """The items in a seeded order, divided among the splits by `SHARES`."""
+    order = random.Random(seed).sample(items, len(items))
+    split: dict[str, list[Any]] = {}
+    for name, share in SHARES.items():
+        count = round(share * len(items))
+        split[name], order = order[:count], order[count:]
+    return {**split, "train": order}
+
+
+def _shuffled(of_corpus: Iterable[Document], seed: int) -> Iterator[Document]:
+    listed = list(of_corpus)
+    return iter(random.Random(seed).sample(listed, len(listed)))
 
 
 def _texts(name: str) -> Iterator[tuple[str, str]]:

@@ -73,9 +73,10 @@ def file_documents(config: RunConfig, files: list[Path]) -> Iterator[Document]:
     for path in random.Random(config.data_seed).sample(files, len(files)):
         where = f"{_where(config)}: {path.name}"
         try:
-            of_file = list(documents(_READERS[path.suffix.lower()](path, config, where), start))
+            contents = _READERS[path.suffix.lower()](path, config, where)
         except DamagedError as error:
             raise ConfigError(f"{_where(config)}: can't be read: {error}") from None
+        of_file = list(documents(contents, len(contents) * len(files), start))
         yield from random.Random(config.data_seed).sample(of_file, len(of_file))
         start += len(of_file)
 

@@ -37,23 +37,25 @@ def _documents(config: RunConfig, split: str, rows: Any) -> Iterator[Document]:
     others = itertools.count(len(rows))
     for index in random.Random(config.data_seed).sample(range(len(rows)), len(rows)):
         content = content_of(rows[index], names, f"{where}, row {index + 1}")
-        for part in documents([content]):
+        for part in documents([content], len(rows)):
             yield part._replace(index=next(others) if part.index else index)
 
 
 def _rows(config: RunConfig) -> tuple[Any, str]:
     import datasets
 
-    name = config.dataset_config or ("main" if config.dataset == "openai/gsm8k" else None)
+    subset = config.dataset_config or ("main" if config.dataset == "openai/gsm8k" else None)
     datasets.disable_progress_bars()
     try:
         with hub_errors("dataset", config.dataset, config.dataset_revision):
-            data = datasets.load_dataset(config.dataset, name, revision=config.dataset_revision or None)
+            data = datasets.load_dataset(config.dataset, subset, revision=config.dataset_revision or None)
     except ConfigError:
         raise
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         reason = " ".join(str(error.__cause__ or error).strip().splitlines()[:2])  # the second line lists what there is
-        raise ConfigError(f"dataset = {config.dataset!r}: can't be read: {reason}") from None
+        name = "dataset_config" if reason.startswith(("Config name", "BuilderConfig")) else "dataset"
+        of = "" if name == "dataset" else f"{config.dataset}: "
+        raise ConfigError(f"{name} = {getattr(config, name)!r}: {of}can't be read: {reason}") from None
     finally:
         datasets.enable_progress_bars()
     files = [file["filename"] for rows in data.values() for file in rows.cache_files]

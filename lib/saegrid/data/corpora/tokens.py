@@ -13,7 +13,7 @@ from saegrid.errors import ConfigError, first_line
 
 DAY = datetime.datetime(2026, 11, 25)
 """The current date for chat templates."""
-EVAL_CONTEXTS = 4
+EVAL_CONTEXTS = 2
 """Evaluation contexts per document, so that they come from many documents."""
 Encode = Callable[[Any], list[int]]
 
