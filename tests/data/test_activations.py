@@ -437,5 +437,5 @@ def test_store_opens_by_its_folder_alone(config):
 def test_the_identity_of_the_prompts_is_the_hash_of_their_json(sources, tmp_path):
     config = config_for(sources, tmp_path)
     prompts = make_prompts(config, AutoTokenizer.from_pretrained(sources["model"]))
-    text = json.dumps({split: [vars(prompt) for prompt in some] for split, some in prompts.items()})
+    text = json.dumps({split: [prompt.record() for prompt in some] for split, some in prompts.items()})
     assert collected(config).manifest["data"]["sha256"] == hashlib.sha256(text.encode()).hexdigest()
