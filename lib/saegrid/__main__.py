@@ -131,7 +131,7 @@ def _collect(grid: Grid, store_id: str, with_pca: bool) -> None:
     check(stores[store_id])  # also for a model on the Hub
     from saegrid.experiment.run import prepare_store  # imports torch
 
-    store = prepare_store(stores[store_id])
+    store = prepare_store(stores[store_id], also=stores.values())
     if with_pca:
         from saegrid.experiment import pca
 

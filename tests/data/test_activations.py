@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from saegrid.config.grid import Grid
 from saegrid.config.run_config import make_config
+from saegrid.data import collect as collect_module
 from saegrid.data.collect import collect, open_store, store_folder
 from saegrid.data.language_model import weight_files
 from saegrid.data.prompts import make_prompts
@@ -97,6 +98,41 @@ def test_rows_are_the_blocks_output_at_every_stored_position(sources, tmp_path, 
     prefix = prompts["train"][0].prefix
     assert store.manifest["data"]["shared_prefix"] == prefix and (prefix > 0) == (text == "chat")
     assert not set(range(1, prefix)) & set(store.meta("train")["positions"].tolist())
+
+
+@pytest.mark.parametrize("text", ["plain", "chat"])
+def test_one_pass_for_several_layers_gives_the_bytes_of_a_pass_each(sources, tmp_path, text, monkeypatch):
+    layers = [config_for(sources, tmp_path / "one", text=text, layer=layer, train_tokens=900) for layer in (0, 1, 2)]
+    other = config_for(sources, tmp_path / "one", text=text, layer=0, train_tokens=800)
+    passes = []
+    real = collect_module.hidden_at_layers
+    monkeypatch.setattr(
+        collect_module, "hidden_at_layers", lambda lm, *rest: passes.append(rest[-1]) or real(lm, *rest)
+    )
+    collect(layers[1], device="cpu", shard_rows=SHARD_ROWS, also=[*layers, other])
+    assert {tuple(sorted(of_pass)) for of_pass in passes} == {(0, 1, 2)} and not store_folder(other).exists()
+    for config in layers:
+        single = config.model_copy(update={"store_dir": str(tmp_path / "each")})
+        collect(single, device="cpu", shard_rows=SHARD_ROWS)
+        found, wanted = (
+            {path.name: path.read_bytes() for path in store_folder(one).iterdir() if path.name != "timing.json"}
+            for one in (config, single)
+        )
+        assert found == wanted and "manifest.json" in found
+
+
+def test_the_last_blocks_rows_are_not_the_models_last_hidden_states(sources, tmp_path):
+    config = config_for(sources, tmp_path, layer=2)
+    store, prompt = collected(config), make_prompts(config, AutoTokenizer.from_pretrained(sources["model"]))["train"][0]
+    model, ids = tiny_model("llama"), torch.tensor([prompt.tokens])
+    with torch.no_grad():
+        states = model(ids, output_hidden_states=True).hidden_states[-1][0]
+        rows = store.rows("train")[: len(prompt.tokens)]
+        torch.testing.assert_close(model.model.norm(rows), states, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(rows, states, atol=0.1)
+    files = publish(tmp_path / "files", {"instruct_base_layer2.pt": torch.zeros(20, D_IN)})
+    with pytest.raises(ConfigError, match="layer = 2: published files of the last block may hold states after the fin"):
+        collect(config_for(sources, tmp_path, layer=2, activations=files))
 
 
 def test_shards_mean_and_statistics(config):

@@ -37,7 +37,8 @@ class RunConfig(BaseModel):
     model_revision: str = ""
     """Hub revision (branch, tag or commit); empty is the default branch."""
     layer: int = Field(12, ge=0)
-    """Index of the decoder block whose output is read: `hidden_states[layer + 1]`."""
+    """Index of the decoder block whose output is read: `hidden_states[layer + 1]`, but for the last block, whose entry
+    transformers takes after the final norm."""
     site: Literal["resid_post"] = "resid_post"
     """Position in the block: the residual stream after it."""
     lm_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -236,6 +237,9 @@ class RunConfig(BaseModel):
         """Check the run against the language model's shape. Raises `ConfigError`."""
         if self.layer >= n_layers:
             raise ConfigError(f"layer = {self.layer}: {self.model} has layers 0 to {n_layers - 1}")
+        if self.activations and self.layer == n_layers - 1:
+            what = "published files of the last block may hold states after the final norm"
+            raise ConfigError(f"layer = {self.layer}: {what} (transformers' last hidden_states); leave out activations")
         if self.k > self.expansion * d_in:
             raise ConfigError(
                 f"k = {self.k}: at most d_sae = expansion * d_in = {self.expansion} * {d_in} = {self.expansion * d_in}"
@@ -285,20 +289,21 @@ class RunConfig(BaseModel):
     @property
     def run_id(self) -> str:
         """Unique name of the run: readable part, seed, and a hash of every parameter that can change its result."""
-        return f"{self.name}_s{self.seed}_{_digest(_given(self.identity()))}"
+        return f"{self.name}_s{self.seed}_{_digest(_without_younger(self.identity()))}"
 
     @property
     def store_id(self) -> str:
         """Unique name of the activation store that the run reads."""
-        return f"layer{self.layer}_{_digest(self.store_identity())}"
+        return f"layer{self.layer}_{_digest(self.store_parameters)}"
+
+    @property
+    def store_parameters(self) -> dict[str, Any]:
+        """Parameters that determine the activation store, without younger ones at the values that older stores had."""
+        return _without_younger(self.model_dump(include=STORE_FIELDS))
 
     def identity(self) -> dict[str, Any]:
         """Every parameter that can change the run's result."""
         return self.model_dump(exclude=PLACES)
-
-    def store_identity(self) -> dict[str, Any]:
-        """Every parameter that can change the rows of the run's store, younger ones only where they are set."""
-        return _given(self.model_dump(include=STORE_FIELDS))
 
 
 PLACES = {"runs_dir", "store_dir"}
@@ -338,8 +343,7 @@ def check_place(path: str) -> str:
     return path
 
 
-def _given(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The parameters without those of `YOUNGER` that have the value of earlier runs."""
+def _without_younger(parameters: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in parameters.items() if name not in YOUNGER or value != YOUNGER[name]}
 
 

@@ -42,8 +42,8 @@ class Prompt:
         return [position for position in every if position not in self.skipped] if self.skipped else every
 
     def record(self) -> dict[str, Any]:
-        """Its fields, as the baseline of the splice stores them; `skipped` only if there are any."""
-        return {name: value for name, value in vars(self).items() if name != "skipped" or value}
+        """Its fields, as the baseline of the splice stores them; younger ones only where they are not empty."""
+        return {name: value for name, value in vars(self).items() if value or name in ("tokens", "template", "prefix")}
 
 
 def make_prompts(config: RunConfig, tokenizer: Any) -> dict[str, list[Prompt]]:

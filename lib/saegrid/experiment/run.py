@@ -7,6 +7,7 @@ import datetime
 import json
 import math
 import time
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -39,10 +40,13 @@ from saegrid.storage.locks import waiting_lock
 from saegrid.storage.processes import die_with_papermill
 
 
-def prepare_store(config: RunConfig) -> Store:
-    """The activation store of a run, with the splice's `Baseline`: made if missing, else opened and checked."""
+def prepare_store(config: RunConfig, also: Iterable[RunConfig] = ()) -> Store:
+    """The activation store of a run, with the splice's `Baseline`: made if missing, else opened and checked.
+
+    `also`: runs whose stores may be made in the same pass of the model (`collect`).
+    """
     config.check_shape(*lm_shape(config))
-    folder = collect(config)
+    folder = collect(config, also=also)
     with waiting_lock(folder / ".baseline.lock"):
         sweep(folder)
         store = open_store(config)
