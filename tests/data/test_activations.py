@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny import D_IN, save_dataset, save_model, tiny_model
 from transformers import AutoTokenizer
 
+from saegrid.__main__ import main
 from saegrid.config.grid import Grid
 from saegrid.config.run_config import make_config
 from saegrid.data import collect as collect_module
@@ -119,6 +120,22 @@ def test_one_pass_for_several_layers_gives_the_bytes_of_a_pass_each(sources, tmp
             for one in (config, single)
         )
         assert found == wanted and "manifest.json" in found
+
+
+def test_the_collect_command_makes_the_stores_of_all_layers_of_a_grid(sources, tmp_path):
+    small = {
+        "train_tokens": 300,
+        "val_tokens": 100,
+        "eval_prompts": 2,
+        "store_dir": str(tmp_path / "stores"),
+        **sources,
+    }
+    grid = Grid(name="g", title="G", constants=small, axes=[{"layer": [0, 1], "k": [4]}, {"layer": [2], "k": [4, 8]}])
+    (tmp_path / "grid.yaml").write_text(json.dumps(grid.model_dump()))
+    first, *others = dict.fromkeys(store_folder(run) for run in grid.runs())
+    assert main(["collect", str(tmp_path / "grid.yaml"), first.name]) == 0
+    assert (first / "baseline.json").exists() and len(others) == 2
+    assert all((other / "manifest.json").exists() and not (other / "baseline.json").exists() for other in others)
 
 
 def test_the_last_blocks_rows_are_not_the_models_last_hidden_states(sources, tmp_path):
