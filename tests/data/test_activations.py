@@ -123,13 +123,8 @@ def test_one_pass_for_several_layers_gives_the_bytes_of_a_pass_each(sources, tmp
 
 
 def test_the_collect_command_makes_the_stores_of_all_layers_of_a_grid(sources, tmp_path):
-    small = {
-        "train_tokens": 300,
-        "val_tokens": 100,
-        "eval_prompts": 2,
-        "store_dir": str(tmp_path / "stores"),
-        **sources,
-    }
+    small = {"train_tokens": 300, "val_tokens": 100, "eval_prompts": 2, "batch_size": 64, **sources}
+    small["store_dir"] = str(tmp_path / "stores")
     grid = Grid(name="g", title="G", constants=small, axes=[{"layer": [0, 1], "k": [4]}, {"layer": [2], "k": [4, 8]}])
     (tmp_path / "grid.yaml").write_text(json.dumps(grid.model_dump()))
     first, *others = dict.fromkeys(store_folder(run) for run in grid.runs())
