@@ -56,8 +56,7 @@ RECIPES = {
         "Gated": Rule("gated", 64),
     },
 }
-SHAPES = ((896, 8, 220, 4096), (896, 8, 220, 512), (896, 16, 64, 4096), (896, 16, 64, 512), (2048, 16, 64, 4096),
-          (2048, 16, 64, 512), (4096, 16, 64, 4096), (4096, 16, 64, 512))  # fmt: skip
+SHAPES = ((896, 8, 220, 4096), (896, 8, 220, 512), (896, 16, 64, 4096), (2048, 16, 64, 4096), (4096, 16, 64, 4096))
 """d_in, expansion, K, batch size."""
 SMALL = ((64, 4, 8, 128), (64, 4, 8, 64))
 TINY_RUN = {"k": 3, "expansion": 4, "layer": 1, "epochs": 4, "batch_size": 128, "train_tokens": 1200,
@@ -242,30 +241,29 @@ def contenders(shapes: tuple, device: str) -> list[dict[str, Any]]:
     setting = "bf16+fused+compile" if device == "cuda" else "default"
     main, found = shapes[0], []
     for shape in shapes[:2]:
-        for arch in ("BatchTopK", "TopK"):
-            found.append({"who": "saegrid", "recipe": "published", "arch": arch, "shape": shape})
-            found.append({"who": "torch", "setting": setting, "arch": arch, "shape": shape})
+        found.append({"who": "saegrid", "recipe": "published", "arch": "BatchTopK", "shape": shape})
+        found.append({"who": "torch", "setting": setting, "arch": "BatchTopK", "shape": shape})
     for arch in RECIPES["improved"]:
         found.append(
             {"who": "saegrid", "recipe": "improved", "arch": arch, "shape": (*main[:2], main[2] // 2, main[3])}
         )
-    found.append({"who": "saegrid", "recipe": "published", "arch": "BatchTopK", "shape": main, "eager": True})
-    found.append({"who": "saegrid", "recipe": "published", "arch": "BatchTopK", "shape": shapes[1], "eager": True})
+    found.append({"who": "saegrid", "recipe": "published", "arch": "TopK", "shape": main})
+    for shape in shapes[:2]:
+        found.append({"who": "saegrid", "recipe": "published", "arch": "BatchTopK", "shape": shape, "eager": True})
+    for who in ("sae-lens", "dictionary_learning", "sparsify"):
+        if installed(who.replace("-", "_")):
+            arch = "TopK" if who == "sparsify" else "BatchTopK"
+            found.append({"who": who, "setting": "default", "arch": arch, "shape": main})
     if device == "cuda":
         for digit in (2, 3):
             found.append({"who": "saegrid", "recipe": "published", "arch": "BatchTopK", "shape": main, "digit": digit})
-    for who, module in (
-        ("sae-lens", "sae_lens"),
-        ("dictionary_learning", "dictionary_learning"),
-        ("sparsify", "sparsify"),
-    ):
-        if installed(module):
-            for arch in ("BatchTopK", "TopK")[who == "sparsify" :]:
-                found.append({"who": who, "setting": "default", "arch": arch, "shape": main})
     for shape in shapes[2:]:
         found.append({"who": "saegrid", "recipe": "published", "arch": "BatchTopK", "shape": shape})
-        found.append({"who": "torch", "setting": setting, "arch": "BatchTopK", "shape": shape})
     return found
+
+
+def may_compile(spec: dict[str, Any]) -> bool:
+    return not spec.get("eager") and (spec["who"] == "saegrid" or "compile" in spec["setting"])
 
 
 def installed(module: str) -> bool:
@@ -343,7 +341,10 @@ def in_own_process(device: str, part: str, spec: dict[str, Any] | None = None, c
     command += ["--spec", json.dumps(spec)] if spec else []
     command += ["--compile-only"] if compile_only else []
     uncompiled = part == "rules" or (spec is not None and spec.get("eager", False))  # compiling all rules takes minutes
-    environment = dict(os.environ, TORCH_COMPILE_DISABLE="1") if uncompiled else dict(os.environ)
+    threads = str(max(1, (os.cpu_count() or 1) // 6))  # else every process takes all cores, and all of them starve
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads}
+    if uncompiled:
+        environment["TORCH_COMPILE_DISABLE"] = "1"
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment, check=False)
     except subprocess.TimeoutExpired:
@@ -360,18 +361,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--minutes", type=float, default=9.0, help="no further contender is timed after this")
     parser.add_argument("--out", type=Path, help="default: benchmarks/gpu.json on a GPU, none on a CPU")
-    parser.add_argument("--processes", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)))
+    parser.add_argument("--processes", type=int, default=max(1, min(6, (os.cpu_count() or 1) // 2)))
     parser.add_argument("--part", choices=(*PARTS, "steps"), help=argparse.SUPPRESS)
     parser.add_argument("--spec", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
     told = parser.parse_args()
     if told.part:
         with torch.no_grad() if told.part != "steps" else contextlib.nullcontext():
-            found = (
-                steps(told.device, told.spec, told.compile_only)
-                if told.part == "steps"
-                else PARTS[told.part](told.device)
-            )
+            own = partial(steps, spec=told.spec, compile_only=told.compile_only) if told.spec else PARTS[told.part]
+            found = own(told.device)
         print(MARK + json.dumps(found), flush=True)
         os._exit(0)  # CUDA graphs and compile workers need no orderly end
     sys.exit(measure(told.device, 60 * told.minutes, told.processes, told.out))
@@ -393,16 +391,12 @@ def measure(device: str, seconds: float, processes: int, out: Path | None) -> in
     keep("facts", in_own_process(device, "facts"))
     listed = contenders(SHAPES if device == "cuda" else SMALL, device)
     with ThreadPoolExecutor(processes) as pool:  # compiles ahead; the results lie in torch's cache
-        ahead = [pool.submit(in_own_process, device, "steps", spec, True) for spec in listed if not spec.get("eager")]
-        others = {name: pool.submit(in_own_process, device, name) for name in ("rules", "quality", "runs")}
-        for name, future in others.items():
-            keep(name, future.result())
-        compiled = [future.result() for future in ahead]
-    keep("compile_s", [round(c.get("compile_s", 0.0), 1) for c in compiled])
+        ahead = [pool.submit(in_own_process, device, "steps", spec, True) for spec in listed if may_compile(spec)]
+        keep("compile_s", [round(future.result().get("compile_s", 0.0), 1) for future in ahead])
     rows: list[dict[str, Any]] = []
     for spec in listed:
         if time.perf_counter() - started > seconds:
-            keep("left_out", [s for s in listed[len(rows) :]])
+            keep("left_out", listed[len(rows) :])
             break
         row = spec | in_own_process(device, "steps", spec)
         if "ms" in row and "error" not in found["facts"]:
@@ -410,6 +404,8 @@ def measure(device: str, seconds: float, processes: int, out: Path | None) -> in
         rows.append(row)
         print(f"[{time.perf_counter() - started:.0f} s] {json.dumps(row)}", flush=True)
         keep("steps", rows)
+    for name in ("rules", "runs", "quality"):
+        keep(name, in_own_process(device, name))
     keep("minutes", (time.perf_counter() - started) / 60)
     failed = [
         name

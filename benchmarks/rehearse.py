@@ -13,6 +13,7 @@ step times, in processor time, which depends less on what else the machine does.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -179,11 +180,8 @@ def timed_steps(config: RunConfig, store: Any) -> dict[str, float]:
         if len(times) > STEPS:
             raise Enough
 
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            train(config, store, kernels.load(config.kernel), Path(folder), config.matmul, report)
-        except Enough:
-            pass
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Enough):
+        train(config, store, kernels.load(config.kernel), Path(folder), config.matmul, report)
     late = times[min(WARM_UP, len(times) // 2) :]
     gaps = [[after - before for before, after in itertools.pairwise(clock)] for clock in zip(*late, strict=True)]
     return {name: 1e3 * median(own) for name, own in zip(("ms", "cpu_ms"), gaps, strict=True)}

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import embedding_bag
 
-from saegrid.data.prompts import gsm_symbolic, split_templates
+from saegrid.data.corpora.embedded_text import gsm_symbolic, split_templates
 from saegrid.storage.atomic import write_json
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -119,7 +119,7 @@ def _texts(sources: bool) -> Iterator[str]:
     """Problems, and if wanted the sources of Python's standard library."""
     templates = split_templates(0)["train"]
     for problem in itertools.islice(gsm_symbolic(0, templates), 1000):
-        yield f"{problem.question}\n{problem.answer}"
+        yield "\n".join(problem.content)
     if sources:
         for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
             yield path.read_text(encoding="utf-8", errors="replace")
@@ -130,7 +130,8 @@ def dataset(folder: Path, size: Size) -> None:
     templates = split_templates(0)
     for split, part in (("train", "train"), ("test", "eval")):
         problems = itertools.islice(gsm_symbolic(0, templates[part]), min(PROBLEMS[split], size.train_rows))
-        lines = [json.dumps({"question": problem.question, "answer": problem.answer}) for problem in problems]
+        pairs = [dict(zip(("question", "answer"), problem.content, strict=True)) for problem in problems]
+        lines = [json.dumps(pair) for pair in pairs]
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -61,7 +61,7 @@ def save_model(folder, layout="llama", chat=False):
     return str(folder)
 
 
-def save_deep_model(folder, d_in=8, n_layers=13):
+def save_deep_model(folder, d_in=8, n_layers=14):
     """A folder with a model that has a block 12, and a dataset, to go with published activation files."""
     torch.manual_seed(0)
     shape = {"hidden_size": d_in, "num_hidden_layers": n_layers}

@@ -140,7 +140,7 @@ def _of_store(grid: Grid, store_id: str, command: str) -> None:
     check(stores[store_id])  # also for a model on the Hub
     from saegrid.experiment.run import prepare_store  # imports torch
 
-    store = prepare_store(stores[store_id])
+    store = prepare_store(stores[store_id], also=stores.values())
     if command == "pca":
         from saegrid.experiment import pca
 

@@ -93,7 +93,9 @@ POINTS = [
     ({"model": "../../etc/passwd"}, ["model = '../../etc/passwd'"]),
     ({"dataset": "embedded:none"}, ["dataset = 'embedded:none'", "embedded:gsm_symbolic"]),
     ({"dataset": "/no/such/folder"}, ["dataset = '/no/such/folder'", "no such folder"]),
-    ({"dataset": "lib"}, ["dataset = 'lib'", "train.jsonl"]),
+    ({"dataset": "lib"}, ["dataset = 'lib'", "no .jsonl, .parquet, .txt or .md file"]),
+    ({"context": 1}, ["context = 1", "at least 2"]),
+    ({"skip_tokens": "eos"}, ["skip_tokens = 'eos'", "special, bos and token ids"]),
     ({"learning_rate": 1e-4}, ["learning_rate = 0.0001", "no such parameter", "lr"]),
     ({"K": 4}, ["K = 4", "no such parameter"]),
 ]
@@ -148,6 +150,7 @@ def test_a_bad_point(tmp_path, changes, words):
 
 def test_every_parameter_that_can_be_wrong_is_in_the_table():
     free = {"model_revision", "dataset_revision", "activations_revision", "activations_stage", "activations"}
+    free |= {"dataset_config", "dataset_split", "text_field"}
     tried = {name for changes, _ in POINTS for name in changes}
     assert set(RunConfig.model_fields) - tried == free  # any text will do for these
 

@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from tiny import D_IN, save_dataset, save_model, tiny_model
 from transformers import AutoTokenizer
 
+from saegrid.__main__ import main
 from saegrid.config.grid import Grid
 from saegrid.config.run_config import make_config
+from saegrid.data import collect as collect_module
 from saegrid.data.collect import collect, open_store, store_folder
 from saegrid.data.language_model import weight_files
 from saegrid.data.prompts import make_prompts
@@ -97,6 +99,52 @@ def test_rows_are_the_blocks_output_at_every_stored_position(sources, tmp_path, 
     prefix = prompts["train"][0].prefix
     assert store.manifest["data"]["shared_prefix"] == prefix and (prefix > 0) == (text == "chat")
     assert not set(range(1, prefix)) & set(store.meta("train")["positions"].tolist())
+
+
+@pytest.mark.parametrize("text", ["plain", "chat"])
+def test_one_pass_for_several_layers_gives_the_bytes_of_a_pass_each(sources, tmp_path, text, monkeypatch):
+    layers = [config_for(sources, tmp_path / "one", text=text, layer=layer, train_tokens=900) for layer in (0, 1, 2)]
+    other = config_for(sources, tmp_path / "one", text=text, layer=0, train_tokens=800)
+    passes = []
+    real = collect_module.hidden_at_layers
+    monkeypatch.setattr(
+        collect_module, "hidden_at_layers", lambda lm, *rest: passes.append(rest[-1]) or real(lm, *rest)
+    )
+    collect(layers[1], device="cpu", shard_rows=SHARD_ROWS, also=[*layers, other])
+    assert {tuple(sorted(of_pass)) for of_pass in passes} == {(0, 1, 2)} and not store_folder(other).exists()
+    for config in layers:
+        single = config.model_copy(update={"store_dir": str(tmp_path / "each")})
+        collect(single, device="cpu", shard_rows=SHARD_ROWS)
+        found, wanted = (
+            {path.name: path.read_bytes() for path in store_folder(one).iterdir() if path.name != "timing.json"}
+            for one in (config, single)
+        )
+        assert found == wanted and "manifest.json" in found
+
+
+def test_the_collect_command_makes_the_stores_of_all_layers_of_a_grid(sources, tmp_path):
+    small = {"train_tokens": 300, "val_tokens": 100, "eval_prompts": 2, "batch_size": 64, **sources}
+    small["store_dir"] = str(tmp_path / "stores")
+    grid = Grid(name="g", title="G", constants=small, axes=[{"layer": [0, 1], "k": [4]}, {"layer": [2], "k": [4, 8]}])
+    (tmp_path / "grid.yaml").write_text(json.dumps(grid.model_dump()))
+    first, *others = dict.fromkeys(store_folder(run) for run in grid.runs())
+    assert main(["collect", str(tmp_path / "grid.yaml"), first.name]) == 0
+    assert (first / "baseline.json").exists() and len(others) == 2
+    assert all((other / "manifest.json").exists() and not (other / "baseline.json").exists() for other in others)
+
+
+def test_the_last_blocks_rows_are_not_the_models_last_hidden_states(sources, tmp_path):
+    config = config_for(sources, tmp_path, layer=2)
+    store, prompt = collected(config), make_prompts(config, AutoTokenizer.from_pretrained(sources["model"]))["train"][0]
+    model, ids = tiny_model("llama"), torch.tensor([prompt.tokens])
+    with torch.no_grad():
+        states = model(ids, output_hidden_states=True).hidden_states[-1][0]
+        rows = store.rows("train")[: len(prompt.tokens)]
+        torch.testing.assert_close(model.model.norm(rows), states, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(rows, states, atol=0.1)
+    files = publish(tmp_path / "files", {"instruct_base_layer2.pt": torch.zeros(20, D_IN)})
+    with pytest.raises(ConfigError, match="layer = 2: published files of the last block may hold states after the fin"):
+        collect(config_for(sources, tmp_path, layer=2, activations=files))
 
 
 def test_shards_mean_and_statistics(config):
@@ -437,5 +485,5 @@ def test_store_opens_by_its_folder_alone(config):
 def test_the_identity_of_the_prompts_is_the_hash_of_their_json(sources, tmp_path):
     config = config_for(sources, tmp_path)
     prompts = make_prompts(config, AutoTokenizer.from_pretrained(sources["model"]))
-    text = json.dumps({split: [vars(prompt) for prompt in some] for split, some in prompts.items()})
+    text = json.dumps({split: [prompt.record() for prompt in some] for split, some in prompts.items()})
     assert collected(config).manifest["data"]["sha256"] == hashlib.sha256(text.encode()).hexdigest()

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 
+import pandas as pd
 import pytest
 import torch
 from hub_server import COMMIT, serve
@@ -83,6 +84,60 @@ def test_model_and_published_activations_come_from_the_hub(hub, tmp_path):
     _, data, rows, commit = in_another_process(hub, COLLECT.replace("PARAMETERS", repr(files)))
     assert (data["revision"], data["files"], rows) == (COMMIT, {"all": "instruct_base_layer1.pt"}, 40)
     assert commit == COMMIT
+
+
+CARD = """---
+configs:
+- {config_name: en, data_files: [{split: train, path: en.parquet}]}
+- {config_name: de, data_files: [{split: train, path: de.parquet}, {split: held, path: held.parquet}]}
+---
+"""
+TEXTS = """
+import json
+from tiny import tiny_tokenizer
+from saegrid.config.run_config import make_config
+from saegrid.data.prompts import draw_prompts
+from saegrid.errors import ConfigError
+answers = []
+small = {"train_tokens": 300, "val_tokens": 100, "eval_prompts": 3, "max_tokens": 32, "dataset": "some/texts"}
+for parameters in CASES:
+    try:
+        prompts, facts = draw_prompts(make_config(k=4, **small, **parameters), tiny_tokenizer())
+        answers.append([tiny_tokenizer().decode(prompts["eval"][0].tokens).split(":")[0], facts["revision"]])
+    except ConfigError as error:
+        answers.append(str(error))
+print(json.dumps(answers))
+"""
+
+
+def parquet_bytes(name):
+    buffer = io.BytesIO()
+    pd.DataFrame({"content": [f"{name}: {' '.join(f'w{i}x{j}' for j in range(9))}" for i in range(40)]}).to_parquet(
+        buffer
+    )
+    return buffer.getvalue()
+
+
+def test_configuration_split_and_field_of_a_hub_dataset(tmp_path):
+    files = {f"{name}.parquet": parquet_bytes(name) for name in ("en", "de", "held")}
+    server = serve({"some/texts": {"README.md": CARD.encode(), **files}})
+    hub = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    content = {"text_field": "content"}
+    cases = {
+        "dataset_config = '': some/texts: can't be read: Config name is missing": content,
+        "dataset_config = 'fr': some/texts: can't be read: BuilderConfig 'fr' not found. Available: ['en', 'de']": {
+            **content,
+            "dataset_config": "fr",
+        },
+        "dataset_split = 'dev': some/texts has train, held": {"dataset_config": "de", "dataset_split": "dev"},
+        "dataset = 'some/texts': train: needs text, messages, or question and answer": {"dataset_config": "de"},
+    }
+    read = [{"dataset_config": "en", **content}, {"dataset_config": "de", "dataset_split": "held", **content}]
+    found = in_another_process(hub, TEXTS.replace("CASES", repr([*read, *cases.values()])))
+    server.shutdown()
+    assert found[:2] == [["en", COMMIT], ["held", COMMIT]]
+    for answer, wanted in zip(found[2:], cases, strict=True):
+        assert answer.startswith(wanted) and "\n" not in answer, answer
 
 
 def test_without_the_hub_what_is_cached_is_used_and_the_rest_is_one_line(hub, tmp_path):

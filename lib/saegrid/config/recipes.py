@@ -37,6 +37,7 @@ YOUNGER = {
     **{"freeze": "none", "model_init": "trained", "device": "auto"},
     **{"recipe": "published", "prefixes": 0, "theta_tie": 0.0},
     **{"bandwidth": BANDWIDTH, "l0_coef": L0_COEF, "l1_coef": L1_COEF},
+    **{"dataset_config": "", "dataset_split": "", "text_field": "", "context": 0, "skip_tokens": ""},
 } | {
     name: RECIPES["published"][name]
     for name in ("act_scale", "sinks", "aux_coef", "dead_window", "encoder_tie", "lr_schedule", "warmup")

@@ -39,7 +39,8 @@ class RunConfig(BaseModel):
     model_init: Literal["trained", "random"] = "trained"
     """Its weights, or, a control (arXiv:2501.17727), untrained ones from `data_seed`, embeddings too."""
     layer: int = Field(12, ge=0)
-    """Index of the decoder block whose output is read: `hidden_states[layer + 1]`."""
+    """Index of the decoder block whose output is read: `hidden_states[layer + 1]`, but for the last block, whose entry
+    transformers takes after the final norm."""
     site: Literal["resid_post"] = "resid_post"
     """Position in the block: the residual stream after it."""
     lm_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -47,13 +48,24 @@ class RunConfig(BaseModel):
 
     # --- text ---
     dataset: str = Field(EMBEDDED_DATASET, min_length=1)
-    """`embedded:gsm_symbolic`, a folder with `train.jsonl` and `test.jsonl` (`question`, `answer`), or a Hub id."""
+    """`embedded:gsm_symbolic`, `embedded:python_docs`, `embedded:python_code`, a `.jsonl`, `.parquet`, `.txt` or `.md`
+    file, a folder of them, or a Hub id."""
     dataset_revision: str = ""
     """Hub revision of the dataset; empty is the default branch."""
+    dataset_config: str = ""
+    """Configuration of a Hub dataset that has several."""
+    dataset_split: str = ""
+    """The one split to draw all text from; empty: evaluation from `test` and the rest from `train`, if both exist."""
+    text_field: str = ""
+    """Field with text or messages; empty: `question` and `answer`, `text`, or `messages`, the first that is there."""
     text: Literal["plain", "chat"] = "plain"
-    """Question + worked answer as plain text, or through the tokenizer's chat template."""
+    """Question + worked answer as plain text, or through the chat template; messages always go through it."""
     max_tokens: int = Field(512, ge=2)
     """Prompts are truncated to this many tokens."""
+    context: int = Field(0, ge=0)
+    """Plain documents are packed into contexts of this many tokens; 0: `max_tokens`."""
+    skip_tokens: str = ""
+    """Tokens that are neither trained on nor spliced: `special`, `bos`, token ids, separated by commas."""
     train_tokens: int = Field(100_000, ge=1)
     """Rows of activations to train on."""
     val_tokens: int = Field(20_000, ge=1)
@@ -208,6 +220,20 @@ class RunConfig(BaseModel):
             raise ValueError("model_init = 'random': `activations` holds a trained model's rows; leave it out")
         return self
 
+    @field_validator("context")
+    @classmethod
+    def _room_for_a_next_token(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("at least 2, or 0 for max_tokens")
+        return value
+
+    @field_validator("skip_tokens")
+    @classmethod
+    def _token_classes(cls, value: str) -> str:
+        if not re.fullmatch(r"((special|bos|\d{1,9})(, ?(?!$)|$))*", value):
+            raise ValueError("special, bos and token ids, separated by commas, are allowed")
+        return value
+
     @field_validator("runs_dir", "store_dir")
     @classmethod
     def _a_place(cls, value: str) -> str:
@@ -217,6 +243,9 @@ class RunConfig(BaseModel):
         """Check the run against the language model's shape. Raises `ConfigError`."""
         if self.layer >= n_layers:
             raise ConfigError(f"layer = {self.layer}: {self.model} has layers 0 to {n_layers - 1}")
+        if self.activations and self.layer == n_layers - 1:
+            what = "published files of the last block may hold states after the final norm"
+            raise ConfigError(f"layer = {self.layer}: {what} (transformers' last hidden_states); leave out activations")
         if self.k > self.expansion * d_in:
             raise ConfigError(
                 f"k = {self.k}: at most d_sae = expansion * d_in = {self.expansion} * {d_in} = {self.expansion * d_in}"
@@ -274,6 +303,7 @@ class RunConfig(BaseModel):
 PLACES = {"runs_dir", "store_dir"}
 STORE_FIELDS = {
     *("model", "model_revision", "model_init", "layer", "site", "lm_dtype"),
+    *("dataset_config", "dataset_split", "text_field", "context", "skip_tokens"),
     *("dataset", "dataset_revision", "text", "max_tokens", "train_tokens", "val_tokens", "eval_prompts", "data_seed"),
     *("activations", "activations_revision", "activations_stage", "act_dtype"),
 }

@@ -167,7 +167,7 @@ def save_baseline(baseline: Baseline, folder: Path, data_sha256: str = "") -> No
     """Write `baseline.safetensors`, then `baseline.json`, into a store's folder; `data_sha256`: hash of its rows."""
     content = save({"x": torch.cat(baseline.x), "clean": torch.cat(baseline.clean)})
     write_bytes(folder / "baseline.safetensors", content)
-    prompts = [vars(prompt) for prompt in baseline.prompts]
+    prompts = [prompt.record() for prompt in baseline.prompts]
     hashes = {"data_sha256": data_sha256, "x_sha256": hashlib.sha256(content).hexdigest()}
     write_sealed(folder / "baseline.json", {**hashes, "prompts": prompts, "sums": baseline.sums.to_dict("list")})
 

@@ -1,10 +1,15 @@
-"""Collect the residual stream of a run's prompts into an activation store, or build it from published files."""
+"""Collect the residual stream of a run's prompts into an activation store, or build it from published files.
+
+Stores of several layers of one model and text are made by one pass of the model, with the same bytes as by a pass each.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,15 @@ from safetensors.torch import save
 from tqdm.auto import tqdm
 
 from saegrid.config.run_config import RunConfig
-from saegrid.data.language_model import LM, check_tokens, hidden_at, lm_shape, load_lm, padded_batches
+from saegrid.data.language_model import (
+    LM,
+    check_tokens,
+    hidden_at_layers,
+    lm_shape,
+    load_lm,
+    padded_batches,
+    take_apart,
+)
 from saegrid.data.manifest import FORMAT, MEND, SHARD_ROWS
 from saegrid.data.prompts import Prompt, draw_prompts
 from saegrid.data.published_activations import add_published, published_files
@@ -34,7 +47,9 @@ WINDOW = 512
 """Prompts sorted by length together; bounds memory, as rows are written in prompt order."""
 
 
-def collect(config: RunConfig, device: str | None = None, shard_rows: int = SHARD_ROWS) -> Path:
+def collect(
+    config: RunConfig, device: str | None = None, shard_rows: int = SHARD_ROWS, also: Iterable[RunConfig] = ()
+) -> Path:
     """Folder of the run's activation store, created if missing; concurrent processes create it only once.
 
     A row is the output of block `layer` (`resid_post`) at one stored position of a prompt. Rows are ordered by prompt,
@@ -42,19 +57,35 @@ def collect(config: RunConfig, device: str | None = None, shard_rows: int = SHAR
 
     Args:
         device: where the language model runs; by default a GPU if there is one.
+        also: further runs. Missing stores of those that differ in nothing but `layer` are made in the same pass.
 
     Raises:
         ConfigError: the model or the dataset is missing or unsuitable.
         StoreError: the existing store is damaged or made from other inputs, or the rows can't be stored.
     """
-    folder = store_folder(config)
-    if not (folder / "manifest.json").exists():
-        with waiting_lock(folder.with_name(f".{folder.name}.lock")):
-            if not (folder / "manifest.json").exists():
-                with replacing_folder(folder) as temporary:
-                    _make(config, temporary, device, shard_rows)
+    if not _exists(store_folder(config)):
+        stores = {store_folder(one): one for one in also if _of_one_pass(one, config)} | {store_folder(config): config}
+        with contextlib.ExitStack() as stack:
+            locked = sorted(folder for folder in stores if not _exists(folder))  # so no two wait for each other
+            for folder in locked:
+                stack.enter_context(waiting_lock(folder.with_name(f".{folder.name}.lock")))
+            if not _exists(store_folder(config)):
+                missing = [folder for folder in locked if not _exists(folder)]
+                parts = {stack.enter_context(replacing_folder(folder)): stores[folder] for folder in missing}
+                _make(parts, device, shard_rows)
     open_store(config)
-    return folder
+    return store_folder(config)
+
+
+def _exists(folder: Path) -> bool:
+    return (folder / "manifest.json").exists()
+
+
+def _of_one_pass(one: RunConfig, other: RunConfig) -> bool:
+    """Whether the rows of two runs come from the same pass of a language model, at different layers."""
+    differ = {name for name, value in one.store_parameters.items() if other.store_parameters.get(name) != value}
+    same = one.store_parameters.keys() == other.store_parameters.keys() and one.store_dir == other.store_dir
+    return same and differ == {"layer"} and not one.activations
 
 
 def open_store(config: RunConfig) -> Store:
@@ -64,7 +95,7 @@ def open_store(config: RunConfig) -> Store:
         StoreError: it is missing, damaged, or made from other parameters or other files.
     """
     folder = store_folder(config)
-    if not (folder / "manifest.json").exists():
+    if not _exists(folder):
         raise StoreError(f"{folder}: no activation store here; collect it first")
     store = Store(folder)
     for name, value in config.store_parameters.items():
@@ -79,28 +110,40 @@ def store_folder(config: RunConfig) -> Path:
     return Path(config.store_dir) / config.store_id
 
 
-def _make(config: RunConfig, folder: Path, device: str | None, shard_rows: int) -> None:
-    """Write a store into an empty folder, its manifest last."""
+def _make(stores: dict[Path, RunConfig], device: str | None, shard_rows: int) -> None:
+    """Write stores that share a pass of the language model into empty folders, their manifests last."""
     started = time.perf_counter()
+    config = next(iter(stores.values()))
     sources = local_sources(config)  # before reading: a change made meanwhile is found when the store is opened
     d_in, n_layers = lm_shape(config)
-    config.check_shape(d_in, n_layers)
+    for one in stores.values():
+        one.check_shape(d_in, n_layers)
     dtype = getattr(torch, config.act_dtype)
-    writers = {split: ShardWriter(folder, split, d_in, dtype, shard_rows) for split in ("train", "val")}
+    writers = {
+        one.layer: {split: ShardWriter(folder, split, d_in, dtype, shard_rows) for split in ("train", "val")}
+        for folder, one in stores.items()
+    }
     source = (_add_published if config.activations else _add_collected)(config, writers, device)
+    sources |= hub_sources(config, "" if config.activations else source["data"]["revision"])
+    for folder, one in stores.items():
+        _finish(one, folder, writers[one.layer], {**source, "sources": sources}, time.perf_counter() - started)
+
+
+def _finish(
+    config: RunConfig, folder: Path, writers: dict[str, ShardWriter], source: dict[str, Any], seconds: float
+) -> None:
+    """Write the last shards, the mean, the time that the pass took, and the manifest."""
     shards = {split: writer.close() for split, writer in writers.items()}
     mean = save({"mean": writers["train"].mean})
     write_bytes(folder / "mean.safetensors", mean)
     digest = hashlib.sha256("".join(shard["sha256"] for split in shards for shard in shards[split]).encode())
-    seconds = time.perf_counter() - started
     rows = sum(writer.rows for writer in writers.values())
     write_json(folder / "timing.json", {"collect_seconds": round(seconds, 3), "rows_per_second": round(rows / seconds)})
     manifest = {
         "format": FORMAT,
         "parameters": config.store_parameters,
         **source,
-        "sources": sources | hub_sources(config, "" if config.activations else source["data"]["revision"]),
-        "d_in": d_in,
+        "d_in": writers["train"].d_in,
         "act_dtype": config.act_dtype,
         "shards": shards,
         "mean": _entry("mean.safetensors", mean),
@@ -111,18 +154,27 @@ def _make(config: RunConfig, folder: Path, device: str | None, shard_rows: int) 
     write_sealed(folder / "manifest.json", manifest)
 
 
-def _add_collected(config: RunConfig, writers: dict[str, ShardWriter], device: str | None) -> dict[str, Any]:
+Writers = dict[int, dict[str, ShardWriter]]
+"""The writers of each layer's splits."""
+
+
+def _add_collected(config: RunConfig, writers: Writers, device: str | None) -> dict[str, Any]:
     """Run the language model over the prompts. Returns the manifest's facts on the rows' origin."""
     lm, prompts, facts = _model_and_prompts(config, device)
-    for split, writer in writers.items():
+    for layer in writers.keys() - {config.layer}:
+        take_apart(lm.model, lm.tokenizer, lm.identity, layer)  # for its check
+    for split in ("train", "val"):
+        of_split = {layer: some[split] for layer, some in writers.items()}
         rows = sum(len(prompt.positions) for prompt in prompts[split])
         with tqdm(total=rows, unit="tok", unit_scale=True, desc=f"activations ({split})", mininterval=1.0) as bar:
             for first in range(0, len(prompts[split]), WINDOW):
-                for index, acts in enumerate(_residuals(lm, prompts[split][first : first + WINDOW], config.layer, bar)):
-                    prompt = prompts[split][first + index]
-                    positions = torch.tensor(prompt.positions)
+                window = prompts[split][first : first + WINDOW]
+                for index, of_prompt in enumerate(_residuals(lm, window, of_split, bar), first):
+                    prompt = prompts[split][index]
+                    positions = torch.tensor(prompt.positions, dtype=torch.int64)
                     tokens = torch.tensor(prompt.tokens)[positions]
-                    writer.add(acts, tokens, positions, torch.full_like(positions, first + index))
+                    for writer, acts in zip(of_split.values(), of_prompt, strict=True):
+                        writer.add(acts, tokens, positions, torch.full_like(positions, index))
     data = {
         "dataset": config.dataset,
         **facts,
@@ -163,31 +215,33 @@ def _identity(prompts: dict[str, list[Prompt]]) -> str:
     for n, (split, some) in enumerate(prompts.items()):
         digest.update(f"{', ' if n else ''}{json.dumps(split)}: [".encode())
         for i, prompt in enumerate(some):
-            digest.update(f"{', ' if i else ''}{json.dumps(vars(prompt))}".encode())
+            digest.update(f"{', ' if i else ''}{json.dumps(prompt.record())}".encode())
         digest.update(b"]")
     digest.update(b"}")
     return digest.hexdigest()
 
 
-def _residuals(lm: LM, prompts: list[Prompt], layer: int, bar: tqdm) -> list[torch.Tensor]:
-    """Rows of each prompt at its stored positions, (n, d_in) float32, in the order of the prompts."""
-    rows: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
+def _residuals(lm: LM, prompts: list[Prompt], writers: dict[int, ShardWriter], bar: tqdm) -> list[list[torch.Tensor]]:
+    """Rows (n, d_in) of each prompt at its stored positions, as each layer's writer stores them."""
+    rows: list[list[torch.Tensor]] = [[] for _ in prompts]
     for indices, ids, mask in padded_batches([prompt.tokens for prompt in prompts], BATCH_TOKENS):
-        hidden = hidden_at(lm, ids, mask, layer).float().cpu()  # (B, T, d_in)
-        for row, index in enumerate(indices):
-            rows[index] = hidden[row, prompts[index].positions]
-            bar.update(len(rows[index]))
+        hidden = hidden_at_layers(lm, ids, mask, list(writers))  # per layer (B, T, d_in)
+        for writer, of_layer in zip(writers.values(), hidden, strict=True):
+            of_layer = of_layer.float().cpu()
+            for row, index in enumerate(indices):
+                rows[index].append(writer.cast(of_layer[row, prompts[index].positions]))
+        bar.update(sum(len(prompts[index].positions) for index in indices))
     return rows
 
 
-def _add_published(config: RunConfig, writers: dict[str, ShardWriter], device: str | None) -> dict[str, Any]:
+def _add_published(config: RunConfig, writers: Writers, device: str | None) -> dict[str, Any]:
     """Add the rows of published files; `train_tokens` and `val_tokens` do not apply.
 
     The language model, which the splice needs, is loaded first: a mismatch is reported before any row is read.
     """
     files, revision = published_files(config)
     model = _model_and_prompts(config, device)[0].identity
-    add_published(config, files, writers)
+    add_published(config, files, writers[config.layer])
     names = {split: path.name for split, path in files.items()}
     data = {"activations": config.activations, "revision": revision, "files": names}
     data["note"] = "all rows of the published files: train_tokens and val_tokens do not apply"

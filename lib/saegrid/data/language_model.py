@@ -320,20 +320,32 @@ def padded_batches(texts: Sequence[list[int]], limit: int) -> Iterator[tuple[lis
 def hidden_at(lm: LM, input_ids: Tensor, attention_mask: Tensor, layer: int) -> Tensor:
     """Output of block `layer`, (B, T, d_in) in the model's dtype, without running later blocks.
 
+    The last block's output is not the last of transformers' `hidden_states`, which is taken after the final norm.
+
     Args:
         input_ids: (B, T), padded on the right with any valid id.
         attention_mask: (B, T), 1 for tokens and 0 for padding; outputs at padding are meaningless.
     """
+    return hidden_at_layers(lm, input_ids, attention_mask, [layer])[0]
+
+
+def hidden_at_layers(lm: LM, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    """`hidden_at` for several different layers, in their order, by one pass of the model."""
     import torch
 
-    outputs: list[Any] = []
-    hook = lm.blocks[layer].register_forward_hook(lambda module, args, output: outputs.append(output))
+    outputs: dict[int, Any] = {}
+
+    def keep(layer: int) -> Callable:
+        return lambda module, args, output: outputs.__setitem__(layer, output[0] if lm.block_outputs else output)
+
+    hooks = [lm.blocks[layer].register_forward_hook(keep(layer)) for layer in layers]
     try:
-        with torch.no_grad(), _forwards({block: _passing(lm) for block in lm.blocks[layer + 1 :]}):
+        with torch.no_grad(), _forwards({block: _passing(lm) for block in lm.blocks[max(layers) + 1 :]}):
             _decode(lm, input_ids, attention_mask)
     finally:
-        hook.remove()
-    return outputs[0][0] if lm.block_outputs else outputs[0]
+        for hook in hooks:
+            hook.remove()
+    return [outputs[layer] for layer in layers]
 
 
 def final_from(lm: LM, x: Tensor, input_ids: Tensor, attention_mask: Tensor, layer: int) -> Tensor:

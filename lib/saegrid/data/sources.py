@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import importlib.metadata
+import hashlib
+import itertools
 import re
 from pathlib import Path
 from typing import Any
 
 from saegrid.config.run_config import RunConfig
 from saegrid.data import embedded
+from saegrid.data.corpora.embedded_text import embedded_identity
+from saegrid.data.corpora.files import corpus_files, local_corpus
 from saegrid.data.language_model import HUB_FILES, weight_files
 from saegrid.data.manifest import FORMAT, MEND, of_format
 from saegrid.errors import ConfigError, DamagedError, StoreError
 from saegrid.storage.checksums import read_json, read_sealed
-from saegrid.storage.hub_access import files_sha256, local_folder
+from saegrid.storage.hub_access import expanded, files_sha256, local_folder
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-ROW_CODE = ("data/*.py", "core/splice.py")
+ROW_CODE = ("data/*.py", "data/corpora/[!_]*.py", "core/splice.py")
 """Modules whose change can change a store's rows, or the reference passes stored with them."""
+FEW_FILES = 20
+"""A dataset of more files is identified by one hash over all of their names and hashes."""
 
 
 def local_sources(config: RunConfig) -> dict[str, str]:
@@ -43,11 +48,10 @@ def local_sources(config: RunConfig) -> dict[str, str]:
         paths -= {folder / "generation_config.json"}  # sampling settings
         found |= _each("model", folder, sorted(paths))
     if config.dataset.startswith("embedded:"):
-        found["dataset"] = f"reasoning-gym {importlib.metadata.version('reasoning-gym')}"
-    elif folder := _folder("dataset", config):
-        paths = [path for path in (folder / "test.jsonl", folder / "train.jsonl") if path.exists()]
-        found["dataset"] = files_sha256(paths)
-        found |= _each("dataset", folder, paths)
+        found["dataset"] = embedded_identity(config.dataset)
+    else:
+        with contextlib.suppress(ConfigError):  # a Hub id, or files that are gone
+            found |= _dataset_files(config)
     if config.activations and _folder("activations", config):
         from saegrid.data.published_activations import published_files  # imports torch
 
@@ -64,7 +68,7 @@ def hub_sources(config: RunConfig, dataset_revision: str) -> dict[str, str]:
 
         path = try_to_load_from_cache(config.model, "config.json", revision=config.model_revision or None)
         found["model"] = Path(path).parent.name if isinstance(path, str) else config.model_revision
-    if not (config.dataset.startswith("embedded:") or _folder("dataset", config)):
+    if not (config.dataset.startswith("embedded:") or expanded(config.dataset).exists()):
         found["dataset"] = dataset_revision
     return {name: commit for name, commit in found.items() if commit}
 
@@ -109,6 +113,18 @@ def check_made_from(run_dir: Path, folder: Path) -> None:
     if rows_differ or prompts_differ:
         what = "trained on other rows" if rows_differ else "measured on other prompts"
         raise StoreError(f"{run_dir}: {what} than its store {folder} has now")
+
+
+def _dataset_files(config: RunConfig) -> dict[str, str]:
+    """The files of a local dataset: all together, and one by one if they are few."""
+    path = local_corpus(config)
+    if not path:
+        return {}
+    paths = sorted(itertools.chain(*corpus_files(config, path).values()))
+    each = _each("dataset", path if path.is_dir() else path.parent, paths)
+    if len(paths) <= FEW_FILES:
+        return {"dataset": files_sha256(paths), **each}
+    return {"dataset": hashlib.sha256(repr(each).encode()).hexdigest()}
 
 
 def _each(parameter: str, folder: Path, paths: list[Path]) -> dict[str, str]:

@@ -56,9 +56,7 @@ class ShardWriter:
         Raises:
             StoreError: values that are not finite, or too large for the stored dtype.
         """
-        stored = acts.to("cpu", self.dtype)
-        if not stored.isfinite().all():
-            self._refuse(acts)
+        stored = self.cast(acts)
         meta = (tensor.to(torch.int32) for tensor in (token_ids, positions, prompts))
         self._parts.append({"acts": stored, **dict(zip(META, meta, strict=True))})
         self._pending += len(stored)
@@ -71,6 +69,13 @@ class ShardWriter:
         self._first_norms.append(self._norms[-1][positions == 0])
         while self._pending >= self.shard_rows:
             self._write(self.shard_rows)
+
+    def cast(self, acts: Tensor) -> Tensor:
+        """The rows as they are stored. Raises `StoreError` as `add` does."""
+        stored = acts.to("cpu", self.dtype)
+        if not stored.isfinite().all():
+            self._refuse(acts)
+        return stored
 
     def close(self) -> list[dict[str, Any]]:
         """Write the remaining rows. Returns the shards: file, rows, bytes, sha256."""

@@ -9,6 +9,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Iterable
 from functools import cached_property
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -45,10 +46,13 @@ CODE = ("config", "core", "data", "experiment", "kernels")
 """Folders whose sources can change a run's result: their hash is in the run's code version."""
 
 
-def prepare_store(config: RunConfig) -> Store:
-    """The activation store of a run, with the splice's `Baseline`: made if missing, else opened and checked."""
+def prepare_store(config: RunConfig, also: Iterable[RunConfig] = ()) -> Store:
+    """The activation store of a run, with the splice's `Baseline`: made if missing, else opened and checked.
+
+    `also`: runs whose stores may be made in the same pass of the model (`collect`).
+    """
     config.check_shape(*lm_shape(config))
-    folder = collect(config)
+    folder = collect(config, also=also)
     with waiting_lock(folder / ".baseline.lock"):
         sweep(folder)
         store = open_store(config)

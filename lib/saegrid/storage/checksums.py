@@ -54,9 +54,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_json_lines(path: Path, content: bytes) -> list[dict[str, Any]]:
     """The objects in a file with one JSON object per line. Raises `DamagedError`."""
-    rows = [_parsed(path, line) for line in content.splitlines() if line.strip()]
-    if not all(isinstance(row, dict) for row in rows):
-        raise DamagedError(f"{path}: a line is not a JSON object")
+    return [row for _, row in numbered_json_lines(path, content)]
+
+
+def numbered_json_lines(path: Path, content: bytes) -> list[tuple[int, dict[str, Any]]]:
+    """(number of the line, object) of each line that is not blank. Raises `DamagedError`, which names the line."""
+    lines = [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+    rows = [(number, _parsed(f"{path}: line {number}", line)) for number, line in lines]
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise DamagedError(f"{path}: line {number}: not a JSON object")
     return rows
 
 
@@ -132,7 +139,7 @@ def file_sha256(path: Path) -> str:
         raise DamagedError(f"{path}: {error.strerror}") from None
 
 
-def _parsed(path: Path, content: bytes) -> Any:
+def _parsed(path: Path | str, content: bytes) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:

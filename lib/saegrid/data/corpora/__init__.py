@@ -1,0 +1,1 @@
+"""Corpora: files, Hub datasets and embedded texts, each read as a stream of documents."""
