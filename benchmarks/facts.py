@@ -25,7 +25,7 @@ UNITS = {
     "bandwidth_gb_s": "10⁹ bytes a second, read and written",
     "exponents": "slope of log(step) over log(size), least squares",
 }
-NOT_MEASURED = ("GPU: no GPU has been measured; every number here is a processor's.",)
+NOT_MEASURED = ("Races on a GPU: every ratio here is a processor's.",)
 NO_BF16 = (
     "The peers' bf16 settings on a processor without bf16 instructions ({}): a step of theirs takes seconds there."
 )

@@ -45,6 +45,7 @@ def render(results: dict[str, Any]) -> Markdown:
         parts += [step_plot(results), details(results)]
     parts += [not_measured(results), f"## How it was measured\n\n{introduction(results)}"]
     parts += [section("Over the floor", f"{FLOOR}\n\n{by_machine(floor_table, results)}", results["floors"])]
+    parts += [f"## On a GPU\n\n{gpu(ROOT / 'benchmarks' / 'gpu.json')}"]
     parts += [section("Splice evaluation", splice_table(results), results.get("splice"))]
     parts += [section("A whole grid", grid_table(results), results.get("grid"))]
     parts += [section("Cost against size", scaling_table(results), results["scaling"])]
@@ -53,6 +54,31 @@ def render(results: dict[str, Any]) -> Markdown:
         parts.append(curve_plot(results))
     parts += [section("Peak memory of a step", f"{MEMORY}\n\n{by_machine(memory_table, results)}", results["races"])]
     return markdown(*parts)
+
+
+def gpu(path: Path) -> str:
+    """What `make gpu` measured, from its file."""
+    if not path.exists():
+        return "Not measured yet: `make gpu` does it, in ten minutes."
+    found = json.loads(path.read_text(encoding="utf-8"))
+    facts, rules = found["facts"], found["rules"]
+    rates = f"{facts['bytes_per_s'] / 1e12:.2f} TB/s copied, {facts['bf16_flop_per_s'] / 1e12:.0f} TFLOP/s in bf16"
+    rows = [
+        f"| {step['arch']}, {step['recipe']} | {step['shape'][0]}, {step['shape'][1]}x, K {step['shape'][2]} "
+        f"| {step['shape'][3]:,} | {step['ms']:.2f} | {step['floor_ms']:.2f} | {step['ms'] / step['floor_ms']:.1f} |"
+        for step in found["steps"]
+        if step["who"] == "saegrid" and "ms" in step
+    ]
+    head = "| SAE | d_in, expansion, K | rows | ms per step | floor, ms | ratio |\n|---|---|--:|--:|--:|--:|"
+    return "\n\n".join(
+        [
+            f"{facts['device']}, torch {facts['torch']}, {found['date']}: {rates}. After eight steps of each of the "
+            f"{len(rules['apart'])} pairs of rule and recipe, the weights are within {rules['largest']:.0e} of the "
+            "reference's on the processor, and no step waited for the device. " + found.get("note", ""),
+            "\n".join([head, *rows]),
+            "The floor: a step's five products at the measured rate, and one read and write of weights and moments.",
+        ]
+    )
 
 
 def by_machine(part: Callable[[dict[str, Any]], str], results: dict[str, Any]) -> str:

@@ -29,7 +29,8 @@ class Estimates(NamedTuple):
         assert self.sink is not None
         left = x - self.scale * self.mean
         left = torch.addr(left, left @ self.sink, self.sink, alpha=-1)
-        return (x.norm(dim=1) <= self.limit) | (left.norm(dim=1) > self.limit)
+        keep: Tensor = (x.norm(dim=1) <= self.limit) | (left.norm(dim=1) > self.limit)
+        return keep
 
 
 def estimate(config: RunConfig, store: Store) -> Estimates:
