@@ -25,7 +25,7 @@ def runs_of(*run_ids):
 @pytest.mark.parametrize("df", T_95)
 def test_quantiles_are_those_of_the_tables(df):
     found = intervals.t_interval(1.0, 0.5, df + 0.9)  # rounded down
-    assert (found.high - 1) / 0.5 == (1 - found.low) / 0.5 == pytest.approx(T_95[df], abs=1e-4)
+    assert ((found.high - 1) / 0.5, (1 - found.low) / 0.5) == pytest.approx((T_95[df], T_95[df]), abs=1e-4)
     assert intervals.t_interval(T_95[df], 1.0, df).p == pytest.approx(0.05, abs=1e-5)
 
 

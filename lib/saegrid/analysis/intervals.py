@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import mpmath
 import numpy as np
 import pandas as pd
+from scipy.special import stdtr, stdtrit
 
 from saegrid.errors import ResultsError
 
@@ -144,11 +144,10 @@ def _paired(runs: pd.DataFrame, base: pd.DataFrame) -> tuple[list[str], list[str
 
 def _tails(t: float, df: int) -> float:
     """The chance that Student's |t| with `df` degrees of freedom is above `t`."""
-    return float(mpmath.betainc(df / 2, 0.5, 0, df / (df + t * t), regularized=True))
+    return float(2 * stdtr(df, -abs(t)))
 
 
 @functools.cache
 def _quantile(df: int) -> float:
     """The t above which, and below whose negative, lie 5% of Student's t."""
-    bounds = (1.9, 12.8)  # df of infinity and of 1
-    return float(mpmath.findroot(lambda t: _tails(t, df) - (1 - COVERAGE), bounds, solver="anderson", tol=1e-12))
+    return float(stdtrit(df, (1 + COVERAGE) / 2))
