@@ -58,8 +58,8 @@ class Size(NamedTuple):
 
 
 FULL = Size(285_277, 71_319)
-SMALL = Size(2_000, 600, 56, 13, 304, 2_000, 500)
-"""For the tests: K = 220 still fits into 4x 56 latents, and block 12 exists."""
+SMALL = Size(2_000, 600, 56, 14, 304, 2_000, 500)
+"""For the tests: K = 220 still fits into 4x 56 latents, and block 12 is not the last one."""
 
 
 def make(folder: Path, size: Size) -> dict[str, str]:
