@@ -30,7 +30,7 @@ POINTS = [
     ({"threshold": 0.5}, ["threshold = 0.5", "not a parameter of TopK"]),
     ({"arch": "BatchTopK", "threshold": 0.5}, ["threshold = 0.5", "not a parameter of BatchTopK"]),
     ({"arch": "JumpReLU"}, ["k = 4", "act_scale = 'unit'"]),
-    ({"arch": "JumpReLU", "threshold": 0.5}, ["k = 4", "a threshold that stays"]),
+    ({"arch": "JumpReLU", "threshold": 0.5}, ["k = 4", "a fixed threshold"]),
     ({"arch": "JumpReLU", "k": 0}, ["threshold = 0.0", "above 0"]),
     ({"arch": "JumpReLU", "k": 0, "threshold": -0.5}, ["threshold = -0.5", "greater than or equal to 0"]),
     ({"arch": "JumpReLU", "k": 0, "threshold": float("inf")}, ["threshold = inf", "finite"]),
