@@ -404,7 +404,7 @@ def test_the_split_of_a_file_with_the_published_number_of_rows():
         ({}, "needs instruct_base_layer1_train.pt and .*; its .pt files: none"),
         ({"instruct_base_layer2.pt": half_rows(9)}, r"its \.pt files: instruct_base_layer2\.pt"),
         ({"instruct_base_layer1_train.pt": half_rows(9)}, "needs instruct_base_layer1_train.pt and"),
-        ({f"{part}/instruct_base_layer1.pt": half_rows(9) for part in "ab"}, "is there 2 times"),
+        ({f"{part}/instruct_base_layer1.pt": half_rows(9) for part in "ab"}, "exists 2 times"),
         ({"instruct_base_layer1.pt": half_rows(9, D_IN + 1)}, rf"shape \[9, 17\], where .* needs \[n, {D_IN}\]"),
         ({"instruct_base_layer1.pt": half_rows(9)[0]}, r"shape \[16\]"),
         ({"instruct_base_layer1.pt": {"acts": half_rows(9)}}, "holds dict, not a tensor"),
