@@ -96,7 +96,7 @@ POINTS = [
     ({"dataset": "/no/such/folder"}, ["dataset = '/no/such/folder'", "no such folder"]),
     ({"dataset": "workflow"}, ["dataset = 'workflow'", "no .jsonl, .parquet, .txt or .md file"]),
     ({"context": 1}, ["context = 1", "at least 2"]),
-    ({"skip_tokens": "eos"}, ["skip_tokens = 'eos'", "special, bos and token ids"]),
+    ({"skip_tokens": "eos"}, ["skip_tokens = 'eos'", "must be special, bos or token ids"]),
     ({"learning_rate": 1e-4}, ["learning_rate = 0.0001", "no such parameter", "lr"]),
     ({"K": 4}, ["K = 4", "no such parameter"]),
 ]

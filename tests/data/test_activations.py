@@ -405,7 +405,7 @@ def test_the_split_of_a_file_with_the_published_number_of_rows():
         ({"instruct_base_layer2.pt": half_rows(9)}, r"its \.pt files: instruct_base_layer2\.pt"),
         ({"instruct_base_layer1_train.pt": half_rows(9)}, "needs instruct_base_layer1_train.pt and"),
         ({f"{part}/instruct_base_layer1.pt": half_rows(9) for part in "ab"}, "exists 2 times"),
-        ({"instruct_base_layer1.pt": half_rows(9, D_IN + 1)}, rf"shape \[9, 17\], where .* needs \[n, {D_IN}\]"),
+        ({"instruct_base_layer1.pt": half_rows(9, D_IN + 1)}, rf"shape \[9, 17\]; rows of .* need \[n, {D_IN}\]"),
         ({"instruct_base_layer1.pt": half_rows(9)[0]}, r"shape \[16\]"),
         ({"instruct_base_layer1.pt": {"acts": half_rows(9)}}, "holds dict, not a tensor"),
         ({"instruct_base_layer1.pt": torch.zeros(9, D_IN, dtype=torch.int64)}, "not a tensor of floating-point"),

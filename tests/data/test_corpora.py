@@ -306,8 +306,8 @@ def test_a_store_and_its_baseline_keep_what_is_skipped(tmp_path):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("pad", "skip_tokens = 'pad': special, bos and token ids, separated by commas, are allowed"),
-        ("bos,", "skip_tokens = 'bos,': special, bos and token ids"),
+        ("pad", "skip_tokens = 'pad': must be special, bos or token ids, separated by commas"),
+        ("bos,", "skip_tokens = 'bos,': must be special, bos or token ids"),
         ("bos", "skip_tokens = 'bos': the tokenizer of .* has no bos"),
         ("3,9999", "skip_tokens = '3,9999': the tokenizer of .* has no 9999"),
     ],
@@ -442,7 +442,7 @@ MALFORMED = {
     "not Parquet": (raw("a.parquet", b"PAR1 no PAR1"), {}, "a.parquet: not a Parquet file that can be read"),
     "empty Parquet file": (raw("a.parquet", b""), {}, "a.parquet: not a Parquet file that can be read"),
     "damaged Parquet": (damaged_parquet, {}, "a.parquet: not a Parquet file that can be read"),
-    "Parquet without the field": (parquet(body=["a"]), {}, "(or name the field: text_field); it has body"),
+    "Parquet without the field": (parquet(body=["a"]), {}, "or a text_field that exists; it has body"),
     "Parquet with numbers": (parquet(text=[1, 2]), {}, "a.parquet, row 1: text must be text, is 1"),
     "Parquet without rows": (parquet(text=pd.Series([], dtype=str)), {}, "no text in it"),
 }

@@ -216,7 +216,7 @@ def test_a_renamed_file_needs_to_be_told(tmp_path):
 
 def test_contradictions_are_told(tmp_path):
     path = export(make("TopK"), tmp_path, "published", {"name": "TopK_exp4x_k8"})
-    with pytest.raises(SaeFileError, match=r"k is 7 by TopK_exp4x_k8\.json, and 8 by its name"):
+    with pytest.raises(SaeFileError, match=r"k is 7 by TopK_exp4x_k8\.json, but 8 by its name"):
         load_sae(path)
     path = export(make("TopK"), tmp_path, "published")
     with pytest.raises(SaeFileError, match=r"k is 9 by what is given, but 7 by TopK_exp4x_k7\.json"):

@@ -78,7 +78,7 @@ def template_prefix(encode: Encode, config: RunConfig, first: Content) -> int:
     """Number of tokens that the chat template, and the system message of `first`, put before every question."""
     prefix = common(encode(_sample(first, "a", "a")), encode(_sample(first, "1", "1")))
     if prefix >= config.max_tokens - 1:
-        raise ConfigError(f"max_tokens = {config.max_tokens}: too few, the chat template's first tokens fill them")
+        raise ConfigError(f"max_tokens = {config.max_tokens}: no room for text after the chat template's first tokens")
     return prefix
 
 
