@@ -51,7 +51,7 @@ def content_of(row: Mapping[str, Any], names: tuple[str, ...], where: str) -> Co
 
 
 def plain(text: str, where: str) -> str:
-    """The same text, checked. Raises `ConfigError` for what no tokenizer should see."""
+    """The same text. Raises `ConfigError` if it has NUL characters or is not valid Unicode."""
     if "\0" in text:
         raise ConfigError(f"{where}: holds NUL characters, so it is not text")
     try:
@@ -62,7 +62,7 @@ def plain(text: str, where: str) -> str:
 
 
 def documents(contents: Iterable[Content], count: int, start: int = 0) -> Iterator[Document]:
-    """Documents numbered from `start`, without blank ones; `count`: number of texts in the corpus (see `FEW`)."""
+    """The documents that are not blank, numbered from `start`. `count`: number of texts in the corpus (see `FEW`)."""
     parts = (part for content in contents for part in (_parts(content) if count < FEW else [content]))
     for index, part in enumerate(parts, start):
         if not isinstance(part, str) or part.strip():
