@@ -1,4 +1,4 @@
-"""How often does a 95% interval hold the true value? Simulated for every kind of interval that the report shows.
+"""How often does a 95% interval contain the true value? Simulated for every kind of interval in the report.
 
     python benchmarks/coverage_of_intervals.py [--draws 2000]
 
@@ -23,7 +23,7 @@ from saegrid.analysis.intervals import Estimate, Measured, contrast, difference,
 
 FILE = Path("results/trials/coverage.csv")
 COUNTS = ((15, 50), (34, 102))
-"""Templates and prompts: those of a default grid (17 templates, of which 50 prompts have 15), and twice as many."""
+"""Templates and prompts: those of a default grid (its 50 prompts have 15 of 17 templates), and twice as many."""
 
 
 class Spread(NamedTuple):
@@ -49,7 +49,7 @@ A, B = 0.1, 0.25
 
 
 def simulated(rng: np.random.Generator, counts: tuple[int, int], a: Spread, b: Spread, skewed: bool) -> Measured:
-    """Three runs a and three runs b on the same prompts; an effect of a's template is in no b."""
+    """Three runs a and three runs b on the same prompts; template effects of a and b are independent."""
     templates, prompts = counts
     tokens = rng.integers(120, 220, prompts)
     template = np.concatenate([np.arange(templates), rng.integers(0, templates, prompts - templates)])
@@ -66,7 +66,7 @@ def simulated(rng: np.random.Generator, counts: tuple[int, int], a: Spread, b: S
 
 
 def slope(rng: np.random.Generator, skewed: bool) -> Estimate:
-    """The slope over d_sae fitted to the 24 runs of a scaling grid, which miss a power law of exponent -0.2 by 10%."""
+    """The slope over d_sae fitted to the 24 runs of a scaling grid, which scatter by 10% about an exponent of -0.2."""
     points = [(d, k, n) for d in (1152, 2304, 4608, 9216) for k in (32, 64, 128) for n in (40_000, 160_000)]
     df = pd.DataFrame(points, columns=list(scaling.SIZES))
     miss = rng.exponential(size=len(df)) if skewed else rng.standard_normal(len(df))
@@ -98,7 +98,7 @@ def kinds() -> list[Kind]:
 
 
 def table(draws: int, seed: int = 0) -> pd.DataFrame:
-    """One row per kind, counts and shape of the template effects: the share of intervals with the true value, in %."""
+    """One row per kind, counts and shape of template effects: share of intervals with the true value, in %."""
     rows = []
     for skewed in (False, True):
         shape = "skewed" if skewed else "normal"
@@ -113,7 +113,7 @@ def table(draws: int, seed: int = 0) -> pd.DataFrame:
 
 
 def share(found: list[Estimate], true: float) -> float:
-    """Share of the intervals that hold the true value, in %."""
+    """Share of the intervals that contain the true value, in %."""
     return round(100 * float(np.mean([low <= true <= high for _, low, high, _ in found])), 1)
 
 

@@ -1,7 +1,7 @@
 """What a GPU makes of the `dense` kernel: `make gpu`, under ten minutes, written to gpu.json.
 
 Needs a GPU, Python, torch 2.11 or newer and this checkout; the other libraries, and the packages of a whole run, take
-part where they are installed. Without a GPU the same script runs on the CPU with small sizes (`--device cpu`).
+part if they are installed. Without a GPU the same script runs on the CPU with small sizes (`--device cpu`).
 
     facts      device, versions, measured bandwidth and bf16 product: together the floor of a step
     rules      every rule and recipe against the reference on the CPU, and steps that never wait for the device
@@ -83,7 +83,7 @@ def facts(device: str) -> dict[str, Any]:
 
 
 def floor_ms(known: dict[str, Any], d_in: int, expansion: int, batch: int) -> float:
-    """Time of the products, and of one read and one write of weights and moments, one after the other."""
+    """Time of a step's products, then of one read and one write of weights and moments."""
     d_sae = expansion * d_in
     products = PRODUCTS * 2 * batch * d_in * d_sae / known["bf16_flop_per_s"]
     return 1e3 * (products + 2 * 3 * 2 * 4 * d_in * d_sae / known["bytes_per_s"])
@@ -115,7 +115,7 @@ def settle(device: str) -> None:
 
 
 def rules(device: str) -> dict[str, Any]:
-    """Relative distance of the weights from the reference's after six steps; must be below 1e-4."""
+    """Relative distance of the weights from the reference's after eight steps; must be below 1e-4."""
     from kernel_cases import D_IN, D_SAE, apart, make_params, make_rows, start
 
     sink = torch.nn.functional.normalize(torch.arange(1.0, D_IN + 1), dim=0)
@@ -237,7 +237,7 @@ def theirs(device: str, spec: dict[str, Any]) -> Callable[[Tensor], Any]:
 
 
 def contenders(shapes: tuple, device: str) -> list[dict[str, Any]]:
-    """What is timed, the most important first."""
+    """What is timed, most important first."""
     setting = "bf16+fused+compile" if device == "cuda" else "default"
     main, found = shapes[0], []
     for shape in shapes[:2]:

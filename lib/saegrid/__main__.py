@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("collect", help="make an activation store of a grid")
     command.add_argument("grid", type=Path)
     command.add_argument("store_id", help="one of the grid's stores, as `list` shows them")
-    command = commands.add_parser("pca", help="measure what as many principal components lose, for a store of a grid")
+    command = commands.add_parser("pca", help="measure PCA, the baseline, on one store of a grid")
     command.add_argument("grid", type=Path)
     command.add_argument("store_id", help="one of the grid's stores, as `list` shows them")
     command = commands.add_parser("stability", help="match the latents of runs that differ in their seed, on one store")

@@ -98,7 +98,7 @@ def test_a_switched_choice_beside_the_whole_recipe(mixed, fake_grid, fake_runs):
     assert beside(df.iloc[:1], sums[0]).empty
     with pytest.raises(ResultsError, match="more than one setting"):
         beside(df.assign(k=[64, 64, 64, 32]), pd.concat(sums))
-    with pytest.raises(ResultsError, match="only the same ones can be paired"):
+    with pytest.raises(ResultsError, match="only equal seeds can be paired"):
         beside(df.assign(seed=[0, 0, 0, 1]), pd.concat(sums))
 
 

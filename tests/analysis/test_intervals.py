@@ -73,7 +73,7 @@ def test_seeds_and_templates_by_hand():
     assert int(df) == 1 and value == pytest.approx(0.3)
     assert high - value == value - low == pytest.approx(T_95[1] * math.sqrt(between + templates), rel=1e-4)
     assert intervals.over_seeds(found, ["a0", "a1"]) == pytest.approx((value, low, high, 0), abs=1)
-    with pytest.raises(ResultsError, match="only the same ones can be paired"):
+    with pytest.raises(ResultsError, match="only equal seeds can be paired"):
         intervals.difference(found, runs_of("a0"), runs_of("b0", "b1"))
 
 

@@ -26,13 +26,13 @@ NOTEBOOK = "notebooks/train.ipynb"
         ({"k": 3.5}, ["k = 3.5", "integer"]),
         ({"k": True}, ["k = True", "integer"]),
         ({"arch": "Relu", "k": 3}, ["arch = 'Relu'", "'JumpReLU', 'Matryoshka', 'ReLU' or 'Gated'"]),
-        ({"arch": "ReLU", "k": 3}, ["k = 3", "ReLU weighs its L1 on scaled rows only: act_scale = 'unit'"]),
+        ({"arch": "ReLU", "k": 3}, ["k = 3", "ReLU weighs its L1 on scaled rows only; set act_scale = 'unit'"]),
         ({"arch": "Gated", "recipe": "improved"}, ["k = 0", "Gated needs a k of at least 1"]),
         ({"arch": "Gated", "k": 3, "threshold": 0.5}, ["threshold = 0.5", "not a parameter of Gated"]),
         ({"arch": "TopK"}, ["k = 0", "TopK needs a k"]),
         ({"arch": "TopK", "k": 4, "threshold": 0.1}, ["threshold = 0.1", "not a parameter of TopK"]),
         ({"arch": "JumpReLU", "k": 4}, ["k = 4", "act_scale = 'unit'", "recipe = 'improved'"]),
-        ({"arch": "JumpReLU", "k": 4, "threshold": 0.1}, ["k = 4", "a threshold that stays", "train"]),
+        ({"arch": "JumpReLU", "k": 4, "threshold": 0.1}, ["k = 4", "a fixed threshold", "train"]),
         ({"k": 4, "bandwidth": 0.0}, ["bandwidth = 0.0", "greater than 0"]),
         ({"arch": "JumpReLU"}, ["threshold = 0.0", "above 0"]),
         ({"k": 4, "expansion": 0}, ["expansion = 0"]),
@@ -41,7 +41,7 @@ NOTEBOOK = "notebooks/train.ipynb"
         ({"k": 4, "layer": -1}, ["layer = -1"]),
         ({"k": 4, "prefixes": 3}, ["prefixes = 3", "not a parameter of BatchTopK"]),
         ({"arch": "JumpReLU", "k": [4, 8], "recipe": "improved"}, ["k = [4, 8]", "valid integer"]),
-        ({"k": 4, "theta_tie": 3}, ["theta_tie = 3", "a parameter of JumpReLU with a k alone"]),
+        ({"k": 4, "theta_tie": 3}, ["theta_tie = 3", "only JumpReLU with a k takes it"]),
         ({"arch": "JumpReLU", "threshold": 0.5, "theta_tie": 3}, ["theta_tie = 3", "JumpReLU with a k"]),
         ({"k": 4, "recipe": ["improved"]}, ["recipe = ['improved']", "'published' or 'improved'"]),
         ({"k": 4, "lr": [1e-3]}, ["lr = [0.001]", "number"]),
@@ -134,7 +134,7 @@ def test_a_page_of_the_report_refuses_what_it_does_not_know():
     check_names(names, "results_dir", "runs_dir")
     with pytest.raises(ConfigError, match="run_dir = 'b': no such parameter; known are results_dir, runs_dir"):
         check_names(names | {"run_dir": "b"}, "results_dir", "runs_dir")
-    with pytest.raises(ConfigError, match="results_dir = 3: must be a text"):
+    with pytest.raises(ConfigError, match="results_dir = 3: must be text"):
         check_names({"results_dir": 3}, "results_dir")
 
 

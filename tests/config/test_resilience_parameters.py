@@ -30,7 +30,7 @@ POINTS = [
     ({"threshold": 0.5}, ["threshold = 0.5", "not a parameter of TopK"]),
     ({"arch": "BatchTopK", "threshold": 0.5}, ["threshold = 0.5", "not a parameter of BatchTopK"]),
     ({"arch": "JumpReLU"}, ["k = 4", "act_scale = 'unit'"]),
-    ({"arch": "JumpReLU", "threshold": 0.5}, ["k = 4", "a threshold that stays"]),
+    ({"arch": "JumpReLU", "threshold": 0.5}, ["k = 4", "a fixed threshold"]),
     ({"arch": "JumpReLU", "k": 0}, ["threshold = 0.0", "above 0"]),
     ({"arch": "JumpReLU", "k": 0, "threshold": -0.5}, ["threshold = -0.5", "greater than or equal to 0"]),
     ({"arch": "JumpReLU", "k": 0, "threshold": float("inf")}, ["threshold = inf", "finite"]),
@@ -96,7 +96,7 @@ POINTS = [
     ({"dataset": "/no/such/folder"}, ["dataset = '/no/such/folder'", "no such folder"]),
     ({"dataset": "workflow"}, ["dataset = 'workflow'", "no .jsonl, .parquet, .txt or .md file"]),
     ({"context": 1}, ["context = 1", "at least 2"]),
-    ({"skip_tokens": "eos"}, ["skip_tokens = 'eos'", "special, bos and token ids"]),
+    ({"skip_tokens": "eos"}, ["skip_tokens = 'eos'", "must be special, bos or token ids"]),
     ({"learning_rate": 1e-4}, ["learning_rate = 0.0001", "no such parameter", "lr"]),
     ({"K": 4}, ["K = 4", "no such parameter"]),
 ]

@@ -121,7 +121,7 @@ def test_movement_is_the_cosine_with_the_start():
 
 def test_what_can_not_be_matched_is_one_line():
     one, other = sae_of(torch.eye(2), torch.eye(2)), sae_of(torch.eye(3), torch.eye(3))
-    with pytest.raises(ConfigError, match=r"d_in = 3: .* d_in = 2"):
+    with pytest.raises(ConfigError, match=r"d_in = 3: must be the first SAE.s, 2"):
         matched(one, other, activity(one, []), activity(other, []))
     with pytest.raises(ConfigError, match="JumpReLU has no latent that fires"):
         compare(one, one, [-torch.ones(4, 2)])

@@ -204,7 +204,7 @@ def test_files_or_folders_named_train_and_test_are_the_splits(tmp_path, names):
     assert all("learn" not in text for text in decoded(prompts["eval"]))
     one = make_prompts(config_for(tmp_path, dataset_split="test"), tiny_tokenizer())
     assert not any("learn" in text for some in one.values() for text in decoded(some))
-    with pytest.raises(ConfigError, match=r"dataset_split = 'dev': no file of .* has this name"):
+    with pytest.raises(ConfigError, match=r"dataset_split = 'dev': no such split in "):
         make_prompts(config_for(tmp_path, dataset_split="dev"), tiny_tokenizer())
     for name in ("train", "test"):
         write_texts(tmp_path / "sorted" / name, 30)
@@ -306,8 +306,8 @@ def test_a_store_and_its_baseline_keep_what_is_skipped(tmp_path):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("pad", "skip_tokens = 'pad': special, bos and token ids, separated by commas, are allowed"),
-        ("bos,", "skip_tokens = 'bos,': special, bos and token ids"),
+        ("pad", "skip_tokens = 'pad': must be special, bos or token ids, separated by commas"),
+        ("bos,", "skip_tokens = 'bos,': must be special, bos or token ids"),
         ("bos", "skip_tokens = 'bos': the tokenizer of .* has no bos"),
         ("3,9999", "skip_tokens = '3,9999': the tokenizer of .* has no 9999"),
     ],
@@ -408,7 +408,7 @@ USER = {"role": "user", "content": "a"}
 MALFORMED = {
     "empty folder": (nothing, {}, "no .jsonl, .parquet, .txt or .md file in this folder"),
     "no such file": (lambda folder: folder / "a.txt", {}, "no such file"),
-    "another kind of file": (raw("a.csv", b"a,b\n"), {}, "a file, where a folder, .jsonl, .parquet, .txt or .md file"),
+    "another kind of file": (raw("a.csv", b"a,b\n"), {}, "a file; must be a folder, a .jsonl, .parquet, "),
     "empty file": (raw("a.txt", b""), {}, "no text in it"),
     "only white space": (raw("a.md", b" \n\t\n"), {}, "no text in it"),
     "empty lines": (raw("a.jsonl", b"\n\n"), {}, "no text in it"),
@@ -424,10 +424,10 @@ MALFORMED = {
     "nested too deeply": (raw("a.jsonl", b"[" * 100_000), {}, "a.jsonl: line 1: not JSON: nested too deeply"),
     "line without fields": (raw("a.jsonl", b'"text"\n'), {}, "a.jsonl: line 1: not a JSON object"),
     "list of rows": (raw("a.jsonl", b'[{"text": "a"}]'), {}, "a.jsonl: line 1: not a JSON object"),
-    "no known field": (lines({"prompt": "a"}), {}, "needs text, messages, or question and answer (or name the field"),
+    "no known field": (lines({"prompt": "a"}), {}, "needs text, messages, or question and answer, or a text_field"),
     "no field at all": (lines({}), {}, "it has no fields"),
     "wrong text_field": (lines({"text": "a"}), {"text_field": "body"}, "text_field = 'body': no such field in "),
-    "text_field of a text": (raw("a.txt", b"a"), {"text_field": "text"}, "a.txt is a text and has no fields"),
+    "text_field of a text": (raw("a.txt", b"a"), {"text_field": "text"}, "a.txt is a text file and has no fields"),
     "field is missing later": (lines({"text": "a"}, {"txt": "b"}), {}, "a.jsonl, line 2: no field text"),
     "a number for a text": (lines({"text": "a"}, {"text": 5}), {}, "a.jsonl, line 2: text must be text, is 5"),
     "no text": (lines({"text": None}), {}, "a.jsonl, line 1: text must be text, is None"),
@@ -442,7 +442,7 @@ MALFORMED = {
     "not Parquet": (raw("a.parquet", b"PAR1 no PAR1"), {}, "a.parquet: not a Parquet file that can be read"),
     "empty Parquet file": (raw("a.parquet", b""), {}, "a.parquet: not a Parquet file that can be read"),
     "damaged Parquet": (damaged_parquet, {}, "a.parquet: not a Parquet file that can be read"),
-    "Parquet without the field": (parquet(body=["a"]), {}, "(or name the field: text_field); it has body"),
+    "Parquet without the field": (parquet(body=["a"]), {}, "or a text_field that exists; it has body"),
     "Parquet with numbers": (parquet(text=[1, 2]), {}, "a.parquet, row 1: text must be text, is 1"),
     "Parquet without rows": (parquet(text=pd.Series([], dtype=str)), {}, "no text in it"),
 }

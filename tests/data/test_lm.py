@@ -188,7 +188,7 @@ def test_missing_folder_file_or_layer_is_one_line(folder, tmp_path):
     cases = {
         str(tmp_path / "nowhere"): "no such folder",
         str(tmp_path / "empty"): "no config.json in this folder",
-        str(tmp_path / "file"): "a file, where a folder",
+        str(tmp_path / "file"): "a file; must be a folder",
         "embedded:other": "no such embedded model; there is embedded:smollm2-135m-instruct",
     }
     for model, message in cases.items():
@@ -295,7 +295,7 @@ def test_weights_that_are_damaged_or_incomplete_are_one_line(folder):
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ConfigError, match="not a causal language model that loads"):
+    with pytest.raises(ConfigError, match="does not load as a causal language model"):
         load_lm(config_for(folder))
     model = tiny_model("gpt2")
     state = {name: tensor for name, tensor in model.state_dict().items() if "h.1.mlp.c_fc.weight" not in name}

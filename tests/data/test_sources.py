@@ -162,7 +162,7 @@ def test_prompts_that_come_out_otherwise_are_refused(config, tmp_path):
     path = tmp_path / "model" / "chat_template.jinja"
     path.write_text("{{ range(100000) | random }}" + path.read_text())
     collect(config)
-    with pytest.raises(StoreError, match="dataset and tokenizer give other prompts now than its rows have"):
+    with pytest.raises(StoreError, match="dataset and tokenizer now give other prompts than those of its rows"):
         prepare_store(config)
 
 
@@ -236,7 +236,7 @@ def test_a_run_is_made_again_where_only_its_evaluation_prompts_changed(config, t
     shutil.rmtree(store_folder(config))  # by hand, as the error says
     prepare_store(config)
     grid = grid_of(config, tmp_path)
-    assert "measured on other prompts than its store" in "".join(mend(grid))
+    assert "measured on other prompts than those now in its store" in "".join(mend(grid))
     second = finished(config)
     assert "measured on other prompts" in capsys.readouterr().out
     assert (second["data_sha256"], second["weights_sha256"]) == (first["data_sha256"], first["weights_sha256"])

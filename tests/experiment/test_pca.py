@@ -70,7 +70,7 @@ def test_the_table_and_what_is_damaged(made, tmp_path):
         {name: record[name] for name in ("store_id", "components", "fvu")} for record in table.to_dict("records")
     ]
     write_sealed(path, {"data_sha256": store.data_sha256, "records": records})
-    with pytest.raises(ResultsError, match=r"pca\.json: lacks 'fvu_no_sink', as by an older version; delete it"):
+    with pytest.raises(ResultsError, match=r"pca\.json: made by an older version \(no 'fvu_no_sink'\); delete it"):
         pca_table.load(grid)
     pca.make(config, store)
     assert len(pca_table.load(grid)) == len(table)

@@ -102,10 +102,10 @@ def test_a_missing_run_stops_the_tables_and_leaves_the_old_ones(fake_grid, fake_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"delta_loss": None}, "delta_loss = None, needs a finite number"),
-        ({"fvu": math.nan}, "fvu = nan, needs a finite number"),
-        ({"l0": "many"}, "l0 = 'many', needs a finite number"),
-        ({"weights_sha256": ""}, "weights_sha256 = '', needs a SHA-256"),
+        ({"delta_loss": None}, "delta_loss = None: must be a finite number"),
+        ({"fvu": math.nan}, "fvu = nan: must be a finite number"),
+        ({"l0": "many"}, "l0 = 'many': must be a finite number"),
+        ({"weights_sha256": ""}, "weights_sha256 = '': must be a SHA-256"),
         ({"run_id": "another"}, "belongs to the run 'another'"),
     ],
 )

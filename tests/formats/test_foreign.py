@@ -141,15 +141,15 @@ REFUSED = {
         for value in (True, "expected_average_only_in", "constant_norm_rescale", "layer_norm")
     },
     "old: tanh": (old("ReLU", activation_fn_str="tanh-relu"), "activation_fn = 'tanh-relu'"),
-    "old: topk with a ReLU": (old(activation_fn_str="relu"), "activation_fn = 'relu': not that of topk"),
-    "old: Gated with topk": (old("Gated", **TOPK_FN), "activation_fn = 'topk': not that of gated"),
-    "old: two activations": (old(activation_fn="relu"), "activation_fn = 'relu', and under another name 'topk'"),
+    "old: topk with a ReLU": (old(activation_fn_str="relu"), "activation_fn = 'relu': does not fit topk"),
+    "old: Gated with topk": (old("Gated", **TOPK_FN), "activation_fn = 'topk': does not fit gated"),
+    "old: two activations": (old(activation_fn="relu"), "activation_fn = 'relu', but its other name has 'topk'"),
     "old: another function within topk": (
         old(activation_fn_kwargs={"k": K, "postact_fn": "tanh"}),
         "activation_fn_kwargs.postact_fn = 'tanh'",
     ),
-    "old: two k": (old(k=8), r"k = 8, and activation_fn_kwargs\.k = 7"),
-    "old: k above d_sae": (old(activation_fn_kwargs={"k": 97}), "k = 97: from 1 to d_sae = 96"),
+    "old: two k": (old(k=8), r"k = 8, but activation_fn_kwargs\.k = 7"),
+    "old: k above d_sae": (old(activation_fn_kwargs={"k": 97}), "k = 97: must be from 1 to d_sae = 96"),
     "old: k of a ReLU": (old("ReLU", activation_fn_kwargs={"k": 8}), "k = 8: standard takes none"),
     "old: all heads": (old(hook_name="blocks.1.attn.hook_z"), "hook_name = 'blocks.1.attn.hook_z'"),
     "old: one head": (old(hook_head_index=2), "hook_head_index = 2"),
@@ -161,7 +161,7 @@ REFUSED = {
             *(("k", None), ("d_in", 25)),
         )
     },
-    "sparsify: another size": (edited(SPARSIFY, num_latents=95), "d_sae = 95, and the weights have 96"),
+    "sparsify: another size": (edited(SPARSIFY, num_latents=95), "d_sae = 95, but the weights have 96"),
     "dictionary: k of a ReLU": (edited_part(DICTIONARY, "trainer", "ReLU", k=8), "k = 8: AutoEncoder takes none"),
     "dictionary: a transcoder": (edited_part(DICTIONARY, "buffer", io="in_and_out"), r"buffer\.io = 'in_and_out'"),
     # a field that nobody knows
@@ -281,7 +281,7 @@ def test_a_dictionary_whose_k_is_in_its_configuration_alone(tmp_path):
         (lambda s: s.pop("k"), "k is missing"),
         (lambda s: s.update(threshold=torch.ones(D_SAE)), "threshold is not one finite number"),
         (lambda s: s.update(threshold=torch.tensor(1j)), "threshold is not one finite number"),
-        (lambda s: s.update(k=torch.tensor(7.5)), r"k = 7\.5: a whole number"),
+        (lambda s: s.update(k=torch.tensor(7.5)), r"k = 7\.5: must be a whole number"),
         (lambda s: s.update(k=torch.tensor(True)), "k is not one finite number"),
         (lambda s: s.update(group_sizes=torch.tensor([96])), "found"),
     ],
@@ -416,7 +416,7 @@ def test_what_is_not_known_is_left_out(tmp_path):
         ({"model": 5}, "facts: model = 5"),
         ({"prepend_bos": "yes"}, "facts: prepend_bos = 'yes'"),
         ({"max_tokens": 0}, "facts: max_tokens = 0"),
-        ([1], r"facts = \[1\]: names and values"),
+        ([1], r"facts = \[1\]: must be a dict of names and values"),
     ],
 )
 def test_a_fact_that_can_not_be_told_writes_nothing(format, facts, why, tmp_path):

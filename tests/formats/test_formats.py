@@ -193,38 +193,38 @@ def test_a_single_file_in_a_folder_needs_no_name(tmp_path):
 def test_a_renamed_file_needs_to_be_told(tmp_path):
     path = export(make("TopK"), tmp_path, "published", {"name": "mine"})
     path.with_suffix(".json").unlink()
-    with pytest.raises(SaeFileError, match=r"mine\.pt: nothing tells its architecture: give arch="):
+    with pytest.raises(SaeFileError, match=r"mine\.pt: its architecture is unknown: give arch="):
         load_sae(path)
     for parameters, why in (
-        ({"arch": "TopK"}, "nothing tells TopK's k: give k="),
-        ({"arch": "JumpReLU"}, "nothing tells JumpReLU's theta: give threshold="),
-        ({"arch": "TopK", "k": 97}, "k = 97: from 1 to d_sae = 96"),
+        ({"arch": "TopK"}, "TopK's k is unknown: give k="),
+        ({"arch": "JumpReLU"}, "JumpReLU's threshold is unknown: give threshold="),
+        ({"arch": "TopK", "k": 97}, "k = 97: must be from 1 to d_sae = 96"),
         ({"arch": "TopK", "k": 7, "threshold": 0.5}, "threshold = 0.5: not a parameter of TopK"),
         ({"arch": "JumpReLU", "k": 7, "threshold": 0.5}, "k = 7: not a parameter of JumpReLU"),
-        ({"arch": "Relu"}, "arch = 'Relu': one of TopK, BatchTopK, JumpReLU"),
-        ({"arch": "Gated"}, "nothing tells Gated's theta for each latent"),
-        ({"arch": "TopK", "k": -1}, "k = -1: a whole number"),
-        ({"arch": "JumpReLU", "threshold": float("nan")}, "threshold = nan: a number above 0"),
+        ({"arch": "Relu"}, "arch = 'Relu': must be one of TopK, BatchTopK, JumpReLU"),
+        ({"arch": "Gated"}, "Gated's theta per latent is missing"),
+        ({"arch": "TopK", "k": -1}, "k = -1: must be a whole number"),
+        ({"arch": "JumpReLU", "threshold": float("nan")}, "threshold = nan: must be a number above 0"),
     ):
         with pytest.raises(SaeFileError, match=why):
             load_sae(path, **parameters)
     assert_same(load_sae(path, arch="TopK", k=K), make("TopK"))
     path = path.rename(tmp_path / "TopK_exp4x_k0.pt")
-    with pytest.raises(SaeFileError, match="k = 0: from 1 to d_sae = 96"):
+    with pytest.raises(SaeFileError, match="k = 0: must be from 1 to d_sae = 96"):
         load_sae(path)
 
 
 def test_contradictions_are_told(tmp_path):
     path = export(make("TopK"), tmp_path, "published", {"name": "TopK_exp4x_k8"})
-    with pytest.raises(SaeFileError, match=r"k is 7 by TopK_exp4x_k8\.json, and 8 by its name"):
+    with pytest.raises(SaeFileError, match=r"k is 7 by TopK_exp4x_k8\.json, but 8 by its name"):
         load_sae(path)
     path = export(make("TopK"), tmp_path, "published")
-    with pytest.raises(SaeFileError, match=r"k is 9 by what is given, and 7 by TopK_exp4x_k7\.json"):
+    with pytest.raises(SaeFileError, match=r"k is 9 by what is given, but 7 by TopK_exp4x_k7\.json"):
         load_sae(path, k=9)
     with pytest.raises(SaeFileError, match="arch is JumpReLU by what is given, and TopK by"):
         load_sae(path, arch="JumpReLU", threshold=1.0)
     other = path.rename(tmp_path / "TopK_exp8x_k7.pt")
-    with pytest.raises(SaeFileError, match=r"its name says d_sae = 8 \* 24, and the weights have 96"):
+    with pytest.raises(SaeFileError, match=r"its name says d_sae = 8 \* 24, but the weights have 96"):
         load_sae(other)
     folder = export(make("JumpReLU"), tmp_path / "lens", "saelens")
     for parameters in ({"arch": "TopK"}, {"k": 3}, {"threshold": 3.8}):
@@ -239,7 +239,7 @@ def test_an_export_does_not_overwrite_another_sae(tmp_path):
     for format in ("saelens", "sparsify", "dictionary_learning"):
         with pytest.raises(SaeFileError, match="already holds another SAE"):
             export(make("TopK"), tmp_path, format)
-    with pytest.raises(SaeFileError, match="format = 'onnx': one of published"):
+    with pytest.raises(SaeFileError, match="format = 'onnx': must be one of published"):
         export(make("TopK"), tmp_path, "onnx")
     with pytest.raises(SaeFileError, match=r"name = '\.\./x'"):
         export(make("TopK"), tmp_path, "published", {"name": "../x"})
@@ -370,7 +370,7 @@ REFUSED = {
     "a meta tensor": (edited_pt(lambda s: s.update(b_pre=torch.ones(24, device="meta"))), "b_pre is of kind"),
     "a few bytes that pose as terabytes": (
         edited_pt(lambda s: s.update({"encoder.weight": torch.zeros(1).expand(10**6, 10**6)})),
-        "encoder.weight shows 4000000000000 bytes and holds fewer",
+        "encoder.weight states 4000000000000 bytes and holds fewer",
     ),
     "transposed decoder": (edited_pt(lambda s: s.update({"decoder.weight": s["decoder.weight"].T})), "decoder.weight"),
     "no latents": (edited_pt(lambda s: s.update({"encoder.weight": torch.zeros(0, 24)})), r"has shape \[0, 24\]"),
@@ -392,11 +392,11 @@ REFUSED = {
     "d_sae as text": (edited_cfg(lambda c: c.update(d_sae="96")), "d_sae = '96'"),
     "d_sae absurd": (edited_cfg(lambda c: c.update(d_sae=10**15)), "the weights have 96"),
     "d_in missing": (edited_cfg(lambda c: c.pop("d_in")), "d_in is missing"),
-    "k above d_sae": (edited_cfg(lambda c: c.update(k=97)), "k = 97: from 1 to d_sae = 96"),
+    "k above d_sae": (edited_cfg(lambda c: c.update(k=97)), "k = 97: must be from 1 to d_sae = 96"),
     "k NaN": (edited_cfg(lambda c: c.update(k=float("nan"))), "k = nan"),
     "own cfg: d_sae absurd": (own_cfg(d_sae=10**15), "the weights have 96"),
     "own cfg: unknown arch": (own_cfg(arch="__class__"), "arch = '__class__'"),
-    "own cfg: k of 0": (own_cfg(k=0), "nothing tells TopK's k"),
+    "own cfg: k of 0": (own_cfg(k=0), "TopK's k is unknown"),
     "own cfg: another hash": (own_cfg(weights_sha256="0" * 64), "SHA-256"),
     "own cfg: no hash": (own_cfg(weights_sha256=None), "weights_sha256 = None"),
     "a sparsify transcoder": (edited_cfg(lambda c: c.update(transcode=True), "sparsify"), "transcode = True"),
@@ -407,7 +407,7 @@ REFUSED = {
     ),
     "a dictionary with two k": (
         edited_cfg(lambda c: c["trainer"].update(k=8), "dictionary_learning"),
-        "k = 8, and ae.pt has 7",
+        "k = 8, but ae.pt has 7",
     ),
     "a dictionary that is no object": (
         edited_cfg(lambda c: c.update(trainer=None), "dictionary_learning"),
@@ -458,7 +458,7 @@ def test_a_bad_file_is_refused_in_one_line(case, tmp_path, monkeypatch):
 def test_what_is_not_an_sae_at_all(tmp_path):
     (tmp_path / "notes.txt").write_text("-")
     for source, why in (
-        (tmp_path / "notes.txt", "not an SAE's file"),
+        (tmp_path / "notes.txt", "not an SAE file"),
         (tmp_path / "nothing.pt", "no such file or folder"),
         ("two words", "no such file or folder"),
         ("a/b/../../c.pt", "no such file or folder"),

@@ -185,7 +185,7 @@ def test_without_a_gpu_it_is_refused_in_one_line():
 
 
 def test_the_cpu_kernel_is_refused_on_a_gpu():
-    with pytest.raises(ConfigError, match="kernel = 'cpu': runs on the device 'cpu' alone"):
+    with pytest.raises(ConfigError, match="kernel = 'cpu': runs on device = 'cpu' only"):
         kernels.choose("cpu", "auto", 0, "cuda")
 
 

@@ -151,7 +151,7 @@ def test_a_user_without_a_home_has_a_cache_and_is_told_once(tmp_path, monkeypatc
         folder = cache_dir()
         assert folder == own_cache_dir() == tmp_path / f"saegrid-{os.getuid()}"
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-        assert capsys.readouterr().err.count("no cache that can be written to") == 1
+        assert capsys.readouterr().err.count("the cache is not writable") == 1
         hub_access._temporary_cache.cache_clear()
         folder.rmdir()
         folder.symlink_to(tmp_path)  # as somebody else may have put there

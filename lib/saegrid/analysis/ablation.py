@@ -15,7 +15,7 @@ MEANS = ["l0", "fvu_no_sink", "dead_pct", "dead_pct_no_sink", "kl", "delta_loss"
 BETWEEN = ["kl_interval", "kl_range", "delta_loss_interval", "delta_loss_range"]
 """Uncertainty of the mean cost: its interval if there are per-prompt sums, else its range over the seeds."""
 LEVEL = 0.05
-"""Error of a family of comparisons."""
+"""Family-wise error rate of the comparisons."""
 
 
 def named(df: pd.DataFrame) -> pd.DataFrame:
@@ -33,8 +33,8 @@ def setting(df: pd.DataFrame) -> list[str]:
 def by_recipe(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> pd.DataFrame:
     """One row per setting and recipe, in table order: means over seeds, number of seeds, uncertainty of the cost.
 
-    Columns: those of `setting`, `recipe` in words, `seeds`, `MEANS`, and one of `BETWEEN`, of `selection.cost`: its
-    interval (95%, over templates and seeds) if the runs' per-prompt sums are given, else its range over the seeds.
+    Columns: those of `setting`, `recipe` in words, `seeds`, `MEANS`, and one of `BETWEEN`: the 95% interval of
+    `selection.cost` (over templates and seeds) if the runs' per-prompt sums are given, else its range over seeds.
     """
     measure = cost(df)
     groups = named(df).groupby([*setting(df), "recipe"], sort=False, dropna=False)
@@ -51,7 +51,7 @@ def beside(df: pd.DataFrame, prompts: pd.DataFrame, base: str = "improved") -> p
     """How switching one choice of a recipe changes its cost: one row per switched choice, costliest first.
 
     Columns: `recipe` in words, `choice`, `more` (mean `selection.cost` over seeds minus that of unchanged `base`),
-    `low` and `high`, its 95% interval, paired over templates and seeds, and `p`, corrected for all choices (Holm).
+    `low` and `high`, its 95% interval, paired over templates and seeds, and `p`, adjusted for all choices (Holm).
 
     Raises:
         ResultsError: the runs have more than one setting, or a choice and `base` have different seeds.

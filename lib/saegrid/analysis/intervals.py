@@ -1,9 +1,9 @@
-"""95% intervals of measures on the evaluation prompts: t intervals over problem templates and, with several, seeds.
+"""95% intervals of measures on the evaluation prompts: t intervals over problem templates and, if several, seeds.
 
 Prompts of one template are alike, so templates are the clusters; seeds are the runs of one setting. A measure is a
-ratio of two sums over prompts, and its variance over templates is that of the ratio's linear part. Runs are compared
-on the same templates, so what two runs share cancels. What each interval covers is simulated:
-`benchmarks/coverage_of_intervals.py`.
+ratio of two sums over prompts; its variance over templates is that of its linear approximation (delta method). Runs
+are compared on the same templates, so what two runs share cancels. `benchmarks/coverage_of_intervals.py` simulates
+the coverage of each interval.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ MEASURES = {
     "delta_loss": ("ce_spliced_sum - ce_clean_sum", "n_tokens"),
     "fvu_eval": ("sq_error", "sq_norm_centred"),
 }
-"""Numerator and denominator, each summed over prompts: nats/token, twice; FVU without sinks on the prompts."""
+"""Numerator and denominator of each measure, summed over prompts. `kl` and `delta_loss` are in nats/token; `fvu_eval`
+is the FVU without sinks on the prompts."""
 
 
 class Estimate(NamedTuple):
-    """A value, its 95% interval, and the two-sided p of the value 0; NaN bounds and p with a single template."""
+    """A value, its 95% interval, and the two-sided p of a true value of 0; bounds and p are NaN with one template."""
 
     value: float
     low: float
@@ -43,9 +44,8 @@ class Measured:
     """A measure of every run, and what each template adds to it."""
 
     value: pd.Series  # by run id
-    parts: (
-        pd.DataFrame
-    )  # one row per template, one column per run id: (numerator - value · denominator) / Σ denominator
+    parts: pd.DataFrame
+    """One row per template, one column per run id: (numerator - value · denominator) / Σ denominator."""
 
 
 def measured(prompts: pd.DataFrame, measure: str = "delta_loss") -> Measured:
@@ -74,7 +74,7 @@ def measured(prompts: pd.DataFrame, measure: str = "delta_loss") -> Measured:
 
 
 def contrast(found: Measured, weights: Mapping[str, float]) -> Estimate:
-    """A weighted sum of runs' measures, such as `{"a": 1, "b": -1}` for a - b. Generalises over templates alone."""
+    """A weighted sum of runs' measures, such as `{"a": 1, "b": -1}` for a - b. Generalises over templates only."""
     runs, factors = list(weights), np.array(list(weights.values()))
     return _estimate(found.value[runs] @ factors, found.parts[runs].to_numpy() @ factors, np.zeros(1))
 
@@ -106,7 +106,10 @@ def ratio(found: Measured, runs: pd.DataFrame, base: pd.DataFrame) -> Estimate:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """The p of a family of comparisons, corrected (Holm 1979): below 0.05, the error of the whole family is."""
+    """The p of a family of comparisons, adjusted (Holm 1979).
+
+    Rejecting those below 0.05 keeps the chance of any false rejection in the family below 5%.
+    """
     order = np.argsort(ps, kind="stable")
     raised = np.array(ps)[order] * np.arange(len(ps), 0, -1)
     found = np.empty(len(ps))
@@ -115,7 +118,7 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def t_interval(value: float, error: float, df: float) -> Estimate:
-    """value ± t(df) · error, the standard error; `df` is rounded down."""
+    """value ± t(df) · error, where `error` is the standard error; `df` is rounded down."""
     if not df >= 1:
         return Estimate(value, np.nan, np.nan, np.nan)
     df, apart = int(df), abs(value) / error if error else np.inf * abs(value)
@@ -124,7 +127,7 @@ def t_interval(value: float, error: float, df: float) -> Estimate:
 
 
 def _estimate(value: float, parts: np.ndarray, seeds: np.ndarray) -> Estimate:
-    """The t interval of a value from its parts by template (G,) and its values by seed (n,): Satterthwaite's df."""
+    """The t interval of a value, with Satterthwaite's df, from its parts by template (G,) and values by seed (n,)."""
     n_groups, n = len(parts), len(seeds)
     templates = n_groups / max(n_groups - 1, 1) * np.sum(np.square(parts))
     between = seeds.var(ddof=1) / n if n > 1 else 0.0
@@ -138,7 +141,7 @@ def _estimate(value: float, parts: np.ndarray, seeds: np.ndarray) -> Estimate:
 def _paired(runs: pd.DataFrame, base: pd.DataFrame) -> tuple[list[str], list[str]]:
     runs, base = runs.sort_values("seed"), base.sort_values("seed")
     if list(runs["seed"]) != list(base["seed"]):
-        raise ResultsError(f"seeds {list(runs['seed'])} and {list(base['seed'])}: only the same ones can be paired")
+        raise ResultsError(f"seeds {list(runs['seed'])} and {list(base['seed'])}: only equal seeds can be paired")
     return list(runs["run_id"]), list(base["run_id"])
 
 
@@ -149,5 +152,5 @@ def _tails(t: float, df: int) -> float:
 
 @functools.cache
 def _quantile(df: int) -> float:
-    """The t above which, and below whose negative, lie 5% of Student's t."""
+    """The value that Student's |t| exceeds with a chance of 5%."""
     return float(stdtrit(df, (1 + COVERAGE) / 2))

@@ -13,8 +13,8 @@ from saegrid.analysis.selection import cost
 OWN = "saegrid"
 KEYS = ["peer", "arch", "k", "rate", "seed"]
 COMPARED = {"fvu_no_sink": "fvu_eval", "kl": "kl", "delta_loss": "delta_loss"}
-"""Measures that contenders are compared by (KL if all have it), and what is compared on the prompts, with an interval.
-"""
+"""Measures that contenders are compared on (KL only if all have it), each with the measure on the prompts that gives
+the interval."""
 MEANS = ["l0_no_sink", "fvu_no_sink", "fvu_eval", "dead_pct_no_sink", "kl", "delta_loss"]
 CONTENDER = ["peer", "arch"]
 
@@ -65,8 +65,8 @@ def compared(runs: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
 def against_best(found: pd.DataFrame) -> pd.DataFrame:
     """This project's SAE beside the best of the others (`compared`): one row per K and measure of `COMPARED`.
 
-    Columns: `k`, `measure`, `arch` (this project's), `own`, `peer`, `their_arch`, `theirs`, and of the difference on
-    the prompts `more` (theirs minus own), `low`, `high` and `p`, corrected for all rows (Holm).
+    Columns: `k`, `measure`, `arch` (this project's), `own`, `peer`, `their_arch`, `theirs`, and the difference on the
+    prompts: `more` (theirs minus own), its 95% interval `low` and `high`, and `p`, adjusted for all rows (Holm).
     """
     rows = []
     for k, group in found.groupby("k"):

@@ -16,8 +16,8 @@ MEASURES = {"fvu_no_sink": "FVU without sinks", "kl": "KL", "delta_loss": "delta
 def exponents(df: pd.DataFrame) -> pd.DataFrame:
     """One row per measure and varying size: the slope of log(measure) over log(size), all sizes fitted together.
 
-    Least squares over the runs; `low` and `high` are the t interval of a slope, 95% if the runs scatter about the power
-    law independently and alike; `spread` is the typical factor between a run and the fit.
+    Least squares over the runs. `low` and `high` bound the 95% t interval of a slope, which assumes independent
+    deviations from the power law with equal variance. `spread` is the typical factor between a run and the fit.
 
     Raises:
         ValueError: fewer than two runs per fitted parameter, or a measure that is not above 0.

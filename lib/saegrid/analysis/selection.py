@@ -17,7 +17,7 @@ DENSE_SHARE_PCT = 10.0
 
 
 def without_controls(df: pd.DataFrame) -> pd.DataFrame:
-    """The rows that are no controls. Only the table of controls, and the tables of all runs, show the others."""
+    """The rows that are not controls. Only the table of controls and the tables of all runs show controls."""
     for name, usual in CONTROLS.items():
         df = df[df[name].isna() | (df[name] == usual)] if name in df else df
     return df
@@ -40,15 +40,15 @@ def candidates(df: pd.DataFrame) -> pd.DataFrame:
 COMPARED = ("kl", "delta_loss", "loss_recovered_mean", "fvu_no_sink", "dead_pct", "stable_pct")
 """Measures that controls are compared on."""
 LOSSES = ("kl", "delta_loss", "loss_recovered_mean")
-"""Of those, the ones that an untrained language model is not compared on: it has nothing to lose."""
+"""Measures that say nothing about an untrained language model: it predicts next to nothing, so it can't lose much."""
 
 
 def beside_controls(df: pd.DataFrame, baseline: pd.DataFrame | None = None) -> pd.DataFrame:
     """Each setting that has a control, followed by its controls: means over seeds of the measures in `COMPARED`.
 
     PCA with K components is one more control where `baseline` (`experiment.pca_table`) has it. Columns: `name`,
-    `control` (`freeze = decoder`; empty for the setting itself), `seeds`, the measures, and `reached`, those on which a
-    control is at least as good as its setting: they say nothing there.
+    `control` (`freeze = decoder`; empty for the setting itself), `seeds`, the measures, and `reached`: the measures on
+    which a control is at least as good as its setting, and which therefore say nothing there.
     """
     keyed = df.assign(rest=[settings.key(row, *CONTROLS) for row in df.to_dict("records")])
     measures, found = [name for name in COMPARED if name in df], []
@@ -70,7 +70,7 @@ def beside_controls(df: pd.DataFrame, baseline: pd.DataFrame | None = None) -> p
 
 
 def _pca(baseline: pd.DataFrame, plain: pd.Series, measures: list[str]) -> list[dict[str, Any]]:
-    """PCA with as many components as a run's K, on the same rows; none if it was not measured."""
+    """PCA with as many components as a run's K, on the same rows; empty if it was not measured."""
     if pd.isna(plain["k"]):
         return []
     same = baseline[(baseline["components"] == plain["k"]) & (baseline["store_id"] == plain["store_id"])]
@@ -108,7 +108,10 @@ def same_settings(own: pd.DataFrame, other: pd.DataFrame) -> tuple[pd.DataFrame,
 
 
 def cost(df: pd.DataFrame) -> str:
-    """The measure by which runs are ranked: `kl`, or `delta_loss` if a run has no KL (it has both signs near 0)."""
+    """The measure by which runs are ranked: `kl`, or `delta_loss` if a run has no KL.
+
+    Near 0, KL tells runs apart better: it is never negative, and delta loss can be.
+    """
     return "kl" if "kl" in df and len(df) and df["kl"].notna().all() else "delta_loss"
 
 

@@ -66,24 +66,24 @@ class Grid(BaseModel):
         runs: dict[str, RunConfig] = {}
         points = sum(math.prod(map(len, block.values())) for block in self.axes)
         if not 1 <= points <= MAX_RUNS:
-            raise ConfigError(f"axes: the grid {self.name} has {points} runs, needs 1 to {MAX_RUNS}")
+            raise ConfigError(f"axes: the grid {self.name} has {points} runs; it must have 1 to {MAX_RUNS}")
         for block in self.axes:
             for name in block.keys() & self.constants.keys():
                 raise ConfigError(f"{name}: both a constant and an axis of the grid {self.name}")
             for name in block.keys() & PLACES:
                 raise ConfigError(
-                    f"{name} = {shown(block[name])}: a constant of the grid {self.name}, not an axis of it"
+                    f"{name} = {shown(block[name])}: must be a constant of the grid {self.name}, not an axis"
                 )
             for values in itertools.product(*block.values()):
                 run = make_config(**{**self.constants, **dict(zip(block, values, strict=True))})
                 run.check_training()
                 if run.run_id in runs:
-                    raise ConfigError(f"axes: the grid {self.name} names {run.name} with seed {run.seed} twice")
+                    raise ConfigError(f"axes: the grid {self.name} has {run.name} with seed {run.seed} twice")
                 runs[run.run_id] = run
         return list(runs.values())
 
     def seeds(self) -> list[list[RunConfig]]:
-        """The runs of each setting with at least two seeds, by seed: they differ in their seed alone."""
+        """For each setting with at least two seeds, its runs in order of their seed."""
         groups: dict[str, list[RunConfig]] = {}
         for run in self.runs():
             groups.setdefault(repr(run.model_dump(exclude={"seed", *PLACES})), []).append(run)

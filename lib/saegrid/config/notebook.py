@@ -24,7 +24,7 @@ def check_names(namespace: dict[str, Any], *known: str) -> None:
         if name not in known:
             raise ConfigError(f"{name} = {shown(value)}: no such parameter; known are {', '.join(known)}")
         if not isinstance(value, str):
-            raise ConfigError(f"{name} = {shown(value)}: must be a text")
+            raise ConfigError(f"{name} = {shown(value)}: must be text")
         if value.startswith("~"):
             raise ConfigError(f"{name} = {shown(value)}: name the whole path, as ~ is not expanded here")
 

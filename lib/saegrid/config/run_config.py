@@ -37,10 +37,10 @@ class RunConfig(BaseModel):
     model_revision: str = ""
     """Hub revision (branch, tag or commit); empty is the default branch."""
     model_init: Literal["trained", "random"] = "trained"
-    """Its weights, or, a control (arXiv:2501.17727), untrained ones from `data_seed`, embeddings too."""
+    """`random` is a control (arXiv:2501.17727): untrained weights, embeddings included, drawn from `data_seed`."""
     layer: int = Field(12, ge=0)
-    """Index of the decoder block whose output is read: `hidden_states[layer + 1]`, but for the last block, whose entry
-    transformers takes after the final norm."""
+    """Index of the decoder block whose output is read. It is `hidden_states[layer + 1]`, except for the last block:
+    there transformers has already applied the final norm."""
     site: Literal["resid_post"] = "resid_post"
     """Position in the block: the residual stream after it."""
     lm_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -55,17 +55,17 @@ class RunConfig(BaseModel):
     dataset_config: str = ""
     """Configuration of a Hub dataset that has several."""
     dataset_split: str = ""
-    """The one split to draw all text from; empty: evaluation from `test` and the rest from `train`, if both exist."""
+    """Split to draw all text from; empty: evaluation from `test` and the rest from `train`, if both exist."""
     text_field: str = ""
-    """Field with text or messages; empty: `question` and `answer`, `text`, or `messages`, the first that is there."""
+    """Field with text or messages; empty: `question` and `answer`, else `text`, else `messages`."""
     text: Literal["plain", "chat"] = "plain"
-    """Question + worked answer as plain text, or through the chat template; messages always go through it."""
+    """Question and worked answer as plain text, or in the chat template. Messages are always put in the template."""
     max_tokens: int = Field(512, ge=2)
     """Prompts are truncated to this many tokens."""
     context: int = Field(0, ge=0)
     """Plain documents are packed into contexts of this many tokens; 0: `max_tokens`."""
     skip_tokens: str = ""
-    """Tokens that are neither trained on nor spliced: `special`, `bos`, token ids, separated by commas."""
+    """Tokens that are neither trained on nor spliced: `special`, `bos` or token ids, separated by commas."""
     train_tokens: int = Field(100_000, ge=1)
     """Rows of activations to train on."""
     val_tokens: int = Field(20_000, ge=1)
@@ -121,7 +121,7 @@ class RunConfig(BaseModel):
     lr_final: float = Field(0.0, ge=0.0, le=1.0)
     """The learning rate ends at `lr * lr_final` (torch's default is 0; the data's own code used 0.1)."""
     freeze: Literal["none", "decoder", "encoder", "soft"] = "none"
-    """A control (arXiv:2602.14111): W_dec or W_enc keeps its start; soft: W_dec's rows keep a cosine of 0.8 to it."""
+    """A control (arXiv:2602.14111): W_dec or W_enc keeps its initial value; soft: W_dec's cosine with it is >= 0.8."""
     checkpoint_steps: int = Field(1000, ge=1)
     """Maximum steps between checkpoints; one is also saved after each epoch."""
 
@@ -157,7 +157,7 @@ class RunConfig(BaseModel):
     kernel: Literal["auto", "reference", "cpu", "dense"] = "auto"
     """Implementation of the training step; `auto` takes the fastest on the device and records it."""
     matmul: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of products in training (`cpu`: of the encoder's alone); evaluation always uses fp32."""
+    """Precision of matrix products in training (kernel `cpu`: only the encoder's); evaluation always uses fp32."""
     threads: int = Field(0, ge=0)
     """Threads per run; 0: `OMP_NUM_THREADS` if set, else all cores. Recorded, and reused on resume."""
 
@@ -195,10 +195,10 @@ class RunConfig(BaseModel):
         arch, name = ARCHITECTURES[self.arch], self.arch
         if arch.takes_threshold:
             if self.k and self.threshold:
-                raise ValueError(f"k = {self.k}: {name} takes a threshold that stays, or a k to train thresholds for")
+                raise ValueError(f"k = {self.k}: {name} takes a fixed threshold, or a k to train thresholds, not both")
             if not self.k and not self.threshold:
                 raise ValueError(
-                    f"threshold = 0.0: {name} needs a threshold above 0, such as 0.1 or 0.5, or a k to train them for"
+                    f"threshold = 0.0: {name} needs a threshold above 0, such as 0.1 or 0.5, or a k to train thresholds"
                 )
         elif self.threshold:
             raise ValueError(f"threshold = {self.threshold}: not a parameter of {name}, which takes k")
@@ -209,9 +209,9 @@ class RunConfig(BaseModel):
         if self.trains_theta and self.act_scale != "unit":
             raise ValueError(_scaled_only(self.k, f"{name} trains its thresholds"))
         if self.theta_tie and not arch.has_tied_thetas(self.k > 0):
-            raise ValueError(f"theta_tie = {self.theta_tie:g}: a parameter of JumpReLU with a k alone")
+            raise ValueError(f"theta_tie = {self.theta_tie:g}: only JumpReLU with a k takes it")
         if self.prefixes and not arch.prefixes:
-            raise ValueError(f"prefixes = {self.prefixes}: not a parameter of {name}, but of Matryoshka")
+            raise ValueError(f"prefixes = {self.prefixes}: not a parameter of {name}; only Matryoshka takes it")
         return self
 
     @model_validator(mode="after")
@@ -231,7 +231,7 @@ class RunConfig(BaseModel):
     @classmethod
     def _token_classes(cls, value: str) -> str:
         if not re.fullmatch(r"((special|bos|\d{1,9})(, ?(?!$)|$))*", value):
-            raise ValueError("special, bos and token ids, separated by commas, are allowed")
+            raise ValueError("must be special, bos or token ids, separated by commas")
         return value
 
     @field_validator("runs_dir", "store_dir")
@@ -272,8 +272,8 @@ class RunConfig(BaseModel):
 
     @property
     def name(self) -> str:
-        """The published file name without its ending: `BatchTopK_exp8x_k220`, `JumpReLU_exp8x_t0.5`; any recipe but
-        the published one is appended, and what makes the run a control."""
+        """The published file name without its ending: `BatchTopK_exp8x_k220`, `JumpReLU_exp8x_t0.5`; then the
+        recipe unless it is the published one, and what makes the run a control."""
         sparsity = f"t{self.threshold:g}" if self.threshold else f"k{self.k}"
         recipe = "" if self.recipe == "published" else f"_{self.recipe}"
         frozen = "" if self.freeze == "none" else f"_frozen-{self.freeze}"
@@ -292,7 +292,7 @@ class RunConfig(BaseModel):
 
     @property
     def store_parameters(self) -> dict[str, Any]:
-        """Parameters that determine the activation store, without younger ones at the values that older stores had."""
+        """Parameters that determine the activation store; newer ones only if they differ from what older stores had."""
         return _without_younger(self.model_dump(include=STORE_FIELDS))
 
     def identity(self) -> dict[str, Any]:
@@ -311,7 +311,7 @@ STORE_FIELDS = {
 
 
 def _scaled_only(k: int, what: str) -> str:
-    return f"k = {k}: {what} on scaled rows only: act_scale = 'unit', as recipe = 'improved' has it"
+    return f"k = {k}: {what} on scaled rows only; set act_scale = 'unit' or recipe = 'improved'"
 
 
 def make_config(**parameters: Any) -> RunConfig:
@@ -333,7 +333,7 @@ def check_place(path: str) -> str:
     """
     path = str(expanded(path)) if path.startswith("~") else path
     if not path.isprintable() or re.search(r"[{}\\\"'`$*?<>|;&]", path) or path.startswith("-"):
-        raise ValueError("a folder's name without quotes, braces and the shell's own characters is needed")
+        raise ValueError("must be a folder name without quotes, braces or shell characters")
     return path
 
 

@@ -15,7 +15,7 @@ from saegrid.config.run_config import PLACES, RunConfig
 MACHINE = {"device", "kernel", "matmul", "threads", "checkpoint_steps"}
 """Parameters that say how a run is computed, not what."""
 CONTROLS = {"freeze": "none", "model_init": "trained"}
-"""Parameters that make a run a control, with the value of a run that is none."""
+"""Parameters that make a run a control, with their value in all other runs."""
 CHOICES = {*RECIPES["published"], "theta_tie"}
 """Parameters that a recipe decides: together they are one axis, `recipe`."""
 AXES = [name for name in RunConfig.model_fields if name not in {*PLACES, *MACHINE, *CHOICES, "threshold_unit", "seed"}]

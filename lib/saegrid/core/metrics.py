@@ -1,5 +1,7 @@
-"""Reconstruction metrics, each defined once (see the method page). Numerators and denominators are summed over all
-rows in float64 and divided once."""
+"""Every metric and what counts as an attention sink, each defined once (see the method page).
+
+Numerators and denominators are summed over all rows in float64 and divided once.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +117,7 @@ class Reconstruction:
 
 
 def splice_metrics(clean: float, spliced: float, zero: float, mean: float, kl: float) -> dict[str, float]:
-    """Metrics of a splice from four cross-entropies and a divergence, in nats per token over the same tokens.
+    """Metrics of a splice from four cross-entropies and a KL divergence, in nats per token over the same tokens.
 
     `frac_rec_pct` is the published ratio 100 * clean / spliced; `loss_recovered_*` are the standard measures.
     """

@@ -1,4 +1,7 @@
-"""Statistics of the training rows that training starts from: centre, scale and sink direction."""
+"""Statistics of the training rows that training starts from: centre, scale and sink direction.
+
+`metrics.sink_norm` says which rows are attention sinks.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class Estimates(NamedTuple):
     limit: float = math.inf  # unscaled norm above which a row is a sink
 
     def to_train_on(self, x: Tensor) -> Tensor:
-        """Which rows of x (N, d_in), unscaled, to train on if sinks are set apart: (N,) bool.
+        """Which of the unscaled rows x (N, d_in) to train on if sinks are set apart: (N,) bool.
 
         Sinks that keep a sink-sized residual after removing `sink` stay in the training set.
         """

@@ -1,9 +1,9 @@
 """The splice evaluator: put x_hat in place of the residual stream and read the model's next-token predictions.
 
 The prefix up to the hooked block and the reference passes (clean, zero and mean) do not depend on the SAE: they run
-once per store (`Baseline`) for all SAEs of a grid. Each SAE costs one pass through the blocks after the hooked one, and
-two of the unembedding: its own, and that of the clean pass, whose final states the baseline holds (its
-log-probabilities would be a hundred times as large).
+once per store (`Baseline`) for all SAEs of a grid. Each SAE costs one pass through the blocks after the hooked one and
+two through the unembedding: its own, and the clean pass's. Of the clean pass the baseline stores the final states, as
+log-probabilities would be a hundred times as large.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ BATCH_TOKENS = 4096
 HEAD_ROWS = 256
 """Rows per call of the unembedding: bounds the memory of logits, of which a few copies exist at once."""
 SHARED_RUN = 8
-"""Tokens in a row that all evaluation prompts have, from which on they are not scored."""
+"""A run of at least this many tokens that is in all evaluation prompts is not scored."""
 SUMS = ["prompt", "template", "n_tokens", "ce_clean_sum", "ce_zero_sum", "ce_mean_sum"]
 """Columns of `Baseline.sums`."""
 
 
 @dataclass
 class Baseline:
-    """The evaluation prompts, their residual stream at the hooked block, and what the reference passes gave."""
+    """The evaluation prompts, their residual stream at the hooked block, and the results of the reference passes."""
 
     prompts: list[Prompt]
     x: list[Tensor]  # per prompt (T, d_in)
@@ -49,23 +49,23 @@ class Baseline:
 def replaced_positions(prompt: Prompt) -> Tensor:
     """Positions that every pass but the clean one replaces, (n,) int64.
 
-    All positions except the last (no token follows it) and a chat prefix that every prompt shares, of which only
-    position 0 (the attention sink) is kept.
+    All but the last (no token follows it) and those of skipped tokens. Of a chat prefix that every prompt shares, only
+    position 0 (the attention sink) is replaced.
     """
     return torch.tensor([at for at in prompt.positions if at < len(prompt.tokens) - 1], dtype=torch.int64)
 
 
 def scored_positions(prompt: Prompt) -> Tensor:
-    """Replaced positions whose next token is scored in every pass, (n,) int64: those before a `Prompt.shared` not."""
+    """Replaced positions whose next token is scored, (n,) int64: that token is not in `Prompt.shared`."""
     replaced = replaced_positions(prompt)
     return replaced[~torch.isin(replaced + 1, torch.tensor(prompt.shared, dtype=torch.int64))]
 
 
 def with_shared(prompts: list[Prompt]) -> list[Prompt]:
-    """The prompts, each with the tokens that all of them share: runs of `SHARED_RUN` tokens or more after the prefix.
+    """The prompts with `Prompt.shared`: runs of at least `SHARED_RUN` tokens after the prefix that all prompts have.
 
-    Such a sentence is no evidence. None is marked if all prompts are of one problem template, or if a prompt would have
-    nothing left to score.
+    A sentence that every prompt has tells nothing about an SAE. Nothing is marked if all prompts are of one problem
+    template, or if a prompt would have no scored position left.
     """
     windows = [
         {start: tuple(prompt.tokens[start : start + SHARED_RUN]) for start in range(prompt.prefix, last + 1)}

@@ -19,7 +19,7 @@ SAME = 0.7
 
 
 class Activity(NamedTuple):
-    """What an SAE's latents do on the same rows as another's."""
+    """How often and how strongly each latent of an SAE fires on some rows."""
 
     fired: Tensor  # (d_sae,) int64: number of rows on which each fires
     energy: Tensor  # (d_sae,) float64: sum over rows of z² ‖W_dec row‖²
@@ -31,7 +31,7 @@ class Stability(NamedTuple):
     stable_pct: float
     stable_energy_pct: float
     matched_cosine: float  # mean over the matches of the cosine of decoder rows
-    random_cosine: float  # the same for as many random directions
+    random_cosine: float  # the same for equally many random directions
     latents: Tensor  # (n, 2) int64: a latent of the first SAE and its match
     decoder: Tensor  # (n,): cosine of their decoder rows
     encoder: Tensor  # (n,)
@@ -45,10 +45,10 @@ class Stability(NamedTuple):
 def compare(
     one: SAE, other: SAE, rows: Iterable[Tensor], kernel: Kernel = reference, given: tuple[int, ...] = ()
 ) -> Stability:
-    """Match the latents of two SAEs by held-out rows; see `matched`.
+    """Match the latents of two SAEs that fire on held-out rows; see `matched`.
 
     Args:
-        rows: batches (N, d_in). Leave attention sinks out: they would decide the energy alone.
+        rows: batches (N, d_in). Leave attention sinks out: they would be nearly all of the energy.
     """
     batches = list(rows)
     return matched(one, other, activity(one, batches, kernel), activity(other, batches, kernel), given)
@@ -68,23 +68,23 @@ def activity(sae: SAE, rows: Iterable[Tensor], kernel: Kernel = reference) -> Ac
 def matched(one: SAE, other: SAE, its: Activity, others: Activity, given: tuple[int, ...] = ()) -> Stability:
     """Match live latents one to one so that the cosines of decoder rows have the largest sum (Hungarian algorithm).
 
-    A latent is live if it fires on a row. If one SAE has more live latents, those that stay alone are not stable. A
-    share is the mean over both SAEs' live latents, weighted by number (`stable_pct`) or energy.
+    A latent is live if it fires on a row. If one SAE has more live latents, those without a match are not stable.
+    Shares are of both SAEs' live latents: of their number (`stable_pct`), of their energy (`stable_energy_pct`).
 
     Args:
-        given: latents that both SAEs were given (those of the attention sinks): not matched, not counted.
+        given: latents that are set, not trained (those of the attention sinks): neither matched nor counted.
 
     Raises:
-        ConfigError: the SAEs are of different widths, or one has no live latent.
+        ConfigError: the SAEs have different d_in, or one has no live latent.
     """
     if one.d_in != other.d_in:
-        raise ConfigError(f"d_in = {other.d_in}: latents can be matched with those of the same d_in = {one.d_in} only")
+        raise ConfigError(f"d_in = {other.d_in}: must be the first SAE's, {one.d_in}, to match their latents")
     live = []
     for sae, activity in ((one, its), (other, others)):
         keep = activity.fired > 0
         keep[list(given)] = False
         if not keep.any():
-            raise ConfigError(f"{sae.arch} has no latent that fires on these rows: there is nothing to match")
+            raise ConfigError(f"{sae.arch} has no latent that fires on these rows, so none can be matched")
         live.append(keep.nonzero()[:, 0])
     a, b = live
     first, second = _assigned(_rows(one.W_dec, a) @ _rows(other.W_dec, b).T)
@@ -106,7 +106,7 @@ def matched(one: SAE, other: SAE, its: Activity, others: Activity, given: tuple[
 
 @functools.lru_cache(maxsize=64)
 def random_cosine(n_one: int, n_other: int, d_in: int) -> float:
-    """Mean matched cosine of two sets of random directions, as many as two SAEs have live latents. Same each time."""
+    """Mean cosine of `n_one` and `n_other` random directions, matched like latents. The same in each call."""
     generator = torch.Generator().manual_seed(0)
     one, other = (normalize(torch.randn(n, d_in, generator=generator)) for n in (n_one, n_other))
     cosines = one @ other.T
@@ -114,7 +114,7 @@ def random_cosine(n_one: int, n_other: int, d_in: int) -> float:
 
 
 def movement(sae: SAE, start: SAE) -> Tensor:
-    """Cosine of each decoder row with its start, (d_sae,): 1 if training did not turn it."""
+    """Cosine of each decoder row with its initial value, (d_sae,): 1 if training did not turn it."""
     return (normalize(sae.W_dec.data) * normalize(start.W_dec.data)).sum(1)
 
 

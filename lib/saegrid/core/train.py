@@ -68,7 +68,7 @@ class _Run:
     matmul: str
     sae: SAE
     found: Estimates
-    start: Tensor | None  # of the weights that `freeze` holds
+    start: Tensor | None  # initial value of the weights that `freeze` holds
     path: Path  # the checkpoint
     report: Callable[[int], None]
 

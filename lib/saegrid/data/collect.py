@@ -1,6 +1,6 @@
 """Collect the residual stream of a run's prompts into an activation store, or build it from published files.
 
-Stores of several layers of one model and text are made by one pass of the model, with the same bytes as by a pass each.
+One pass of the model makes the stores of several layers, each with the same bytes as a pass of its own would.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def collect(
     if not _exists(store_folder(config)):
         stores = {store_folder(one): one for one in also if _of_one_pass(one, config)} | {store_folder(config): config}
         with contextlib.ExitStack() as stack:
-            locked = sorted(folder for folder in stores if not _exists(folder))  # so no two wait for each other
+            locked = sorted(folder for folder in stores if not _exists(folder))  # so no two deadlock
             for folder in locked:
                 stack.enter_context(waiting_lock(folder.with_name(f".{folder.name}.lock")))
             if not _exists(store_folder(config)):
@@ -82,7 +82,7 @@ def _exists(folder: Path) -> bool:
 
 
 def _of_one_pass(one: RunConfig, other: RunConfig) -> bool:
-    """Whether the rows of two runs come from the same pass of a language model, at different layers."""
+    """Whether two runs read different layers of the same pass of a language model."""
     differ = {name for name, value in one.store_parameters.items() if other.store_parameters.get(name) != value}
     same = one.store_parameters.keys() == other.store_parameters.keys() and one.store_dir == other.store_dir
     return same and differ == {"layer"} and not one.activations
@@ -162,7 +162,7 @@ def _add_collected(config: RunConfig, writers: Writers, device: str | None) -> d
     """Run the language model over the prompts. Returns the manifest's facts on the rows' origin."""
     lm, prompts, facts = _model_and_prompts(config, device)
     for layer in writers.keys() - {config.layer}:
-        take_apart(lm.model, lm.tokenizer, lm.identity, layer)  # for its check
+        take_apart(lm.model, lm.tokenizer, lm.identity, layer)  # only to check the layer
     for split in ("train", "val"):
         of_split = {layer: some[split] for layer, some in writers.items()}
         rows = sum(len(prompt.positions) for prompt in prompts[split])
@@ -206,7 +206,7 @@ def check_prompts(store: Store, prompts: dict[str, list[Prompt]]) -> None:
     """Check redrawn prompts against those of a collected store. Raises `StoreError`."""
     data = store.manifest["data"]
     if "prompts" in data and data["sha256"] != _identity(prompts):
-        raise StoreError(f"{store.folder}: dataset and tokenizer give other prompts now than its rows have", MEND)
+        raise StoreError(f"{store.folder}: dataset and tokenizer now give other prompts than those of its rows", MEND)
 
 
 def _identity(prompts: dict[str, list[Prompt]]) -> str:

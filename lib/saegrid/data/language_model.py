@@ -110,7 +110,7 @@ def load_lm(config: RunConfig, device: str | None = None) -> LM:
                 )
     except Exception as error:  # a file's values can make transformers raise anything
         reason = first_line(error)
-        raise ConfigError(f"model = {config.model!r}: not a causal language model that loads: {reason}") from None
+        raise ConfigError(f"model = {config.model!r}: does not load as a causal language model: {reason}") from None
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise ConfigError(f"model = {config.model!r}: its weights lack {len(missing)} tensors, such as {missing[0]}")
@@ -130,7 +130,7 @@ def load_lm(config: RunConfig, device: str | None = None) -> LM:
 
 
 def untrained(its_config: Any, config: RunConfig) -> nn.Module:
-    """A model with weights as transformers draws them for a new one, embeddings included, from `data_seed`."""
+    """A model with the random weights that transformers gives a new one, embeddings included, from `data_seed`."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -190,7 +190,7 @@ def take_apart(model: nn.Module, tokenizer: Any, identity: dict[str, Any], layer
         raise
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ImportError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise SaegridError(f"{name}: unknown layout; it can't be taken apart ({reason})") from None
+        raise SaegridError(f"{name}: unknown layout; it can't be split at a block ({reason})") from None
 
 
 def _decoder(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
@@ -330,7 +330,7 @@ def hidden_at(lm: LM, input_ids: Tensor, attention_mask: Tensor, layer: int) -> 
 
 
 def hidden_at_layers(lm: LM, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]) -> list[Tensor]:
-    """`hidden_at` for several different layers, in their order, by one pass of the model."""
+    """`hidden_at` for several layers, each named once, in one pass of the model."""
     import torch
 
     outputs: dict[int, Any] = {}

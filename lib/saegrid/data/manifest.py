@@ -16,7 +16,7 @@ SHARD_ROWS = 16_384
 """Rows per shard."""
 BUFFER_SHARDS = 8
 """Shards whose rows are shuffled together (at 896 float16 values per row: 235 MB)."""
-MEND = "delete the folder, or `python -m saegrid mend GRID`, to have it collected again"
+MEND = "delete the folder, or run `python -m saegrid mend GRID`, to collect it again"
 
 
 class _Entry(BaseModel):

@@ -1,9 +1,9 @@
 """Prompts: a corpus as tokens, split so that evaluation shares nothing with training.
 
-A question with its answer, `question + "\\n" + answer`, is one prompt, with the tokenizer's own start token, if any.
-Messages, and questions if `text = "chat"`, go through the chat template; one that prints the date gets `DAY`, so that
-the text is the same every day. Plain documents are packed into contexts of equal length: each begins with the
-tokenizer's start token, if it has one, and a separator is between any two documents.
+A question and its answer are one prompt, `question + "\\n" + answer`, after the tokenizer's start token if it adds one.
+Messages, and questions if `text = "chat"`, are put in the chat template. A template that prints the date gets `DAY`, so
+that the text is the same every day. Plain documents are packed into contexts of equal length (`corpora.tokens.packed`):
+each begins with the tokenizer's start token if it adds one, and a separator stands between two documents.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Prompt:
         return [position for position in every if position not in self.skipped] if self.skipped else every
 
     def record(self) -> dict[str, Any]:
-        """Its fields, as the baseline of the splice stores them; younger ones only where they are not empty."""
+        """Its fields, as the splice's baseline stores them; newer ones only if they are not empty."""
         return {name: value for name, value in vars(self).items() if value or name in ("tokens", "template", "prefix")}
 
 
@@ -57,9 +57,9 @@ def draw_prompts(config: RunConfig, tokenizer: Any) -> tuple[dict[str, list[Prom
     """(prompts, facts) of the three splits `train`, `val` and `eval`; the same config and tokenizer give the same.
 
     Training and validation have exactly `train_tokens` and `val_tokens` positions: the last prompt is truncated.
-    Both are empty if published activation files are read. No two splits share a template (or a document, if there
-    are no templates), or a prompt or document with the same tokens or with the same text up to white space: evaluation
-    is drawn first, then validation, and later splits leave out what earlier ones have.
+    Both are empty if published activation files are read. No two splits share a template (without templates, a
+    document), nor equal tokens, nor equal texts up to white space. Evaluation is drawn first, then validation; each
+    split leaves out what an earlier one has.
 
     The facts are `left_out`, the number of documents that each split left out, and the dataset's `revision`.
 
@@ -118,7 +118,7 @@ def _corpus(config: RunConfig) -> tuple[dict[str, Iterator[Document]], str]:
 
 
 def _first(config: RunConfig, streams: dict[str, Iterator[Document]]) -> tuple[Content, dict[str, Iterator[Document]]]:
-    """(the first document's content, which says what the corpus holds; the streams, that document still in them)."""
+    """(content of the first document, which shows the kind of corpus; the streams, which still begin with it)."""
     peeked = streams["eval"]
     first = next(peeked, None)
     if first is None:
@@ -133,7 +133,7 @@ class _Unseen:
     Attributes:
         seen: keys of the text and the tokens of all documents yielded.
         left_out: number of documents left out.
-        documents, tokens: number of documents read, and of their tokens.
+        documents, tokens: number of documents and of tokens read.
     """
 
     def __init__(self, stream: Iterator[Document], encode: Callable[[Content], list[int]], taken: set[bytes]):

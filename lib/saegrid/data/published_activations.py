@@ -70,7 +70,7 @@ def _match(config: RunConfig, names: list[str]) -> dict[str, str]:
     for split, wanted in {"train": f"{stem}_train.pt", "val": f"{stem}_val.pt", "all": f"{stem}.pt"}.items():
         hits = [name for name in names if PurePosixPath(name).name == wanted]
         if len(hits) > 1:
-            raise ConfigError(f"{where}: {wanted} is there {len(hits)} times: {', '.join(hits)}")
+            raise ConfigError(f"{where}: {wanted} exists {len(hits)} times: {', '.join(hits)}")
         if hits:
             found[split] = hits[0]
     if {"train", "val"} <= found.keys():
@@ -89,7 +89,7 @@ def _load(path: Path, d_in: int, model: str) -> Tensor:
     if not isinstance(acts, Tensor) or acts.layout != torch.strided or not acts.is_floating_point():
         raise StoreError(f"{path}: holds {type(acts).__name__}, not a tensor of floating-point numbers")
     if acts.ndim != 2 or acts.shape[1] != d_in or len(acts) < 2:
-        raise StoreError(f"{path}: shape {list(acts.shape)}, where {model} has rows of {d_in}: needs [n, {d_in}]")
+        raise StoreError(f"{path}: shape {list(acts.shape)}; rows of {model} need [n, {d_in}], n at least 2")
     if acts.untyped_storage().nbytes() < acts.nbytes:
-        raise StoreError(f"{path}: shows {acts.nbytes} bytes and holds fewer")
+        raise StoreError(f"{path}: states {acts.nbytes} bytes and holds fewer")
     return acts

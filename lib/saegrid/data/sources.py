@@ -28,7 +28,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 ROW_CODE = ("data/*.py", "data/corpora/[!_]*.py", "core/splice.py")
 """Modules whose change can change a store's rows, or the reference passes stored with them."""
 FEW_FILES = 20
-"""A dataset of more files is identified by one hash over all of their names and hashes."""
+"""A dataset of more files is identified by one hash of all their names and hashes."""
 
 
 def local_sources(config: RunConfig) -> dict[str, str]:
@@ -112,7 +112,7 @@ def check_made_from(run_dir: Path, folder: Path) -> None:
         return
     if rows_differ or prompts_differ:
         what = "trained on other rows" if rows_differ else "measured on other prompts"
-        raise StoreError(f"{run_dir}: {what} than its store {folder} has now")
+        raise StoreError(f"{run_dir}: {what} than those now in its store {folder}")
 
 
 def _dataset_files(config: RunConfig) -> dict[str, str]:

@@ -113,7 +113,7 @@ class ShardWriter:
 
     def _refuse(self, acts: Tensor) -> None:
         if not acts.isfinite().all():
-            raise StoreError(f"{self.split} activations hold NaN or infinity: nothing to train on")
+            raise StoreError(f"{self.split} activations hold NaN or infinity, so they can't be trained on")
         name, limit = str(self.dtype).removeprefix("torch."), torch.finfo(self.dtype).max
         largest = acts.abs().max().item()
         raise StoreError(f"act_dtype = {name!r}: an activation of {largest:.4g} is above its {limit:g}; take 'float32'")
@@ -160,7 +160,7 @@ class Store:
         Args:
             start: number of batches to skip without reading them.
             buffer_shards: bounds the memory to this many shards plus one that straddles two groups.
-            keep: says which rows of a batch to return: a mask (N,) of float32 rows (N, d_in), on the CPU.
+            keep: maps float32 rows (N, d_in) on the CPU to a mask (N,) of those to return.
         """
         batches = self._batches(split, batch_size, seed, epoch, start, buffer_shards)
         return received(_prefetched(sent(batches, device, keep)))

@@ -45,7 +45,7 @@ _HEX = re.compile(r"[0-9a-f]{8,64}")
 
 
 def metrics_of(row: Mapping[str, Any]) -> list[str]:
-    """The metrics that a run has: `METRICS`, and `kl` unless an older version made it."""
+    """The metrics that a run has: `METRICS`, and `kl` unless an older version made the run."""
     return [*METRICS, "kl"] if _is_finite(row["kl"]) else METRICS
 
 
@@ -75,10 +75,10 @@ def load_run(run_dir: str | Path, run_id: str = "") -> dict[str, Any]:
         raise ResultsError(f"{path}: lacks {', '.join(missing)}; delete the folder and run it again")
     for name in [*COUNTS, *METRICS]:
         if not _is_finite(row[name]):
-            raise ResultsError(f"{path}: {name} = {row[name]!r}, needs a finite number")
+            raise ResultsError(f"{path}: {name} = {row[name]!r}: must be a finite number")
     for name in HASHES:
         if not isinstance(row[name], str) or not _HEX.fullmatch(row[name]):
-            raise ResultsError(f"{path}: {name} = {row[name]!r}, needs a SHA-256 in hexadecimal")
+            raise ResultsError(f"{path}: {name} = {row[name]!r}: must be a SHA-256 in hexadecimal")
     if run_id and row["run_id"] != run_id:
         raise ResultsError(f"{path}: belongs to the run {row['run_id']!r}")
     with advising():

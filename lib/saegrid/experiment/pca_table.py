@@ -32,7 +32,7 @@ def load(grid: Grid, root: str | Path = ".") -> pd.DataFrame:
             raise ResultsError(f"{error}; delete the file, and it is made again") from None
         except KeyError as error:
             raise ResultsError(
-                f"{path}: lacks {error}, as by an older version; delete it, and it is made again"
+                f"{path}: made by an older version (no {error}); delete it, and it is made again"
             ) from None
     return pd.DataFrame(records, columns=COLUMNS)
 

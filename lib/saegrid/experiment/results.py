@@ -57,7 +57,7 @@ def tidy(runs: Grid | Iterable[str], runs_dir: str | Path = "runs") -> pd.DataFr
     """
     run_ids = [run.run_id for run in runs.runs()] if isinstance(runs, Grid) else list(runs)
     if not run_ids:
-        raise ResultsError("results: no run was named")
+        raise ResultsError("results: no run to tabulate")
     rows = []
     for run_id in run_ids:
         rows.append(load_run(Path(runs_dir) / run_id, run_id))
@@ -118,7 +118,7 @@ def write_tables(
 def read_tidy(path: str | Path) -> pd.DataFrame:
     """Read `results_tidy.csv` (or the folder that it is in). Raises `ResultsError` if it is missing or incomplete.
 
-    With a column `stable_pct` if `stability.csv` beside it has settings: a setting's value for each of its runs.
+    Adds the column `stable_pct`, the value of each run's setting, if there is a `stability.csv` beside it.
     """
     path = Path(path)
     path = path / "results_tidy.csv" if path.is_dir() else path
@@ -133,7 +133,7 @@ def read_tidy(path: str | Path) -> pd.DataFrame:
     df = df.assign(**{name: value for name, value in younger.items() if name not in df})
     missing = [name for name in TIDY if name not in df]
     if missing:
-        raise ResultsError(f"{path}: lacks the columns {', '.join(missing)}; `make report` makes it anew")
+        raise ResultsError(f"{path}: lacks the columns {', '.join(missing)}; `make report` makes it again")
     for name in [*COUNTS, *METRICS]:
         if df[name].isna().any():
             raise ResultsError(f"{path}: {name} is missing for {df.loc[df[name].isna(), 'run_id'].iloc[0]}")
@@ -147,7 +147,7 @@ def read_tidy(path: str | Path) -> pd.DataFrame:
 
 
 def stability(grid: Grid, root: str | Path = ".") -> pd.DataFrame:
-    """One row per setting with at least two seeds whose pairs were all compared: means over pairs, and intervals.
+    """One row per setting of which all pairs of seeds were compared: means over pairs, and intervals.
 
     Raises `ResultsError` for a damaged file.
     """
@@ -180,9 +180,9 @@ def stability(grid: Grid, root: str | Path = ".") -> pd.DataFrame:
 def over_pairs(values: dict[tuple[int, int], float], seeds: int) -> tuple[float, float]:
     """95% interval of a mean over all pairs of seeds: a jackknife over seeds, with t of seeds - 1 degrees of freedom.
 
-    Pairs that share a seed are not independent, so a seed is left out with all its pairs. NaN below 3 seeds, and where
-    all pairs are equal (such as 0%), which says nothing of the spread. Simulated coverage for 3 to 5 seeds: 95% if a
-    pair's value comes from its two seeds, up to 99% if it is the pair's own.
+    Pairs that share a seed are not independent, so a seed is left out with all its pairs. NaN below 3 seeds, and if
+    all pairs are equal (such as 0%), which says nothing about the spread. Simulated coverage for 3 to 5 seeds: 95% if
+    the two seeds determine a pair's value, up to 99% if pairs vary independently.
     """
     if seeds < 3:
         return math.nan, math.nan

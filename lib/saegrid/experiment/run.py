@@ -273,7 +273,7 @@ class Run:
         write_sealed(self.folder / "timing.json", {"run_id": self.run_id} | times | facts)
 
     def _resolved(self, config: RunConfig) -> RunConfig:
-        """The config with its chosen kernel, precision, threads and device: those of its first start."""
+        """The config with kernel, precision, threads and device as chosen at the run's first start."""
         path = self.folder / "config.json"
         places = {"runs_dir": config.runs_dir, "store_dir": config.store_dir}
         try:

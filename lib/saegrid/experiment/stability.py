@@ -1,4 +1,4 @@
-"""Seed stability: each pair of a grid's runs that differ in their seed alone, compared once (`core.stability`)."""
+"""Seed stability: compares each pair of a grid's runs that differ in their seed alone (`core.stability`)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BATCH_ROWS = 2048
 
 
 def make(grid: Grid, store_id: str, root: str | Path = ".") -> None:
-    """Compare all pairs of runs on a store; writes `stability.json` beside it. Pairs compared before are kept."""
+    """Compare all pairs of runs on a store that are new; writes `stability.json` into the store's folder."""
     root = Path(root)
     groups = [runs for runs in grid.seeds() if runs[0].store_id == store_id]
     first = next(run for run in grid.runs() if run.store_id == store_id)
@@ -52,7 +52,7 @@ def _known(path: Path, data_sha256: str) -> dict[tuple[str, str], dict[str, Any]
 
 
 def _compared(runs: list[RunConfig], store: Store, root: Path, known: dict) -> dict[tuple[str, str], dict[str, Any]]:
-    """Records of the pairs of one setting's runs that are not known."""
+    """Records of the pairs of one setting's runs that are not in `known`."""
     folders = [root / run.runs_dir / run.run_id for run in runs]
     hashes = [load_run(folder, run.run_id)["weights_sha256"] for run, folder in zip(runs, folders, strict=True)]
     pairs = [(i, j) for i, j in itertools.combinations(range(len(runs)), 2) if (hashes[i], hashes[j]) not in known]
@@ -83,7 +83,7 @@ def ordinary_rows(store: Store) -> Iterator[Tensor]:
 
 
 def given(run: RunConfig, sae: SAE) -> tuple[int, ...]:
-    """Latents that training does not choose: with sinks apart, 0 and 1 have the sinks' direction under every seed."""
+    """Latents that are set, not trained: with sinks apart, 0 and 1 have the sinks' direction under every seed."""
     return (0, 1) if run.sinks == "apart" and bool((sae.W_dec[0] == -sae.W_dec[1]).all()) else ()
 
 
@@ -92,7 +92,7 @@ def _start(run: RunConfig, sae: SAE) -> SAE:
 
 
 def again(run_dir: Path, other_dirs: list[Path], store: Store, config: RunConfig) -> dict[int, tuple[int, float]]:
-    """For each matched latent of a run: with how many other seeds it is stable, and the mean cosine of its matches."""
+    """{matched latent of a run: (number of other seeds with which it is stable, mean cosine of its matches)}."""
     sae = load_folder(run_dir)
     acts, counts = activity(sae, ordinary_rows(store)), {}
     for other in map(load_folder, other_dirs):

@@ -65,7 +65,7 @@ def load_sae(source: str | Path, arch: str = "", k: int = 0, threshold: float = 
     if path.is_dir():
         return _load_folder(path, given)
     if path.suffix != ".pt" or not path.is_file():
-        raise SaeFileError(f"{path}: not an SAE's file: *.pt, {', '.join(WEIGHTS)}, or a folder with one of them")
+        raise SaeFileError(f"{path}: not an SAE file; must be *.pt, {', '.join(WEIGHTS)}, or a folder with one of them")
     return read_published(path, given)
 
 
@@ -89,12 +89,12 @@ def export(sae: SAE, folder: str | Path, format: str, facts: dict[str, Any] | No
     """
     folder, facts = _expanded(str(folder)), facts or {}
     if format not in WRITERS:
-        raise SaeFileError(f"format = {format!r}: one of {', '.join(WRITERS)}")
+        raise SaeFileError(f"format = {format!r}: must be one of {', '.join(WRITERS)}")
     check_facts(facts)
     if format != "published":
         present = [name for name in WEIGHTS if (folder / name).exists()]
         if present and _kind(folder, present) != format:
-            raise SaeFileError(f"{folder}: already holds another SAE ({', '.join(present)}); name a folder of its own")
+            raise SaeFileError(f"{folder}: already holds another SAE ({', '.join(present)}); name another folder")
     return WRITERS[format](sae, folder, facts) or folder
 
 

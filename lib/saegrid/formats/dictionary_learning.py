@@ -130,10 +130,10 @@ def _cut_by_k(trainer: _Trainer, buffers: dict[str, Any], sizes: dict[str, int],
         raise SaeFileError(f"{weights_path}: k is missing")
     k = number(buffers["k"], "k", weights_path) if "k" in buffers else trainer.k
     if k != int(k):
-        raise SaeFileError(f"{weights_path}: k = {k}: a whole number is needed")
+        raise SaeFileError(f"{weights_path}: k = {k}: must be a whole number")
     k = int(k)
     if trainer.k not in (None, k):
-        raise SaeFileError(f"{path}: k = {trainer.k}, and ae.pt has {k}")
+        raise SaeFileError(f"{path}: k = {trainer.k}, but ae.pt has {k}")
     shape = {"d_in": sizes["d_in"], "d_sae": sizes["d_sae"], "k": exchange.check_k(k, sizes["d_sae"], weights_path)}
     if name == "AutoEncoderTopK":  # its `encode` uses the threshold only on request
         return TopK(**shape)
@@ -152,7 +152,7 @@ def _check_groups(groups: Any, d_sae: int, where: Path) -> None:
     if not plain or groups.ndim != 1 or groups.dtype not in (torch.int32, torch.int64) or len(groups) > d_sae:
         raise SaeFileError(f"{where}: group_sizes is not a list of whole numbers")
     if groups.untyped_storage().nbytes() < groups.nbytes or (groups < 1).any() or groups.sum() != d_sae:
-        raise SaeFileError(f"{where}: group_sizes: sizes of at least 1 with the sum d_sae = {d_sae} are needed")
+        raise SaeFileError(f"{where}: group_sizes: must each be at least 1 and sum to d_sae = {d_sae}")
 
 
 def write_dictionary(sae: SAE, folder: Path, facts: dict[str, Any]) -> None:

@@ -93,14 +93,14 @@ def thresholds(sae: SAE, format: str) -> Tensor:
     if theta is None:
         raise SaeFileError(
             f"{format}: this {sae.arch} has no calibrated threshold and cuts per batch, which {format} can't hold; "
-            "load it with threshold=, or from the folder of its run"
+            "load it with threshold=, or from its run's folder"
         )
     return torch.full((sae.d_sae,), float(theta))
 
 
 def check_k(k: int, d_sae: int, where: Path) -> int:
     if not 1 <= k <= d_sae:
-        raise SaeFileError(f"{where}: k = {k}: from 1 to d_sae = {d_sae}")
+        raise SaeFileError(f"{where}: k = {k}: must be from 1 to d_sae = {d_sae}")
     return k
 
 
@@ -135,7 +135,7 @@ def read_cfg(model: type[Model], content: dict[str, Any], inert: frozenset[str],
     for name, value in content.items():
         if name not in known and name not in inert:
             field = f"{name[:40]} = {shown(value)}"
-            raise SaeFileError(f"{where}: {field}: an unknown field, which may change what the SAE gives")
+            raise SaeFileError(f"{where}: {field}: an unknown field, which may change the SAE's output")
     return cfg
 
 
@@ -161,7 +161,7 @@ class Facts(BaseModel):
 def check_facts(facts: dict[str, Any]) -> None:
     """Raises `SaeFileError` for a fact that JSON can't hold or that is of the wrong type."""
     if not isinstance(facts, dict):
-        raise SaeFileError(f"facts = {shown(facts)}: names and values are needed")
+        raise SaeFileError(f"facts = {shown(facts)}: must be a dict of names and values")
     for name, value in facts.items():
         try:
             json.dumps({name: value}, allow_nan=False)

@@ -1,4 +1,7 @@
-"""The published `.pt` file: a bare state dict; the caller, a sidecar and the file's name state what it lacks."""
+"""The published `.pt` file: a bare state dict; the caller, a sidecar and the file's name state what it lacks.
+
+`storage.foreign_files.read_pt` reads it and executes nothing.
+"""
 
 from __future__ import annotations
 
@@ -61,11 +64,11 @@ def read_published(path: Path, given: Told) -> SAE:
     told = agree(path, [given, sidecar, _from_name(path, unit)])
     if not told.arch:
         raise SaeFileError(
-            f"{path}: nothing tells its architecture: give arch= ({', '.join(SAE_CLASSES)}) and its k= or threshold="
+            f"{path}: its architecture is unknown: give arch= ({', '.join(SAE_CLASSES)}) and its k= or threshold="
         )
     if told.expansion not in (None, sizes["d_sae"] / sizes["d_in"]):
         d_sae = f"{told.expansion} * {sizes['d_in']}"
-        raise SaeFileError(f"{path}: its name says d_sae = {d_sae}, and the weights have {sizes['d_sae']}")
+        raise SaeFileError(f"{path}: its name says d_sae = {d_sae}, but the weights have {sizes['d_sae']}")
     theta = None if ARCHITECTURES[told.arch].batch_cut else told.threshold
     theta = theta or None if own else theta
     check_sparsity(path, told.arch, told.k, theta, sizes["d_sae"], state.get(THETA))
@@ -78,11 +81,11 @@ def read_published(path: Path, given: Told) -> SAE:
 def given_by(arch: str, k: int, threshold: float) -> Told:
     """What the caller states; "" and 0 mean "not given". Raises `SaeFileError` for an impossible value."""
     if arch and arch not in ARCHITECTURES:
-        raise SaeFileError(f"arch = {arch!r}: one of {', '.join(SAE_CLASSES)}")
+        raise SaeFileError(f"arch = {arch!r}: must be one of {', '.join(SAE_CLASSES)}")
     if not isinstance(k, int) or k < 0:
-        raise SaeFileError(f"k = {k!r}: a whole number of at least 1")
+        raise SaeFileError(f"k = {k!r}: must be a whole number of at least 1")
     if not (threshold >= 0 and math.isfinite(threshold)):
-        raise SaeFileError(f"threshold = {threshold!r}: a number above 0")
+        raise SaeFileError(f"threshold = {threshold!r}: must be a number above 0")
     return Told("what is given", arch or None, k or None, threshold or None)
 
 
@@ -118,7 +121,7 @@ def agree(where: Path, told: list[Told]) -> Told:
         first_who, first = says[0] if says else ("", None)
         for who, value in says[1:]:
             if value != first and not (field == "threshold" and math.isclose(value, first, rel_tol=SAME_THRESHOLD)):
-                raise SaeFileError(f"{where}: {field} is {first} by {first_who}, and {value} by {who}")
+                raise SaeFileError(f"{where}: {field} is {first} by {first_who}, but {value} by {who}")
         agreed[field] = first
     return Told("all", **agreed)
 
@@ -135,23 +138,23 @@ def check_sparsity(
         own = arch in ("JumpReLU", "Gated")
         if not own or threshold is not None:
             what = f"threshold = {threshold}" if own else f"arch = {arch!r}"
-            raise SaeFileError(f"{where}: {what}: the file has a theta for each latent, as JumpReLU or Gated have")
+            raise SaeFileError(f"{where}: {what}: its theta per latent needs arch JumpReLU or Gated, and no threshold")
         if (theta < 0).any():
-            raise SaeFileError(f"{where}: a theta below 0")
+            raise SaeFileError(f"{where}: theta must not be below 0")
         return
     if arch == "JumpReLU":
         if k is not None:
             raise SaeFileError(f"{where}: k = {k}: not a parameter of JumpReLU, which takes threshold")
         if threshold is None:
-            raise SaeFileError(f"{where}: nothing tells JumpReLU's theta: give threshold=")
+            raise SaeFileError(f"{where}: JumpReLU's threshold is unknown: give threshold=")
         return
     if arch == "Gated":
-        raise SaeFileError(f"{where}: nothing tells Gated's theta for each latent")
+        raise SaeFileError(f"{where}: Gated's theta per latent is missing")
     if k is None and arch != "ReLU":
-        raise SaeFileError(f"{where}: nothing tells {arch}'s k: give k=")
+        raise SaeFileError(f"{where}: {arch}'s k is unknown: give k=")
     least = 0 if arch == "ReLU" else 1  # another library's ReLU has no k
     if k is not None and not least <= k <= d_sae:
-        raise SaeFileError(f"{where}: k = {k}: from 1 to d_sae = {d_sae}")
+        raise SaeFileError(f"{where}: k = {k}: must be from 1 to d_sae = {d_sae}")
     if threshold is not None:
         raise SaeFileError(f"{where}: threshold = {threshold}: not a parameter of {arch}, which takes k")
 

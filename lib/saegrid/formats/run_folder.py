@@ -49,7 +49,7 @@ def published_state_dict(sae: SAE) -> dict[str, Tensor]:
 def check_folded(sae: SAE) -> None:
     """Raises `SaeFileError` for a Gated SAE that is still in its training form, which no file can hold."""
     if len(sae.gain):
-        raise SaeFileError("Gated: this SAE is in its form for training; finish() ends that")
+        raise SaeFileError("Gated: this SAE is still in its training form; call finish() first")
 
 
 def from_published(state: dict[str, Tensor], arch: str, k: int = 0, threshold: float = 0.0) -> SAE:

@@ -159,19 +159,19 @@ def _old_cfg(content: dict[str, Any], path: Path) -> _OldCfg:
     for name, value in content.items():
         new = OLD_NAMES.get(name, name)
         if renamed.setdefault(new, value) != value:
-            raise SaeFileError(f"{path}: {name} = {value!r:.40}, and under another name {renamed[new]!r:.40}")
+            raise SaeFileError(f"{path}: {name} = {value!r:.40}, but its other name has {renamed[new]!r:.40}")
     normalize = renamed.get("normalize_activations", "")
     if normalize is None or normalize is False:
         renamed["normalize_activations"] = "none"
     cfg = exchange.read_cfg(_OldCfg, renamed, OLD_INERT, path)
     if cfg.hook_name.endswith("_z") or "hook_z" in cfg.hook_name:
-        raise SaeFileError(f"{path}: hook_name = {cfg.hook_name!r:.80}: rows of several heads in one")
+        raise SaeFileError(f"{path}: hook_name = {cfg.hook_name!r:.80}: SAEs of attention heads can't be read")
     found = {k for k in (cfg.k, cfg.activation_fn_kwargs and cfg.activation_fn_kwargs.k) if k is not None}
     if len(found) > 1:
-        raise SaeFileError(f"{path}: k = {cfg.k}, and activation_fn_kwargs.k = {cfg.activation_fn_kwargs.k}")
+        raise SaeFileError(f"{path}: k = {cfg.k}, but activation_fn_kwargs.k = {cfg.activation_fn_kwargs.k}")
     topk = cfg.activation_fn == "topk"
     if cfg.architecture not in (("standard", "topk") if topk else ("standard", "jumprelu", "gated")):
-        raise SaeFileError(f"{path}: activation_fn = {cfg.activation_fn!r}: not that of {cfg.architecture}")
+        raise SaeFileError(f"{path}: activation_fn = {cfg.activation_fn!r}: does not fit {cfg.architecture}")
     k = found.pop() if found else None
     update = {"architecture": "topk" if topk else cfg.architecture, "k": k}
     if topk and cfg.rescale_acts_by_decoder_norm is None:
@@ -188,7 +188,7 @@ def _weights(cfg: _Cfg, path: Path, old: bool) -> dict[str, Tensor]:
     check_tensors(tensors, SHAPES | OWN_SHAPES[cfg.architecture] | scaling, path)
     factors = tensors.pop(SCALING, torch.ones(1)).float()
     if not torch.allclose(factors, torch.ones_like(factors)):
-        raise SaeFileError(f"{path}: {SCALING} is not all ones: this scaling of the latents has no counterpart")
+        raise SaeFileError(f"{path}: {SCALING} is not all ones: scaled latents are not supported")
     dtype = getattr(torch, cfg.dtype.removeprefix("torch."))
     rounded = {name: tensor.to(dtype).float() for name, tensor in tensors.items()}
     for name, tensor in rounded.items():

@@ -65,7 +65,7 @@ def _settle_cache() -> None:
 
 
 def choose_device(device: str = "auto") -> str:
-    """The device "cpu" or "cuda"; "auto" takes a GPU if torch finds one. Raises `ConfigError`: there is none."""
+    """The device "cpu" or "cuda"; "auto" takes a GPU if torch finds one. Raises `ConfigError` if "cuda" has no GPU."""
     import torch
 
     if device == "auto":
@@ -79,11 +79,11 @@ def choose(kernel: str, matmul: str, threads: int, device: str = "auto") -> Choi
     """Resolve "auto" (kernel, matmul, device) and 0 (threads) for this machine, and log the choice and its reasons.
 
     Raises:
-        ConfigError: `kernel` or `device` can't be had here, or the kernel `cpu` is asked for on a GPU.
+        ConfigError: `kernel` or `device` is not available here, or the kernel `cpu` is asked for on a GPU.
     """
     reasons = []
     if kernel == "cpu" and device == "cuda":
-        raise ConfigError("kernel = 'cpu': runs on the device 'cpu' alone; use 'dense' or 'auto' on a GPU")
+        raise ConfigError("kernel = 'cpu': runs on device = 'cpu' only; use 'dense' or 'auto' on a GPU")
     if device == "auto" and kernel in ("cpu", "reference"):
         device = "cpu"
     device = choose_device(device)

@@ -28,7 +28,7 @@ from saegrid.kernels.state import L1_RATE, UNDER_L1, Codes, Params, Rule, StepSe
 logger = logging.getLogger(__name__)
 
 DIGIT = 4
-"""Bits of a cut that one pass over the pre-activations settles."""
+"""Bits of a cut that one pass over the pre-activations determines."""
 LOOK_AHEAD = 32
 """Steps between two counts of the latents that AuxK may need."""
 compiles = os.environ.get("TORCH_COMPILE_DISABLE") != "1"
@@ -73,7 +73,7 @@ class Numbers(NamedTuple):
     theta_tie: Tensor  # share of its distance to the mean that theta moves
     k: Tensor  # latents per row
     aim: Tensor  # L1 is adapted until aim * k per row are active
-    threshold: Tensor  # a given one
+    threshold: Tensor  # the given threshold
 
 
 class _Step:
@@ -81,7 +81,7 @@ class _Step:
 
     def __init__(self, state: TrainState, rows: int, x: Tensor, kind: str, settings: StepSettings):
         self.state, self.kind, self.rows = state, kind, rows
-        self.settings = settings._replace(lr=0.0)  # a number that changes would be compiled again
+        self.settings = settings._replace(lr=0.0)  # each new number would be compiled again
         self.x = torch.zeros(rows, x.shape[1], device=x.device)
         self.numbers = Numbers(*(torch.zeros((), device=x.device) for _ in Numbers._fields))
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph | None, Any]] = {}
@@ -97,7 +97,7 @@ class _Step:
         corrections = [1 - beta**state.step for beta in BETAS]
         values = (len(x), told.lr / corrections[0], 1 / corrections[1], told.tie_share, theta_share)
         for tensor, value in zip(self.numbers, (*values, rule.k, rule.aim, rule.threshold), strict=True):
-            tensor.fill_(value)  # the number travels with the launch: nothing waits for a copy
+            tensor.fill_(value)  # the kernel's launch carries the number: nothing waits for a copy
         room = self._room() if settings.aux_coef else 0
         run = partial(_step if x.device.type == "cpu" else _compiled, state.params, state.m, state.v, state.quiet,
                       state.workspace["dense"]["l1"], self.x, self.numbers, self.kind, settings, room)  # fmt: skip
@@ -127,7 +127,7 @@ class _Step:
     def _room(self) -> int:
         """Upper bound on the latents that are dead in this step: 0, the most that AuxK uses per row, or d_sae.
 
-        Counts are made on the device and read `LOOK_AHEAD` steps later, so each looks twice as far ahead.
+        Counts are made on the device and read `LOOK_AHEAD` steps later, so each looks 2 * `LOOK_AHEAD` steps ahead.
         """
         step, state, settings = self.state.step, self.state, self.settings
         if self.counted is not None and step < self.due:
@@ -159,7 +159,7 @@ class _Step:
 
 
 def _compiled(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """The step through torch's compiler; without it if that fails, as where there is no C compiler."""
+    """The compiled step; the plain one if compiling fails, for example without a C compiler."""
     global compiles
     if compiles:
         torch._dynamo.config.recompile_limit = 1024  # a long process has many kinds of steps, each compiled once
@@ -237,7 +237,7 @@ class _Batch:
         return (a @ b).float()
 
     def error(self, x_hat_part: Tensor) -> Tensor:
-        """x_hat - x (N, d_in) of z W_dec."""
+        """x_hat - x (N, d_in), given z W_dec."""
         return torch.where(self.live, x_hat_part + self.params.b_dec + self.params.b_pre - self.x, 0.0)
 
     def loss(self, error: Tensor) -> Tensor:
@@ -337,7 +337,7 @@ def _gated(batch: _Batch, l1: Tensor) -> _Code:
 
 
 def _add_auxk(batch: _Batch, code: _Code, dead: Tensor, room: int, settings: StepSettings) -> None:
-    """Add AuxK's gradient (`reference.auxk_gradients`), from the `room` latents among which all dead ones are."""
+    """Add AuxK's gradient (`reference.auxk_gradients`), from `room` latents, all dead ones among them."""
     params, grads = batch.params, code.grads
     chosen: Any = dead.int().topk(room, sorted=False).indices if room < len(dead) else slice(None)
     pre = torch.where(dead[chosen], batch.pre[:, chosen], 0.0)  # (N, room)
@@ -359,7 +359,7 @@ def _add_auxk(batch: _Batch, code: _Code, dead: Tensor, room: int, settings: Ste
 
 
 def _smallest_kept(pre: Tensor, count: Tensor | int, by_row: bool) -> Tensor:
-    """The value of rank `count` among all of pre (N, d_sae), (1, 1), or in each row, (N, 1).
+    """The `count`-th largest value of pre (N, d_sae): of all, (1, 1), or of each row, (N, 1).
 
     Exact: positive floats have the order of their bits, and each pass counts how many values reach each possible next
     digit. Equal values at the cut are all kept. 0 if fewer than `count` are positive.
@@ -377,7 +377,7 @@ def _smallest_kept(pre: Tensor, count: Tensor | int, by_row: bool) -> Tensor:
 
 
 def _adjusted(grads: Params, params: Params, settings: StepSettings) -> Params:
-    """Gradients without those of frozen weights and without the sink's direction, projected and clipped."""
+    """Gradients without frozen weights' and without the sink's direction, projected and clipped."""
     if settings.frozen:
         grads = grads._replace(**{settings.frozen: torch.zeros_like(params.W_dec)})
     if settings.sink is not None:

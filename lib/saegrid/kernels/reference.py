@@ -235,10 +235,11 @@ def _codes_and_gradients(
 
 
 def hold_and_tie(params: Params, settings: StepSettings, tie_share: float | Tensor) -> None:
-    """Hold frozen weights to their start, and move the encoder towards the decoder as it then is, in place.
+    """Reset frozen weights to their initial values, then move the encoder towards the decoder, in place.
 
-    A tied encoder thus follows a frozen decoder; a frozen encoder follows nothing. A decoder row w below the soft
-    freeze's cosine c with its start s becomes c s + sqrt(1 - c²) u, u the direction of w's part orthogonal to s.
+    So a tied encoder follows a frozen decoder, and a frozen encoder follows nothing. In the soft freeze, a decoder row
+    w whose cosine with its initial value s is below c becomes c s + sqrt(1 - c²) u, where u is the direction of w's
+    part orthogonal to s.
     """
     if settings.freeze == "decoder":
         params.W_dec.copy_(settings.start)

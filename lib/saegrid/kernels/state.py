@@ -70,9 +70,9 @@ class StepSettings(NamedTuple):
     l1_coef: float = 0.0  # initial weight of L1, for the rules relu and gated
     tie: float = 0.0  # W_enc moves by min(1, lr * tie) of its distance to W_dec
     theta_tie: float = 0.0  # theta moves by min(1, its rate * theta_tie) of its distance to the mean
-    batch_size: int = 0  # most rows of a step: the dense kernel pads to it
-    freeze: Literal["none", "decoder", "encoder", "soft"] = "none"  # weights held to their start
-    start: Tensor | None = None  # (d_sae, d_in): start of W_dec, with freeze "encoder" that of W_enc; None with "none"
+    batch_size: int = 0  # maximum rows of a step; the dense kernel pads to it
+    freeze: Literal["none", "decoder", "encoder", "soft"] = "none"  # weights that stay at their initial values
+    start: Tensor | None = None  # (d_sae, d_in): initial W_dec, or W_enc with freeze "encoder"; None with "none"
 
     @property
     def tie_share(self) -> float:

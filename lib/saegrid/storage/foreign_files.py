@@ -26,7 +26,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises `SaeFileError`."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise SaeFileError(f"{path}: {path.stat().st_size} bytes, where a configuration is expected")
+            raise SaeFileError(f"{path}: {path.stat().st_size} bytes: a configuration has at most {MAX_JSON_BYTES}")
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SaeFileError(f"{path}: {error.strerror}") from None
@@ -129,7 +129,7 @@ def check_sizes(stated: BaseModel, sizes: dict[str, int], where: Path) -> None:
     """Check a configuration's `d_in` and `d_sae`, if stated, against the weights. Raises `SaeFileError`."""
     for name, size in sizes.items():
         if getattr(stated, name) not in (None, size):
-            raise SaeFileError(f"{where}: {name} = {getattr(stated, name)}, and the weights have {size}")
+            raise SaeFileError(f"{where}: {name} = {getattr(stated, name)}, but the weights have {size}")
 
 
 def _check_kind(tensor: Any, name: str, where: Path) -> None:
@@ -140,7 +140,7 @@ def _check_kind(tensor: Any, name: str, where: Path) -> None:
         kind = tensor.dtype if dense else f"{tensor.layout} on {tensor.device}"
         raise SaeFileError(f"{where}: {name} is of kind {kind}, not dense floating-point numbers")
     if tensor.untyped_storage().nbytes() < tensor.nbytes:
-        raise SaeFileError(f"{where}: {name} shows {tensor.nbytes} bytes and holds fewer")
+        raise SaeFileError(f"{where}: {name} states {tensor.nbytes} bytes and holds fewer")
 
 
 def number(value: Any, name: str, where: Path) -> float | int:

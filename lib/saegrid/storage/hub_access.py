@@ -70,7 +70,7 @@ def _temporary_cache() -> Path:
     facts = folder.lstat()
     if not stat.S_ISDIR(facts.st_mode) or (hasattr(os, "getuid") and facts.st_uid != os.getuid()):
         raise DiskError(f"{folder}: belongs to somebody else; set SAEGRID_CACHE to a folder that you can write to")
-    print(f"no cache that can be written to: using {folder}; SAEGRID_CACHE names another", file=sys.stderr, flush=True)
+    print(f"the cache is not writable: using {folder}; SAEGRID_CACHE sets another", file=sys.stderr, flush=True)
     return folder
 
 
@@ -87,7 +87,7 @@ def local_folder(parameter: str, name: str) -> Path | None:
     if path.is_dir():
         return path
     if path.exists():
-        raise ConfigError(f"{parameter} = {name!r}: a file, where a folder or a Hub id is needed")
+        raise ConfigError(f"{parameter} = {name!r}: a file; must be a folder or a Hub id")
     if not HUB_ID.fullmatch(name):
         raise ConfigError(f"{parameter} = {name!r}: no such folder")
     return None

@@ -10,7 +10,7 @@ from saegrid.errors import ConfigError, shown
 Content = str | tuple[str, str] | list[dict[str, str]]
 """A text, a question and its answer, or the messages of a conversation."""
 FORMS = (("question", "answer"), ("text",), ("messages",))
-"""Fields that hold a row's content, in the order in which they are looked for."""
+"""Fields that hold a row's content; the first that exist are used."""
 ROLES = ("system", "user", "assistant", "tool")
 FEW, PART = 100, 10_000
 """In a corpus of fewer than `FEW` texts, those of more than `PART` characters are divided into several documents."""
@@ -33,7 +33,7 @@ def content_fields(columns: Iterable[str], text_field: str, where: str) -> tuple
     for names in FORMS:
         if set(names) <= set(columns):
             return names
-    raise ConfigError(f"{where}: needs text, messages, or question and answer (or name the field: text_field); {has}")
+    raise ConfigError(f"{where}: needs text, messages, or question and answer, or a text_field that exists; {has}")
 
 
 def content_of(row: Mapping[str, Any], names: tuple[str, ...], where: str) -> Content:
@@ -51,7 +51,7 @@ def content_of(row: Mapping[str, Any], names: tuple[str, ...], where: str) -> Co
 
 
 def plain(text: str, where: str) -> str:
-    """The same text, checked. Raises `ConfigError` for what no tokenizer should see."""
+    """The same text. Raises `ConfigError` if it has NUL characters or is not valid Unicode."""
     if "\0" in text:
         raise ConfigError(f"{where}: holds NUL characters, so it is not text")
     try:
@@ -62,7 +62,7 @@ def plain(text: str, where: str) -> str:
 
 
 def documents(contents: Iterable[Content], count: int, start: int = 0) -> Iterator[Document]:
-    """Documents numbered from `start`, without blank ones; `count`: number of texts in the corpus (see `FEW`)."""
+    """The documents that are not blank, numbered from `start`. `count`: number of texts in the corpus (see `FEW`)."""
     parts = (part for content in contents for part in (_parts(content) if count < FEW else [content]))
     for index, part in enumerate(parts, start):
         if not isinstance(part, str) or part.strip():
@@ -70,7 +70,7 @@ def documents(contents: Iterable[Content], count: int, start: int = 0) -> Iterat
 
 
 def _parts(text: Content) -> Iterator[Content]:
-    """A text in parts of at most `PART` characters, divided at a blank line, else a line's end, else a space."""
+    """A text in parts of at most `PART` characters, divided at a blank line, else at a line break, else at a space."""
     if not isinstance(text, str):
         yield text
         return

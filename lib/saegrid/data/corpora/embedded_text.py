@@ -1,4 +1,4 @@
-"""Texts that need no network: generated problems, and the prose and sources that every Python brings along.
+"""Texts that need no network: generated problems, and the prose and sources that come with Python.
 
 `python_docs` and `python_code` differ a little between versions of Python: a store records the text's SHA-256.
 Both are under the PSF licence (PSF-2.0).
@@ -32,7 +32,7 @@ SEED_STEP = 10**9
 OPTIONAL = {"distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtle", "turtledemo", "venv"}
 """Parts of the standard library that some systems leave out; `python_code` leaves them out everywhere."""
 TABLES = {"encodings", "pydoc_data"}
-"""Packages of tables, or of the other text."""
+"""Packages that hold tables, or the text of `python_docs`; `python_code` leaves them out."""
 
 
 def check_embedded(name: str) -> None:
@@ -61,7 +61,7 @@ def embedded_corpus(config: RunConfig) -> dict[str, Iterator[Document]]:
 
 
 def embedded_identity(name: str) -> str:
-    """What tells whether an embedded text is still the same: the generator's version, or the SHA-256 of the text."""
+    """Changes whenever the embedded text may have changed: the generator's version, or the SHA-256 of the text."""
     check_embedded(name)
     if name == EMBEDDED_DATASET:
         return f"reasoning-gym {importlib.metadata.version('reasoning-gym')}"

@@ -15,13 +15,13 @@ from saegrid.storage.checksums import numbered_json_lines, read_bytes
 from saegrid.storage.hub_access import expanded, local_folder
 
 KINDS = ((".jsonl",), (".parquet",), (".txt", ".md"))
-"""A folder is read as the first kind that it has: a `README.md` beside rows is none of them."""
+"""A folder is read as the first of these kinds that it has, so a `README.md` beside `.jsonl` is not read."""
 SUFFIXES = [suffix for kind in KINDS for suffix in kind]
 LIST = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 
 
 def local_corpus(config: RunConfig) -> Path | None:
-    """The file or folder that `dataset` names; None for a Hub id. Raises `ConfigError` if it is neither."""
+    """The file or folder that `dataset` names; None for a Hub id. Raises `ConfigError` for anything else."""
     try:
         path = expanded(config.dataset)
         if path.is_dir() or (path.suffix.lower() not in SUFFIXES and not path.exists()):
@@ -33,14 +33,15 @@ def local_corpus(config: RunConfig) -> Path | None:
     except ValueError as error:
         raise error if isinstance(error, ConfigError) else ConfigError(f"{_where(config)}: {error}") from None
     if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"{_where(config)}: a file, where a folder, {LIST} file, or a Hub id is needed")
+        raise ConfigError(f"{_where(config)}: a file; must be a folder, a {LIST} file, or a Hub id")
     return path
 
 
 def corpus_files(config: RunConfig, path: Path) -> dict[str, list[Path]]:
     """{"train": files, "test": files} if files or their folders have these names, else {"": all files}; sorted.
 
-    The name of its split is that of a folder above a file, or its own up to a hyphen (`train-00000-of-00003.parquet`).
+    A file belongs to a split if a folder above it has the split's name, or if its own name has it, up to a hyphen
+    (`train-00000-of-00003.parquet`).
 
     Raises:
         ConfigError: there is no file to read, or none of `dataset_split`.
@@ -58,16 +59,16 @@ def corpus_files(config: RunConfig, path: Path) -> dict[str, list[Path]]:
     if config.dataset_split:
         if path.is_dir() and (chosen := of_split(config.dataset_split)):
             return {"": chosen}
-        raise ConfigError(f"dataset_split = {config.dataset_split!r}: no file of {config.dataset} has this name")
+        raise ConfigError(f"dataset_split = {config.dataset_split!r}: no such split in {config.dataset}")
     if path.is_dir() and of_split("train") and of_split("test"):
         return {name: of_split(name) for name in ("train", "test")}
     return {"": files}
 
 
 def file_documents(config: RunConfig, files: list[Path]) -> Iterator[Document]:
-    """The documents of some files: files in a seeded order, and the rows of each file too.
+    """The documents of some files. The files, and the documents of each, come in a seeded order.
 
-    One file is in memory at a time, and none is read before its first document is asked for.
+    One file is in memory at a time; it is read when its first document is asked for.
     """
     start = 0
     for path in random.Random(config.data_seed).sample(files, len(files)):
@@ -96,7 +97,7 @@ def _walk(config: RunConfig, folder: Path) -> list[Path]:
 
 def _text_file(path: Path, config: RunConfig, where: str) -> list[Content]:
     if config.text_field:
-        raise ConfigError(f"text_field = {config.text_field!r}: {path} is a text and has no fields")
+        raise ConfigError(f"text_field = {config.text_field!r}: {path} is a text file and has no fields")
     try:
         return [plain(read_bytes(path).decode("utf-8-sig"), where)]
     except UnicodeDecodeError as error:

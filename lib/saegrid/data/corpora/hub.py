@@ -1,4 +1,4 @@
-"""Datasets of the Hub, or in its local cache."""
+"""Datasets from the Hub, or from its local cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from saegrid.storage.hub_access import hub_errors
 
 
 def hub_corpus(config: RunConfig) -> tuple[dict[str, Iterator[Document]], str]:
-    """(streams, revision): the documents of `dataset_split`; or of train and test, if the dataset has both.
+    """(streams, revision): the documents of `dataset_split`; else of train and test, if there are both; else of one.
 
     Raises:
         ConfigError: the dataset or its split is not there, can't be read, or has no text.
@@ -31,7 +31,10 @@ def hub_corpus(config: RunConfig) -> tuple[dict[str, Iterator[Document]], str]:
 
 
 def _documents(config: RunConfig, split: str, rows: Any) -> Iterator[Document]:
-    """Rows in a seeded order; a document has its row's number, and further parts of long texts come after these."""
+    """Documents of the rows, which come in a seeded order.
+
+    A document has its row's number; further parts of a long text have numbers above all rows'.
+    """
     where = f"dataset = {config.dataset!r}: {split}"
     names = content_fields(rows.column_names, config.text_field, where)
     others = itertools.count(len(rows))

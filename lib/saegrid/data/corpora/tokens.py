@@ -1,4 +1,4 @@
-"""From documents to token ids: plain text, the chat template, packed contexts, and tokens to leave out."""
+"""Tokenize documents: plain text, the chat template, contexts packed with documents, and tokens to leave out."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ Encode = Callable[[Any], list[int]]
 
 
 def encoder(config: RunConfig, tokenizer: Any, first: Content) -> Encode:
-    """A function from a document of the kind of `first` to token ids: prompts truncated, packed text whole and bare.
+    """A function from a document of the kind of `first` to token ids.
 
-    Raises `ConfigError` if not every text reaches the tokens: a template may omit one, a tokenizer may know none.
+    Prompts are truncated. Plain text, which `packed` divides, is whole and has no special tokens. Raises `ConfigError`
+    if question or answer do not change the tokens: a chat template may drop them, a tokenizer may lack all characters.
     """
     encode = _encoder_of(config, tokenizer, type(first))
 
@@ -77,7 +78,7 @@ def template_prefix(encode: Encode, config: RunConfig, first: Content) -> int:
     """Number of tokens that the chat template, and the system message of `first`, put before every question."""
     prefix = common(encode(_sample(first, "a", "a")), encode(_sample(first, "1", "1")))
     if prefix >= config.max_tokens - 1:
-        raise ConfigError(f"max_tokens = {config.max_tokens}: no room after the chat template's own first tokens")
+        raise ConfigError(f"max_tokens = {config.max_tokens}: no room for text after the chat template's first tokens")
     return prefix
 
 
@@ -89,10 +90,10 @@ def common(a: list[int], b: list[int]) -> int:
 def packed(
     config: RunConfig, tokenizer: Any, documents: Iterable[tuple[int, list[int]]], split: str
 ) -> Iterator[tuple[int, list[int]]]:
-    """(first document, tokens) of contexts: documents after each other, cut where a context is full.
+    """(first document, tokens) of each context: documents are joined, and cut where a context is full.
 
-    Evaluation contexts share no document, or hold `EVAL_CONTEXTS` of one document at most: it fills whole contexts,
-    and what is left of it is dropped. Shorter ones fill a context together.
+    In evaluation, a long document fills up to `EVAL_CONTEXTS` contexts alone, and its remaining tokens are dropped.
+    Documents shorter than a context fill one together and are in no other.
     """
     start, separator = _marks(tokenizer)
     room = (config.context or config.max_tokens) - len(start)
@@ -112,7 +113,7 @@ def packed(
 
 
 def _marks(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """(what the tokenizer puts before a text, what separates documents: its end token, else its start, else a line)."""
+    """(start token if the tokenizer adds one, separator of documents: end token, else start token, else blank line)."""
     start, end = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
     begins = start is not None and list(tokenizer("a")["input_ids"])[:1] == [start]
     known = next((token for token in (end, start) if token is not None), None)
@@ -148,9 +149,9 @@ def _sample(first: Content, question: str, answer: str) -> Content:
 
 
 def _stop_the_clock(config: RunConfig, tokenizer: Any) -> None:
-    """Make `strftime_now` say `DAY` in the tokenizer's chat template.
+    """Make `strftime_now` return `DAY` in the tokenizer's chat template.
 
-    transformers accepts no function for a template, but compiles each template once, so it can be set there.
+    transformers takes no functions for a template, but compiles it once: the function is set in the compiled one.
     """
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import _compile_jinja_template

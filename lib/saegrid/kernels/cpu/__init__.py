@@ -81,7 +81,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     beta1, beta2 = BETAS
     state.step += 1
     rate, correction = settings.lr / (1 - beta1**state.step), 1 / (1 - beta2**state.step)
-    held = settings.freeze != "none"  # after the loops, then: the tie too
+    held = settings.freeze != "none"  # `hold_and_tie` then ties after the loops
     tie = 0.0 if held else settings.tie_share
     adam = tuple(map(np.float32, (1 - beta1, beta2, 1 - beta2, rate, correction, EPS, tie)))
     weights, m, v = (tuple(arrays(p[:3])) for p in (params, state.m, state.v))
