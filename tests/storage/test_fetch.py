@@ -94,6 +94,8 @@ configs:
 """
 TEXTS = """
 import json
+import sys
+sys.path.append("tests")
 from tiny import tiny_tokenizer
 from saegrid.config.run_config import make_config
 from saegrid.data.prompts import draw_prompts

@@ -187,7 +187,7 @@ def _draw(
     have = 0
     for index, tokens in texts:
         skipped = tuple(position for position, token in enumerate(tokens) if token in skip) if skip else ()
-        prompt = Prompt([same.setdefault(token, token) for token in tokens], index, prefix, skipped)
+        prompt = Prompt([same.setdefault(token, token) for token in tokens], index, prefix, skipped=skipped)
         if not prompt.positions:
             continue
         prompts.append(prompt)
