@@ -344,7 +344,7 @@ def test_a_run_on_any_text_has_all_metrics(tmp_path, kind):
     with contextlib.closing(Run(config_for(data, model=model, **small, **places))) as run:
         run.train()
         row = run.evaluate()
-    assert row["n_train_rows"] == 400 and row["n_eval_prompts"] == 4 and row["n_eval_tokens"] > 50
+    assert row["n_train_rows"] == 400 and row["n_eval_prompts"] == 4 and row["n_eval_tokens"] > 40
     assert row["ce_spliced"] > 0 and row["dataset"] == str(data)
     manifest = open_store(run.config).manifest
     assert manifest["data"]["prompts"]["eval"] == 4
