@@ -34,6 +34,8 @@ class Choice:
     best: pd.Series
     interval: tuple[float, float] | None
     """95% interval of its cost."""
+    others: int
+    """Number of other settings within the budget."""
     alike: list[Price]
     """The best runs of other settings within the budget that can't be distinguished from it (Holm over all of them)."""
     sparser: Price | None
@@ -65,6 +67,7 @@ def by_budget(
                 budget,
                 best,
                 None if found is None else intervals.contrast(found, {best["run_id"]: 1.0})[1:3],
+                len(prices),
                 _alike(prices, best, found),
                 None if before is None else _price(best, before, measure, found),
                 *(_price(best, lowest(r, measure), measure, found) if len(r) else None for r in (half, exact)),

@@ -63,7 +63,8 @@ def label(row: Mapping[str, Any], sizes: bool = True) -> str:
     values = axes(row)
     sparsity = f"K = {values.get('k')}" if values.get("threshold") is None else f"θ = {values['threshold']}"
     parts = [f"{values['arch']} {values['expansion']}x", sparsity] if sizes else [str(values["arch"])]
-    parts += [str(values["recipe"])] if values.get("recipe") not in (None, "published") else []
+    known = isinstance(row.get("recipe"), str) and values.get("recipe") != "published"  # the published card says none
+    parts += [str(values["recipe"])] if known else []
     parts += [f"{name} = {values[name]}" for name, usual in CONTROLS.items() if values.get(name) not in (None, usual)]
     parts += [f"seed {row['seed']}"] if row.get("seed") else []
     return ", ".join(parts)

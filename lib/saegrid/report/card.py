@@ -67,15 +67,17 @@ def _told(choice: Choice, before: Choice | None, measure: str, links: str) -> di
     facts += f"{number(best['dead_pct'], 'dead_pct')}% dead, "
     facts += f"loss recovered {number(best['loss_recovered_mean'], 'loss_recovered_mean')}."
     names = "; ".join(f"{settings.label(price.run)} ({_more(price)})" for price in choice.alike)
+    alone = "It is the only setting within this budget." if choice.others == 0 else "Every other setting costs more."
+    alone = alone if choice.interval or not choice.others else ""
     return {
         "label": settings.label(best),
         "id": best["name"],
         "href": f"{links}{best['run_id']}.html" if links else "",
         "cost": number(best[measure], measure),
-        "unit": f"{column.unit}, {column.title}",
+        "unit": f"{column.unit} of {column.title}" if measure == "kl" else f"{column.unit}, {column.title.lower()}",
         "interval": within and f"95% interval {within}",
         "facts": facts,
-        "alike": f"Not distinguishable from it: {names}." if names else "Every other setting within it costs more.",
+        "alike": f"Not distinguishable from it: {names}." if names else alone,
         "otherwise": _otherwise(choice, before, measure),
     }
 
@@ -84,13 +86,15 @@ def _otherwise(choice: Choice, before: Choice | None, measure: str) -> list[str]
     """When another run is the better choice, with its price."""
     reasons = []
     if before is not None and choice.sparser is not None:
-        reasons.append(f"to read latents, take fewer of them: L0 {before.budget} costs {_more(choice.sparser)}")
+        reasons.append(
+            f"to read single latents: fewer per token, L0 up to {before.budget}, cost {_more(choice.sparser)}"
+        )
     if choice.smaller is not None:
         label = settings.label(choice.smaller.run)
         reasons.append(f"for a dictionary of half the size or less: {label}, {_more(choice.smaller)}")
     if choice.exact is not None:
         reasons.append(f"for exactly K latents in each row: {settings.label(choice.exact.run)}, {_more(choice.exact)}")
-    return reasons or ["this grid holds no sparser, smaller or row-wise alternative"]
+    return reasons
 
 
 def _more(price: Price) -> str:

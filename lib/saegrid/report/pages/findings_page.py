@@ -11,6 +11,7 @@ import pandas as pd
 from saegrid.analysis import findings, published_sweep
 from saegrid.analysis.findings import Finding
 from saegrid.analysis.numbers import between, change, counted, number, signed
+from saegrid.config import settings
 from saegrid.report.tables import Markdown, from_template, html_table, markdown
 
 SIGNS = {findings.HOLDS: ("✓", "holds"), findings.FAILS: ("✗", "fails"), findings.NOT_TESTABLE: ("○", "open")}
@@ -68,9 +69,9 @@ def _sweet(finding: Finding) -> str:
 
 
 def _described(rows: pd.DataFrame) -> str:
-    row = rows.iloc[0]
+    row = rows.iloc[0].to_dict()
     return (
-        f"{row['name']}, has delta loss {number(row['delta_loss'], 'delta_loss')} nats/token, frac_rec "
+        f"{settings.label(row)}, has delta loss {number(row['delta_loss'], 'delta_loss')} nats/token, frac_rec "
         f"{number(row['frac_rec_pct'], 'frac_rec_pct')}% and {number(row['dead_pct'], 'dead_pct')}% dead"
     )
 

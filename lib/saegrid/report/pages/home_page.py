@@ -42,7 +42,7 @@ KEEP = {
 def title(df: pd.DataFrame) -> str:
     """Model and layer: `Sparse autoencoders on SmolLM2-135M-Instruct, layer 12`."""
     models = dict.fromkeys(Path(BASE_MODELS.get(name, name)).name for name in df["model"])
-    return f"Sparse autoencoders on {' and '.join(models)}, layer {_values(df, 'layer')}"
+    return escape(f"Sparse autoencoders on {' and '.join(models)}, layer {_values(df, 'layer')}", quote=False)
 
 
 def model_card(
@@ -119,7 +119,7 @@ def body(
         "## Results",
         f"As the published card has them, then KL, loss recovered and FVU.{all_columns}",
         card.result_tables(df, runs),
-        *filter(None, [recipe_section(df, prompts)]),
+        *filter(None, [recipe_section(df, prompts) if df["seed"].nunique() > 1 else ""]),
         "## SAE Architecture",
         card.architecture_text(df),
         "## Loading SAEs",
@@ -335,7 +335,7 @@ def _values(df: pd.DataFrame, name: str, form: str = "{}") -> str:
     values = [value for value in df[name].unique() if not pd.isna(value) and value != ""]
     if len(values) > 1 and not isinstance(values[0], str):
         values = sorted(values)
-    return ", ".join(form.format(number(value, name)) for value in values) or MISSING
+    return escape(", ".join(form.format(number(value, name)) for value in values), quote=False) or MISSING
 
 
 def hub_model(name: str) -> str | None:
