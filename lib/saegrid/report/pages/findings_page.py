@@ -185,7 +185,7 @@ def steps_text(own: list[Finding]) -> str:
     if not known:
         return ""
     low, high = min(low for low, _ in known), max(high for _, high in known)
-    text = f"They rest on {_range(low, high)} training steps a run, the published ones on about "
+    text = f"These verdicts rest on runs of {_range(low, high)} training steps, the published ones on runs of about "
     text += f"{published_sweep.STEPS:,}."
     if low < published_sweep.STEPS / 2:
         text += (
@@ -230,7 +230,7 @@ def findings_table(own: list[Finding], published: list[Finding], page: str | Non
     """
     caption = (
         "Verdicts on this grid's rows and on the published ones. 95% t intervals over templates, of each "
-        "effect; the published rows allow none."
+        f"effect; the published rows allow none. {steps_text(own)}"
     )
     shown = [_shown(ours, theirs, page) for ours, theirs in zip(own, published, strict=True)]
     return from_template("findings_table.html", caption=caption, findings=shown)
@@ -252,6 +252,10 @@ def finding_section(own: Finding, published: Finding, links: str = "") -> Markdo
         f"**On the published rows: {SIGNS[published.verdict][0]} {published.verdict}.** {sentence(published)}",
         f"*Rule, fixed before the results.* {claim.rule}",
     ]
+    if own.steps:
+        parts[1] += (
+            f" It rests on {_range(*own.steps)} training steps, the published one on about {published_sweep.STEPS:,}."
+        )
     if own.effect is not None:
         interval = ", with its 95% interval" if own.interval else ""
         parts.insert(2, f"{effect_name(own)}: **{effect_text(own)}** nats/token{interval}.")
