@@ -221,7 +221,8 @@ def setting_table(df: pd.DataFrame) -> Markdown:
         ("recipe", _values(df, "recipe")),
         (
             "training",
-            f"{_values(df, 'epochs')} epochs, Adam, lr {_values(df, 'lr')}, batch {_values(df, 'batch_size')}",
+            f"{_values(df, 'epochs')} epochs, {_values(df, 'steps')} steps, Adam, lr {_values(df, 'lr')}, "
+            f"batch {_values(df, 'batch_size')}",
         ),
     ]
     rows += [
