@@ -24,7 +24,7 @@ from saegrid.report import card
 from saegrid.report.figures import captions, plots
 from saegrid.report.pages import findings_page, trust_section
 from saegrid.report.pages.ablation_section import recipe_section
-from saegrid.report.tables import Markdown, html_block, html_table, markdown, pipe_table
+from saegrid.report.tables import Markdown, from_template, html_table, markdown, pipe_table
 from saegrid.storage.hub_access import HUB_ID
 
 BASE_MODELS = {EMBEDDED_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -165,11 +165,7 @@ def key_numbers(best: pd.Series) -> Markdown:
         ),
         (f"{number(best['dead_pct'], 'dead_pct')}", "%", "of the latents are dead"),
     ]
-    items = "\n".join(
-        f'<div><dt>{escape(what)}</dt><dd><strong>{value}</strong> <span class="unit">{escape(unit)}</span></dd></div>'
-        for value, unit, what in cells
-    )
-    return html_block(f'<dl class="key-numbers">\n{items}\n</dl>')
+    return from_template("key_numbers.html", numbers=cells)
 
 
 def recommendation(
