@@ -176,3 +176,26 @@ def test_the_class_is_the_source(fake_grid, fake_runs):
     assert [line for line in shown.splitlines() if line.startswith("class ")] == [
         "class SAE(nn.Module):", "class BatchTopK(SAE):", "class Matryoshka(BatchTopK):",
     ]  # fmt: skip
+
+
+def test_the_recommended_run_is_that_of_the_grids_budget(fake_grid, fake_runs):
+    df = results.tidy(fake_grid, fake_runs / "runs")
+    sparse, denser = selection.recommend(df, 64), selection.recommend(df, 128)
+    assert sparse["k"] == 64 and denser["k"] == 128
+    for budget, best in ((64, sparse), (128, denser)):
+        text = home_page.model_card(df, budget=budget)
+        assert f"**Recommended: {settings.label(best)}**" in text
+        assert f"of the runs within an L0 of {budget}" in text
+    assert "none is within an L0 of 8" in home_page.recommendation(df, budget=8)
+
+
+def test_runs_of_half_the_published_steps_are_called_undertrained(fake_grid, fake_runs):
+    df = results.tidy(fake_grid, fake_runs / "runs")
+    for steps, undertrained in ((790, True), (published_sweep.STEPS, False)):
+        own = findings.all_findings(df.assign(steps=steps))
+        text = findings_page.steps_text(own)
+        assert f"runs of {steps:,} training steps, the published ones on runs of about 5,600" in text
+        assert ("undertrained" in text) == undertrained
+        section = findings_page.finding_section(own[0], findings.all_findings(published_sweep.rows())[0])
+        assert f"It rests on {steps:,} training steps" in section
+    assert findings_page.steps_text(findings.all_findings(published_sweep.rows())) == ""
