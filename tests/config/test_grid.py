@@ -1,15 +1,20 @@
 import shlex
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from papermill.cli import _resolve_type
+from pydantic import ValidationError
 
+from saegrid.analysis.budget import BUDGETS
+from saegrid.analysis.findings import all_findings
 from saegrid.config.grid import Grid, load_grid, papermill_arguments
 from saegrid.config.recipes import RECIPES, described
 from saegrid.config.run_config import RunConfig, make_config
 from saegrid.errors import ConfigError
+from saegrid.experiment.results import typed
 
 PRESETS = sorted(Path("params").glob("*.yaml"))
 
@@ -113,3 +118,20 @@ def test_the_ablation_takes_each_choice_away_alone():
     single |= {"improved but lr = 0.001", "improved but lr = 0.006"}
     assert words == {"published", "improved"} | single
     assert len(runs) == len(words) * 3
+
+
+def test_the_quick_grid_has_what_the_five_findings_need():
+    runs = load_grid("params/quick.yaml").runs()
+    assert len(runs) <= 16
+    df = pd.DataFrame([run.model_dump() for run in runs])
+    df = df.assign(run_id=[run.run_id for run in runs], d_sae=576 * df["expansion"], l0=1.0, val_mse=1.0, nmse=1.0)
+    df = typed(df.assign(dead_pct=1.0, delta_loss=1.0, frac_rec_pct=1.0, steps=790))
+    assert {finding.verdict for finding in all_findings(df)} <= {"holds", "fails"}
+    assert {run.k for run in runs if run.recipe == "improved"} >= set(BUDGETS)
+
+
+def test_the_l0_budget_is_a_whole_number_from_1():
+    axes = [{"arch": ["TopK"], "k": [4]}]
+    assert Grid(name="g", title="G", axes=axes).l0_budget == 64
+    with pytest.raises(ValidationError, match="l0_budget"):
+        Grid(name="g", title="G", axes=axes, l0_budget=0)

@@ -108,9 +108,7 @@ def test_a_message_can_not_steer_a_terminal():
     assert str(SaegridError("a\x1b[31m\n\tb\u202e")) == "a\\x1b[31m b\\u202e"
 
 
-def test_a_title_is_text_in_the_report(fake_grid, fake_runs):
-    df = results.tidy(fake_grid, fake_runs / "runs")
-    text = home_page.model_card(
-        df, finished_run.load_prompts(df, fake_runs / "runs"), title="<script>alert(1)</script>", links="r/"
-    )
-    assert "<script" not in str(text)
+def test_a_models_name_is_text_in_the_report(fake_grid, fake_runs):
+    df = results.tidy(fake_grid, fake_runs / "runs").assign(model="/models/<script>alert(1)")
+    text = home_page.model_card(df, finished_run.load_prompts(df, fake_runs / "runs"), links="r/")
+    assert "<script" not in home_page.title(df) + text and "&lt;script" in text

@@ -297,17 +297,22 @@ def test_numbers_on_the_page_are_those_of_results_full(built, fake_grid, open_pa
         """() => [...document.querySelectorAll('table.results tbody tr')].flatMap(row => {
             const link = row.querySelector('th a')?.getAttribute('href').split('/').pop();
             const cells = [...row.querySelectorAll('td[data-value]')];
-            return link ? cells.map(cell => [link, cell.dataset.column, cell.dataset.value, cell.innerText]) : [];
+            return link ? cells.map(cell => [link, cell.dataset.column, cell.dataset.value, cell.innerText,
+                cell.closest('table').caption.innerText]) : [];
         })"""
     )
-    checked = set()
-    for href, column, value, shown in seen:
+    checked, of_column = set(), {}
+    for href, column, value, shown, table in seen:
         if column in finished_run.METRICS:
             expected = full.loc[href.removesuffix(".html"), column]
             assert float(value) == expected
-            assert shown.strip("★ ") == number(expected, column)
+            decimals = len(shown.strip("★ ").partition(".")[2])
+            unsigned = shown.strip("★ ").replace(",", "").replace("−", "-")
+            assert float(unsigned) == pytest.approx(expected, abs=0.5 * 10**-decimals + 1e-12)
+            of_column.setdefault((table, column), set()).add(decimals)
             checked.add((href, column))
     assert len(checked) == len(full) * len(finished_run.METRICS)
+    assert all(len(decimals) == 1 for decimals in of_column.values())
 
 
 def test_a_point_of_the_frontier_shows_its_run_and_leads_there(built, fake_grid, open_page):

@@ -1,15 +1,22 @@
 """Tables show every value with its unit, and what is missing as missing."""
 
 import math
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
 
 from saegrid.analysis import findings, numbers, published_sweep, selection
+from saegrid.config import settings
+from saegrid.core import sae
 from saegrid.experiment import finished_run, results
-from saegrid.report import tables
+from saegrid.report import card, tables
 from saegrid.report.pages import findings_page, home_page
+
+HEADS = ["Key Findings", "Recommendation", "Results", "SAE Architecture", "Loading SAEs", "File naming"]
+HEADS += ["Training details"]
+"""Sections of the published card, in its order."""
 
 
 def parse(text):
@@ -82,7 +89,8 @@ def test_what_a_notebook_shows_is_markdown_and_no_html_output():
 def test_text_is_escaped():
     df = published_sweep.rows().head(1).assign(name="<b>&")
     table = parse(tables.html_table(df, ["name", "nmse"], caption="<i>"))
-    assert table.find(".//tbody/tr/th").text == "<b>&"
+    head = table.find(".//tbody/tr/th")
+    assert head.text == "BatchTopK 4x, K = 220" and head.find("span").text == head.get("data-text") == "<b>&"
 
 
 def test_run_metrics_and_files(fake_grid, fake_runs):
@@ -99,16 +107,18 @@ def test_the_card_holds_the_recommended_run_and_every_verdict(fake_grid, fake_ru
     prompts = finished_run.load_prompts(df, fake_runs / "runs")
     text = home_page.model_card(df, prompts)
     best = selection.recommend(df)
-    assert f"**Recommended: `{best['name']}`**" in text
+    assert f"**Recommended: {settings.label(best)}** (`{best['name']}`)" in text
     assert "with the lowest KL of" in text and f"a KL of **{best['kl']:.3f} nats/token** (95% interval" in text
     older = home_page.model_card(df.assign(kl=math.nan), prompts.drop(columns="kl_sum"))
     assert f"it costs the model **{best['delta_loss']:.3f} nats/token** (95% interval" in older
     assert "with the lowest delta loss of" in older and ">KL" not in older
     assert f"{best['name']}.pt" in text
     for finding in findings.all_findings(df, prompts):
-        assert findings_page.CLAIMS[finding.number].text.replace("'", "&#x27;") in text
+        assert findings_page.CLAIMS[finding.number].text in text
         assert findings_page.effect_text(finding) in text
     assert "<a " not in text  # without links it stands alone
+    order = [text.index(f"\n## {head}\n") for head in HEADS]
+    assert order == sorted(order)
     assert f"{len(df)} runs, BatchTopK, TopK and JumpReLU at 4x, 8x, 16x with K of 64, 128, 220" in text
 
 
@@ -132,3 +142,60 @@ def test_settings_of_both_sweeps_are_shown_in_pairs():
     assert [row.find("td").text for row in table.findall(".//tbody/tr")] == ["own", "published"] * 2
     assert [link.get("href") for link in table.iter("a")] == ["runs/a.html", "runs/b.html"]
     assert "share no setting" in tables.beside(own.head(0), ["name"])
+
+
+def test_numbers_of_a_column_have_the_same_decimals():
+    assert numbers.aligned([7.9812, 13.05, 0.0228, None], "val_mse") == ["7.981", "13.050", "0.023", "–"]
+    assert numbers.aligned([0.001, 1.4e-5], "nmse") == ["0.001000", "0.000014"]
+    assert numbers.aligned([5748.3], "val_mse") == ["5748"] and numbers.aligned(["–", "a"], "nmse") == ["–", "a"]
+
+
+def test_the_cards_tables_have_the_published_value_beside_ours(fake_grid, fake_runs):
+    df = results.tidy(fake_grid, fake_runs / "runs")
+    first, second, _ = card.result_tables(df, "runs/").split("```\n\n")
+    heads = ["".join(head.itertext()) for head in parse(first).findall(".//thead/tr")[1]]
+    assert heads[:8] == ["SAE", "Exp", "K", "Val MSE", "NMSE", "Dead %", "Delta Loss", "Frac Rec %"]
+    heads = ["".join(head.itertext()) for head in parse(second).findall(".//thead/tr")[1]]
+    assert heads[:5] == ["SAE", "Exp", "Threshold", "L0", "Val MSE"]
+    shown = {row.find("th").get("data-text"): row for table in (first, second) for row in parse(table).iter("tr")
+             if row.find("th") is not None and row.find("th").get("data-text")}  # fmt: skip
+    assert len(shown) == len(df)
+    for row in published_sweep.rows().to_dict("records"):
+        cell = next(cell for cell in shown[row["name"]] if cell.get("data-column") == "nmse")
+        assert cell.find("span[@class='theirs']").find("span").tail == f"{row['nmse']:.6f}"
+        assert float(cell.get("data-value")) == df.set_index("name").loc[row["name"], "nmse"]
+    assert shown["TopK_exp8x_k64"].find(".//span[@class='theirs']") is None
+
+
+def test_the_class_is_the_source(fake_grid, fake_runs):
+    source = Path(sae.__file__).read_text()
+    shown = card.class_source(["Matryoshka"])
+    for part in shown.split("\n\n\n"):
+        for method in part.split("\n\n    def "):
+            assert method in source
+    assert [line for line in shown.splitlines() if line.startswith("class ")] == [
+        "class SAE(nn.Module):", "class BatchTopK(SAE):", "class Matryoshka(BatchTopK):",
+    ]  # fmt: skip
+
+
+def test_the_recommended_run_is_that_of_the_grids_budget(fake_grid, fake_runs):
+    df = results.tidy(fake_grid, fake_runs / "runs")
+    sparse, denser = selection.recommend(df, 64), selection.recommend(df, 128)
+    assert sparse["k"] == 64 and denser["k"] == 128
+    for budget, best in ((64, sparse), (128, denser)):
+        text = home_page.model_card(df, budget=budget)
+        assert f"**Recommended: {settings.label(best)}**" in text
+        assert f"of the runs within an L0 of {budget}" in text
+    assert "none is within an L0 of 8" in home_page.recommendation(df, budget=8)
+
+
+def test_runs_of_half_the_published_steps_are_called_undertrained(fake_grid, fake_runs):
+    df = results.tidy(fake_grid, fake_runs / "runs")
+    for steps, undertrained in ((790, True), (published_sweep.STEPS, False)):
+        own = findings.all_findings(df.assign(steps=steps))
+        text = findings_page.steps_text(own)
+        assert f"runs of {steps:,} training steps, the published ones on runs of about 5,600" in text
+        assert ("undertrained" in text) == undertrained
+        section = findings_page.finding_section(own[0], findings.all_findings(published_sweep.rows())[0])
+        assert f"It rests on {steps:,} training steps" in section
+    assert findings_page.steps_text(findings.all_findings(published_sweep.rows())) == ""

@@ -1,53 +1,107 @@
-"""The best run for a budget of active latents and dictionary size, and the cost of its neighbours. Free of torch."""
+"""The best run for a budget of active latents, what is as good, and what its neighbours cost. Free of torch."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import pandas as pd
 
 from saegrid.analysis import intervals
-from saegrid.analysis.numbers import change, signed
-from saegrid.analysis.selection import candidates, cost
+from saegrid.analysis.selection import candidates, cost, within
+from saegrid.config import settings
 
-BUDGETS = (16, 32, 64, 128, 256, 512)
+BUDGETS = (20, 32, 64, 128)
 """Most active latents per token that a reader may want."""
-SLACK = 1.05
-"""A run up to 5% over a budget is within it: K is a target, L0 is measured."""
+ALPHA = 0.05
 
 
-def by_budget(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> pd.DataFrame:
-    """The run with the lowest `selection.cost` within each L0 budget, each run once, with its own columns and:
+@dataclass(frozen=True)
+class Price:
+    """How much more a run costs than the best one of a budget."""
 
-    `budget`, the budgets that it is best for; `smaller`, the price of the best run of its recipe within that budget
-    that has at most half its latents; `sparser`, the price of the best run of the next smaller budget. A price is a
-    difference of the cost in nats/token, with a 95% interval if per-prompt sums are given; "" without such a run.
-    """
+    run: pd.Series
+    more: float
+    """nats/token."""
+    interval: tuple[float, float] | None
+    """95% interval of `more`; None without per-prompt sums."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The run with the lowest cost (`selection.cost`) within one L0 budget."""
+
+    budget: int
+    best: pd.Series
+    interval: tuple[float, float] | None
+    """95% interval of its cost."""
+    others: int
+    """Number of other settings within the budget."""
+    alike: list[Price]
+    """The best runs of other settings within the budget that can't be distinguished from it (Holm over all of them)."""
+    sparser: Price | None
+    """The best run of the next smaller budget, if that is another run."""
+    smaller: Price | None
+    """The best run of its recipe within the budget that has at most half its latents."""
+    exact: Price | None
+    """The best TopK within the budget: exactly K latents in each row, in any batch."""
+
+
+def by_budget(
+    df: pd.DataFrame, prompts: pd.DataFrame | None = None, budgets: tuple[int, ...] = BUDGETS
+) -> list[Choice]:
+    """The choice for each budget that a sparse run is within (`selection.candidates`), from sparse to dense."""
     measure = cost(df)
     df, found = candidates(df), None if prompts is None else intervals.measured(prompts, measure)
-    picks = {budget: best for budget in BUDGETS if (best := _best(df, budget, measure)) is not None}
-    rows, before = [], None
-    for budget, best in picks.items():
-        if before is not None and best["run_id"] == before["run_id"]:
-            rows[-1]["budget"] = f"{rows[-1]['budget'].split()[0]} to {budget}"
-        else:
-            small = df["d_sae"] <= best["d_sae"] / 2
-            smaller = _best(df[small & (df["recipe"] == best["recipe"])], budget, measure)
-            others = {"smaller": smaller, "sparser": before}
-            prices = {name: _price(best, other, measure, found) for name, other in others.items()}
-            rows.append({**best, "budget": f"{budget}", **prices})
-            before = best
-    return pd.DataFrame(rows)
+    choices: list[Choice] = []
+    for budget in sorted(budgets):
+        rows = within(df, budget)
+        if rows.empty:
+            continue
+        best = rows.nsmallest(1, measure).iloc[0]
+        prices = [_price(best, other, measure, found) for other in _others(rows, best, measure)]
+        half = rows[(rows["d_sae"] <= best["d_sae"] / 2) & (rows["recipe"] == best["recipe"])]
+        exact = rows.head(0) if best["arch"] == "TopK" else rows[rows["arch"] == "TopK"]
+        before = choices[-1].best if choices and choices[-1].best["run_id"] != best["run_id"] else None
+        choices.append(
+            Choice(
+                budget,
+                best,
+                None if found is None else intervals.contrast(found, {best["run_id"]: 1.0})[1:3],
+                len(prices),
+                _alike(prices, best, found),
+                None if before is None else _price(best, before, measure, found),
+                *(_price(best, lowest(r, measure), measure, found) if len(r) else None for r in (half, exact)),
+            )
+        )
+    return choices
 
 
-def _best(df: pd.DataFrame, budget: float, measure: str) -> pd.Series | None:
-    within = df[df["l0"] <= SLACK * budget]
-    return None if within.empty else within.nsmallest(1, measure).iloc[0]
+def lowest(rows: pd.DataFrame, measure: str) -> pd.Series:
+    """The row with the lowest value of a measure."""
+    return rows.nsmallest(1, measure).iloc[0]
 
 
-def _price(best: pd.Series, other: pd.Series | None, measure: str, found: intervals.Measured | None) -> str:
-    if other is None:
-        return ""
-    more = other[measure] - best[measure]
-    if found is None:
-        return signed(more)
-    _, low, high, _ = intervals.contrast(found, {other["run_id"]: 1.0, best["run_id"]: -1.0})
-    return change(more, low, high)
+def _others(rows: pd.DataFrame, best: pd.Series, measure: str) -> list[pd.Series]:
+    """The best run of each setting but the best one's, by cost."""
+    ranked, seen = rows.sort_values(measure, kind="stable"), {settings.key(best)}
+    found = []
+    for n, row in enumerate(ranked.to_dict("records")):
+        if settings.key(row) not in seen:
+            seen.add(settings.key(row))
+            found.append(ranked.iloc[n])
+    return found
+
+
+def _alike(prices: list[Price], best: pd.Series, found: intervals.Measured | None) -> list[Price]:
+    if found is None or not prices:
+        return []
+    apart = [intervals.contrast(found, {price.run["run_id"]: 1.0, best["run_id"]: -1.0}).p for price in prices]
+    return [price for price, p in zip(prices, intervals.holm(apart), strict=True) if not p < ALPHA]
+
+
+def _price(best: pd.Series, other: pd.Series, measure: str, found: intervals.Measured | None) -> Price:
+    more, interval = float(other[measure] - best[measure]), None
+    if found is not None:
+        _, low, high, _ = intervals.contrast(found, {other["run_id"]: 1.0, best["run_id"]: -1.0})
+        interval = (low, high)
+    return Price(other, more, interval)

@@ -46,6 +46,13 @@ class Finding:
     facts: dict[str, Any]
     """The numbers and rows for the page's sentence."""
 
+    @property
+    def steps(self) -> tuple[int, int] | None:
+        """The fewest and the most training steps of the rows that support the verdict; None if unknown."""
+        if "steps" not in self.evidence or self.evidence.empty:
+            return None
+        return int(self.evidence["steps"].min()), int(self.evidence["steps"].max())
+
 
 def all_findings(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> list[Finding]:
     """The five findings on the rows of `df`; with intervals if `prompts` has the runs' per-prompt sums.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 MISSING = "–"
+MOST_DECIMALS = 6
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,22 @@ def number(value: Any, name: str = "") -> str:
         return value
     text = format(int(value) if column.digits.endswith("d") else value, column.digits).removesuffix(".")
     return text.replace("-", "−") if "e" not in text else text
+
+
+def aligned(values: Iterable[Any], name: str = "") -> list[str]:
+    """The values of one column as texts with the same decimals: enough for its largest and for its smallest value."""
+    values, column = list(values), COLUMNS.get(name, Column(name))
+    digits = re.fullmatch(r"#\.(\d)g", column.digits)
+    sizes = [abs(value) for value in values if isinstance(value, (int, float)) and value and math.isfinite(value)]
+    if not digits or len(sizes) < 2:
+        return [number(value, name) for value in values]
+    high, low = (math.floor(math.log10(size)) for size in (max(sizes), min(sizes)))
+    decimals = min(max(int(digits[1]) - 1 - high, 1 - low, 0), MOST_DECIMALS)
+    texts = [number(value, name) for value in values]
+    return [
+        text if text == MISSING or isinstance(value, str) else f"{value:.{decimals}f}".replace("-", "−")
+        for value, text in zip(values, texts, strict=True)
+    ]
 
 
 def change(value: float, low: float, high: float, digits: int = 3) -> str:

@@ -8,12 +8,15 @@ import pandas as pd
 
 from saegrid.analysis.numbers import COLUMNS
 from saegrid.config import settings
+from saegrid.config.grid import L0_BUDGET
 from saegrid.config.settings import CONTROLS
 from saegrid.errors import ResultsError
 
 DENSE_SHARE_PCT = 10.0
 """A run that fires at least this share of its latents is dense and can't be "best": the published card calls "firing
 10-45% of its latents" not sparse. Fixed before the results."""
+SLACK = 1.05
+"""A run up to 5% over an L0 budget is within it: K is a target, L0 is measured."""
 
 
 def without_controls(df: pd.DataFrame) -> pd.DataFrame:
@@ -107,6 +110,14 @@ def same_settings(own: pd.DataFrame, other: pd.DataFrame) -> tuple[pd.DataFrame,
     return both, other[[key not in shared for key in other_keys]]
 
 
+def published_beside(own: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    """The published row of each own run whose setting both tables have (`same_settings`), by run id."""
+    both, _ = same_settings(own, other)
+    keys = ["arch", "expansion", "k", "threshold"]
+    ours, theirs = both[both["source"] == "own"], both[both["source"] == "published"]
+    return ours[["run_id", *keys]].merge(theirs.drop(columns="run_id"), on=keys).set_index("run_id")
+
+
 def cost(df: pd.DataFrame) -> str:
     """The measure by which runs are ranked: `kl`, or `delta_loss` if a run has no KL.
 
@@ -115,15 +126,21 @@ def cost(df: pd.DataFrame) -> str:
     return "kl" if "kl" in df and len(df) and df["kl"].notna().all() else "delta_loss"
 
 
-def recommend(df: pd.DataFrame) -> pd.Series:
-    """The row with the lowest `cost` among the sparse ones (`candidates`).
+def within(df: pd.DataFrame, budget: float) -> pd.DataFrame:
+    """The rows whose L0 is within a budget."""
+    return df[df["l0"] <= SLACK * budget]
 
-    Raises `ResultsError` if all rows are controls.
+
+def recommend(df: pd.DataFrame, budget: float = L0_BUDGET) -> pd.Series:
+    """The row with the lowest `cost` among the sparse ones (`candidates`) within an L0 budget.
+
+    If none is within it, the row with the lowest L0. Raises `ResultsError` if all rows are controls.
     """
     rows = candidates(df)
     if rows.empty:
         raise ResultsError("results: every run is a control (freeze, model_init), so none can be recommended")
-    return rows.nsmallest(1, cost(df)).iloc[0]
+    affordable = within(rows, budget)
+    return rows.nsmallest(1, "l0").iloc[0] if affordable.empty else affordable.nsmallest(1, cost(df)).iloc[0]
 
 
 def pareto(df: pd.DataFrame, y: str, x: str = "l0", lower_is_better: bool = True) -> pd.DataFrame:

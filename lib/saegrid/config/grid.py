@@ -21,6 +21,8 @@ from saegrid.storage.hub_access import expanded
 MAX_RUNS = 10_000
 """A grid file with more runs is refused."""
 MAX_YAML_BYTES = 1 << 20
+L0_BUDGET = 64
+"""Active latents per token that the recommended run may have, unless the grid says otherwise."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -46,6 +48,8 @@ class Grid(BaseModel):
     """One line of plain text for the report."""
     results_dir: str = "."
     """Where the CSV tables are written."""
+    l0_budget: int = Field(L0_BUDGET, ge=1)
+    """Most active latents per token of the recommended run."""
     constants: dict[str, Any] = {}
     """Parameters of `RunConfig` that all runs share."""
     axes: list[dict[str, list[Any]]] = Field(min_length=1)

@@ -55,9 +55,24 @@ def unusual(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return [name for name in AXES if name not in USUAL and len({setting.get(name) for setting in settings}) > 1]
 
 
+def label(row: Mapping[str, Any], sizes: bool = True) -> str:
+    """A run for readers: `Matryoshka 8x, K = 128, improved`. The published recipe and seed 0 are not named.
+
+    Without `sizes`, expansion and K or threshold are left out: `Matryoshka, improved`.
+    """
+    values = axes(row)
+    sparsity = f"K = {values.get('k')}" if values.get("threshold") is None else f"θ = {values['threshold']}"
+    parts = [f"{values['arch']} {values['expansion']}x", sparsity] if sizes else [str(values["arch"])]
+    known = isinstance(row.get("recipe"), str) and values.get("recipe") != "published"  # the published card says none
+    parts += [str(values["recipe"])] if known else []
+    parts += [f"{name} = {values[name]}" for name, usual in CONTROLS.items() if values.get(name) not in (None, usual)]
+    parts += [f"seed {row['seed']}"] if row.get("seed") else []
+    return ", ".join(parts)
+
+
 def _plain(value: Any) -> Hashable:
     """A table's value as a config holds it; a missing number is None."""
-    if value is None or value != value or type(value).__name__ == "NAType":
+    if value is None or type(value).__name__ == "NAType" or value != value:
         return None
     plain: Hashable = value.item() if hasattr(value, "item") else value
     return plain

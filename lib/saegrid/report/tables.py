@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from saegrid.analysis.numbers import COLUMNS, MISSING, Column, counted, number
+from saegrid.analysis.numbers import COLUMNS, MISSING, Column, aligned, counted, number
 from saegrid.analysis.selection import DENSE_SHARE_PCT, candidates
+from saegrid.config import settings
 
-FILTER_HINT = "e.g. TopK 8x delta_loss&lt;1"
-"""An example of a filter."""
+TEMPLATES = Environment(loader=PackageLoader("saegrid.report"), autoescape=True, undefined=StrictUndefined)
 
 
 class Markdown(str):
@@ -52,25 +52,70 @@ def html_table(
         tools: name of the CSV file; if given, readers with scripts can sort, filter and download the table.
     """
     columns = [name for name in columns if name in df and df[name].notna().any()]
+    best, note = best_values(df, columns) if mark_best else ({}, "")
+    return from_template(
+        "table.html",
+        caption=caption,
+        note=note,
+        tools=tools if len(df) > 1 else "",
+        groups=[],
+        heads=[(COLUMNS.get(name, Column(name)).title, _unit(name)) for name in columns],
+        rows=list(zip(headers(df, columns[0], links), cells(df, columns[1:], best), strict=True)),
+    )
+
+
+def best_values(df: pd.DataFrame, columns: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """The best value of each column with a direction, among the sparse runs, and the caption's note on the stars."""
     fit = candidates(df) if "l0" in df else df
-    best = {name: _best(fit, name) for name in columns} if mark_best and len(df) > 1 else {}
-    head = "".join(f'<th scope="col">{_head(name)}</th>' for name in columns)
-    given = f' data-tools="{escape(tools)}" data-filter-hint="{FILTER_HINT}"' if tools and len(df) > 1 else ""
-    body = []
-    for row in df.to_dict("records"):
-        cells = [_row_header(row, columns[0], links)]
-        cells += [_cell(row[name], name, row[name] == best.get(name)) for name in columns[1:]]
-        body.append(f"<tr>{''.join(cells)}</tr>")
+    best = {name: _best(fit, name) for name in columns} if len(df) > 1 else {}
     among = f", of runs that fire less than {DENSE_SHARE_PCT:g}% of their latents" if len(fit) < len(df) else ""
     starred = any(value is not None for value in best.values())
-    note = f" ★ marks the best value of a column{among}." if starred else ""
-    return html_block(
-        f'<div class="table-scroll" role="region" tabindex="0" aria-label="{escape(caption)}">\n'
-        f'<table class="table table-sm results" data-quarto-disable-processing="true"{given}>\n'
-        f"<caption>{escape(caption)}{note}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n"
-        + "\n".join(body)
-        + "\n</tbody>\n</table>\n</div>"
-    )
+    return best, f" ★ marks the best value of a column{among}." if starred else ""
+
+
+def headers(df: pd.DataFrame, name: str = "name", links: str = "") -> list[dict[str, str]]:
+    """Row headers: a run by its setting, its name in small type, both leading to its page if there are links."""
+    found = []
+    for row in df.to_dict("records"):
+        is_run = name == "name" and not pd.isna(row.get("arch")) and not pd.isna(row.get("expansion"))
+        text, run_id = (settings.label(row), row["name"]) if is_run else (number(row[name], name), "")
+        href = f"{links}{row['run_id']}.html" if links and isinstance(row.get("run_id"), str) else ""
+        found.append({"text": text, "id": run_id, "href": href})
+    return found
+
+
+def cells(
+    df: pd.DataFrame,
+    columns: Sequence[str],
+    best: Mapping[str, Any] | None = None,
+    theirs: Mapping[tuple[int, str], str] | None = None,
+) -> list[list[dict[str, Any]]]:
+    """The cells of each row, numbers of a column with the same decimals.
+
+    `best` has each column's best value, `theirs` a value in small type for (row number, column).
+    """
+    best, theirs, texts = best or {}, theirs or {}, {name: aligned(df[name], name) for name in columns}
+    return [
+        [
+            {
+                "column": name,
+                "text": texts[name][n],
+                "value": repr(row[name]),
+                "missing": texts[name][n] == MISSING,
+                "words": isinstance(row[name], str),
+                "best": name in best and row[name] == best[name],
+                "theirs": theirs.get((n, name), ""),
+            }
+            for name in columns
+        ]
+        for n, row in enumerate(df.to_dict("records"))
+    ]
+
+
+def from_template(name: str, **values: Any) -> Markdown:
+    """A template of `report/templates`, filled in, as a raw block. Blank lines would end HTML in a model card."""
+    lines = TEMPLATES.get_template(name).render(**values).splitlines()
+    return html_block("\n".join(line.strip() for line in lines if line.strip()))
 
 
 def beside(rows: pd.DataFrame, columns: Sequence[str], *, links: str = "") -> Markdown:
@@ -121,25 +166,6 @@ def _best(df: pd.DataFrame, name: str) -> Any:
     return getattr(df[name], direction)() if direction else None
 
 
-def _head(name: str) -> str:
-    column = COLUMNS.get(name, Column(name))
-    unit = f' <span class="unit">{escape(column.unit)}</span>' if column.unit not in ("", "1") else ""
-    return escape(column.title) + unit
-
-
-def _row_header(row: dict[str, Any], name: str, links: str) -> str:
-    text = escape(number(row[name], name))
-    if links and isinstance(row.get("run_id"), str):
-        text = f'<a href="{escape(links)}{escape(row["run_id"])}.html">{text}</a>'
-    return f'<th scope="row">{text}</th>'
-
-
-def _cell(value: Any, name: str, is_best: bool) -> str:
-    text = escape(number(value, name))
-    if text == MISSING:
-        return f'<td data-column="{name}" class="missing"><span aria-label="no value">{text}</span></td>'
-    if isinstance(value, str):
-        return f'<td data-column="{name}" class="text">{text}</td>'
-    if is_best:
-        text = f'<strong>{text}</strong><span class="star" role="img" aria-label="best">★</span>'
-    return f'<td data-column="{name}" data-value="{value!r}">{text}</td>'
+def _unit(name: str) -> str:
+    unit = COLUMNS.get(name, Column(name)).unit
+    return "" if unit == "1" else unit

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from html import escape
+from typing import Any
 
 import pandas as pd
 
-from saegrid.analysis import findings
+from saegrid.analysis import findings, published_sweep
 from saegrid.analysis.findings import Finding
 from saegrid.analysis.numbers import between, change, counted, number, signed
-from saegrid.report.tables import Markdown, html_block, html_table, markdown
+from saegrid.config import settings
+from saegrid.report.tables import Markdown, from_template, html_table, markdown
 
 SIGNS = {findings.HOLDS: ("✓", "holds"), findings.FAILS: ("✗", "fails"), findings.NOT_TESTABLE: ("○", "open")}
 
@@ -68,9 +69,9 @@ def _sweet(finding: Finding) -> str:
 
 
 def _described(rows: pd.DataFrame) -> str:
-    row = rows.iloc[0]
+    row = rows.iloc[0].to_dict()
     return (
-        f"{row['name']}, has delta loss {number(row['delta_loss'], 'delta_loss')} nats/token, frac_rec "
+        f"{settings.label(row)}, has delta loss {number(row['delta_loss'], 'delta_loss')} nats/token, frac_rec "
         f"{number(row['frac_rec_pct'], 'frac_rec_pct')}% and {number(row['dead_pct'], 'dead_pct')}% dead"
     )
 
@@ -178,48 +179,67 @@ def verdicts_text(own: list[Finding]) -> str:
     return f"On these rows, {', '.join(parts)}."
 
 
+def steps_text(own: list[Finding]) -> str:
+    """On how many training steps the verdicts rest, and the published ones; whether ours are undertrained."""
+    known = [finding.steps for finding in own if finding.steps]
+    if not known:
+        return ""
+    low, high = min(low for low, _ in known), max(high for _, high in known)
+    text = f"These verdicts rest on runs of {_range(low, high)} training steps, the published ones on runs of about "
+    text += f"{published_sweep.STEPS:,}."
+    if low < published_sweep.STEPS / 2:
+        text += (
+            f" At {low / published_sweep.STEPS:.0%} of that, these runs are undertrained next to the published ones."
+        )
+    return text
+
+
+def _range(low: int, high: int) -> str:
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _shown(own: Finding, published: Finding, page: str | None) -> dict[str, Any]:
+    """A finding's texts for the templates."""
+    claim, steps = CLAIMS[own.number], own.steps
+    rests = f"{_range(*steps)} training steps" if steps else ""
+    return {
+        "title": f"{own.number}. {claim.title}",
+        "href": None if page is None else f"{page}#finding-{own.number}",
+        "claim": claim.text,
+        "own": verdict(own),
+        "theirs": verdict(published),
+        "sentence": sentence(own),
+        "effect": effect_text(own),
+        "effect_name": effect_name(own),
+        "their_effect": "" if published.effect is None else effect_text(published),
+        "steps": rests,
+        "rests": f"{rests} here, about {published_sweep.STEPS:,} there." if rests else "",
+    }
+
+
+def key_findings(own: list[Finding], published: list[Finding], page: str | None = None) -> Markdown:
+    """One bullet per finding: verdict, numbers, and the same on the published rows. `page` as in `findings_table`."""
+    both = zip(own, published, strict=True)
+    return from_template("key_findings.html", findings=[_shown(ours, theirs, page) for ours, theirs in both])
+
+
 def findings_table(own: list[Finding], published: list[Finding], page: str | None = None) -> Markdown:
     """One row per finding: the claim, verdict and effect on our rows, the verdict on the published rows.
 
     `page` is the path of the findings page relative to this one, "" for this one; None: no links.
     """
-    rows = []
-    for ours, theirs in zip(own, published, strict=True):
-        claim = CLAIMS[ours.number]
-        title = f"{ours.number}. {escape(claim.title)}"
-        title = title if page is None else f'<a href="{page}#finding-{ours.number}">{title}</a>'
-        rows.append(
-            f'<tr><th scope="row" class="wrap">{title}<span class="claim">{escape(claim.text)}</span></th>'
-            f'<td class="text">{verdict(ours)}</td>'
-            f'<td class="text">{escape(effect_text(ours))}<span class="claim">{escape(effect_name(ours))}</span></td>'
-            f'<td class="text">{verdict(theirs)}{_their_effect(theirs)}</td></tr>'
-        )
-    heads = ["Published claim", "Verdict here", 'Effect, 95% interval <span class="unit">nats/token</span>']
-    heads += ['On the published rows <span class="unit">nats/token</span>']
     caption = (
         "Verdicts on this grid's rows and on the published ones. 95% t intervals over templates, of each "
-        "effect; the published rows allow none."
+        f"effect; the published rows allow none. {steps_text(own)}"
     )
-    return html_block(
-        f'<div class="table-scroll" role="region" tabindex="0" aria-label="The five findings">\n'
-        f'<table class="table results" data-quarto-disable-processing="true">\n<caption>{caption}</caption>\n'
-        + "<thead><tr>"
-        + "".join(f'<th scope="col" class="text">{head}</th>' for head in heads)
-        + "</tr></thead>\n<tbody>\n"
-        + "\n".join(rows)
-        + "\n</tbody>\n</table>\n</div>"
-    )
+    shown = [_shown(ours, theirs, page) for ours, theirs in zip(own, published, strict=True)]
+    return from_template("findings_table.html", caption=caption, findings=shown)
 
 
-def _their_effect(finding: Finding) -> str:
-    """The effect on the published rows, which have no per-prompt losses and thus no interval."""
-    return "" if finding.effect is None else f'<span class="claim">{escape(effect_text(finding))}</span>'
-
-
-def verdict(finding: Finding) -> str:
-    """A verdict as HTML: sign, word and colour."""
+def verdict(finding: Finding) -> dict[str, str]:
+    """A verdict as sign, word and the name of its colour."""
     sign, mark = SIGNS[finding.verdict]
-    return f'<span class="verdict verdict-{mark}"><span aria-hidden="true">{sign}</span> {finding.verdict}</span>'
+    return {"sign": sign, "mark": mark, "word": finding.verdict}
 
 
 def finding_section(own: Finding, published: Finding, links: str = "") -> Markdown:
@@ -232,6 +252,10 @@ def finding_section(own: Finding, published: Finding, links: str = "") -> Markdo
         f"**On the published rows: {SIGNS[published.verdict][0]} {published.verdict}.** {sentence(published)}",
         f"*Rule, fixed before the results.* {claim.rule}",
     ]
+    if own.steps:
+        parts[1] += (
+            f" It rests on {_range(*own.steps)} training steps, the published one on about {published_sweep.STEPS:,}."
+        )
     if own.effect is not None:
         interval = ", with its 95% interval" if own.interval else ""
         parts.insert(2, f"{effect_name(own)}: **{effect_text(own)}** nats/token{interval}.")

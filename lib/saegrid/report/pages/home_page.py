@@ -6,24 +6,30 @@ to a model repository.
 
 from __future__ import annotations
 
+import os
 from html import escape
+from pathlib import Path
 
 import pandas as pd
 
 from saegrid.analysis import findings as claims
 from saegrid.analysis import intervals, published_sweep, selection
-from saegrid.analysis.budget import by_budget
 from saegrid.analysis.numbers import COLUMNS, MISSING, counted, number
 from saegrid.analysis.scaling import MEASURES
+from saegrid.config import settings
 from saegrid.config.architectures import ARCHITECTURES
+from saegrid.config.grid import L0_BUDGET
+from saegrid.config.run_config import EMBEDDED_DATASET, EMBEDDED_MODEL
+from saegrid.report import card
 from saegrid.report.figures import captions, plots
 from saegrid.report.pages import findings_page, trust_section
 from saegrid.report.pages.ablation_section import recipe_section
-from saegrid.report.tables import Markdown, html_block, html_table, markdown, pipe_table
+from saegrid.report.tables import Markdown, from_template, html_table, markdown, pipe_table
+from saegrid.storage.hub_access import HUB_ID
 
-MAIN = ["name", "l0", "val_mse", "nmse", "fvu_no_sink", "dead_pct", "kl", "delta_loss", "frac_rec_pct"]
-MAIN += ["loss_recovered_mean"]
-"""Columns of the results table on the home page."""
+BASE_MODELS = {EMBEDDED_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Hub ids of the embedded models, embedded in 4 bits. The embedded dataset is generated; no Hub has it."""
+SWEEP = "jakelipner/sae-grid-search-layer12"
 KEEP = {
     "k": "top = pre.topk({k})\nz = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())",
     "inference_threshold": 'z = pre * (pre > json.load(open(f"{{folder}}/cfg.json"))["inference_threshold"])',
@@ -33,59 +39,98 @@ KEEP = {
 """Code that keeps pre-activations, per rule that decides which."""
 
 
+def title(df: pd.DataFrame) -> str:
+    """Model and layer: `Sparse autoencoders on SmolLM2-135M-Instruct, layer 12`."""
+    models = dict.fromkeys(Path(BASE_MODELS.get(name, name)).name for name in df["model"])
+    return escape(f"Sparse autoencoders on {' and '.join(models)}, layer {_values(df, 'layer')}", quote=False)
+
+
 def model_card(
     df: pd.DataFrame,
     prompts: pd.DataFrame | None = None,
     *,
-    title: str = "",
+    budget: int = L0_BUDGET,
     links: str = "",
     baseline: pd.DataFrame | None = None,
     stable: pd.DataFrame | None = None,
 ) -> Markdown:
-    """The home page's body: recommendation, headline figure, findings, results, what was swept, files, how to load.
+    """The home page's body: `body` with the interactive site's links, its figure and its run folders.
 
     Args:
         df: the tidy table.
         prompts: the runs' per-prompt sums, for the intervals.
-        title: the grid's title.
+        budget: most active latents per token of the recommended run.
         links: the report's folder relative to the page, such as `report/`; empty: a card without links.
         baseline: losses of PCA (`saegrid.experiment.pca_table`).
         stable: stability of the grid's settings (`results.read_stability`).
     """
-    best = selection.recommend(df)
+    best, plain = selection.recommend(df, budget), selection.without_controls(df)
+    y = selection.cost(plain)
+    ax = plots.frontier(plain, y=y, links=f"{links}runs/" if links else "", baseline=baseline)
+    caption = captions.frontier_caption(plain, y, baseline=baseline)
+    more = f" [Interactive, and against other measures]({links}frontier.ipynb)." if links else ""
+    figure = markdown(
+        plots.figure(ax, alt=captions.frontier_alt(plain, y), caption=caption),
+        f"The line joins the runs that no other beats in both L0 and {COLUMNS[y].title}.{more}",
+    )
+    return body(
+        df, prompts, budget=budget, links=links, figure=figure, loading=load_text(best), files=files_text(best),
+        stable=stable, baseline=baseline,
+    )  # fmt: skip
+
+
+def body(
+    df: pd.DataFrame,
+    prompts: pd.DataFrame | None,
+    *,
+    budget: int,
+    figure: str,
+    loading: str,
+    files: str,
+    links: str = "",
+    baseline: pd.DataFrame | None = None,
+    stable: pd.DataFrame | None = None,
+) -> Markdown:
+    """A model card in the published card's order: findings, recommendation, results, class, loading, files, training.
+
+    `figure`, `loading` and `files` differ between the site and a model repository; the rest is as in `model_card`.
+    """
+    best = selection.recommend(df, budget)
     trust = "" if stable is None else trust_section.in_short(best, df, stable, baseline)
     df = selection.without_controls(df)
     runs = f"{links}runs/" if links else ""
-    y = selection.cost(df)
-    ax = plots.frontier(df, y=y, links=runs, baseline=baseline)
-    alt = captions.frontier_alt(df, y)
-    caption = captions.frontier_caption(df, y, baseline=baseline)
     own, published = claims.all_findings(df, prompts), claims.all_findings(published_sweep.rows())
-    more = f" [Interactive, and against other measures]({links}frontier.ipynb)." if links else ""
+    more = f" [Evidence, rule and rows of each]({links}findings.ipynb)." if links else ""
+    all_columns = f" [Every measure of every run]({links}results.ipynb)." if links else ""
     return markdown(
-        recommendation(df, prompts, runs),
+        swept_text(df),
+        "## Key Findings",
+        f"The five findings of [the published sweep](https://huggingface.co/{SWEEP}) on Qwen2.5-0.5B-Instruct, tested "
+        f"on these runs. {findings_page.verdicts_text(own)} {findings_page.steps_text(own)}{more}",
+        findings_page.key_findings(own, published, f"{links}findings.html" if links else None),
+        "## Recommendation",
+        recommendation(df, prompts, budget, runs),
         key_numbers(best),
         *filter(None, [trust]),
-        f"{escape(title)}: {swept_text(df)}" if title else swept_text(df),
-        plots.figure(ax, alt=alt, caption=caption),
-        f"The recommended run costs least; fewer latents cost more, and the line joins the runs that none beats.{more}",
-        *filter(None, [budget_section(df, prompts, runs)]),
-        "## Load the recommended SAE",
-        load_text(best),
-        "## The five published findings, tested again",
-        f"{findings_page.verdicts_text(own)} The published sweep ran on Qwen2.5-0.5B-Instruct; its printed rows are "
-        "tested by the same functions."
-        + (f" [Evidence, rule and rows of each]({links}findings.ipynb)." if links else ""),
-        findings_page.findings_table(own, published, f"{links}findings.html" if links else None),
+        "### By budget",
+        "Latents are read one by one: fewer per token are easier to read, more leave the model as it is.",
+        card.budget_cards(df, prompts, budget, runs),
+        figure,
         "## Results",
-        html_table(
-            df, [*MAIN, "stable_pct"], caption=f"All {len(df)} runs.", links=runs, tools="results" if links else ""
+        f"As the published card has them, then KL, loss recovered and FVU.{all_columns}",
+        card.result_tables(df, runs),
+        *filter(None, [recipe_section(df, prompts) if df["seed"].nunique() > 1 else ""]),
+        "## SAE Architecture",
+        card.architecture_text(df),
+        "## Loading SAEs",
+        loading,
+        "## File naming",
+        card.naming_text(),
+        files,
+        "## Training details",
+        setting_table(
+            df.assign(model=df["model"].map(model_name), **{n: df[n].map(dataset) for n in ("dataset", "activations")})
         ),
-        *filter(None, [recipe_section(df, prompts)]),
-        "## What was swept",
-        setting_table(df),
-        "## Files",
-        files_text(best),
         "## Limits",
         limits_text(df),
     )
@@ -120,21 +165,23 @@ def key_numbers(best: pd.Series) -> Markdown:
         ),
         (f"{number(best['dead_pct'], 'dead_pct')}", "%", "of the latents are dead"),
     ]
-    items = "\n".join(
-        f'<div><dt>{escape(what)}</dt><dd><strong>{value}</strong> <span class="unit">{escape(unit)}</span></dd></div>'
-        for value, unit, what in cells
-    )
-    return html_block(f'<dl class="key-numbers">\n{items}\n</dl>')
+    return from_template("key_numbers.html", numbers=cells)
 
 
-def recommendation(df: pd.DataFrame, prompts: pd.DataFrame | None = None, runs: str = "") -> Markdown:
+def recommendation(
+    df: pd.DataFrame, prompts: pd.DataFrame | None = None, budget: int = L0_BUDGET, runs: str = ""
+) -> Markdown:
     """The recommended run and its numbers as one paragraph."""
-    best, measure = selection.recommend(df), selection.cost(df)
-    name = f"[{best['name']}]({runs}{best['run_id']}.ipynb)" if runs else f"`{best['name']}`"
-    limit = f"{claims.DENSE_SHARE_PCT:g}% of their latents"
-    sparse = 100 * best["l0"] / best["d_sae"] < claims.DENSE_SHARE_PCT
-    of = f"of the runs that fire less than {limit}" if sparse else f"of all; no run fires less than {limit}"
-    text = {column: number(best[column], column) for column in MAIN}
+    best, measure = selection.recommend(df, budget), selection.cost(df)
+    label = settings.label(best)
+    name = f"[{label}]({runs}{best['run_id']}.ipynb)" if runs else label
+    if best["l0"] > selection.SLACK * budget:
+        why = f"the sparsest run: none is within an L0 of {budget}"
+    else:
+        why = f"with the lowest {MEASURES[measure]} of the runs within an L0 of {budget}"
+        why += f" that fire less than {claims.DENSE_SHARE_PCT:g}% of their latents"
+    text = {name: number(best[name], name) for name in ("l0", "kl", "delta_loss", "frac_rec_pct", "dead_pct")}
+    text |= {name: number(best[name], name) for name in ("fvu_no_sink", "loss_recovered_mean")}
     between = ""
     if prompts is not None:
         _, low, high, _ = intervals.contrast(intervals.measured(prompts, measure), {best["run_id"]: 1.0})
@@ -145,7 +192,7 @@ def recommendation(df: pd.DataFrame, prompts: pd.DataFrame | None = None, runs: 
         "delta_loss": f"it costs the model **{text['delta_loss']} nats/token**{between}",
     }[measure]
     return Markdown(
-        f"::: {{.headline}}\n**Recommended: {name}**, with the lowest {MEASURES[measure]} {of}.\n\n"
+        f"::: {{.headline}}\n**Recommended: {name}** (`{best['name']}`), {why}.\n\n"
         f"Spliced in, {told} with **L0 {text['l0']}** "
         f"of {number(best['d_sae'], 'd_sae')} latents: frac_rec {text['frac_rec_pct']}%, loss recovered against the "
         f"mean {text['loss_recovered_mean']}, FVU without sinks {text['fvu_no_sink']}, dead latents "
@@ -170,7 +217,8 @@ def setting_table(df: pd.DataFrame) -> Markdown:
         ("recipe", _values(df, "recipe")),
         (
             "training",
-            f"{_values(df, 'epochs')} epochs, Adam, lr {_values(df, 'lr')}, batch {_values(df, 'batch_size')}",
+            f"{_values(df, 'epochs')} epochs, {_values(df, 'steps')} steps, Adam, lr {_values(df, 'lr')}, "
+            f"batch {_values(df, 'batch_size')}",
         ),
     ]
     rows += [
@@ -284,21 +332,20 @@ def _values(df: pd.DataFrame, name: str, form: str = "{}") -> str:
     values = [value for value in df[name].unique() if not pd.isna(value) and value != ""]
     if len(values) > 1 and not isinstance(values[0], str):
         values = sorted(values)
-    return ", ".join(form.format(number(value, name)) for value in values) or MISSING
+    return escape(", ".join(form.format(number(value, name)) for value in values), quote=False) or MISSING
 
 
-BUDGET_COLUMNS = ["name", "budget", "l0", "d_sae", "kl", "delta_loss", "smaller", "sparser"]
+def hub_model(name: str) -> str | None:
+    """The Hub id of a run's model; None for a local folder, whose path nobody else has."""
+    local = os.path.exists(os.path.expanduser(name)) or not HUB_ID.fullmatch(name)
+    return BASE_MODELS.get(name) or (None if local else name)
 
 
-def budget_section(df: pd.DataFrame, prompts: pd.DataFrame | None = None, links: str = "") -> str:
-    """The table of `by_budget` as a section of a page; empty if it has fewer than two rows."""
-    table = by_budget(df, prompts)
-    if len(table) < 2:
-        return ""
-    caption = f"The lowest {MEASURES[selection.cost(df)]} within each budget of L0, and how much more a neighbour has"
-    caption += ", with 95% intervals of each." if prompts is not None else "."
-    return markdown(
-        "## Choose by budget",
-        "People who read latents want few per token, 20 to 50; whoever needs the model as it is takes what that costs.",
-        html_table(table, BUDGET_COLUMNS, caption=caption, links=links, mark_best=False),
-    )
+def model_name(name: str) -> str:
+    """The name of a run's model in the card; for a local folder, its last path component."""
+    return f"{BASE_MODELS[name]}, its weights in 4 bits" if name in BASE_MODELS else hub_model(name) or Path(name).name
+
+
+def dataset(name: str) -> str:
+    """The name of a run's dataset in the card: the Hub id, the generator, or the name of a local folder."""
+    return name.partition(":")[2] if name == EMBEDDED_DATASET else Path(name).name if hub_model(name) is None else name

@@ -6,29 +6,23 @@ Free of torch. Every number comes from the tidy table, through the functions tha
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from saegrid.analysis import findings as claims
-from saegrid.analysis import published_sweep, selection
+from saegrid.analysis import selection
 from saegrid.analysis.numbers import COLUMNS, header
 from saegrid.config.architectures import ARCHITECTURES
-from saegrid.config.run_config import EMBEDDED_DATASET, EMBEDDED_MODEL
+from saegrid.config.grid import L0_BUDGET
 from saegrid.experiment import finished_run
 from saegrid.report.figures import captions, plots
-from saegrid.report.pages import findings_page, home_page, trust_section
-from saegrid.report.tables import Markdown, html_table, markdown, pipe_table
-from saegrid.storage.hub_access import HUB_ID
+from saegrid.report.pages import home_page
+from saegrid.report.pages.home_page import dataset, hub_model
+from saegrid.report.tables import Markdown, markdown, pipe_table
 
-BASE_MODELS = {EMBEDDED_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
-"""Hub ids of the embedded models, embedded in 4 bits. The embedded dataset is generated; no Hub has it."""
 PICTURE = "frontier.png"
-SWEEP = "jakelipner/sae-grid-search-layer12"
 SPLICED = (
     *("l0_eval", "ce_clean", "ce_spliced", "ce_zero", "ce_mean", "kl", "delta_loss", "frac_rec_pct"),
     *("loss_recovered_zero", "loss_recovered_mean"),
@@ -81,6 +75,7 @@ def readme(
     repo: str = "",
     space: str = "",
     stable: pd.DataFrame | None = None,
+    budget: int = L0_BUDGET,
 ) -> str:
     """The model card: YAML front matter, then findings, tables, files, and code that runs as printed.
 
@@ -92,46 +87,32 @@ def readme(
         repo: Hub id of the repository that the code loads from; empty: the code loads from its working directory.
         space: Hub id of the Space with the report.
         stable: stability of the grid's settings (`results.read_stability`).
+        budget: most active latents per token of the recommended run.
     """
     named = df.assign(name=df["run_id"].map(files))  # several runs may share a name
-    best, y = selection.recommend(df), selection.cost(df)
-    trust = "" if stable is None else trust_section.in_short(best, df, stable)
-    named = selection.without_controls(named)
-    own, published = claims.all_findings(df, prompts), claims.all_findings(published_sweep.rows())
+    plain_runs, best = selection.without_controls(named), selection.recommend(df, budget)
+    y = selection.cost(plain_runs)
     where = f"https://huggingface.co/spaces/{space}" if space else ""
-    body = markdown(
-        f"# {title}",
-        f"{len(df)} sparse autoencoders, one for each point of a grid, trained on a language model's residual stream "
-        "and spliced back into it." + (f" [The whole report]({where})." if where else ""),
-        home_page.recommendation(named, prompts),
-        *filter(None, [trust]),
-        f"![{captions.frontier_alt(named, y)}]({PICTURE})",
-        f"{COLUMNS[y].title} against L0, one mark a run; lower and further left is better.",
-        "## The five published findings, tested again",
-        f"They come from [{SWEEP}](https://huggingface.co/{SWEEP}), on Qwen2.5-0.5B-Instruct; the rows that its card "
-        "prints are tested by the same functions.",
-        findings_page.findings_table(own, published),
-        "## Results",
-        html_table(named, [*home_page.MAIN, "seed"], caption=f"All {len(named)} runs."),
-        "All columns: `results_tidy.csv`; as the published sweep has them: `results.csv` and `results_full.csv`.",
-        "## What was swept",
-        home_page.setting_table(
-            df.assign(model=df["model"].map(model_name), **{n: df[n].map(dataset) for n in ("dataset", "activations")})
+    text = markdown(
+        f"# {home_page.title(df)}",
+        f"{len(df)} sparse autoencoders, one for each point of a grid ({title}), trained on a language model's "
+        "residual stream and spliced back into it." + (f" [The whole report]({where})." if where else ""),
+        home_page.body(
+            named,
+            prompts,
+            budget=budget,
+            figure=f"![{captions.frontier_alt(plain_runs, y)}]({PICTURE})\n\n{COLUMNS[y].title} against L0, one mark "
+            "per run; lower and further left is better.",
+            loading=load_text(best, files[best["run_id"]], repo),
+            files=files_text(df, files),
+            stable=stable,
         ),
-        "## Architecture",
-        "pre = encoder(x − b_pre); x_hat = decoder(z) + b_pre; decoder columns of unit norm. What z keeps of pre:",
-        "\n".join(f"- **{name}**: {arch.kept}" for name, arch in ARCHITECTURES.items() if name in set(df["arch"])),
-        "## Files",
-        files_text(df, files),
-        "## Load",
-        load_text(best, files[best["run_id"]], repo),
-        "## Limits",
-        home_page.limits_text(df),
+        "All columns: `results_tidy.csv`; as the published sweep has them: `results.csv` and `results_full.csv`.",
         "## Licence",
         "These SAEs are under the MIT licence. The language model and the dataset that they were trained on keep their "
         "own, which may restrict how an SAE is used.",
     )
-    return f"---\n{front_matter(df, files, title)}\n---\n\n{plain(body)}"
+    return f"---\n{front_matter(df, files, title)}\n---\n\n{plain(text)}"
 
 
 def front_matter(df: pd.DataFrame, files: Mapping[str, str], title: str) -> str:
@@ -174,22 +155,6 @@ def front_matter(df: pd.DataFrame, files: Mapping[str, str], title: str) -> str:
         eval_results=metrics,
     )
     return data.to_yaml()
-
-
-def hub_model(name: str) -> str | None:
-    """The Hub id of a run's model; None for a local folder, whose path nobody else has."""
-    local = os.path.exists(os.path.expanduser(name)) or not HUB_ID.fullmatch(name)
-    return BASE_MODELS.get(name) or (None if local else name)
-
-
-def model_name(name: str) -> str:
-    """The name of a run's model in the card; for a local folder, its last path component."""
-    return f"{BASE_MODELS[name]}, its weights in 4 bits" if name in BASE_MODELS else hub_model(name) or Path(name).name
-
-
-def dataset(name: str) -> str:
-    """The name of a run's dataset in the card: the Hub id, the generator, or the name of a local folder."""
-    return name.partition(":")[2] if name == EMBEDDED_DATASET else Path(name).name if hub_model(name) is None else name
 
 
 def files_text(df: pd.DataFrame, files: Mapping[str, str]) -> Markdown:

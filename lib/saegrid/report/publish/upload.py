@@ -104,7 +104,8 @@ def build(grid: Grid, folder: str | Path, repo: str = "", space: str = "", root:
         write_text(part / "site" / "README.md", model_card.space_readme(grid.title, repo))
         write_bytes(part / model_card.PICTURE, model_card.picture(df))
         prompts = finished_run.load_prompts(df, runs_dir)
-        write_text(part / "README.md", model_card.readme(df, prompts, files, grid.title, repo, space, stable))
+        readme = model_card.readme(df, prompts, files, grid.title, repo, space, stable, grid.l0_budget)
+        write_text(part / "README.md", readme)
         _check_card(part / "README.md", df)
         write_json(part / MANIFEST, {"published_grid": grid.name, "files": _contents(part)})
     return folder
