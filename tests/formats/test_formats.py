@@ -221,7 +221,7 @@ def test_contradictions_are_told(tmp_path):
     path = export(make("TopK"), tmp_path, "published")
     with pytest.raises(SaeFileError, match=r"k is 9 by what is given, but 7 by TopK_exp4x_k7\.json"):
         load_sae(path, k=9)
-    with pytest.raises(SaeFileError, match="arch is JumpReLU by what is given, and TopK by"):
+    with pytest.raises(SaeFileError, match="arch is JumpReLU by what is given, but TopK by"):
         load_sae(path, arch="JumpReLU", threshold=1.0)
     other = path.rename(tmp_path / "TopK_exp8x_k7.pt")
     with pytest.raises(SaeFileError, match=r"its name says d_sae = 8 \* 24, but the weights have 96"):
