@@ -109,6 +109,6 @@ def test_the_documented_command_survives_scancel_kill_and_interrupt(cluster, tmp
     for place in ("activations", "runs"):
         assert results(folder / place) == results(alone / place)
     tables = sorted(path.name for path in alone.glob("*.csv"))
-    assert len(tables) == 5
+    assert len(tables) == 6
     for name in tables:
         assert (folder / name).read_bytes() == (alone / name).read_bytes(), name
