@@ -40,14 +40,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def begin(rule: Rule, settings: StepSettings, device: str = "cpu") -> TrainState:
     params = make_params()
     if rule.kind in ("jumprelu", "gated"):

@@ -19,15 +19,6 @@ from saegrid.kernels.cpu import codes as cpu_codes
 from saegrid.kernels.state import Params, Rule, StepSettings, TrainState
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads as the grid has them; a test that sets another number leaves no trace."""
-    before = torch.get_num_threads()
-    kernels.set_threads(1)
-    yield
-    kernels.set_threads(before)
-
-
 def slope(parameter: torch.Tensor) -> torch.Tensor:
     """Its gradient; 0 where the loss does not depend on it."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
