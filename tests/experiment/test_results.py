@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import reseal
+from synthetic_runs import reseal
 
 from saegrid.analysis import published_sweep, selection
 from saegrid.config.recipes import YOUNGER

@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import D_IN, reseal, write_synthetic_run
 from hub_server import ORGANISATION, client_environment, python_blocks, serve
 from huggingface_hub import ModelCard, SpaceCard
 from processes import peers_python
 from safetensors.torch import save_file
+from synthetic_runs import D_IN, reseal, write_synthetic_run
 
 from saegrid.config.grid import Grid
 from saegrid.core.sae import initial_sae

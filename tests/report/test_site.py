@@ -9,8 +9,8 @@ import shutil
 
 import pandas as pd
 import pytest
-from conftest import reseal
 from site_project import HOSTILE, NOTEBOOKS, build, execute
+from synthetic_runs import reseal
 
 from saegrid.analysis import selection
 from saegrid.analysis.numbers import number
