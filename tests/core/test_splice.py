@@ -135,6 +135,24 @@ def test_kl_is_that_of_whole_passes_in_float64(lm, layer):
     assert mean_losses(sums)["kl"] == sums["kl_sum"].sum() / sums["n_tokens"].sum() > 0.01
 
 
+def test_kl_from_the_clean_pass_unembedded_once(lm):
+    """Per token within 1e-6 of the sum over the vocabulary; capped logits are not linear in the states: nothing to use."""
+    prompts = some_prompts()
+    baseline = make_baseline(lm, prompts, 2, torch.zeros(24))
+    assert [one.shape for one in baseline.expected] == [(len(p.tokens) - 1, 25) for p in prompts]
+    final = [shift(states) for states in baseline.clean]
+    whole = token_scores(lm, prompts, final, baseline.clean)
+    short = token_scores(lm, prompts, final, baseline.clean, baseline.expected)
+    assert short["kl"].to_numpy() == pytest.approx(whole["kl"].to_numpy(), abs=1e-5) and whole["kl"].min() > 1e-3
+    torch.manual_seed(0)
+    sizes = {**SIZES, "hidden_size": 24, "head_dim": 8, "num_key_value_heads": 3, "pad_token_id": 0}
+    config = transformers.Gemma2Config(**sizes, final_logit_softcapping=1.0, attn_implementation="eager")
+    capped = take_apart(transformers.Gemma2ForCausalLM(config).eval(), None, {})
+    baseline = make_baseline(capped, prompts, 2, torch.zeros(24))
+    assert baseline.expected == []
+    assert evaluate(capped, baseline, 2, shift)["kl_sum"].min() > 0
+
+
 def shift_32(x):
     return shift(x.float())
 
@@ -185,7 +203,7 @@ def test_a_sentence_that_all_prompts_share_is_replaced_but_not_scored():
 def test_the_true_activations_recover_everything(lm):
     baseline = make_baseline(lm, some_prompts(), 2, torch.zeros(24))
     result = splice_metrics(**mean_losses(evaluate(lm, baseline, 2, lambda x: x)))
-    assert result["delta_loss"] == result["kl"] == 0
+    assert result["delta_loss"] == 0 and result["kl"] == pytest.approx(0, abs=1e-6)
     assert result["loss_recovered_zero"] == 1 and result["frac_rec_pct"] == 100
 
 
@@ -209,7 +227,7 @@ def test_a_baseline_comes_back_as_it_was_saved(lm, tmp_path):
     back = load_baseline(tmp_path)
     assert back.prompts == baseline.prompts
     pd.testing.assert_frame_equal(back.sums, baseline.sums)
-    for name in ("x", "clean"):
+    for name in ("x", "clean", "expected"):
         assert all(torch.equal(a, b) for a, b in zip(getattr(back, name), getattr(baseline, name), strict=True))
     content = (tmp_path / "baseline.safetensors").read_bytes()
     (tmp_path / "baseline.safetensors").write_bytes(content[:-8])

@@ -2,8 +2,8 @@
 
 The prefix up to the hooked block and the reference passes (clean, zero and mean) do not depend on the SAE: they run
 once per store (`Baseline`) for all SAEs of a grid. Each SAE costs one pass through the blocks after the hooked one and
-two through the unembedding: its own, and the clean pass's. Of the clean pass the baseline stores the final states, as
-log-probabilities would be a hundred times as large.
+one through the unembedding (`clean_logits` says how KL needs no second one). Of the clean pass the baseline stores the
+final states, as log-probabilities would be a hundred times as large.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -44,6 +44,7 @@ class Baseline:
     x: list[Tensor]  # per prompt (T, d_in)
     clean: list[Tensor]  # per prompt (n, d_in): final states of the clean pass at the scored positions
     sums: pd.DataFrame  # one row per prompt, with the columns `SUMS`
+    expected: list[Tensor] = field(default_factory=list)  # per prompt (n, d_in + 1): `clean_logits`; or nothing
 
 
 def replaced_positions(prompt: Prompt) -> Tensor:
@@ -102,7 +103,7 @@ def make_baseline(lm: LM, prompts: list[Prompt], layer: int, mean: Tensor) -> Ba
     for name, replace in passes.items():
         final = splice(lm, prompts, x, layer, replace)
         frame[f"ce_{name}_sum"] = _sums(token_scores(lm, prompts, final), frame)["ce"]
-    return Baseline(prompts, x, clean, frame)
+    return Baseline(prompts, x, clean, frame, clean_logits(lm, clean))
 
 
 def splice(
@@ -130,21 +131,54 @@ def splice(
 
 
 @torch.inference_mode()
-def token_scores(lm: LM, prompts: list[Prompt], final: list[Tensor], clean: list[Tensor] | None = None) -> pd.DataFrame:
+def clean_logits(lm: LM, clean: list[Tensor]) -> list[Tensor]:
+    """What KL(p ‖ q) needs of the clean predictions p where logits are W h + c: per prompt (n, d_in + 1).
+
+    KL is Σ p log p - Σ p logit_q + logsumexp(logit_q), with Σ p logit_q = (Σ p W) · h + Σ p c. The columns are Σ p W and,
+    last, Σ p (log p - c). Nothing for other heads, such as Gemma 2's, and for rounded logits (bfloat16).
+    """
+    layer, states = lm.model.get_output_embeddings(), torch.cat(clean)
+    if layer is None or states.dtype == torch.bfloat16 or not len(states):
+        return []
+    weight, c = layer.weight, lm.head(torch.zeros_like(states[:1]))
+    linear = states[:HEAD_ROWS].to(weight) @ weight.T + c
+    if not torch.allclose(lm.head(states[:HEAD_ROWS]), linear, rtol=1e-4, atol=1e-3):
+        return []
+    found = []
+    for part in states.split(HEAD_ROWS):
+        log_p = lm.head(part).double().log_softmax(1)  # a p that sums to 1 + ε would move KL by ε logits
+        p = log_p.exp()
+        found.append(torch.cat([p.to(weight) @ weight, (p * (log_p - c)).sum(1, keepdim=True).float()], 1).cpu())
+    return list(torch.cat(found).split([len(one) for one in clean]))
+
+
+@torch.inference_mode()
+def token_scores(
+    lm: LM,
+    prompts: list[Prompt],
+    final: list[Tensor],
+    clean: list[Tensor] | None = None,
+    expected: list[Tensor] | None = None,
+) -> pd.DataFrame:
     """One row per scored position, in nats: `prompt`, `ce` of the next token and, with `clean`, `kl`.
 
     `kl` is KL(p_clean ‖ p) over the whole vocabulary, p being the prediction from the final states `final`.
+    `expected`: `clean_logits`, which saves the unembedding of `clean`.
     """
     where = [(index, position + 1) for index, prompt in enumerate(prompts) for position in scored_positions(prompt)]
     frame = pd.DataFrame({"prompt": [index for index, _ in where]}, dtype="int64")
     targets = torch.tensor([prompts[index].tokens[following] for index, following in where], dtype=torch.int64)
-    chunks = [torch.split(torch.cat(states), HEAD_ROWS) for states in (final, clean or final)]
+    chunks = [torch.split(torch.cat(states), HEAD_ROWS) for states in (final, expected or clean or final)]
     found: dict[str, list[Tensor]] = {"ce": [], "kl": []} if clean else {"ce": []}
     for states, reference, wanted in zip(*chunks, torch.split(targets, HEAD_ROWS), strict=True):
-        log_q = _log_probs(lm, states)
-        found["ce"].append(-log_q.gather(1, wanted[:, None].to(log_q.device))[:, 0].double())
-        if clean:
-            log_p = _log_probs(lm, reference)
+        logits = lm.head(states).float()
+        norm = logits.logsumexp(1).double()
+        found["ce"].append(norm - logits.gather(1, wanted[:, None].to(logits.device))[:, 0].double())
+        if expected:
+            h, known = states.double(), reference.to(states.device).double()
+            found["kl"].append(((known[:, -1] - (known[:, :-1] * h).sum(1)).to(norm) + norm).clamp_min(0))
+        elif clean:
+            log_p, log_q = lm.head(reference).float().log_softmax(1), logits.log_softmax(1)
             found["kl"].append((log_p.exp() * (log_p - log_q)).sum(1, dtype=torch.float64))
     return frame.assign(**{name: torch.cat(values).cpu().numpy() for name, values in found.items()})
 
@@ -152,7 +186,8 @@ def token_scores(lm: LM, prompts: list[Prompt], final: list[Tensor], clean: list
 def evaluate(lm: LM, baseline: Baseline, layer: int, replace: Callable[[Tensor], Tensor]) -> pd.DataFrame:
     """Per-prompt sums over scored positions: the columns `SUMS`, `ce_spliced_sum` and `kl_sum`."""
     final = splice(lm, baseline.prompts, baseline.x, layer, replace)
-    found = _sums(token_scores(lm, baseline.prompts, final, baseline.clean), baseline.sums)
+    scores = token_scores(lm, baseline.prompts, final, baseline.clean, baseline.expected)
+    found = _sums(scores, baseline.sums)
     return baseline.sums.assign(ce_spliced_sum=found["ce"], kl_sum=found["kl"])
 
 
@@ -165,7 +200,8 @@ def mean_losses(sums: pd.DataFrame) -> dict[str, float]:
 
 def save_baseline(baseline: Baseline, folder: Path, data_sha256: str = "") -> None:
     """Write `baseline.safetensors`, then `baseline.json`, into a store's folder; `data_sha256`: hash of its rows."""
-    content = save({"x": torch.cat(baseline.x), "clean": torch.cat(baseline.clean)})
+    tensors = {"x": baseline.x, "clean": baseline.clean, "expected": baseline.expected}
+    content = save({name: torch.cat(parts) for name, parts in tensors.items() if parts})
     write_bytes(folder / "baseline.safetensors", content)
     prompts = [prompt.record() for prompt in baseline.prompts]
     hashes = {"data_sha256": data_sha256, "x_sha256": hashlib.sha256(content).hexdigest()}
@@ -191,17 +227,14 @@ def load_baseline(folder: Path, data_sha256: str = "") -> Baseline | None:
             raise DamagedError(f"{weights}: damaged (not the SHA-256 in {path.name})")
         tensors = load(stored)
         x = torch.split(tensors["x"], [len(prompt.tokens) for prompt in prompts])
-        clean = torch.split(tensors["clean"], [len(scored_positions(prompt)) for prompt in prompts])
-        return Baseline(prompts, list(x), list(clean), pd.DataFrame(content["sums"])[SUMS])
+        scored = [len(scored_positions(prompt)) for prompt in prompts]
+        clean = list(tensors["clean"].split(scored))
+        expected = list(tensors["expected"].split(scored)) if "expected" in tensors else []
+        return Baseline(prompts, list(x), clean, pd.DataFrame(content["sums"])[SUMS], expected)
     except DamagedError as error:
         raise StoreError(str(error)) from None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
         raise StoreError(f"{path}: damaged ({error!r})") from None
-
-
-def _log_probs(lm: LM, final: Tensor) -> Tensor:
-    """Log-probabilities (n, vocabulary) float32 of final states (n, d_in)."""
-    return lm.head(final).float().log_softmax(1)
 
 
 def _sums(scores: pd.DataFrame, of: pd.DataFrame) -> pd.DataFrame:
