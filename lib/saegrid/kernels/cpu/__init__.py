@@ -111,10 +111,10 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         _gradients(params, centred, codes, d_hat, grads, workspace, slopes)
         if settings.frozen:
             getattr(grads, settings.frozen).zero_()
-        edges = even(len(params.b_enc))
-        if settings.project_grad:
-            run(pairs.project_latents, edges, *arrays((grads.W_dec, params.W_dec)))
-        _clip(grads, settings.grad_clip)
+        edges, squares = even(len(params.b_enc)), np.empty(CHUNKS)
+        matrices = arrays((grads.W_enc, grads.W_dec, params.W_dec))
+        run(pairs.finish_gradients, edges, *matrices, settings.project_grad, squares)
+        _clip(grads, settings.grad_clip, squares.sum())
         run(pairs.apply_latents, edges, *arrays(grads[:3]), weights, m, v, adam)
         g_dec_bias, g_pre_bias = grads.b_dec, grads.b_pre
     else:
@@ -220,10 +220,14 @@ def _gradients(
     torch.sub(grads.b_dec, pull, out=grads.b_pre)
 
 
-def _clip(grads: Params, limit: float) -> None:
-    """Scale the gradients in place so that their global norm is at most `limit` (0: none)."""
+def _clip(grads: Params, limit: float, square_sum: float) -> None:
+    """Scale the gradients in place so that their global norm is at most `limit` (0: none).
+
+    `square_sum`: sum of squares of the two matrices' gradients.
+    """
     if limit:
-        norm = sum(g.norm(dtype=torch.float64).item() ** 2 for g in grads) ** 0.5
+        vectors = (grads.b_enc, *grads[3:])
+        norm = (square_sum + sum(g.norm(dtype=torch.float64).item() ** 2 for g in vectors)) ** 0.5
         scale = min(1.0, limit / (norm + 1e-6))
         for g in grads if scale < 1 else ():
             g.mul_(scale)
@@ -246,15 +250,9 @@ def _prefix_errors(
     sums = buffer(workspace, "stacked d_hat", ((n_parts + 1) * n_rows, x.shape[1]))[: n_parts * n_rows]
     zero = torch.zeros_like(params.b_dec)
     run(pairs.decode_rows, by_weight(offsets.numpy()), *arrays((*stacked, params.W_dec, zero, sums)))
-    parts = sums.view(n_parts, n_rows, -1)
-    parts[0] += params.b_dec + params.b_pre
-    for g in range(1, n_parts):
-        parts[g] += parts[g - 1]
     square_sums, scale = np.empty(n_rows), np.float32(2 / (x.numel() * n_parts))
-    for part in parts:
-        run(pairs.error_rows, even(n_rows), *arrays((x, part)), scale, square_sums)
-    for g in reversed(range(n_parts - 1)):
-        parts[g] += parts[g + 1]
+    rows = arrays((x, sums.view(n_parts, n_rows, -1), params.b_dec + params.b_pre))
+    run(pairs.prefix_error_rows, even(n_rows), *rows, scale, square_sums)
     return square_sums.sum().item() / x.numel(), stacked, sums
 
 
@@ -264,7 +262,7 @@ def _with_auxk(
     """Codes and d_hat, those of the dead latents appended; updates `state.quiet`. See `auxk_gradients`."""
     dead = (state.quiet >= settings.dead_after).nonzero()[:, 0]
     state.quiet += len(centred)
-    state.quiet[codes.latents[codes.values > 0].long()] = 0
+    state.quiet.index_fill_(0, codes.latents[codes.values > 0].long(), 0)
     if not len(dead):
         return codes, d_hat
     params, workspace = state.params, state.workspace.setdefault("dead", {})

@@ -156,6 +156,32 @@ def error_rows(first, last, edges, x, x_hat, scale, square_sums):
 
 
 @compiled
+def prefix_error_rows(first, last, edges, x, parts, bias, scale, square_sums):
+    """Replace the parts' own reconstructions (G, N, d_in) by scale * the summed errors of all prefixes with that part.
+
+    Prefix g reconstructs with the parts 0 to g and `bias`. Sums each row's squared errors of the last one, in float64.
+    """
+    last_one, width = len(parts) - 1, x.shape[1]
+    for n in range(edges[first], edges[last]):
+        total = 0.0
+        for c in range(width):
+            parts[0, n, c] += bias[c]
+        for g in range(1, last_one + 1):
+            for c in range(width):
+                parts[g, n, c] += parts[g - 1, n, c]
+        for c in range(width):
+            error = parts[last_one, n, c] - x[n, c]
+            total += np.float64(error) * np.float64(error)
+        for g in range(last_one + 1):
+            for c in range(width):
+                parts[g, n, c] = (parts[g, n, c] - x[n, c]) * scale
+        for g in range(last_one - 1, -1, -1):
+            for c in range(width):
+                parts[g, n, c] += parts[g + 1, n, c]
+        square_sums[n] = total
+
+
+@compiled
 def decoder_gradient(j, start, stop, rows, values, d_hat, w_dec, gradient, d_z):
     """Adds latent j's gradient of W_dec to a row (d_in,); writes the gradient of each of its activations to d_z."""
     width = w_dec.shape[1]
@@ -340,9 +366,17 @@ def gradient_latents(
 
 
 @compiled
-def project_latents(first, last, edges, g_dec, w_dec):
-    for j in range(edges[first], edges[last]):
-        project_row(g_dec[j], w_dec[j])
+def finish_gradients(first, last, edges, g_enc, g_dec, w_dec, project, squares):
+    """Drop each decoder row's part along itself, if asked; chunk c's sum of squared gradients in squares[c]."""
+    for chunk in range(first, last):
+        total = 0.0
+        for j in range(edges[chunk], edges[chunk + 1]):
+            if project:
+                project_row(g_dec[j], w_dec[j])
+            for c in range(w_dec.shape[1]):
+                of_enc, of_dec = np.float64(g_enc[j, c]), np.float64(g_dec[j, c])
+                total += of_enc * of_enc + of_dec * of_dec
+        squares[chunk] = total
 
 
 @compiled
