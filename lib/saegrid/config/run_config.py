@@ -157,7 +157,8 @@ class RunConfig(BaseModel):
     kernel: Literal["auto", "reference", "cpu", "dense"] = "auto"
     """Implementation of the training step; `auto` takes the fastest on the device and records it."""
     matmul: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of matrix products in training (kernel `cpu`: only the encoder's); evaluation always uses fp32."""
+    """Precision of matrix products in training (kernel `cpu`: only the encoder's), and in the language model's blocks
+    after the hooked one when an SAE is spliced in; all else uses fp32."""
     threads: int = Field(0, ge=0)
     """Threads per run; 0: `OMP_NUM_THREADS` if set, else all cores. Recorded, and reused on resume."""
 

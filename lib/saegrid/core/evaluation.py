@@ -12,7 +12,7 @@ from saegrid.config.run_config import RunConfig
 from saegrid.core.metrics import Reconstruction, sink_norm, splice_metrics
 from saegrid.core.sae import SAE
 from saegrid.core.splice import Baseline, evaluate, load_baseline, mean_losses, scored_positions
-from saegrid.data.language_model import load_lm
+from saegrid.data.language_model import LM, load_lm, narrow_products
 from saegrid.data.sources import pinned
 from saegrid.data.store import Store
 from saegrid.errors import StoreError
@@ -51,10 +51,18 @@ def spliced(config: RunConfig, store: Store, sae: SAE, kernel: Kernel, leave_sin
     baseline = load_baseline(store.folder, store.data_sha256)
     if baseline is None:
         raise StoreError(f"{store.folder}: no baseline of the splice here; `prepare_store` makes it")
-    lm = load_lm(pinned(config, store.manifest))
+    lm = evaluating_lm(config, store)
     limit = sink_norm(scored_rows(baseline)) if leave_sinks else math.inf
     losses = evaluate(lm, baseline, config.layer, replacement(sae, kernel, limit))
     return losses.join(reconstructed(baseline, sae, kernel))
+
+
+def evaluating_lm(config: RunConfig, store: Store) -> LM:
+    """The store's language model; with `matmul = "bf16"` its blocks after the hooked one multiply in bfloat16."""
+    lm = load_lm(pinned(config, store.manifest))
+    if config.matmul == "bf16" and config.lm_dtype == "float32":
+        narrow_products(lm, config.layer)
+    return lm
 
 
 def replacement(sae: SAE, kernel: Kernel, limit: float = math.inf) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -28,7 +28,7 @@ from saegrid.storage.checksums import read_bytes, read_sealed, write_sealed
 
 BATCH_TOKENS = 4096
 """Padded tokens per forward pass of the model."""
-HEAD_ROWS = 256
+HEAD_ROWS = 128
 """Rows per call of the unembedding: bounds the memory of logits, of which a few copies exist at once."""
 SHARED_RUN = 8
 """A run of at least this many tokens that is in all evaluation prompts is not scored."""
@@ -134,8 +134,8 @@ def splice(
 def clean_logits(lm: LM, clean: list[Tensor]) -> list[Tensor]:
     """What KL(p ‖ q) needs of the clean predictions p where logits are W h + c: per prompt (n, d_in + 1).
 
-    KL is Σ p log p - Σ p logit_q + logsumexp(logit_q), with Σ p logit_q = (Σ p W) · h + Σ p c. The columns are Σ p W and,
-    last, Σ p (log p - c). Nothing for other heads, such as Gemma 2's, and for rounded logits (bfloat16).
+    KL is Σ p log p - Σ p logit_q + logsumexp(logit_q), with Σ p logit_q = (Σ p W) · h + Σ p c. The columns are Σ p W
+    and, last, Σ p (log p - c). Nothing for other heads, such as Gemma 2's, and for rounded logits (bfloat16).
     """
     layer, states = lm.model.get_output_embeddings(), torch.cat(clean)
     if layer is None or states.dtype == torch.bfloat16 or not len(states):

@@ -362,6 +362,28 @@ def final_from(lm: LM, x: Tensor, input_ids: Tensor, attention_mask: Tensor, lay
         return _decode(lm, input_ids, attention_mask)
 
 
+def narrow_products(lm: LM, layer: int) -> None:
+    """Have the linear layers of the blocks after `layer` multiply in bfloat16; all else stays in the model's dtype.
+
+    For a float32 model that only evaluates. On SmolLM2 it moves delta loss by at most 2e-4 nats/token (LOG.md).
+    """
+    from torch.nn import Linear, functional
+
+    def narrow(part: Linear) -> Callable:
+        weight, bias = part.weight.bfloat16(), part.bias
+
+        def forward(x: Tensor) -> Tensor:
+            product = functional.linear(x.bfloat16(), weight).to(x.dtype)
+            return product if bias is None else product + bias
+
+        return forward
+
+    for block in lm.blocks[layer + 1 :]:
+        for part in block.modules():
+            if type(part) is Linear:
+                part.forward = narrow(part)  # type: ignore[method-assign]
+
+
 def logits_from(lm: LM, x: Tensor, input_ids: Tensor, attention_mask: Tensor, layer: int) -> Tensor:
     """Logits (B, T, vocabulary) of all positions: `final_from` and the head. For small batches."""
     states = final_from(lm, x, input_ids, attention_mask, layer)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saegrid import kernels
 from saegrid.config.run_config import RunConfig
+from saegrid.core.evaluation import evaluating_lm
 from saegrid.core.metrics import Moments, sink_norm, splice_metrics
 from saegrid.core.splice import evaluate, load_baseline, mean_losses
-from saegrid.data.language_model import load_lm
-from saegrid.data.sources import pinned
+from saegrid.data.language_model import LM
 from saegrid.data.store import Store
 from saegrid.errors import DamagedError
 from saegrid.experiment.pca_table import COLUMNS, COMPONENTS, MEASURES
@@ -36,7 +37,9 @@ def make(config: RunConfig, store: Store) -> None:
     except (DamagedError, KeyError) as error:
         print(f"{error}; it is made again", flush=True)
     mean, directions = principal(store)
-    records = [_measured(config, store, mean, directions[:n]) for n in COMPONENTS if n <= store.d_in]
+    choice = kernels.choose(config.kernel, config.matmul, config.threads, config.device)
+    lm = evaluating_lm(config.model_copy(update=choice._asdict()), store)
+    records = [_measured(config, store, lm, mean, directions[:n]) for n in COMPONENTS if n <= store.d_in]
     write_sealed(path, {"data_sha256": store.data_sha256, "records": records})
 
 
@@ -51,7 +54,7 @@ def principal(store: Store) -> tuple[Tensor, Tensor]:
     return mean.float(), vectors.T.flip(0).float()
 
 
-def _measured(config: RunConfig, store: Store, mean: Tensor, directions: Tensor) -> dict[str, Any]:
+def _measured(config: RunConfig, store: Store, lm: LM, mean: Tensor, directions: Tensor) -> dict[str, Any]:
     """FVU on the validation rows and losses on the prompts with only these directions (n, d_in) kept."""
 
     def replace(x: Tensor) -> Tensor:
@@ -65,7 +68,6 @@ def _measured(config: RunConfig, store: Store, mean: Tensor, directions: Tensor)
         every.add(x)
         ordinary.add(x[keep])
         errors += torch.stack([error.sum(), error[keep].sum()])
-    lm = load_lm(pinned(config, store.manifest))
     sums = evaluate(lm, load_baseline(store.folder, store.data_sha256), config.layer, replace)
     found = splice_metrics(**mean_losses(sums))
     found |= {"fvu": errors[0].item() / every.centred, "fvu_no_sink": errors[1].item() / ordinary.centred}
