@@ -62,9 +62,9 @@ def _scaling(folder: Path) -> str:
     for y, x, by in panels:
         text = f"{header(y)} over {header(x)}, a line for each {header(by)}; means over the other sizes."
         figures.append(plots.figure(scaling_section.curves(df, y=y, x=x, by=by), alt=text, caption=text))
-    found = scaling.exponents(df)
-    table = scaling_section.exponent_table(found, len(df))
-    return markdown(_what(df), scaling_section.verdict(found), plots.side_by_side(figures), table)
+    found, steps = scaling.exponents(df), scaling.steps(df)
+    tables = [scaling_section.exponent_table(found, len(df)), scaling_section.step_table(steps)]
+    return markdown(_what(df), scaling_section.verdict(found, steps), plots.side_by_side(figures), *tables)
 
 
 def _comparison(folder: Path, name: str) -> str:
