@@ -11,10 +11,16 @@ import pandas as pd
 from saegrid.analysis import findings, published_sweep
 from saegrid.analysis.findings import Finding
 from saegrid.analysis.numbers import between, change, counted, number, signed
+from saegrid.analysis.origins.headlines import NOT_SHOWN
 from saegrid.config import settings
 from saegrid.report.tables import Markdown, from_template, html_table, markdown
 
-SIGNS = {findings.HOLDS: ("✓", "holds"), findings.FAILS: ("✗", "fails"), findings.NOT_TESTABLE: ("○", "open")}
+SIGNS = {
+    findings.HOLDS: ("✓", "holds"),
+    findings.FAILS: ("✗", "fails"),
+    NOT_SHOWN: ("~", "open"),
+    findings.NOT_TESTABLE: ("○", "open"),
+}
 
 
 @dataclass(frozen=True)
