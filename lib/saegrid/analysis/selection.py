@@ -164,6 +164,11 @@ def recommend(df: pd.DataFrame, budget: float = L0_BUDGET) -> pd.Series:
     return rows.nsmallest(1, "l0").iloc[0] if affordable.empty else affordable.nsmallest(1, cost(df)).iloc[0]
 
 
+def fronts(df: pd.DataFrame, y: str) -> pd.DataFrame:
+    """The Pareto set (`pareto`) of the sparse runs of each origin."""
+    return pd.concat([pareto(candidates(rows), y) for rows in by_origin(df).values()])
+
+
 def pareto(df: pd.DataFrame, y: str, x: str = "l0", lower_is_better: bool = True) -> pd.DataFrame:
     """The rows that no other row beats in both `x` (smaller is better) and `y`, sorted by `x`."""
     rows = df.sort_values([x, y], ascending=[True, lower_is_better])

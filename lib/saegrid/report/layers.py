@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from saegrid.analysis import selection
+from saegrid.analysis import published_sweep, selection
 from saegrid.analysis.budget import by_budget
-from saegrid.analysis.findings import FAILS, HOLDS, NOT_TESTABLE
+from saegrid.analysis.findings import FAILS, HOLDS, NOT_TESTABLE, Finding, all_findings
 from saegrid.analysis.numbers import COLUMNS, change, counted, header, number, signed
 from saegrid.analysis.origins import headlines as claims
 from saegrid.analysis.origins.headlines import NOT_SHOWN, Headline, Held, findings_by_origin, headlines
@@ -19,6 +19,7 @@ from saegrid.config import settings
 from saegrid.config.grid import L0_BUDGET
 from saegrid.report.figures import plots
 from saegrid.report.figures.style import ABOVE, INK, MARKERS, PALETTE, WIDE, styled
+from saegrid.report.pages import findings_page
 from saegrid.report.pages.findings_page import CLAIMS, SIGNS
 from saegrid.report.tables import Markdown, from_template, markdown
 
@@ -80,7 +81,7 @@ def _told(headline: Headline, origin: str) -> str:
     return f"{text} against {held.facts['rival']}" if held.facts.get("rival") else text
 
 
-def claims_table(df: pd.DataFrame, prompts: pd.DataFrame, found: list[Headline], pages: str = "") -> Markdown:
+def claims_table(df: pd.DataFrame, prompts: pd.DataFrame | None, found: list[Headline], pages: str = "") -> Markdown:
     """Published findings and this project's headlines by origin: a row per claim, a column per origin.
 
     `pages` is the folder of the origins' own pages, relative to this one; empty: no links.
@@ -98,7 +99,7 @@ def claims_table(df: pd.DataFrame, prompts: pd.DataFrame, found: list[Headline],
             _row(TITLES[headline.name], verdicts, {n: _short(headline, held) for n, held in headline.held.items()})
         )
     untested = [row["title"] for row in rows if not row["of"]]
-    cost = COLUMNS[found[0].measure].title
+    cost = COLUMNS[selection.cost(df)].title
     caption = (
         f"Which claim holds at which {words(df)}. In small type: the effect in nats/token, of delta loss for a finding "
         f"and of {cost} for a headline; for the improved recipe, its share of the published one's {cost}. The "
@@ -152,6 +153,39 @@ def _heads(df: pd.DataFrame, pages: str) -> tuple[list[tuple[str, int]], list[di
 def slug(origin: str) -> str:
     """The name of an origin's page."""
     return "".join(letter if letter.isalnum() else "-" for letter in origin.replace(", ", "_"))
+
+
+# --- the published findings
+
+
+def findings_overview(own: dict[str, list[Finding]], df: pd.DataFrame, prompts: pd.DataFrame | None) -> Markdown:
+    """Verdicts on this grid's rows: the table of the five findings, or of all claims by origin if there are several."""
+    if len(own) == 1:
+        return findings_page.findings_table(own[""], all_findings(published_sweep.rows()), page="")
+    return claims_table(df, prompts, headlines(df, prompts), "layers/")
+
+
+def finding_section(own: dict[str, list[Finding]], n: int, links: str = "") -> Markdown:
+    """The `n`th finding in full; of several origins, the verdict and numbers of each."""
+    published = all_findings(published_sweep.rows())[n - 1]
+    if len(own) == 1:
+        return findings_page.finding_section(own[""][n - 1], published, links)
+    lines = []
+    for origin, those in own.items():
+        finding = those[n - 1]
+        parts = [f"{SIGNS[finding.verdict][0]} {finding.verdict}.", findings_page.sentence(finding)]
+        if finding.effect is not None:
+            effect = findings_page.effect_text(finding)
+            parts.append(f"{findings_page.effect_name(finding)}: **{effect}** nats/token.")
+        parts.append(findings_page.others_text(finding))
+        lines.append(f"- **{origin.capitalize()}**: {' '.join(filter(None, parts))}")
+    return markdown(
+        f"> {CLAIMS[n].text}",
+        f"*Rule, fixed before the results.* {CLAIMS[n].rule}",
+        "\n".join(lines),
+        f"**On the published rows: {SIGNS[published.verdict][0]} {published.verdict}.** "
+        f"{findings_page.sentence(published)}",
+    )
 
 
 # --- the recommended runs
@@ -267,7 +301,7 @@ def curves(df: pd.DataFrame, *, y: str, limits: tuple[bool, float, float], ax: A
 
 
 def overview(
-    df: pd.DataFrame, prompts: pd.DataFrame, budget: int = L0_BUDGET, pages: str = "", runs: str = ""
+    df: pd.DataFrame, prompts: pd.DataFrame | None, budget: int = L0_BUDGET, pages: str = "", runs: str = ""
 ) -> Markdown:
     """The home page's answer for a grid of several origins: which run at each, and which claim holds where."""
     found = headlines(df, prompts)

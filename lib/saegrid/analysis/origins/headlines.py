@@ -61,10 +61,13 @@ class _Test:
     facts: dict[str, Any]
 
 
-def headlines(df: pd.DataFrame, prompts: pd.DataFrame) -> list[Headline]:
+def headlines(df: pd.DataFrame, prompts: pd.DataFrame | None) -> list[Headline]:
     """The project's headlines on the rows of `df`, with the runs' per-prompt sums, in each origin.
 
-    Controls, and recipes with a switched choice, are ignored."""
+    Controls, and recipes with a switched choice, are ignored. None without the sums.
+    """
+    if prompts is None:
+        return []
     df = without_controls(df)
     df = df[[not switched(row) for row in df.to_dict("records")]]
     measure, parts = cost(df), by_origin(df)
