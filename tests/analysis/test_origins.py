@@ -139,8 +139,8 @@ def test_lines_over_layers_average_seeds_and_nothing_else(grid):
 def test_the_table_has_a_column_per_origin_and_no_claim_without_a_test(grid):
     df, prompts = made(grid)
     text = layers.section(df, prompts, pages="layers/")
-    assert '<th scope="colgroup" colspan="1">gsm_symbolic</th>' in text  # as the grid has them
-    assert 'href="layers/layer-6_gsm-symbolic.html"' in text
+    assert '<th scope="colgroup" colspan="2">gsm_symbolic</th>' in text
+    assert 'href="layers/layer-6-gsm-symbolic.html"' in text
     assert text.count('<span class="visually-hidden">holds</span>') == 3 * 4 + 4 * 0
     assert "These runs do not test: Finding 2" in text and "Finding 1: BatchTopK against TopK" in text
     assert text.count("<figure") == 2 * len(over_layers(df)["measure"].unique())

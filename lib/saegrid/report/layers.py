@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pandas as pd
@@ -86,7 +87,7 @@ def claims_table(df: pd.DataFrame, prompts: pd.DataFrame | None, found: list[Hea
 
     `pages` is the folder of the origins' own pages, relative to this one; empty: no links.
     """
-    origins = list(selection.by_origin(df))
+    origins = list(by_text(df))
     findings, rows = findings_by_origin(df, prompts), []
     for number_ in CLAIMS:
         by_origin = {name: those[number_ - 1] for name, those in findings.items()}
@@ -130,29 +131,31 @@ def _short(headline: Headline, held: Held) -> str:
     return f"{100 * held.told.value:.0f}%" if percent else signed(held.told.value, 2)
 
 
+def by_text(df: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The rows of each origin by its label, those of one text together, its layers in order."""
+    texts = list(selection.by_origin(df, "layer").values())
+    rank = {run_id: n for n, rows in enumerate(texts) for run_id in rows["run_id"]}
+    parts = selection.by_origin(df).items()
+    return dict(sorted(parts, key=lambda part: (rank[part[1]["run_id"].iloc[0]], part[1]["layer"].iloc[0])))
+
+
 def _heads(df: pd.DataFrame, pages: str) -> tuple[list[tuple[str, int]], list[dict[str, str]]]:
-    """Heads of the columns, one per origin: below each text (or other origin but for the layer), its layers."""
-    whole = settings.origins(df.to_dict("records"))
-    texts = settings.origins(df.to_dict("records"), "layer")
-    rows = {settings.origin(row): row for row in df.to_dict("records")}
+    """Heads of the columns, one per origin (`by_text`): its layer, below its text, if both vary."""
+    texts = {name: len(selection.by_origin(rows)) for name, rows in selection.by_origin(df, "layer").items()}
     layered = df["layer"].nunique() > 1 and len(texts) > 1
-    groups, heads = [], []
-    for key, label in whole.items():
-        text = texts[settings.origin(rows[key], "layer")] if layered else ""
-        groups += [] if groups and groups[-1][0] == text else [[text, 0]]
-        groups[-1][1] += 1
-        heads.append(
-            {
-                "text": f"layer {rows[key]['layer']}" if layered else label,
-                "href": f"{pages}{slug(label)}.html" if pages else "",
-            }
-        )
-    return [tuple(group) for group in groups] if layered else [], heads
+    heads = [
+        {
+            "text": f"layer {rows['layer'].iloc[0]}" if layered else name,
+            "href": f"{pages}{slug(name)}.html" if pages else "",
+        }
+        for name, rows in by_text(df).items()
+    ]
+    return list(texts.items()) if layered else [], heads
 
 
 def slug(origin: str) -> str:
     """The name of an origin's page."""
-    return "".join(letter if letter.isalnum() else "-" for letter in origin.replace(", ", "_"))
+    return re.sub(r"[^0-9A-Za-z]+", "-", origin).strip("-")
 
 
 # --- the published findings
@@ -196,7 +199,7 @@ def recommended(
 ) -> Markdown:
     """The recommended run at each origin within an L0 budget: its cost, and how many settings are as good."""
     measure, rows = selection.cost(df), []
-    for origin, those in selection.by_origin(df).items():
+    for origin, those in by_text(df).items():
         best = selection.recommend(those, budget)
         choice = next((c for c in by_budget(those, prompts, (budget,)) if c.best["run_id"] == best["run_id"]), None)
         cost = number(best[measure], measure)

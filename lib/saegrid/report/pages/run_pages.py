@@ -58,7 +58,7 @@ def write_origin_pages(df: pd.DataFrame, prompts: pd.DataFrame, budget: int, rep
     text = f"{what}: each is judged by itself. Controls are left out."
     page = layers.section(selection.without_controls(df), prompts, pages="layers/")
     write_text(report / "layers.qmd", markdown(front_matter(LAYERS), text, page))
-    for name, rows in origins.items():
+    for name, rows in layers.by_text(df).items():
         page = home_page.origin_page(rows, prompts, budget, "../", **beside)
         links = f"[All of {what.lower()}](../layers.qmd)"
         write_text(

@@ -52,9 +52,9 @@ def verdict(plain: pd.DataFrame) -> str:
     found, chance = (number(plain[name].mean(), name) for name in ("matched_cosine", "random_cosine"))
     text = (
         f"**{_share(plain)} of the live latents are found again with another seed.** Matched one to one, the decoder "
-        f"rows of two seeds have a mean cosine of {found}; as many random directions of the same width give {chance}. Rows "
-        f"keep a cosine of {number(plain['start_cosine'].mean(), 'start_cosine')} with their random start. Rows of "
-        "attention sinks, and the latents that are given the sinks' direction, are left out."
+        f"rows of two seeds have a mean cosine of {found}; as many random directions of the same width give {chance}. "
+        f"Rows keep a cosine of {number(plain['start_cosine'].mean(), 'start_cosine')} with their random start. "
+        "Rows of attention sinks, and the latents that are given the sinks' direction, are left out."
     )
     if high["stable_pct"] < FEW_PCT:
         text += (
