@@ -160,13 +160,14 @@ def summary(row: dict[str, Any], df: pd.DataFrame) -> str:
 
 
 def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:
-    """Links to the previous and next run, and to those that differ along only one axis."""
+    """Links to the previous and next run of the same origin, and to those that differ along only one axis."""
     also = settings.unusual(rows)
     around = ["[All runs](index.qmd) · [CSV](../data/results_tidy.csv) · [Results](../results.ipynb)"]
-    if n > 0:
-        around.insert(0, f"← [{title(rows[n - 1], also)}]({rows[n - 1]['run_id']}.ipynb)")
-    if n + 1 < len(rows):
-        around.append(f"[{title(rows[n + 1], also)}]({rows[n + 1]['run_id']}.ipynb) →")
+    here = [place for place, row in enumerate(rows) if settings.origin(row) == settings.origin(rows[n])]
+    for other in (rows[place] for place in here[here.index(n) - 1 : here.index(n)]):
+        around.insert(0, f"← [{title(other, also)}]({other['run_id']}.ipynb)")
+    for other in (rows[place] for place in here[here.index(n) + 1 :][:1]):
+        around.append(f"[{title(other, also)}]({other['run_id']}.ipynb) →")
     near = {}
     for other in rows:
         differing = settings.differing(rows[n], other)
