@@ -37,7 +37,7 @@ def words(df: pd.DataFrame) -> str:
     """What varies between the origins of these rows: `layer and text`."""
     names = {"dataset": "text", "activations": "text", "text": "text form", "layer": "layer", "site": "site"}
     varied = [names.get(name, name.replace("_", " ")) for name in settings.varying(df.to_dict("records"))]
-    *most, last = dict.fromkeys(varied)
+    *most, last = dict.fromkeys(varied or ["layer"])
     return f"{', '.join(most)} and {last}" if most else last
 
 
