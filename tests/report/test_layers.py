@@ -1,5 +1,6 @@
 """Pages of a grid over two layers and two texts, from synthetic runs: nothing is ranked or averaged across them."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -118,12 +119,12 @@ def test_the_notebooks_take_several_origins(made, grid, name, monkeypatch):
     notebook = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
-            *lines, last = "".join(cell["source"]).splitlines()
-            exec("\n".join(lines), scope)
-            if re.match(r"\w+ = |from |import ", last):
-                exec(last, scope)
-            elif (value := eval(last, scope)) is not None:
-                shown.append(str(value))
+            *before, last = ast.parse("".join(cell["source"])).body
+            exec(compile(ast.Module(before, []), name, "exec"), scope)
+            if isinstance(last, ast.Expr):
+                shown.append(str(eval(compile(ast.Expression(last.value), name, "eval"), scope)))
+            else:
+                exec(compile(ast.Module([last], []), name, "exec"), scope)
             scope.update({"results_dir": "results/one_text", "runs_dir": "runs"})
     text = "\n".join(shown)
     for origin in ("Layer 6", "Layer 12"):
