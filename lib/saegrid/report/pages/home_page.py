@@ -188,7 +188,7 @@ def swept_text(df: pd.DataFrame) -> str:
         [*([f"K of {by_k}"] if by_k != MISSING else []), *([f"θ of {theta}"] if theta != MISSING else [])]
     )
     layer = f"layer {_values(df, 'layer')}"
-    texts = df["dataset"].map(dataset).drop_duplicates()
+    texts = list(selection.by_origin(df, "layer"))
     layer += f" on {escape(' and '.join(texts), quote=False)}" if len(texts) > 1 else ""
     return (
         f"{len(df)} runs, {_listed(df, 'arch')} at {_values(df, 'expansion', '{}x')} with {sparsity}, each trained on "

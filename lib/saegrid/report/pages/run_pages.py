@@ -54,13 +54,13 @@ def write_origin_pages(df: pd.DataFrame, prompts: pd.DataFrame, budget: int, rep
     if len(origins) < 2:
         return
     (report / "layers").mkdir(parents=True)
-    what = layers.words(df).capitalize()
-    text = f"{what}: each is judged by itself. Controls are left out."
+    what = layers.words(df)
+    text = f"Each {what} is judged by itself; controls are left out."
     page = layers.section(selection.without_controls(df), prompts, pages="layers/")
     write_text(report / "layers.qmd", markdown(front_matter(LAYERS), text, page))
     for name, rows in layers.by_text(df).items():
         page = home_page.origin_page(rows, prompts, budget, "../", **beside)
-        links = f"[All of {what.lower()}](../layers.qmd)"
+        links = f"[Every {what}](../layers.qmd)"
         write_text(
             report / "layers" / f"{layers.slug(name)}.qmd", markdown(front_matter(name.capitalize()), links, page)
         )
