@@ -53,7 +53,8 @@ def readme(
         budget: most active latents per token of the recommended run.
     """
     named = df.assign(name=df["run_id"].map(files))  # several runs may share a name
-    plain_runs, best = selection.without_controls(named), selection.recommend(df, budget)
+    plain_runs = selection.without_controls(selection.first_origin(named))  # the figure and the code show one
+    best = selection.recommend(selection.first_origin(df), budget)
     y = selection.cost(plain_runs)
     where = f"https://huggingface.co/spaces/{space}" if space else ""
     text = markdown(
@@ -157,7 +158,8 @@ def picture(df: pd.DataFrame) -> bytes:
     """The frontier as a PNG on white: Hub pages show no inline SVG."""
     buffer = io.BytesIO()
     with plt.rc_context(plots.STYLE):
-        figure = plots.frontier(selection.without_controls(df), y=selection.cost(df)).figure
+        first = selection.without_controls(selection.first_origin(df))
+        figure = plots.frontier(first, y=selection.cost(first)).figure
         figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
     plt.close(figure)
     return buffer.getvalue()
