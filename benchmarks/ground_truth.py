@@ -1,6 +1,6 @@
 """SAEs on rows whose directions are known: what training finds, per recipe, architecture and number of rows.
 
-    python benchmarks/ground_truth.py                      # a quarter of an hour on one core; stopped, it goes on where it was
+    python benchmarks/ground_truth.py                      # a quarter of an hour on one core; goes on if stopped
     python benchmarks/ground_truth.py --rows 40000 --seeds 1
     python benchmarks/ground_truth.py --only-rows FOLDER   # the rows alone, for a grid file's `activations`
 
@@ -127,25 +127,28 @@ def write_rows(folder: Path, world: World, train_rows: int, val_rows: int = VAL_
 
 
 class Course(NamedTuple):
-    """Where the runs of one number of rows find everything."""
+    """What the runs of one number of rows share."""
 
-    folder: Path
-    places: dict[str, str]
-    world: World
-    truth: Tensor
+    places: dict[str, str]  # parameters of a run
+    directions: Tensor  # (n, d_in)
+    truth: Tensor  # (n_val, n) bool: which direction is in which validation row
+
+
+def places(folder: Path, d_in: int) -> dict[str, str]:
+    """Parameters that name a language model and a dataset, made here: a run needs them, though nothing is spliced."""
+    size = standin.Size(1_000, 1_000, d_in, 14, 304, 2_000, 500, heads=2)
+    for name, make in (("model", standin.model), ("dataset", standin.dataset)):
+        if not (folder / name).exists():
+            (folder / name).mkdir(parents=True)
+            make(folder / name, size)
+    named = {"model": "model", "dataset": "dataset", "store_dir": "stores", "runs_dir": "runs"}
+    return {name: str(folder / part) for name, part in named.items()}
 
 
 def prepare(folder: Path, rows: int, world: World) -> Course:
-    """Rows, and a language model and a dataset beside them, which a run needs though nothing here is spliced."""
-    size = standin.Size(rows, VAL_ROWS, world.directions.shape[1], 14, 304, 2_000, 500)
-    places = {"model": folder / "model", "dataset": folder / "dataset", "activations": folder / f"rows-{rows}"}
-    for name, make in (("model", standin.model), ("dataset", standin.dataset)):
-        if not places[name].exists():
-            places[name].mkdir(parents=True)
-            make(places[name], size)
-    truth = write_rows(places["activations"], world, rows)
-    told = {name: str(path) for name, path in places.items()}
-    return Course(folder, told | {"store_dir": str(folder / "stores"), "runs_dir": str(folder / "runs")}, world, truth)
+    """The rows, with what else a run needs."""
+    told = places(folder, world.directions.shape[1]) | {"activations": str(folder / f"rows-{rows}")}
+    return Course(told, world.directions, write_rows(Path(told["activations"]), world, rows))
 
 
 def plan(rows: list[int], seeds: int) -> list[tuple[dict[str, Any], int]]:
@@ -158,18 +161,24 @@ def plan(rows: list[int], seeds: int) -> list[tuple[dict[str, Any], int]]:
     return found + [(sweep | {"k": k}, 1) for k in KS if k != round(L0)]
 
 
+def train(course: Course, **told: Any) -> tuple[SAE, Run]:
+    """One run's SAE."""
+    run = Run(make_config(**course.places, expansion=EXPANSION, threads=1, **told))
+    sae = run.train()
+    run.close()
+    return sae, run
+
+
 def measured(setting: dict[str, Any], seeds: int, course: Course, epochs: int) -> pd.DataFrame:
     """Train a setting with its seeds: one row of measures per run; stability is the mean over its pairs of seeds."""
     runs, saes, records = [], [], []
     known = {name: value for name, value in setting.items() if name != "rows"}
     for seed in range(seeds):
         started = time.perf_counter()
-        run = Run(make_config(**course.places, **known, seed=seed, expansion=EXPANSION, epochs=epochs, threads=1))
-        sae = run.train()
+        sae, run = train(course, **known, seed=seed, epochs=epochs)
         runs, saes = [*runs, run], [*saes, sae]
         records.append({**setting, "seed": seed, **judged(sae, run.store, course)})
         records[-1]["seconds"] = round(time.perf_counter() - started, 1)
-        run.close()
     pairs = compared(saes, [run.config for run in runs], runs[0].store)
     for seed, record in enumerate(records):
         for name in ("stable_pct", "matched_cosine"):
@@ -187,7 +196,7 @@ def judged(sae: SAE, store: Store, course: Course) -> dict[str, float]:
     told = {name: found[name] for name in ("l0_no_sink", "fvu_no_sink", "dead_pct_no_sink")}
     told |= {"true_l0": course.truth[keep].sum(1).double().mean().item()}
     told |= {"decoder_coherence": coherence(sae, torch.tensor(latents["fired"].to_numpy() > 0))}
-    return told | recovered(sae, course.world.directions, parts, kernel)._asdict()
+    return told | recovered(sae, course.directions, parts, kernel)._asdict()
 
 
 def compared(saes: list[SAE], configs: list[RunConfig], store: Store) -> dict[tuple[int, int], dict[str, float]]:
