@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from saegrid.config.run_config import make_config
-from saegrid.data import embedded
-from saegrid.data.embedded import CHECKSUMS, FOLDER, WHEEL_FILE, embedded_model_dir, is_intact
+from saegrid.data.models import embedded
+from saegrid.data.models.embedded import CHECKSUMS, FOLDER, WHEEL_FILE, embedded_model_dir, is_intact
 from saegrid.data.language_model import hidden_at, load_lm, logits_from
 from saegrid.errors import SaegridError
 

@@ -19,7 +19,7 @@ from saegrid.analysis.scaling import MEASURES
 from saegrid.config import settings
 from saegrid.config.architectures import ARCHITECTURES
 from saegrid.config.grid import L0_BUDGET
-from saegrid.config.run_config import EMBEDDED_DATASET, EMBEDDED_MODEL
+from saegrid.config.run_config import EMBEDDED_DATASET, EMBEDDED_MODEL, SITES
 from saegrid.report import card
 from saegrid.report.figures import captions, plots
 from saegrid.report.pages import findings_page, trust_section
@@ -241,8 +241,9 @@ def files_text(best: pd.Series) -> Markdown:
 
 
 def rows_code(best: pd.Series) -> str:
-    """A line of code that stands for rows of the run's layer."""
-    return f"x = torch.randn(4, {best['d_in']})  # rows of the residual stream after block {best['layer']}"
+    """A line of code that stands for rows of the run's layer and site."""
+    site = SITES[best.get("site", "resid_post")].format(best["layer"])
+    return f"x = torch.randn(4, {best['d_in']})  # rows of {site}"
 
 
 def own_code(best: pd.Series, source: str) -> str:
