@@ -60,7 +60,7 @@ def readme(
     text = markdown(
         f"# {home_page.title(df)}",
         f"{len(df)} sparse autoencoders, one for each point of a grid ({title}), trained on a language model's "
-        "residual stream and spliced back into it." + (f" [The whole report]({where})." if where else ""),
+        "activations and spliced back into it." + (f" [The whole report]({where})." if where else ""),
         home_page.body(
             named,
             prompts,
@@ -88,7 +88,7 @@ def front_matter(df: pd.DataFrame, files: Mapping[str, str], title: str) -> str:
         for name in finished_run.metrics_of(row):
             spliced = name in SPLICED
             source = "dataset" if spliced or not row["activations"] else "activations"
-            task = "Next-token loss with the SAE spliced in" if spliced else "Reconstruction of the residual stream"
+            task = "Next-token loss with the SAE spliced in" if spliced else "Reconstruction of activations"
             metrics.append(
                 EvalResult(
                     task_type="text-generation" if spliced else "feature-extraction",
