@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ def made(grid, tmp_path_factory):
     """The project with its tables, and their rows. The synthetic rows are alike at each origin, but for the layer's
     share of the loss."""
     root = tmp_path_factory.mktemp("layers")
+    shutil.copy(ROOT / "_quarto.yml", root)
     for run in grid.runs():
         write_synthetic_run(root / "runs" / run.run_id, run)
     results.make(grid, root)

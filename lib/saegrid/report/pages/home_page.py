@@ -17,10 +17,9 @@ from saegrid.analysis import intervals, published_sweep, selection
 from saegrid.analysis.numbers import COLUMNS, MISSING, counted, number
 from saegrid.analysis.scaling import MEASURES
 from saegrid.config import settings
-from saegrid.config.architectures import ARCHITECTURES
 from saegrid.config.grid import L0_BUDGET
 from saegrid.config.run_config import EMBEDDED_DATASET, EMBEDDED_MODEL
-from saegrid.report import card, layers
+from saegrid.report import card, layers, loading
 from saegrid.report.figures import captions, plots
 from saegrid.report.pages import findings_page, trust_section
 from saegrid.report.pages.ablation_section import recipe_section
@@ -30,13 +29,6 @@ from saegrid.storage.hub_access import HUB_ID
 BASE_MODELS = {EMBEDDED_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Hub ids of the embedded models, embedded in 4 bits. The embedded dataset is generated; no Hub has it."""
 SWEEP = "jakelipner/sae-grid-search-layer12"
-KEEP = {
-    "k": "top = pre.topk({k})\nz = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())",
-    "inference_threshold": 'z = pre * (pre > json.load(open(f"{{folder}}/cfg.json"))["inference_threshold"])',
-    "threshold": 'z = pre * (pre > json.load(open(f"{{folder}}/cfg.json"))["threshold"])',
-    "theta": 'z = pre * (pre > w["theta"])',
-}
-"""Code that keeps pre-activations, per rule that decides which."""
 
 
 def title(df: pd.DataFrame) -> str:
@@ -67,7 +59,7 @@ def model_card(
     best = selection.recommend(selection.first_origin(df), budget)
     figure = "" if len(selection.by_origin(df)) > 1 else frontier(df, links, baseline)
     return body(
-        df, prompts, budget=budget, links=links, figure=figure, loading=load_text(best), files=files_text(best),
+        df, prompts, budget=budget, links=links, figure=figure, loading=loading.from_run(best), files=files_text(best),
         stable=stable, baseline=baseline,
     )  # fmt: skip
 
@@ -284,37 +276,6 @@ def files_text(best: pd.Series) -> Markdown:
         "state dict for `load_state_dict`; with the `threshold` of a Gated, or of a JumpReLU with a K), the same as "
         "`sae.safetensors` with `cfg.json`, the metrics (`metrics.json`), the learning curve (`metrics.jsonl`), tables "
         "by prompt, latent and position, and the executed notebook.\n"
-    )
-
-
-def rows_code(best: pd.Series) -> str:
-    """A line of code that stands for rows of the run's layer."""
-    return f"x = torch.randn(4, {best['d_in']})  # rows of the residual stream after block {best['layer']}"
-
-
-def own_code(best: pd.Series, source: str) -> str:
-    """Code that loads and runs the run's SAE with this library; `source` closes the call of `load_sae`."""
-    return (
-        f"import torch\n\nimport saegrid\n\nsae = saegrid.load_sae({source}\n{rows_code(best)}\n"
-        f"latent_acts, x_hat = sae.encode(x), sae(x)  # (4, {best['d_sae']}), (4, {best['d_in']})"
-    )
-
-
-def load_text(best: pd.Series) -> Markdown:
-    """Code that runs the recommended SAE: with this library, and with torch alone."""
-    folder = f"runs/{best['run_id']}"
-    x, own = rows_code(best), own_code(best, f'"{folder}")  # {best["name"]}')
-    keep = KEEP[ARCHITECTURES[best["arch"]].cut(not pd.isna(best["k"]))].format(k=best["k"])
-    plain = "import json\n\n" if "json" in keep else ""
-    plain += f'import torch\nfrom safetensors.torch import load_file\n\nfolder = "{folder}"\n'
-    plain += f'w = load_file(f"{{folder}}/sae.safetensors")\n{x}\n'
-    plain += f'pre = (x - w["b_pre"]) @ w["W_enc"].T + w["b_enc"]\n{keep}\n'
-    plain += 'x_hat = z @ w["W_dec"] + w["b_dec"] + w["b_pre"]'
-    return markdown(
-        "From the folder that the runs lie in:",
-        f"```python\n{own}\n```",
-        "With torch and safetensors alone:",
-        f"```python\n{plain}\n```",
     )
 
 

@@ -89,9 +89,9 @@ def _comparison(folder: Path, name: str) -> str:
     caption = f"Means over {df['seed'].nunique()} seeds, from make {name}"
     if (ablation.named(df)["switched"] != "").any():
         return markdown(_what(df), *_switched(df, prompts, caption))
-    table = ablation.by_recipe(df, prompts)
+    table = ablation_section.recipe_means(df, prompts)
     keys = [key for key in ablation.setting(df) if table[key].nunique() > 1]
-    columns = [*(["arch"] if "arch" in keys else []), "recipe", "seeds", *ablation.MEANS, *ablation.BETWEEN]
+    columns = [*(["arch"] if "arch" in keys else []), "recipe", "seeds", *ablation.MEANS, *ablation_section.UNCERTAIN]
     said = [_what(df), claim(df, prompts), _beside_pca(table, pca_table.read(folder))]
     return markdown(*filter(None, said), html_table(table, columns, caption=f"{caption}."))
 

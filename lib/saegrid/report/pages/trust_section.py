@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from saegrid.analysis import selection
-from saegrid.analysis.numbers import COLUMNS, MISSING, counted, header, number
+from saegrid.analysis.numbers import COLUMNS, MISSING, bounds, counted, header, number
 from saegrid.config import settings
 from saegrid.config.settings import CONTROLS
 from saegrid.report.figures import plots
@@ -24,7 +24,7 @@ def stability(stable: pd.DataFrame) -> Markdown:
     plain = selection.without_controls(stable)
     if plain.empty:
         return Markdown("Every setting here has one seed: nothing says whether another seed finds the same latents.\n")
-    table = stable.assign(stable_between=[_between(row) for row in stable.to_dict("records")])
+    table = stable.assign(stable_between=_bounds(stable))
     columns = ["name", "seeds", "pairs", "stable_pct", "stable_between", "stable_energy_pct", "matched_cosine"]
     columns += ["random_cosine", "start_cosine"]
     caption = (
@@ -137,8 +137,6 @@ def reached_text(found: pd.DataFrame) -> str:
     return f"A control reaches **{'; '.join(parts)}**: these measures say nothing about what was learnt."
 
 
-def _between(row: dict) -> str:
-    if pd.isna(row["stable_pct_low"]):
-        return ""
-    low, high = (number(row[f"stable_pct_{end}"], "stable_pct") for end in ("low", "high"))
-    return f"{low} to {high}"
+def _bounds(stable: pd.DataFrame) -> list[str]:
+    both = zip(stable["stable_pct_low"], stable["stable_pct_high"], strict=True)
+    return [bounds(low, high, "stable_pct") for low, high in both]
