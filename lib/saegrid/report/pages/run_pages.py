@@ -42,9 +42,9 @@ def write_committed_parts(root: str | Path) -> None:
 def write_run_pages(df: pd.DataFrame, runs_dir: str | Path, folder: Path) -> None:
     """Write every run's executed notebook as a page, and an index. Deletes the pages of other grids' runs."""
     folder.mkdir(parents=True, exist_ok=True)
-    for page in folder.glob("*.ipynb"):
-        if page.stem not in set(df["run_id"]):
-            page.unlink()
+    for old in folder.glob("*.ipynb"):
+        if old.stem not in set(df["run_id"]):
+            old.unlink()
     rows = df.to_dict("records")
     also = settings.unusual(rows)
     for n, row in enumerate(rows):
@@ -137,7 +137,7 @@ def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:
         around.insert(0, f"← [{title(rows[n - 1], also)}]({rows[n - 1]['run_id']}.ipynb)")
     if n + 1 < len(rows):
         around.append(f"[{title(rows[n + 1], also)}]({rows[n + 1]['run_id']}.ipynb) →")
-    near = {}
+    near: dict[str, list[str]] = {}
     for other in rows:
         differing = settings.differing(rows[n], other)
         if len(differing) == 1:
