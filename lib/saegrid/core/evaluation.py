@@ -53,7 +53,7 @@ def spliced(config: RunConfig, store: Store, sae: SAE, kernel: Kernel, leave_sin
         raise StoreError(f"{store.folder}: no baseline of the splice here; `prepare_store` makes it")
     lm = load_lm(pinned(config, store.manifest))
     limit = sink_norm(scored_rows(baseline)) if leave_sinks else math.inf
-    losses = evaluate(lm, baseline, config.layer, replacement(sae, kernel, limit))
+    losses = evaluate(lm, baseline, config.layer, replacement(sae, kernel, limit), config.site)
     return losses.join(reconstructed(baseline, sae, kernel))
 
 

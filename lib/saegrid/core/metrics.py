@@ -56,8 +56,8 @@ def sink_norm(batches: Iterable[Tensor]) -> float:
 
 def is_sink(x: Tensor, limit: float) -> Tensor:
     """Which rows of x (N, d_in) are attention sinks, (N,) bool; `limit`: the `sink_norm` of all rows."""
-    sinks: Tensor = x.norm(dim=1) > limit
-    return sinks
+    found: Tensor = x.norm(dim=1) > limit
+    return found
 
 
 @dataclass

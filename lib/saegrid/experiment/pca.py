@@ -69,7 +69,7 @@ def _measured(config: RunConfig, store: Store, mean: Tensor, directions: Tensor)
     lm = load_lm(pinned(config, store.manifest))
     baseline = load_baseline(store.folder, store.data_sha256)
     assert baseline is not None  # `prepare_store` made it
-    sums = evaluate(lm, baseline, config.layer, replace)
+    sums = evaluate(lm, baseline, config.layer, replace, config.site)
     found = splice_metrics(**mean_losses(sums))
     found |= {"fvu": errors[0].item() / every.centred, "fvu_no_sink": errors[1].item() / ordinary.centred}
     return {"store_id": config.store_id, "components": len(directions), **{name: found[name] for name in MEASURES}}

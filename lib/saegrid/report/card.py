@@ -126,7 +126,7 @@ def _result_table(
     df: pd.DataFrame,
     family: str,
     given: list[str],
-    best: dict[str, Any],
+    best: dict[str, set],
     note: str,
     theirs: pd.DataFrame,
     links: str,

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from saegrid.config.architectures import ARCHITECTURES
+from saegrid.config.run_config import SITES
 from saegrid.report.tables import TEMPLATES, Markdown, markdown
 
 CODE = TEMPLATES.overlay(autoescape=False, trim_blocks=True)
@@ -42,6 +43,6 @@ def from_release(best: pd.Series, file: str, repo: str = "") -> Markdown:
 def _code(how: str, best: pd.Series, **values: Any) -> str:
     """A code block from a template; `cut` is what decides whether a pre-activation is kept."""
     arch, has_k = ARCHITECTURES[best["arch"]], not pd.isna(best["k"])
-    known = {"cut": arch.cut(has_k), "batch_cut": arch.batch_cut}
+    known = {"cut": arch.cut(has_k), "batch_cut": arch.batch_cut, "rows": SITES[best["site"]].format(best["layer"])}
     code = CODE.get_template(f"load_{how}.py.jinja").render(**best.to_dict() | known | values)
     return f"```python\n{code}\n```"

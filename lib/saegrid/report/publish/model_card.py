@@ -55,13 +55,14 @@ def readme(
         budget: most active latents per token of the recommended run.
     """
     named = df.assign(name=df["run_id"].map(files))  # several runs may share a name
-    plain_runs, best = selection.without_controls(named), selection.recommend(df, budget)
+    plain_runs = selection.without_controls(selection.first_origin(named))  # the figure and the code show one
+    best = selection.recommend(selection.first_origin(df), budget)
     y = selection.cost(plain_runs)
     where = f"https://huggingface.co/spaces/{space}" if space else ""
     text = markdown(
         f"# {home_page.title(df)}",
         f"{len(df)} sparse autoencoders, one for each point of a grid ({title}), trained on a language model's "
-        "residual stream and spliced back into it." + (f" [The whole report]({where})." if where else ""),
+        "activations and spliced back into it." + (f" [The whole report]({where})." if where else ""),
         home_page.body(
             named,
             prompts,
@@ -89,7 +90,7 @@ def front_matter(df: pd.DataFrame, files: Mapping[str, str], title: str) -> str:
         for name in finished_run.metrics_of(row):
             spliced = name in SPLICED
             source = "dataset" if spliced or not row["activations"] else "activations"
-            task = "Next-token loss with the SAE spliced in" if spliced else "Reconstruction of the residual stream"
+            task = "Next-token loss with the SAE spliced in" if spliced else "Reconstruction of activations"
             metrics.append(
                 EvalResult(
                     task_type="text-generation" if spliced else "feature-extraction",
@@ -159,7 +160,8 @@ def picture(df: pd.DataFrame) -> bytes:
     """The frontier as a PNG on white: Hub pages show no inline SVG."""
     buffer = io.BytesIO()
     with plt.rc_context(STYLE):
-        figure: Any = plots.frontier(selection.without_controls(df), y=selection.cost(df)).figure
+        first = selection.without_controls(selection.first_origin(df))
+        figure: Any = plots.frontier(first, y=selection.cost(first)).figure
         figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
     plt.close(figure)
     return buffer.getvalue()
