@@ -171,6 +171,14 @@ def findings_overview(own: dict[str, list[Finding]], df: pd.DataFrame, prompts: 
     return claims_table(df, prompts, headlines(df, prompts), "layers/")
 
 
+def finding_sections(own: dict[str, list[Finding]], links: str = "") -> Markdown:
+    """All findings in full, each under its heading."""
+    parts = []
+    for n, claim in CLAIMS.items():
+        parts += [f"### Finding {n}: {claim.title} {{#finding-{n}}}", finding_section(own, n, links)]
+    return markdown(*parts)
+
+
 def finding_section(own: dict[str, list[Finding]], n: int, links: str = "") -> Markdown:
     """The `n`th finding in full; of several origins, the verdict and numbers of each."""
     published = all_findings(published_sweep.rows())[n - 1]

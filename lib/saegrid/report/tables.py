@@ -24,6 +24,9 @@ TEMPLATES = Environment(loader=PackageLoader("saegrid.report"), autoescape=True,
 class Markdown(str):
     """Text that a notebook shows as Markdown."""
 
+    html = ""
+    """What a raw block holds (`html_block`)."""
+
     def _repr_markdown_(self) -> str:
         return str(self)
 
@@ -170,7 +173,9 @@ def pipe_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Markdow
 
 def html_block(html: str) -> Markdown:
     """HTML as a raw block of Markdown, which both renderers leave unchanged."""
-    return Markdown(f"```{{=html}}\n{html}\n```\n")
+    block = Markdown(f"```{{=html}}\n{html}\n```\n")
+    block.html = html
+    return block
 
 
 def markdown(*parts: str) -> Markdown:

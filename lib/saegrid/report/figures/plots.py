@@ -272,15 +272,14 @@ def by_origin(df: pd.DataFrame, draw: Callable[[pd.DataFrame], Markdown]) -> Mar
         return draw(df)
     found = []
     for name, rows in parts.items():
-        inner = draw(rows).removeprefix("```{=html}\n").removesuffix("\n```\n")
-        found.append(html_block(f'<div><p class="origin">{escape(name.capitalize())}</p>\n{inner}\n</div>'))
+        title = f'<p class="origin">{escape(name.capitalize())}</p>'
+        found.append(html_block(f"<div>{title}\n{draw(rows).html}\n</div>"))
     return side_by_side(found)
 
 
 def side_by_side(figures: Iterable[Markdown]) -> Markdown:
     """Figures in two columns if there is room."""
-    parts = [figure.removeprefix("```{=html}\n").removesuffix("\n```\n") for figure in figures]
-    return html_block('<div class="figures">\n' + "\n".join(parts) + "\n</div>")
+    return html_block('<div class="figures">\n' + "\n".join(figure.html for figure in figures) + "\n</div>")
 
 
 def standalone_svg(ax: Axes) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -25,7 +26,7 @@ PALE = 0.4
 """Opacity of de-emphasised markers."""
 WIDE = 50.0
 """Values that span more than this factor get a logarithmic axis."""
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "saegrid",
     "font.size": 10.0,

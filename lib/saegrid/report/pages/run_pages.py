@@ -69,9 +69,9 @@ def write_origin_pages(df: pd.DataFrame, prompts: pd.DataFrame, budget: int, rep
 def write_run_pages(df: pd.DataFrame, runs_dir: str | Path, folder: Path) -> None:
     """Write every run's executed notebook as a page, and an index. Deletes the pages of other grids' runs."""
     folder.mkdir(parents=True, exist_ok=True)
-    for page in folder.glob("*.ipynb"):
-        if page.stem not in set(df["run_id"]):
-            page.unlink()
+    for old in folder.glob("*.ipynb"):
+        if old.stem not in set(df["run_id"]):
+            old.unlink()
     rows = df.to_dict("records")
     also = settings.unusual(rows)
     for n, row in enumerate(rows):
@@ -168,7 +168,7 @@ def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:
         around.insert(0, f"← [{title(other, also)}]({other['run_id']}.ipynb)")
     for other in (rows[place] for place in here[here.index(n) + 1 :][:1]):
         around.append(f"[{title(other, also)}]({other['run_id']}.ipynb) →")
-    near = {}
+    near: dict[str, list[str]] = {}
     for other in rows:
         differing = settings.differing(rows[n], other)
         if len(differing) == 1:

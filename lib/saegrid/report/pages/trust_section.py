@@ -94,7 +94,7 @@ def in_short(best: pd.Series, df: pd.DataFrame, stable: pd.DataFrame, baseline: 
     beside = df[[settings.key(row, *CONTROLS) == settings.key(best, *CONTROLS) for row in df.to_dict("records")]]
     found = selection.beside_controls(beside, baseline)
     if len(found):
-        losses = found[(found["control"] != "") & ~found["control"].str.contains("model_init")]
+        losses = found[(found["control"] != "") & ~found["untrained"]]
         said, measure = reached_text(found), selection.cost(losses)
         for least in losses.nsmallest(1, measure).to_dict("records"):
             loss = f"{COLUMNS[measure].title} {number(least[measure], measure)} nats/token"
@@ -114,7 +114,7 @@ def controls(df: pd.DataFrame, baseline: pd.DataFrame | None = None) -> Markdown
         for name in reached:
             shown.loc[row, name] = f"{number(found.loc[row, name], name)} ≈"
     caption = "Settings beside their controls, means over seeds; ≈ marks what a control reaches."
-    if found["control"].str.contains("model_init").any():
+    if found["untrained"].any():
         caption += " An untrained language model has no loss to lose, so its losses are not compared."
     return markdown(
         reached_text(found),
