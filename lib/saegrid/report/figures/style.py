@@ -19,6 +19,14 @@ from saegrid.config.architectures import ARCHITECTURES
 INK = "#0a0b0c"
 PALETTE = {name: arch.color for name, arch in ARCHITECTURES.items()}
 MARKERS = {name: arch.marker for name, arch in ARCHITECTURES.items()}
+LIBRARIES = {
+    "saegrid": "#d55e00",
+    "sae-lens": "#3a86c8",
+    "dictionary_learning": "#b5609a",
+    "sparsify": "#7b7f87",
+    "torch": "#9a7d00",
+}
+"""Colour of each library in every comparison; torch is the published class in a plain loop."""
 ABOVE = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "columnspacing": 1.4, "handletextpad": 0.3}
 """A legend above the plot: it hides nothing, and the plot keeps a phone's whole width."""
 PALE = 0.4

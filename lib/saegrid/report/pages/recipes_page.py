@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from saegrid.analysis import ablation, intervals, peers, scaling, selection
-from saegrid.analysis.numbers import COLUMNS, change, counted, header, number
+from saegrid.analysis.numbers import change, counted, header, number
 from saegrid.analysis.scaling import MEASURES
 from saegrid.experiment import pca_table, results
 from saegrid.report.figures import plots
@@ -82,8 +82,6 @@ def _comparison(folder: Path, name: str) -> str:
 def _switched(df: pd.DataFrame, prompts: pd.DataFrame, caption: str) -> list[str]:
     """The gain from each choice of a recipe: in words, as a figure, and with the means in a table."""
     found, measure = ablation.beside(df, prompts), selection.cost(df)
-    text = f"{COLUMNS[measure].title} with one choice of the recipe switched, less that of the whole recipe; bars are "
-    text += "95% intervals of each."
     changes = [change(row.more, row.low, row.high) for row in found.itertuples()]
     changed = found[["recipe"]].assign(change=changes)
     table = ablation.by_recipe(df).merge(changed, how="left")
@@ -91,7 +89,7 @@ def _switched(df: pd.DataFrame, prompts: pd.DataFrame, caption: str) -> list[str
     columns = ["recipe", *means, "change"]
     return [
         ablation_section.verdict(found),
-        plots.figure(ablation_section.forest(found, measure=measure), alt=text, caption=text),
+        ablation_section.forest(found, measure=measure),
         html_table(table, columns, caption=f"{caption}; “but” names the choice that differs."),
     ]
 
