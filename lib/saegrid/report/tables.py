@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def cells(
     ]
 
 
-def from_template(name: str, **values: Any) -> Markdown:
+def from_template(name: str, /, **values: Any) -> Markdown:
     """A template of `report/templates`, filled in, as a raw block. Blank lines would end HTML in a model card."""
     lines = TEMPLATES.get_template(name).render(**values).splitlines()
     return html_block("\n".join(line.strip() for line in lines if line.strip()))
@@ -154,6 +155,16 @@ def pipe_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Markdow
 def html_block(html: str) -> Markdown:
     """HTML as a raw block of Markdown, which both renderers leave unchanged."""
     return Markdown(f"```{{=html}}\n{html}\n```\n")
+
+
+def raw(block: str) -> str:
+    """The HTML of an `html_block`."""
+    return block.removeprefix("```{=html}\n").removesuffix("\n```\n")
+
+
+def folded(summary: str, content: str) -> Markdown:
+    """Content that opens on a click on its summary."""
+    return markdown(html_block(f"<details>\n<summary>{escape(summary)}</summary>"), content, html_block("</details>"))
 
 
 def markdown(*parts: str) -> Markdown:

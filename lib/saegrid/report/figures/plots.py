@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping
-from html import escape
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,9 +15,9 @@ from matplotlib.ticker import MaxNLocator
 
 from saegrid.analysis.numbers import header, number
 from saegrid.analysis.selection import DENSE_SHARE_PCT, candidates, pareto
-from saegrid.report.figures.style import ABOVE, INK, MARKERS, PALE, PALETTE, STYLE, WIDE, styled
+from saegrid.report.figures.style import ABOVE, INK, MARKERS, PALE, PALETTE, STYLE, WIDE, Look, styled
 from saegrid.report.figures.svg import page_svg
-from saegrid.report.tables import Markdown, html_block
+from saegrid.report.tables import Markdown, from_template, raw
 
 
 @styled
@@ -95,7 +94,8 @@ def heatmap(df: pd.DataFrame, *, metric: str = "delta_loss", ax: Axes | None = N
     table = rows.pivot_table(index="setting", columns="expansion", values=metric, sort=False)
     table = table.reindex(index=order, columns=sorted(table.columns))
     labels = table.map(lambda value: number(value, metric))
-    sns.heatmap(table, annot=labels, fmt="", cmap="cividis", ax=ax, cbar_kws={"label": header(metric)})
+    sns.heatmap(table, annot=labels, fmt="", cmap="cividis", ax=ax, cbar=False)
+    ax.set_title(header(metric))
     ax.grid(False)
     ax.set_xticklabels([f"{size}x" for size in table.columns])
     ax.tick_params(axis="y", rotation=0)
@@ -249,25 +249,43 @@ def recipes_differ(df: pd.DataFrame) -> bool:
     return "recipe" in df and "published" in set(df["recipe"]) and df["recipe"].nunique() > 1
 
 
-def figure(ax: Axes, *, alt: str, caption: str, above: str = "") -> Markdown:
+def figure(ax: Axes, *, alt: str, caption: str, above: str = "", name: str = "") -> Markdown:
     """An Axes as a figure of a page: inline SVG in the page's text colour, with a text alternative.
 
-    `above` is HTML placed above the picture, such as its interactive form. Markers keep their links and get their
-    names as tooltips; no script is needed.
+    `above` is HTML placed above the picture, such as its interactive form; `name` is what a chooser calls it. Markers
+    keep their links and get their names as tooltips; no script is needed.
     """
     with plt.rc_context(STYLE):
         buffer = io.StringIO()
         ax.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     plt.close(ax.figure)  # or the notebook shows it again
     svg = page_svg(buffer.getvalue(), INK, alt)
-    parts = [*([above] if above else []), svg, f"<figcaption>{escape(caption)}</figcaption>"]
-    return html_block('<figure class="plot">\n' + "\n".join(parts) + "\n</figure>")
+    return from_template("figure.html", above=above, svg=svg, caption=caption, title=name)
 
 
-def side_by_side(figures: Iterable[Markdown]) -> Markdown:
-    """Figures in two columns if there is room."""
-    parts = [figure.removeprefix("```{=html}\n").removesuffix("\n```\n") for figure in figures]
-    return html_block('<div class="figures">\n' + "\n".join(parts) + "\n</div>")
+def side_by_side(panels: Iterable[tuple[Axes, str]]) -> Markdown:
+    """Axes with their captions in two columns if there is room, and one legend if theirs are the same."""
+    panels = list(panels)
+    legends = [_looks(ax) for ax, _ in panels]
+    shared = legends[0] if len(panels) > 1 and all(looks == legends[0] for looks in legends) else []
+    title = panels[0][0].get_legend().get_title().get_text() if shared else ""
+    for ax, _ in panels if shared else ():
+        ax.get_legend().remove()
+    figures = [raw(figure(ax, alt=caption, caption=caption)) for ax, caption in panels]
+    return from_template("panels.html", looks=shared, title=title, figures=figures)
+
+
+def _looks(ax: Axes) -> list[Look]:
+    """The entries of an Axes' legend."""
+    if ax.get_legend() is None:
+        return []
+    dashes = {"-": "none", "--": "6 3", ":": "1.6 2.4", "-.": "6 2.4 1.6 2.4"}
+    return [
+        Look(
+            label, line.get_color(), line.get_marker(), line=dashes[line.get_linestyle()], opacity=line.get_alpha() or 1
+        )
+        for line, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    ]
 
 
 def standalone_svg(ax: Axes) -> str:

@@ -11,41 +11,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from saegrid.report.figures.style import INK
+from saegrid.report.figures.style import Look
 from saegrid.report.tables import Markdown, from_template
 
-SHAPES = {
-    "o": "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",
-    "s": "M-4-4h8v8h-8z",
-    "^": "M0-5 5 4-5 4z",
-    "v": "M0 5 5-4-5-4z",
-    "D": "M0-5.2 5.2 0 0 5.2-5.2 0z",
-    "P": "M-1.7-5h3.4v3.3h3.3v3.4h-3.3v3.3h-3.4v-3.3h-3.3v-3.4h3.3z",
-    "|": "M-1-6h2v12h-2z",
-}
-"""Outlines of matplotlib's markers around (0, 0)."""
 MARGIN = 0.04
 """Room beyond the first and the last mark, as a share of the axis."""
-
-
-@dataclass(frozen=True)
-class Look:
-    """A kind of mark: its name in the legend, colour and shape."""
-
-    name: str
-    color: str = INK
-    shape: str = "o"
-    hollow: bool = False
-
-    @property
-    def path(self) -> str:
-        """Its outline."""
-        return SHAPES[self.shape]
-
-    @property
-    def ink(self) -> str:
-        """Its colour in a page."""
-        return "currentColor" if self.color == INK else self.color
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -27,6 +28,16 @@ LIBRARIES = {
     "torch": "#9a7d00",
 }
 """Colour of each library in every comparison; torch is the published class in a plain loop."""
+SHAPES = {
+    "o": "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",
+    "s": "M-4-4h8v8h-8z",
+    "^": "M0-5 5 4-5 4z",
+    "v": "M0 5 5-4-5-4z",
+    "D": "M0-5.2 5.2 0 0 5.2-5.2 0z",
+    "P": "M-1.7-5h3.4v3.3h3.3v3.4h-3.3v3.3h-3.4v-3.3h-3.3v-3.4h3.3z",
+    "|": "M-1-6h2v12h-2z",
+}
+"""Outlines of matplotlib's markers around (0, 0)."""
 ABOVE = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "columnspacing": 1.4, "handletextpad": 0.3}
 """A legend above the plot: it hides nothing, and the plot keeps a phone's whole width."""
 PALE = 0.4
@@ -57,6 +68,28 @@ STYLE = {
     "ytick.color": INK,
     "legend.frameon": False,
 }
+
+
+@dataclass(frozen=True)
+class Look:
+    """A kind of mark in a legend or a figure of HTML: name, colour, marker, and its line's dashes if it has one."""
+
+    name: str
+    color: str = INK
+    shape: str = "o"
+    hollow: bool = False
+    line: str = ""
+    opacity: float = 1.0
+
+    @property
+    def path(self) -> str:
+        """Its outline."""
+        return SHAPES[self.shape]
+
+    @property
+    def ink(self) -> str:
+        """Its colour in a page."""
+        return "currentColor" if self.color == INK else self.color
 
 
 def styled(plot: Callable[..., Axes]) -> Callable[..., Axes]:

@@ -21,7 +21,8 @@ def verdict(found: pd.DataFrame) -> str:
         if rows.any():
             lines.append(f"- {words} with {_told(found[rows])} nats/token.")
     if not shown.all():
-        lines.append(f"- Not shown to differ from the full recipe, within these intervals: {_told(found[~shown])}.")
+        names = ", ".join(f"`{choice}`" for choice in found["choice"][~shown])
+        lines.append(f"- Not shown to differ from the full recipe, within the figure's intervals: {names}.")
     return "\n".join(
         [*lines, "", f"Verdicts hold together: corrected for {len(found)} comparisons (Holm, {LEVEL:.0%})."]
     )
