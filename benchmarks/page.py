@@ -327,7 +327,7 @@ def _place(record: dict[str, Any]) -> tuple:
 
 def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> Markdown:
     """A table; the first cell of a row is its header, a text or a label with a note. A head ends in its (unit)."""
-    head = [(name, unit.rstrip(")")) for name, _, unit in (name.partition(" (") for name in heads)]
+    head = [(name, unit.rstrip(")"), "") for name, _, unit in (name.partition(" (") for name in heads)]
     shown = []
     for first, *others in rows:
         label, note = (first, "") if isinstance(first, str) else first

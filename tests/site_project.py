@@ -15,7 +15,8 @@ from saegrid.storage.atomic import write_json
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ["_quarto.yml", "method.qmd", "recipes.qmd", "speed.qmd", "reproduce.qmd", "notebooks", "lib"]
-SOURCES += ["results/_published.md", "results/_recipes.md", "benchmarks/_speed.md"]
+SOURCES += ["references.bib", "docs/home-light.webp", "benchmarks/_speed.md"]
+SOURCES += [f"results/_{name}.md" for name in ("published", "recipes", "references")]
 NOTEBOOKS = ["findings", "results", "frontier", "latents"]
 HOSTILE = ["$x$", "{{< include gone.md >}}", "</script><script>document.title='broken'</script>", '"><b>', "&lt;"]
 """Token strings that must be rendered as text."""
@@ -73,6 +74,7 @@ def write_latents(root, grid):
         )
     facts = {name: best[name] for name in ("run_id", "name", "model", "sinks")}
     facts |= {name: int(best[name]) for name in ("layer", "d_sae", "n_val_rows")}
-    data = facts | {"n_alive": 60, "n_sink_rows": 2, "tokens_known": True, "latents": latents}
+    fired = [0] * (facts["d_sae"] - 60) + list(range(1, 61))
+    data = facts | {"all_fired": fired, "n_alive": 60, "n_sink_rows": 2, "tokens_known": True, "latents": latents}
     latents_page.write_chunks(data, root / "report/latents")
     write_json(root / "report/latents/latents.json", data)

@@ -69,7 +69,12 @@ def describe(run_dir: Path, store_dir: Path, size: int = SAMPLE, other_seeds: Se
         )
     names = ("run_id", "name", "model", "layer", "sinks", "d_sae", "n_val_rows", "dead_pct")
     kept = {name: facts[name] for name in names}
-    counts = {"n_alive": int((fired > 0).sum()), "n_sink_rows": int(sinks.sum()), "other_seeds": len(other_seeds)}
+    counts = {
+        "all_fired": fired.tolist(),
+        "n_alive": int((fired > 0).sum()),
+        "n_sink_rows": int(sinks.sum()),
+        "other_seeds": len(other_seeds),
+    }
     return kept | counts | {"tokens_known": bool((meta["token_ids"] >= 0).all()), "latents": entries}
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from saegrid.analysis import published_sweep, selection
 from saegrid.analysis.budget import BUDGETS, Choice, Price, by_budget
-from saegrid.analysis.numbers import COLUMNS, change, counted, number, signed
+from saegrid.analysis.numbers import COLUMNS, MEANINGS, change, counted, number, signed
 from saegrid.config import settings
 from saegrid.config.architectures import ARCHITECTURES
 from saegrid.config.grid import L0_BUDGET
@@ -133,7 +133,7 @@ def _result_table(
 ) -> Markdown:
     own = [name for name in OWN if name in df and df[name].notna().any()]
     columns = [*given, *AS_PUBLISHED, *own]
-    heads = [({**SETTINGS, **AS_PUBLISHED, **OWN}[name], "") for name in columns]
+    heads = [({**SETTINGS, **AS_PUBLISHED, **OWN}[name], "", MEANINGS.get(name, "")) for name in columns]
     small = {
         (n, name): format(theirs.loc[run_id, name], PRINTED[name]).replace("-", "−")
         for n, run_id in enumerate(df["run_id"])
@@ -158,7 +158,7 @@ def _result_table(
         groups=[("", 1 + len(given)), ("As the published card", len(AS_PUBLISHED)), ("What the field trusts", len(own))]
         if own
         else [],
-        heads=[("SAE", ""), *heads],
+        heads=[("SAE", "", ""), *heads],
         rows=list(zip(titles, body, strict=True)),
     )
 

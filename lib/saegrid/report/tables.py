@@ -12,12 +12,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from saegrid.analysis.numbers import COLUMNS, MISSING, Column, aligned, counted, number
+from saegrid.analysis.numbers import COLUMNS, MEANINGS, MISSING, Column, aligned, counted, number
 from saegrid.analysis.selection import DENSE_SHARE_PCT, candidates
 from saegrid.config import settings
+from saegrid.config.architectures import ARCHITECTURES
 
 TEMPLATES = Environment(loader=PackageLoader("saegrid.report"), autoescape=True, undefined=StrictUndefined)
 
@@ -40,6 +42,7 @@ def html_table(
     links: str = "",
     mark_best: bool = True,
     tools: str = "",
+    curves: pd.DataFrame | None = None,
 ) -> Markdown:
     """An accessible HTML table: one row per run; the first column is the row header.
 
@@ -51,18 +54,47 @@ def html_table(
         mark_best: star the best value of each column with a direction, among the sparse runs
             (`selection.candidates`).
         tools: name of the CSV file; if given, readers with scripts can sort, filter and download the table.
+        curves: learning curves (`finished_run.load_curves`); if given, the last column draws each run's.
     """
     columns = [name for name in columns if name in df and df[name].notna().any()]
     best, note = best_values(df, columns) if mark_best else ({}, "")
+    heads, body = [head(name) for name in columns], cells(df, columns[1:], best)
+    if curves is not None:
+        heads.append(("Learning curve", "validation MSE, log scale", "Validation MSE after each epoch; one scale."))
+        for row, drawn in zip(body, sparks(df, curves), strict=True):
+            row.append(drawn)
     return from_template(
         "table.html",
         caption=caption,
         note=note,
         tools=tools if len(df) > 1 else "",
         groups=[],
-        heads=[(COLUMNS.get(name, Column(name)).title, _unit(name)) for name in columns],
-        rows=list(zip(headers(df, columns[0], links), cells(df, columns[1:], best), strict=True)),
+        heads=heads,
+        rows=list(zip(headers(df, columns[0], links), body, strict=True)),
     )
+
+
+def head(name: str) -> tuple[str, str, str]:
+    """Title, unit and meaning of a column."""
+    return COLUMNS.get(name, Column(name)).title, _unit(name), MEANINGS.get(name, "")
+
+
+def sparks(df: pd.DataFrame, curves: pd.DataFrame) -> list[dict[str, Any]]:
+    """A cell per run with its small learning curve, all on one logarithmic scale."""
+    level = np.log(curves["val_mse"].clip(lower=1e-12))
+    x = (curves["epoch"] - curves["epoch"].min()) / max(1, np.ptp(curves["epoch"]))
+    y = (level.max() - level) / (np.ptp(level) or 1.0)
+    points = pd.Series([f"{100 * right:.1f},{24 * down:.1f}" for right, down in zip(x, y, strict=True)], curves.index)
+    return [
+        {
+            "column": "curve",
+            "points": " ".join(points[curves["run_id"] == row["run_id"]]),
+            "value": repr(curves.loc[curves["run_id"] == row["run_id"], "val_mse"].iloc[-1]),
+            "color": ARCHITECTURES[row["arch"]].color,
+            "words": False,
+        }
+        for row in df.to_dict("records")
+    ]
 
 
 def best_values(df: pd.DataFrame, columns: Sequence[str]) -> tuple[dict[str, Any], str]:

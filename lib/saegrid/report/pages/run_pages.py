@@ -19,6 +19,7 @@ from saegrid.config import settings
 from saegrid.config.recipes import described
 from saegrid.errors import DamagedError, ResultsError
 from saegrid.experiment import finished_run
+from saegrid.report import bibliography
 from saegrid.report.figures.plots import setting
 from saegrid.report.pages import home_page, recipes_page
 from saegrid.report.site import front_matter
@@ -37,6 +38,7 @@ def write_committed_parts(root: str | Path) -> None:
     folder.mkdir(exist_ok=True)
     write_text(folder / "_published.md", home_page.published_note())
     write_text(folder / "_recipes.md", recipes_page.page(root))
+    write_text(folder / "_references.md", bibliography.references(Path(root) / "references.bib"))
 
 
 def write_run_pages(df: pd.DataFrame, runs_dir: str | Path, folder: Path) -> None:
@@ -58,7 +60,8 @@ def write_run_pages(df: pd.DataFrame, runs_dir: str | Path, folder: Path) -> Non
         page = run_page(notebook, title(row, also), markdown(summary(row, df), navigation(rows, n)))
         page = nbformat.writes(nbformat.from_dict(page))  # cells as lists of lines: Quarto reads only those
         write_text(folder / f"{row['run_id']}.ipynb", page + "\n")
-    write_text(folder / "index.qmd", index_page(df, finished_run.load_timing(df, runs_dir)))
+    timing, curves = finished_run.load_timing(df, runs_dir), finished_run.load_curves(df, runs_dir)
+    write_text(folder / "index.qmd", index_page(df, timing, curves))
 
 
 def run_page(notebook: dict[str, Any], page_title: str, nav: str) -> dict[str, Any]:
@@ -146,12 +149,12 @@ def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:
     return markdown(" · ".join(around), *(["The same but for one axis:", "\n".join(lines)] if lines else []))
 
 
-def index_page(df: pd.DataFrame, timing: pd.DataFrame) -> Markdown:
-    """The list of all runs, and their hardware."""
+def index_page(df: pd.DataFrame, timing: pd.DataFrame, curves: pd.DataFrame) -> Markdown:
+    """The list of all runs with their learning curves, and their hardware."""
     df = df.assign(recipe=[described(row) for row in df.to_dict("records")])
-    table = html_table(
-        df, INDEX_COLUMNS, caption=f"{len(df)} runs; each leads to its executed notebook.", links="./", tools="runs"
-    )
+    columns = [name for name in INDEX_COLUMNS if name not in ("recipe", "seed") or df[name].nunique() > 1]
+    caption = f"{len(df)} runs; each leads to its executed notebook."
+    table = html_table(df, columns, caption=caption, links="./", tools="runs", curves=curves)
     said = "One page per run: parameters, curves, numbers, files and hashes."
     machine = ["## Machine, time and versions", home_page.setting_note(df, timing)]
     return markdown(front_matter("Runs"), said, table, *machine)
