@@ -103,6 +103,19 @@ def test_placeholders_are_the_pages_of_the_navigation_that_are_not_committed(clo
     assert config["project"]["pre-render"] == "lib/prerender.py"
 
 
+def test_a_configured_address_gives_a_sitemap_previews_and_links_to_sources(tmp_path):
+    copy_sources(tmp_path)
+    path = tmp_path / "_quarto.yml"
+    text = re.sub(r"# (site|repo)-url: \S+", r"\1-url: https://example.org/\1", path.read_text())
+    path.write_text(text)
+    assert text.count("https://example.org") == 2
+    site.render(tmp_path)
+    page = (tmp_path / "_site/method.html").read_text()
+    assert "https://example.org/site/method.html" in (tmp_path / "_site/sitemap.xml").read_text()
+    assert "https://example.org/repo/blob/main/method.qmd" in page
+    assert re.search(r'property="og:image" content="https://example.org/site/docs/home-light.webp"', page)
+
+
 # --- the check itself
 
 

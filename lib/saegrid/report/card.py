@@ -17,7 +17,7 @@ from saegrid.analysis.numbers import COLUMNS, MEANINGS, change, counted, number,
 from saegrid.config import settings
 from saegrid.config.architectures import ARCHITECTURES
 from saegrid.config.grid import L0_BUDGET
-from saegrid.report.tables import Markdown, best_values, cells, from_template, headers, markdown
+from saegrid.report.tables import Markdown, best_values, cells, folded, from_template, headers, markdown
 
 AS_PUBLISHED = {
     "val_mse": "Val MSE",
@@ -172,8 +172,10 @@ def architecture_text(df: pd.DataFrame) -> Markdown:
     return markdown(
         "pre = encoder(x − b_pre); x_hat = decoder(z) + b_pre; decoder rows of unit norm. What z keeps of pre:",
         "\n".join(f"- **{arch.name}**: {arch.kept}" for arch in used),
-        "The classes, from `lib/saegrid/core/sae.py` (of the base class, the methods that make a reconstruction):",
-        f"```py\n{class_source([arch.name for arch in used])}\n```",
+        folded(
+            "The classes, from lib/saegrid/core/sae.py (of the base class, the methods that make a reconstruction)",
+            f"```py\n{class_source([arch.name for arch in used])}\n```",
+        ),
     )
 
 

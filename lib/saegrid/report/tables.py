@@ -23,6 +23,9 @@ from saegrid.config.architectures import ARCHITECTURES
 
 TEMPLATES = Environment(loader=PackageLoader("saegrid.report"), autoescape=True, undefined=StrictUndefined)
 
+SWEPT = ("seed", "recipe")
+"""Columns that distinguish runs and say nothing else."""
+
 
 class Markdown(str):
     """Text that a notebook shows as Markdown."""
@@ -48,7 +51,7 @@ def html_table(
 
     Args:
         df: tidy rows.
-        columns: which columns, in order; empty columns are left out.
+        columns: which columns, in order; empty ones are left out, and those of `SWEPT` if all runs are alike in them.
         caption: what the table shows.
         links: folder of the run pages relative to the page, such as `runs/`; empty: no links.
         mark_best: star the best value of each column with a direction, among the sparse runs
@@ -57,6 +60,7 @@ def html_table(
         curves: learning curves (`finished_run.load_curves`); if given, the last column draws each run's.
     """
     columns = [name for name in columns if name in df and df[name].notna().any()]
+    columns = [name for name in columns if name not in SWEPT or len(df) == 1 or df[name].nunique() > 1]
     best, note = best_values(df, columns) if mark_best else ({}, "")
     heads, body = [head(name) for name in columns], cells(df, columns[1:], best)
     if curves is not None:

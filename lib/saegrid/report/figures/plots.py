@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from saegrid.analysis.numbers import header, number
 from saegrid.analysis.selection import DENSE_SHARE_PCT, candidates, pareto
-from saegrid.report.figures.style import ABOVE, INK, MARKERS, PALE, PALETTE, STYLE, WIDE, Look, styled
+from saegrid.report.figures.style import ABOVE, INK, MARKERS, PALE, PALETTE, PANEL, STYLE, WIDE, Look, styled
 from saegrid.report.figures.svg import page_svg
 from saegrid.report.tables import Markdown, from_template, raw
 
@@ -170,13 +170,16 @@ def firing_histogram(df: pd.DataFrame, *, n_rows: int = 0, ax: Axes | None = Non
         groups = [rates[run.index] for _, run in runs.groupby("run_id")]
         shares = np.array([100 * np.histogram(group.dropna(), bins)[0] / len(group) for group in groups])
         color, marker = PALETTE.get(arch, INK), MARKERS.get(arch, "o")
+        if df["run_id"].nunique() == 1:
+            ax.stairs(shares[0], bins, color=color, alpha=0.85, fill=True)
+            continue
         ax.plot(centres, shares.mean(0), color=color, marker=marker, markersize=3.5, label=arch)
         ax.fill_between(centres, shares.min(0), shares.max(0), color=color, alpha=0.15, linewidth=0)
     ax.set_ylim(bottom=0)
     ax.xaxis.set_major_formatter(lambda value, _: f"{float(f'{100 * 10**value:.2g}'):g}%")
     ax.set_xlabel("Share of validation rows on which a latent fires (log scale)")
     ax.set_ylabel("Latents (% of d_sae)")
-    if df["arch"].any():
+    if ax.get_legend_handles_labels()[0]:
         ax.legend()
     return ax
 
@@ -271,6 +274,8 @@ def side_by_side(panels: Iterable[tuple[Axes, str]]) -> Markdown:
     title = panels[0][0].get_legend().get_title().get_text() if shared else ""
     for ax, _ in panels if shared else ():
         ax.get_legend().remove()
+    for ax, _ in panels:
+        ax.figure.set_size_inches(PANEL)
     figures = [raw(figure(ax, alt=caption, caption=caption)) for ax, caption in panels]
     return from_template("panels.html", looks=shared, title=title, figures=figures)
 

@@ -35,6 +35,8 @@ class Row:
     marks: Sequence[Mark]
     text: str = ""
     note: str = ""
+    beside: str = ""
+    """A second number, in small type below the first."""
     href: str = ""
     verdict: dict[str, str] = field(default_factory=dict)
     """Sign, mark and word of a verdict, shown before the label."""

@@ -40,6 +40,8 @@ SHAPES = {
 """Outlines of matplotlib's markers around (0, 0)."""
 ABOVE = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "columnspacing": 1.4, "handletextpad": 0.3}
 """A legend above the plot: it hides nothing, and the plot keeps a phone's whole width."""
+FULL, PANEL = (9.6, 4.6), (5.6, 3.7)
+"""Inches of a figure of the page's width, and of one of two beside each other: their letters look alike."""
 PALE = 0.4
 """Opacity of de-emphasised markers."""
 WIDE = 50.0
@@ -99,7 +101,7 @@ def styled(plot: Callable[..., Axes]) -> Callable[..., Axes]:
     def drawn(df: pd.DataFrame, *, ax: Axes | None = None, **options) -> Axes:
         with plt.rc_context(STYLE):
             if ax is None:
-                _, ax = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+                _, ax = plt.subplots(figsize=FULL, layout="constrained")
             return plot(df, ax=ax, **options)
 
     return drawn

@@ -235,9 +235,10 @@ def figure(own: list[Finding], published: list[Finding]) -> Markdown:
         marks = [] if ours.effect is None else [Mark(HERE, ours.effect, ours.interval)]
         marks += [] if theirs.effect is None else [Mark(THERE, theirs.effect)]
         shown = _shown(ours, theirs, "")
-        there = f"{SIGNS[theirs.verdict][0]} {shown['their_effect'] or theirs.verdict}"
-        note = f"{shown['effect_name']}. Published rows: {there}"
-        rows.append(Row(shown["title"], marks, shown["effect"], note, shown["href"], shown["own"]))
+        there = f"published: {SIGNS[theirs.verdict][0]} {shown['their_effect'] or theirs.verdict}"
+        rows.append(
+            Row(shown["title"], marks, shown["effect"], shown["effect_name"], there, shown["href"], shown["own"])
+        )
     caption = (
         "Effect of each finding, with its 95% t interval over problem templates; the published rows allow none. A gap "
         f"below 0 is less loss. {verdicts_text(own)} {steps_text(own)}"

@@ -310,7 +310,7 @@ def published_note() -> Markdown:
 
 def setting_note(df: pd.DataFrame, timing: pd.DataFrame) -> Markdown:
     """Hardware, time, versions and hashes of the runs on the site."""
-    machine = [("processor", ", ".join(timing["cpu"].unique())), ("threads a run", _values(timing, "threads"))]
+    machine = [("processor", ", ".join(timing["cpu"].unique())), ("threads per run", _values(timing, "threads"))]
     machine += [("training, all runs", f"{timing['train_seconds'].sum() / 60:.1f} minutes, one run after another")]
     versions = [(n.replace("_", " "), _values(df, n)) for n in ("code_version", "torch_version", "kernel", "matmul")]
     hashes = [(n.replace("_", " "), _values(df, n, "`{}`")) for n in ("store_id", "data_sha256", "model_sha256")]

@@ -59,7 +59,7 @@ def introduction(data: Mapping[str, Any], runs: str) -> Markdown:
     """Which run, how many latents, and how they were sampled; `runs` is the folder of run pages."""
     share = 100 * data["n_alive"] / data["d_sae"]
     return Markdown(
-        f"[{data['name']}]({runs}{data['run_id']}.ipynb), the recommended run, has {data['d_sae']:,} latents. "
+        f"[{data['label']}]({runs}{data['run_id']}.ipynb), the recommended run, has {data['d_sae']:,} latents. "
         f"{data['n_alive']:,} of them ({share:.0f}%) fire on at least one of {data['n_val_rows']:,} validation rows. "
         f"Here are **{len(data['latents'])}**, spread evenly over the range from the rarest to the most frequent.\n"
     )
@@ -96,7 +96,7 @@ def firing(data: Mapping[str, Any]) -> Markdown:
     """A histogram of how often the run's latents fire; empty for data without their counts."""
     if not data.get("all_fired"):
         return Markdown("")
-    counts = pd.DataFrame({"fired": data["all_fired"]})
+    counts = pd.DataFrame({"fired": data["all_fired"], "run_id": data["run_id"], "arch": data["arch"]})
     alive = counts["fired"][counts["fired"] > 0]
     dead = data["d_sae"] - len(alive)
     text = (
@@ -122,7 +122,7 @@ def browser(data: Mapping[str, Any], chunks: str) -> Markdown:
             | {"search": " ".join(_unique([*peaks, *promoted, *demoted])), "found": entry.get("found_again")}
             | {"peaks": _tokens(peaks[:SHOWN_TOKENS]), "promoted": _tokens(promoted[:SHOWN_TOKENS])}
         )
-    caption = f"{len(data['latents'])} latents of {data['name']}, from rare to frequent."
+    caption = f"{len(data['latents'])} latents of {data['label']}, from rare to frequent."
     seeds = data.get("other_seeds", 0)
     return from_template("latents.html", chunks=chunks, caption=caption, seeds=seeds, rows=rows)
 

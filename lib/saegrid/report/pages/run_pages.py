@@ -27,7 +27,7 @@ from saegrid.report.tables import Markdown, html_block, html_table, markdown
 from saegrid.storage.atomic import write_text
 from saegrid.storage.checksums import check_sum, read_json, sum_of
 
-INDEX_COLUMNS = ["name", "recipe", "seed", "l0", "fvu_no_sink", "dead_pct", "kl", "delta_loss", "frac_rec_pct"]
+INDEX_COLUMNS = ["name", "seed", "l0", "fvu_no_sink", "dead_pct", "kl", "delta_loss", "frac_rec_pct"]
 LABELS = {"arch": "architecture", "k": "K"}
 """Axes that readers know by a name other than the parameter's."""
 
@@ -151,10 +151,8 @@ def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:
 
 def index_page(df: pd.DataFrame, timing: pd.DataFrame, curves: pd.DataFrame) -> Markdown:
     """The list of all runs with their learning curves, and their hardware."""
-    df = df.assign(recipe=[described(row) for row in df.to_dict("records")])
-    columns = [name for name in INDEX_COLUMNS if name not in ("recipe", "seed") or df[name].nunique() > 1]
     caption = f"{len(df)} runs; each leads to its executed notebook."
-    table = html_table(df, columns, caption=caption, links="./", tools="runs", curves=curves)
+    table = html_table(df, INDEX_COLUMNS, caption=caption, links="./", tools="runs", curves=curves)
     said = "One page per run: parameters, curves, numbers, files and hashes."
     machine = ["## Machine, time and versions", home_page.setting_note(df, timing)]
     return markdown(front_matter("Runs"), said, table, *machine)
