@@ -204,7 +204,7 @@ def details(results: dict[str, Any]) -> str:
             f"On the first batch all contenders of a race have the same MSE within {ALIKE:.0%}: they solve one problem."
         )
     lines = [f"- {where}: {NAMES[name]}, {flags}: `{why}`" for (where, name, flags), why in sorted(failures.items())]
-    return same + ("\n\nSettings that did not run:\n\n" + "\n".join(lines) if lines else "")
+    return f"{same}\n\n{folded('Settings that did not run', chr(10).join(lines))}" if lines else same
 
 
 def floor_table(floors: list[dict[str, Any]]) -> str:

@@ -36,7 +36,7 @@ def step_chart(steps: Sequence[tuple[str, str, dict[str, float]]], caption: str)
     for label, note, times in steps:
         peers = {name: time for name, time in times.items() if name != "floor"}
         closest = min(peers, key=peers.__getitem__, default="")
-        told = f"{NAMES[closest]} {peers[closest]:.1f}x" if closest else f"floor {times['floor']:.2f}x"
+        told = f"{NAMES[closest]} {peers[closest]:.1f}x" if closest else f"{1 / times['floor']:.1f}x the floor"
         marks = [Mark(look, times[name]) for name, look in LOOKS.items() if name in times]
         rows.append(Row(label, [*marks, Mark(LOOKS["saegrid"], 1.0)], told, note))
     caption += " The number is that of the fastest peer." if any(len(times) > 1 for _, _, times in steps) else ""

@@ -107,6 +107,7 @@ def test_a_configured_address_gives_a_sitemap_previews_and_links_to_sources(tmp_
     copy_sources(tmp_path)
     path = tmp_path / "_quarto.yml"
     text = re.sub(r"# (site|repo)-url: \S+", r"\1-url: https://example.org/\1", path.read_text())
+    text = text.replace("# repo-actions", "repo-actions")
     path.write_text(text)
     assert text.count("https://example.org") == 2
     site.render(tmp_path)

@@ -17,7 +17,10 @@ def parse(figure):
 
 
 def test_marks_lie_where_their_values_are_and_intervals_around_them():
-    rows = [Row("a & b", [Mark(OURS, 1.0, (0.5, 2.0)), Mark(THEIRS, 0.0)], "+1.0", "note", "#a"), Row("empty", [], "–")]
+    rows = [
+        Row("a & b", [Mark(OURS, 1.0, (0.5, 2.0)), Mark(THEIRS, 0.0)], "+1.0", "note", href="#a"),
+        Row("empty", [], "–"),
+    ]
     root = parse(strips(rows, axis="nats", caption="c", origin=0.0))
     at = [float(re.search(r"left:([\d.]+)%", mark.get("style"))[1]) for mark in root.iter("b")]
     span = next(mark for mark in root.iter("i") if mark.get("class") == "span").get("style")

@@ -64,7 +64,13 @@ def html_table(
     best, note = best_values(df, columns) if mark_best else ({}, "")
     heads, body = [head(name) for name in columns], cells(df, columns[1:], best)
     if curves is not None:
-        heads.append(("Learning curve", "validation MSE, log scale", "Validation MSE after each epoch; one scale."))
+        heads.append(
+            (
+                "Learning curve",
+                "validation MSE",
+                "Validation MSE after each epoch, logarithmic, each run on its own scale.",
+            )
+        )
         for row, drawn in zip(body, sparks(df, curves), strict=True):
             row.append(drawn)
     return from_template(
@@ -84,21 +90,17 @@ def head(name: str) -> tuple[str, str, str]:
 
 
 def sparks(df: pd.DataFrame, curves: pd.DataFrame) -> list[dict[str, Any]]:
-    """A cell per run with its small learning curve, all on one logarithmic scale."""
-    level = np.log(curves["val_mse"].clip(lower=1e-12))
-    x = (curves["epoch"] - curves["epoch"].min()) / max(1, np.ptp(curves["epoch"]))
-    y = (level.max() - level) / (np.ptp(level) or 1.0)
-    points = pd.Series([f"{100 * right:.1f},{24 * down:.1f}" for right, down in zip(x, y, strict=True)], curves.index)
-    return [
-        {
-            "column": "curve",
-            "points": " ".join(points[curves["run_id"] == row["run_id"]]),
-            "value": repr(curves.loc[curves["run_id"] == row["run_id"], "val_mse"].iloc[-1]),
-            "color": ARCHITECTURES[row["arch"]].color,
-            "words": False,
-        }
-        for row in df.to_dict("records")
-    ]
+    """A cell per run with its small learning curve, logarithmic and on a scale of its own."""
+    found = []
+    for row in df.to_dict("records"):
+        losses = curves.loc[curves["run_id"] == row["run_id"], "val_mse"].to_numpy()
+        level = np.log(losses.clip(1e-12))
+        down = 24 * (level.max() - level) / (np.ptp(level) or 1.0)
+        right = np.linspace(0, 100, len(level))
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(right, down, strict=True))
+        color = ARCHITECTURES[row["arch"]].color
+        found.append({"column": "curve", "words": False, "points": points, "value": float(losses[-1]), "color": color})
+    return found
 
 
 def best_values(df: pd.DataFrame, columns: Sequence[str]) -> tuple[dict[str, Any], str]:

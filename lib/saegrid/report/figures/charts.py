@@ -121,7 +121,11 @@ def frontier(
     arches = [arch for arch in PALETTE if arch in set(df["arch"])]
     marks = alt.Chart(rows, name="runs").mark_point(filled=True, opacity=1, strokeWidth=1.5, cursor="pointer")
     marks = marks.encode(
-        color=alt.Color("arch:N", title=None, scale=alt.Scale(domain=arches, range=[PALETTE[a] for a in arches])),
+        color=alt.Color(
+            "arch:N",
+            legend=alt.Legend(title=None, columns=3),  # a phone is three wide
+            scale=alt.Scale(domain=arches, range=[PALETTE[a] for a in arches]),
+        ),
         stroke=alt.Stroke("arch:N", title=None, scale=alt.Scale(domain=arches, range=[PALETTE[a] for a in arches])),
         shape=alt.Shape(
             "arch:N", title=None, scale=alt.Scale(domain=arches, range=[SHAPES[MARKERS[a]] for a in arches])

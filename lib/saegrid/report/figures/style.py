@@ -49,7 +49,7 @@ WIDE = 50.0
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "saegrid",
-    "font.size": 10.0,
+    "font.size": 10.5,
     "font.family": "sans-serif",
     "figure.facecolor": "none",
     "axes.facecolor": "none",
