@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from saegrid.analysis import selection
 from saegrid.analysis.numbers import header, number
 from saegrid.analysis.selection import DENSE_SHARE_PCT, candidates, pareto
 from saegrid.report.figures.style import ABOVE, INK, MARKERS, PALE, PALETTE, PANEL, STYLE, WIDE, Look, styled
@@ -266,17 +268,29 @@ def figure(ax: Axes, *, alt: str, caption: str, above: str = "", name: str = "")
     return from_template("figure.html", above=above, svg=svg, caption=caption, title=name)
 
 
-def side_by_side(panels: Iterable[tuple[Axes, str]]) -> Markdown:
-    """Axes with their captions in two columns if there is room, and one legend if theirs are the same."""
+def by_origin(df: pd.DataFrame, draw: Callable[[pd.DataFrame], Markdown]) -> Markdown:
+    """What `draw` makes of the rows; of several origins, one such figure for each, below its name."""
+    parts = selection.by_origin(df)
+    if len(parts) == 1:
+        return draw(df)
+    return from_template("origins.html", parts=[(name.capitalize(), raw(draw(rows))) for name, rows in parts.items()])
+
+
+def side_by_side(panels: Iterable[tuple[Axes, str] | tuple[Axes, str, str]]) -> Markdown:
+    """Axes with caption, and a text alternative if that is another one, in two columns if there is room.
+
+    They have one legend if theirs are the same.
+    """
     panels = list(panels)
-    legends = [_looks(ax) for ax, _ in panels]
+    legends = [_looks(ax) for ax, *_ in panels]
     shared = legends[0] if len(panels) > 1 and all(looks == legends[0] for looks in legends) else []
     title = panels[0][0].get_legend().get_title().get_text() if shared else ""
-    for ax, _ in panels if shared else ():
-        ax.get_legend().remove()
-    for ax, _ in panels:
+    figures = []
+    for ax, caption, *alt in panels:
+        if shared:
+            ax.get_legend().remove()
         ax.figure.set_size_inches(PANEL)
-    figures = [raw(figure(ax, alt=caption, caption=caption)) for ax, caption in panels]
+        figures.append(raw(figure(ax, alt=alt[0] if alt else caption, caption=caption)))
     return from_template("panels.html", looks=shared, title=title, figures=figures)
 
 
@@ -285,12 +299,13 @@ def _looks(ax: Axes) -> list[Look]:
     if ax.get_legend() is None:
         return []
     dashes = {"-": "none", "--": "6 3", ":": "1.6 2.4", "-.": "6 2.4 1.6 2.4"}
-    return [
-        Look(
-            label, line.get_color(), line.get_marker(), line=dashes[line.get_linestyle()], opacity=line.get_alpha() or 1
-        )
-        for line, label in zip(*ax.get_legend_handles_labels(), strict=True)
-    ]
+    looks = []
+    for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+        line = handle.lines[0] if isinstance(handle, ErrorbarContainer) else handle
+        hollow = line.get_markerfacecolor() == "none"
+        style = {"line": dashes[line.get_linestyle()], "hollow": hollow, "opacity": line.get_alpha() or 1}
+        looks.append(Look(label, line.get_color(), line.get_marker(), **style))
+    return looks
 
 
 def standalone_svg(ax: Axes) -> str:

@@ -11,8 +11,10 @@ import pandas as pd
 
 from saegrid.analysis import ablation, intervals, peers, scaling, selection
 from saegrid.analysis.numbers import change, counted, header, number
+from saegrid.analysis.origins.headlines import headlines
 from saegrid.analysis.scaling import MEASURES
 from saegrid.experiment import pca_table, results
+from saegrid.report import layers
 from saegrid.report.figures import plots
 from saegrid.report.pages import ablation_section, peers_section, scaling_section
 from saegrid.report.tables import Markdown, html_table, markdown
@@ -21,6 +23,7 @@ SECTIONS = {
     "recipes": ("Two recipes", "two-recipes", "recipes"),
     "ablation": ("What each choice buys", "choices", "ablation"),
     "scaling": ("Scaling", "scaling", "scaling"),
+    "layers": ("Other layers, other text", "layers", "layers"),
     "peers": ("Beside other libraries", "libraries", "peer-quality"),
 }
 """Folders under `results/`: title and anchor of their section, and the make target of their tables."""
@@ -35,7 +38,10 @@ def page(root: str | Path = ".") -> Markdown:
     for name, (title, anchor, made_by) in SECTIONS.items():
         folder, answer = Path(root) / "results" / name, ""
         body = f"Not measured yet: `make {made_by}` does it."
-        if (folder / ("runs.csv" if name == "peers" else "results_tidy.csv")).exists():
+        made = (folder / ("runs.csv" if name == "peers" else "results_tidy.csv")).exists()
+        if name == "layers" and not made:  # it takes hours, and the other sections stand without it
+            continue
+        if made:
             answer, body = MADE[name](folder)
         short += [f"- {answer} [More](#{anchor})"] if answer else []
         sections += [f"## {title} {{#{anchor}}}", body]
@@ -63,20 +69,29 @@ def _scaling(folder: Path) -> tuple[str, str]:
         (scaling_section.curves(df, y=y, x=x, by="k"), f"{header(y)} over {header(x)}; means over the other sizes.")
         for y, x in panels
     ]
-    found = scaling.exponents(df)
-    table = scaling_section.exponent_table(found, len(df))
-    body = [_what(df), scaling_section.verdict(found), plots.side_by_side(figures), table]
+    found, steps = scaling.exponents(df), scaling.steps(df)
+    tables = [scaling_section.exponent_table(found, len(df)), scaling_section.step_table(steps)]
+    body = [_what(df), scaling_section.verdict(found, steps), plots.side_by_side(figures), *tables]
     factors = [
         f"{scaling.SIZES[row.size]} by {2**row.slope:.2f}" for row in found[found["measure"] == measure].itertuples()
     ]
     return f"**Size**: twice as much multiplies {MEASURES[measure]}: {', '.join(factors)}.", markdown(*body)
 
 
+def _layers(folder: Path) -> tuple[str, str]:
+    df, prompts = selection.without_controls(results.read_tidy(folder)), results.read_prompts(folder)
+    where = f"{counted(df['layer'].nunique(), 'layer')} and {counted(df['dataset'].nunique(), 'text')}"
+    text = f"Do this project's headlines hold elsewhere? {_what(df)} Each of {where} is judged by itself."
+    told = layers.verdict(headlines(df, prompts)).splitlines()
+    short = " ".join(line.removeprefix("- ") for line in told)
+    return short and f"Elsewhere ({where}): {short}", markdown(text, layers.section(df, prompts))
+
+
 def _recipes(folder: Path) -> tuple[str, str]:
     df, prompts = selection.without_controls(results.read_tidy(folder)), results.read_prompts(folder)
-    table = ablation.by_recipe(df, prompts)
+    table = ablation_section.recipe_means(df, prompts)
     keys = [key for key in ablation.setting(df) if table[key].nunique() > 1]
-    columns = [*(["arch"] if "arch" in keys else []), "recipe", "seeds", *ablation.MEANS, *ablation.BETWEEN]
+    columns = [*(["arch"] if "arch" in keys else []), "recipe", "seeds", *ablation.MEANS, *ablation_section.UNCERTAIN]
     said = [_what(df), claim(df, prompts), _beside_pca(table, pca_table.read(folder))]
     caption = f"Means over {df['seed'].nunique()} seeds, from make recipes."
     body = markdown(*filter(None, said), html_table(table, columns, caption=caption))
@@ -109,7 +124,7 @@ def _switched(folder: Path) -> tuple[str, str]:
     return answer, markdown(*body)
 
 
-MADE = {"recipes": _recipes, "ablation": _switched, "scaling": _scaling, "peers": _peers}
+MADE = {"recipes": _recipes, "ablation": _switched, "scaling": _scaling, "layers": _layers, "peers": _peers}
 """What makes the short answer and the body of each section."""
 
 
@@ -117,8 +132,9 @@ def _what(df: pd.DataFrame) -> str:
     one, seeds = df.iloc[0], df["seed"].nunique()
     kind = f"{one['arch']} runs" if df["arch"].nunique() == 1 else "runs"
     shown = {name: " and ".join(f"{value:,}" for value in sorted(df[name].unique())) for name in VARIED}
+    read = " and ".join(str(layer) for layer in sorted(df["layer"].unique()))
     text = (
-        f"{len(df)} {kind} on layer {one['layer']} of {one['model'].removeprefix('embedded:')}: "
+        f"{len(df)} {kind} on layer {read} of {one['model'].removeprefix('embedded:')}: "
         f"{shown['n_train_rows']} tokens, {one['epochs']} epochs, expansion {shown['expansion']}, K = {shown['k']}, "
         f"{counted(seeds, 'seed')}; judged on {one['n_val_rows']:,} held-out tokens and "
         f"{one['n_eval_prompts']} prompts."
