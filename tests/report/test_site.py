@@ -400,6 +400,11 @@ def test_heads_say_what_they_mean_on_hover_and_focus(open_page):
     assert page.get_by_role("tooltip").inner_text() == numbers.MEANINGS["frac_rec_pct"]
 
 
+def test_a_reference_shows_the_number_of_its_figure_and_reads_without_scripts(open_page):
+    assert open_page("recipes.html").locator("a.ref").inner_text() == "Figure 1"
+    assert open_page("recipes.html", scripts=False).locator("a.ref").inner_text() == "the figure"
+
+
 def test_one_measure_of_the_frontier_is_shown_at_a_time(open_page):
     page = open_page("report/frontier.html")
     page.wait_for_selector(".chooser figure.live")

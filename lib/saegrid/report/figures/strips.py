@@ -42,8 +42,13 @@ class Row:
     """Sign, mark and word of a verdict, shown before the label."""
 
 
-def strips(rows: Sequence[Row], *, axis: str, caption: str, log: bool = False, origin: float | None = None) -> Markdown:
-    """The figure. `axis` names the axis; `origin` is a value with a line of its own; `log`: a logarithmic axis."""
+def strips(
+    rows: Sequence[Row], *, axis: str, caption: str, log: bool = False, origin: float | None = None, name: str = ""
+) -> Markdown:
+    """The figure. `axis` names the axis; `origin` is a value with a line of its own; `log`: a logarithmic axis.
+
+    A link `[the figure](#name){.ref}` shows its number, and without scripts its own words.
+    """
     marks = [mark for row in rows for mark in row.marks]
     ends = [end for mark in marks for end in (mark.value, *(mark.interval or ()))]
     ends += [] if origin is None else [origin]
@@ -60,6 +65,7 @@ def strips(rows: Sequence[Row], *, axis: str, caption: str, log: bool = False, o
         ticks=[(place(tick), f"{tick:g}".replace("-", "−")) for tick in _ticks(low, high, log)],
         origin=None if origin is None else place(origin),
         place=place,
+        name=name,
         axis=axis,
         caption=caption,
     )

@@ -26,7 +26,8 @@ def verdict(found: pd.DataFrame) -> str:
             lines.append(f"- {words} with {_told(found[rows])} nats/token.")
     if not shown.all():
         names = ", ".join(f"`{choice}`" for choice in found["choice"][~shown])
-        lines.append(f"- Not shown to differ from the full recipe, within the figure's intervals: {names}.")
+        within = "within the intervals of [the figure](#fig-choices){.ref}"
+        lines.append(f"- Not shown to differ from the full recipe, {within}: {names}.")
     return "\n".join(
         [*lines, "", f"Verdicts hold together: corrected for {len(found)} comparisons (Holm, {LEVEL:.0%})."]
     )
@@ -44,7 +45,8 @@ def forest(found: pd.DataFrame, *, measure: str = "delta_loss") -> Markdown:
     ]
     title, unit = COLUMNS[measure].title, COLUMNS[measure].unit
     caption = f"{title} with one choice of the recipe switched, minus that of the whole recipe; 95% intervals of each."
-    return strips(rows, axis=f"{title} more than the whole recipe's ({unit})", caption=caption, origin=0.0)
+    axis = f"{title} more than the whole recipe's ({unit})"
+    return strips(rows, axis=axis, caption=caption, origin=0.0, name="fig-choices")
 
 
 def recipe_means(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> pd.DataFrame:
