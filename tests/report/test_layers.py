@@ -128,7 +128,7 @@ def test_the_notebooks_take_several_origins(made, grid, name, monkeypatch):
             shown += [str(value)] if value is not None else []
             scope.update({"results_dir": grid.results_dir, "runs_dir": "runs"})
     text = "\n".join(shown)
-    figures = {"findings": 0, "frontier": 10, "results": 1}[name]
+    figures = {"findings": 0, "frontier": 6, "results": 1}[name]
     for origin in ORIGINS:
         assert text.count(f'<p class="origin">{origin.capitalize()}</p>') == figures
     if name == "findings":

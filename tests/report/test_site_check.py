@@ -210,7 +210,8 @@ def test_the_sources_pass_the_linter(tmp_path):
         texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
         (tmp_path / f"{path.stem}.qmd").write_text("\n\n".join(texts) + "\n")
     panache = Path(sys.executable).with_name("panache")
-    run(panache, "lint", "--ignore", "undefined-references", *sorted(tmp_path.glob("*.qmd")), cwd=tmp_path)
+    ignored = ["undefined-references", "undefined-anchor"]  # the check of the rendered site looks at anchors
+    run(panache, "lint", *(f"--ignore={rule}" for rule in ignored), *sorted(tmp_path.glob("*.qmd")), cwd=tmp_path)
 
 
 # --- colours

@@ -41,7 +41,8 @@ def write_committed_parts(root: str | Path) -> None:
     folder.mkdir(exist_ok=True)
     write_text(folder / "_published.md", home_page.published_note())
     write_text(folder / "_recipes.md", recipes_page.page(root))
-    write_text(folder / "_references.md", bibliography.references(Path(root) / "references.bib"))
+    if (papers := Path(root) / "references.bib").exists():
+        write_text(folder / "_references.md", bibliography.references(papers))
 
 
 def write_origin_pages(df: pd.DataFrame, prompts: pd.DataFrame, budget: int, report: Path, **beside: Any) -> None:
