@@ -165,9 +165,9 @@ def slug(origin: str) -> str:
 
 
 def findings_overview(own: dict[str, list[Finding]], df: pd.DataFrame, prompts: pd.DataFrame | None) -> Markdown:
-    """Verdicts on this grid's rows: the table of the five findings, or of all claims by origin if there are several."""
+    """Verdicts on this grid's rows: a figure of the five findings, or all claims by origin if there are several."""
     if len(own) == 1:
-        return findings_page.findings_table(own[""], all_findings(published_sweep.rows()), page="")
+        return findings_page.figure(own[""], all_findings(published_sweep.rows()))
     return claims_table(df, prompts, headlines(df, prompts), "layers/")
 
 

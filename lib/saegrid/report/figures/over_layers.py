@@ -24,9 +24,7 @@ def figures(df: pd.DataFrame) -> list[Markdown]:
             if seeds > 1:
                 caption += f" Means over {counted(seeds, 'seed')}"
                 caption += "; bars: 95% t intervals over seeds." if seeds > 2 else "."
-            panels.append(
-                plots.figure(curves(those, y=measure, limits=limits), alt=_alt(those, measure), caption=caption)
-            )
+            panels.append((curves(those, y=measure, limits=limits), caption, _alt(those, measure)))
         found.append(plots.side_by_side(panels))
     return found
 

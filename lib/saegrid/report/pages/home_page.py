@@ -23,7 +23,7 @@ from saegrid.report import card, layers, loading
 from saegrid.report.figures import captions, plots
 from saegrid.report.pages import findings_page, trust_section
 from saegrid.report.pages.ablation_section import recipe_section
-from saegrid.report.tables import Markdown, from_template, html_table, markdown, pipe_table
+from saegrid.report.tables import Markdown, folded, from_template, html_table, markdown, pipe_table
 from saegrid.storage.hub_access import HUB_ID
 
 BASE_MODELS = {EMBEDDED_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -319,14 +319,14 @@ def published_note() -> Markdown:
 
 def setting_note(df: pd.DataFrame, timing: pd.DataFrame) -> Markdown:
     """Hardware, time, versions and hashes of the runs on the site."""
-    machine = [("processor", ", ".join(timing["cpu"].unique())), ("threads a run", _values(timing, "threads"))]
+    machine = [("processor", ", ".join(timing["cpu"].unique())), ("threads per run", _values(timing, "threads"))]
     machine += [("training, all runs", f"{timing['train_seconds'].sum() / 60:.1f} minutes, one run after another")]
     versions = [(n.replace("_", " "), _values(df, n)) for n in ("code_version", "torch_version", "kernel", "matmul")]
     hashes = [(n.replace("_", " "), _values(df, n, "`{}`")) for n in ("store_id", "data_sha256", "model_sha256")]
     columns = ["name", "train_seconds", "train_rows_per_second", "eval_seconds"]
     return markdown(
         pipe_table(["What", "Value"], machine + versions + hashes),
-        html_table(timing, columns, caption="Time of each run.", mark_best=False),
+        folded("Time of each run", html_table(timing, columns, caption="Time of each run.", mark_best=False)),
     )
 
 

@@ -38,11 +38,12 @@ def stability(stable: pd.DataFrame) -> Markdown:
         )
         said = f"Found again with another seed:\n\n{said}"
         return markdown(said, html_table(table, columns, caption=caption, mark_best=False))
-    figures = []
-    for x in (name for name in SIZES if plain[name].nunique() > 1):
-        text = f"{header('stable_pct')} over {header(x)}, a line per architecture; means over the other settings."
-        figures.append(plots.figure(curves(plain, x=x), alt=text, caption=text))
-    drawn = [plots.side_by_side(figures)] if figures else []
+    panels = [
+        (curves(plain, x=x), f"{header('stable_pct')} over {header(x)}; means over the other settings.")
+        for x in SIZES
+        if plain[x].nunique() > 1
+    ]
+    drawn = [plots.side_by_side(panels)] if panels else []
     return markdown(verdict(plain), *drawn, html_table(table, columns, caption=caption, mark_best=False))
 
 
