@@ -56,9 +56,11 @@ SPREAD, NOISE, OFFSET = 0.3, 0.1, 1.5
 """Standard deviation of log magnitudes; norms of noise and common offset, where a direction's magnitude is 1."""
 SINK_EVERY, SINK_RATIO, UNIT = 200, 170.0, 18.0
 """One row in so many is a sink, of so many times an ordinary norm; a direction's magnitude in the rows' unit."""
-ROWS, VAL_ROWS, EPOCHS, EXPANSION, SEEDS = (40_000, 160_000), 10_000, 10, 4, 3
+ROWS = {40_000: 3, 160_000: 2}
+"""Numbers of training rows, and the seeds of each setting on them."""
+VAL_ROWS, EPOCHS, EXPANSION = 10_000, 10, 4
 ARCHS = {"published": ("TopK", "BatchTopK", "Matryoshka"), "improved": ("TopK", "BatchTopK", "JumpReLU", "Matryoshka")}
-KS = (3, 6, 9, 12, 15, 18, 24, 48)
+KS = (3, 6, 9, 12, 18, 24, 48)
 """K of the runs that show decoder coherence over K (improved, BatchTopK, most rows, one seed)."""
 SETTING = ["recipe", "arch", "freeze", "rows", "k"]
 
@@ -114,7 +116,7 @@ def sample(world: World, rows: int, generator: torch.Generator, chunk: int = 819
         left -= chunk
 
 
-def write_rows(folder: Path, world: World, train_rows: int, val_rows: int = VAL_ROWS, layer: int = 12) -> Tensor:
+def write_rows(folder: Path, world: World, train_rows: int, val_rows: int, layer: int = 12) -> Tensor:
     """Write published activation files. Returns which direction is in which validation row, (val_rows, n) bool."""
     generator = torch.Generator().manual_seed(1)
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,13 +150,13 @@ def places(folder: Path, d_in: int) -> dict[str, str]:
 def prepare(folder: Path, rows: int, world: World) -> Course:
     """The rows, with what else a run needs."""
     told = places(folder, world.directions.shape[1]) | {"activations": str(folder / f"rows-{rows}")}
-    return Course(told, world.directions, write_rows(Path(told["activations"]), world, rows))
+    return Course(told, world.directions, write_rows(Path(told["activations"]), world, rows, VAL_ROWS))
 
 
-def plan(rows: list[int], seeds: int) -> list[tuple[dict[str, Any], int]]:
+def plan(rows: dict[int, int]) -> list[tuple[dict[str, Any], int]]:
     """(setting, number of seeds) of all runs: recipes and architectures, their controls, then the sweep over K."""
     found = []
-    for n, (recipe, archs) in itertools.product(rows, ARCHS.items()):
+    for (n, seeds), (recipe, archs) in itertools.product(rows.items(), ARCHS.items()):
         found += [({"recipe": recipe, "arch": a, "freeze": "none", "rows": n, "k": round(L0)}, seeds) for a in archs]
         found += [({"recipe": recipe, "arch": "BatchTopK", "freeze": "decoder", "rows": n, "k": round(L0)}, seeds)]
     sweep = {"recipe": "improved", "arch": "BatchTopK", "freeze": "none", "rows": max(rows)}
@@ -209,21 +211,21 @@ def compared(saes: list[SAE], configs: list[RunConfig], store: Store) -> dict[tu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
-    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--seeds", type=int, help="instead of the planned number")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--only-rows", type=Path, metavar="FOLDER")
     parser.add_argument("--d-in", type=int, default=D_IN, help="width, with --only-rows: that of the grid's model")
     parser.add_argument("--out", type=Path, default=ROOT / "results/ground_truth")
     options = parser.parse_args()
-    rows = sorted(map(int, options.rows.split(",")))
+    rows = {n: options.seeds or ROWS.get(n, 2) for n in sorted(map(int, options.rows.split(",")))}
     if options.only_rows:
-        write_rows(options.only_rows, make_world(options.d_in, 4 * options.d_in), max(rows))
+        write_rows(options.only_rows, make_world(options.d_in, 4 * options.d_in), max(rows), VAL_ROWS)
         return
     path = options.out / "runs.csv"
     done = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=SETTING)
     with tempfile.TemporaryDirectory() as name:
         courses: dict[int, Course] = {}
-        for setting, seeds in plan(rows, options.seeds):
+        for setting, seeds in plan(rows):
             if (done[SETTING] == pd.Series(setting)).all(axis=1).sum() >= seeds:
                 continue
             if setting["rows"] not in courses:

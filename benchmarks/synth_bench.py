@@ -106,7 +106,7 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--k", type=int, default=12)
+    parser.add_argument("--k", type=int, default=8)
     parser.add_argument("--peers", default="saegrid,sae-lens,dictionary_learning,sparsify")
     parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers/bin/python")
     parser.add_argument("--out", type=Path, default=ROOT / "results/ground_truth")

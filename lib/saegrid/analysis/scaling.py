@@ -1,4 +1,4 @@
-"""How loss follows dictionary size, K and tokens: power laws fitted to a grid's runs. Free of torch."""
+"""How measures follow sizes: power laws of the loss, and decoder coherence over K. Free of torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 
 from saegrid.analysis.intervals import t_interval
-from saegrid.analysis.selection import cost
+from saegrid.analysis.selection import cost, without_controls
+from saegrid.config import settings
 
 SIZES = {"d_sae": "latents", "k": "K", "n_train_rows": "training tokens"}
 MEASURES = {"fvu_no_sink": "FVU without sinks", "kl": "KL", "delta_loss": "delta loss"}
@@ -38,3 +39,24 @@ def exponents(df: pd.DataFrame) -> pd.DataFrame:
             slope, low, high, _ = t_interval(slopes[n], errors[n], df_left)
             rows.append([measure, size, slope, low, high, float(np.exp(np.std(residuals)))])
     return pd.DataFrame(rows, columns=["measure", "size", "slope", "low", "high", "spread"])
+
+
+def coherence_over_k(df: pd.DataFrame) -> pd.DataFrame:
+    """Decoder coherence by K (means over seeds) of each setting that was run at three K or more, controls left out.
+
+    Columns: `label` (the setting without its K), `k`, `decoder_coherence`. No rows where it was not measured.
+    """
+    columns = ["label", "k", "decoder_coherence"]
+    if "decoder_coherence" not in df:
+        return pd.DataFrame(columns=columns)
+    rows = without_controls(df).dropna(subset=["decoder_coherence", "k"])
+    rows = rows.assign(rest=[settings.key(row, "k") for row in rows.to_dict("records")])
+    found = []
+    for _, group in rows.groupby("rest", sort=False):
+        if group["k"].nunique() > 2:
+            first = group.iloc[0]
+            size = "" if pd.isna(first.get("expansion")) else f" {first['expansion']}x"
+            label = f"{first['arch']}{size}, {first['recipe']}"
+            means = group.astype({"k": int}).groupby("k")["decoder_coherence"].mean()
+            found += [(label, k, value) for k, value in means.items()]
+    return pd.DataFrame(found, columns=columns)

@@ -115,6 +115,7 @@ def body(
         "### By budget",
         "Latents are read one by one: fewer per token are easier to read, more leave the model as it is.",
         card.budget_cards(df, prompts, budget, runs),
+        *filter(None, [trust_section.which_k(df)]),
         figure,
         "## Results",
         f"As the published card has them, then KL, loss recovered and FVU.{all_columns}",

@@ -14,12 +14,21 @@ from saegrid.analysis.numbers import COLUMNS, change, counted, header, number
 from saegrid.analysis.scaling import MEASURES
 from saegrid.experiment import pca_table, results
 from saegrid.report.figures import plots
-from saegrid.report.pages import ablation_section, peers_section, scaling_section
+from saegrid.report.pages import ablation_section, peers_section, scaling_section, trust_section
 from saegrid.report.tables import Markdown, html_table, markdown
 
 GRIDS = {"recipes": "Two recipes", "ablation": "What each choice buys", "scaling": "Scaling"}
 """Folders under `results/`, made by the grid files of the same names, and the titles of their sections."""
 
+MEASURED = {
+    "Known directions": ("ground_truth", "ground-truth", trust_section.known_directions),
+    "SAELens' synthetic benchmark": (
+        *("ground_truth/synthsaebench.csv", "synth-bench"),
+        trust_section.synthetic_benchmark,
+    ),
+    "Sparse probes": ("probes/probes.csv", "probes", trust_section.probes),
+}
+"""Titles of sections from other tables: file or folder under `results/`, the make target, what makes the section."""
 VARIED = ("n_train_rows", "expansion", "k")
 SEEDS = "Intervals: 95%, t intervals over prompt templates and seeds, paired."
 
@@ -35,6 +44,9 @@ def page(root: str | Path = ".") -> Markdown:
     made = "Not measured yet: `make peer-quality` does it."
     folder = Path(root) / "results/peers"
     sections += ["## Beside other libraries", _peers(folder) if (folder / "runs.csv").exists() else made]
+    for title, (name, target, section) in MEASURED.items():
+        path = Path(root) / "results" / name
+        sections += [f"## {title}", section(path) if path.exists() else f"Not measured yet: `make {target}` does it."]
     return markdown(*sections)
 
 
