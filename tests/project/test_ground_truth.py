@@ -68,8 +68,8 @@ def test_rows_are_published_files_made_of_the_directions_that_the_truth_names(be
 
 def test_a_setting_is_trained_and_judged_and_the_usual_evaluation_takes_the_rows(bench, tmp_path):
     course = bench.prepare(tmp_path, 600, bench.make_world(16, 40, l0=3.0))
-    setting = {"recipe": "improved", "arch": "TopK", "freeze": "none", "rows": 600, "k": 3}
-    found = bench.measured(setting, 2, course, epochs=1)
+    setting = {"recipe": "improved", "arch": "TopK", "freeze": "none", "rows": 600, "epochs": 1, "k": 3}
+    found = bench.measured(setting, 2, course)
     assert found["seed"].tolist() == [0, 1] and found["l0_no_sink"].tolist() == pytest.approx([3, 3], abs=0.1)
     assert found["stable_pct"].nunique() == 1 and found["true_l0"][0] == pytest.approx(3, rel=0.15)
     run = Run(make_config(**course.places, recipe="improved", arch="TopK", k=3, expansion=4, epochs=1, threads=1))
@@ -85,7 +85,7 @@ def test_a_setting_is_trained_and_judged_and_the_usual_evaluation_takes_the_rows
 
 
 def test_the_plan_has_every_recipe_architecture_and_control(bench):
-    plan = pd.DataFrame([setting | {"seeds": seeds} for setting, seeds in bench.plan({100: 3, 200: 2})])
+    plan = pd.DataFrame([setting | {"seeds": seeds} for setting, seeds in bench.plan({100: (10, 3), 200: (5, 2)})])
     sweep = plan[plan["seeds"] == 1]
     assert sweep["k"].tolist() == [k for k in bench.KS if k != 12] and set(sweep["rows"]) == {200}
     rest = plan[plan["seeds"] > 1]
