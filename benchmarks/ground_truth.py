@@ -56,7 +56,7 @@ SPREAD, NOISE, OFFSET = 0.3, 0.1, 1.5
 """Standard deviation of log magnitudes; norms of noise and common offset, where a direction's magnitude is 1."""
 SINK_EVERY, SINK_RATIO, UNIT = 200, 170.0, 18.0
 """One row in so many is a sink, of so many times an ordinary norm; a direction's magnitude in the rows' unit."""
-ROWS = {40_000: (10, 3), 160_000: (5, 2)}
+ROWS = {40_000: (10, 3), 160_000: (3, 2)}
 """Numbers of training rows, each with its epochs and the number of seeds of each setting on them."""
 VAL_ROWS, EXPANSION = 10_000, 4
 ARCHS = {"published": ("TopK", "BatchTopK", "Matryoshka"), "improved": ("TopK", "BatchTopK", "JumpReLU", "Matryoshka")}
@@ -228,7 +228,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         courses: dict[int, Course] = {}
         for setting, seeds in plan(rows):
-            if (done[SETTING] == pd.Series(setting)).all(axis=1).sum() >= seeds:
+            if (done[SETTING] == pd.Series(setting)[SETTING]).all(axis=1).sum() >= seeds:
                 continue
             if setting["rows"] not in courses:
                 courses = {setting["rows"]: prepare(Path(name), setting["rows"], make_world())}
