@@ -58,6 +58,8 @@ SINK_EVERY, SINK_RATIO, UNIT = 200, 170.0, 18.0
 """One row in so many is a sink, of so many times an ordinary norm; a direction's magnitude in the rows' unit."""
 ROWS = {40_000: (10, 3), 160_000: (3, 2)}
 """Numbers of training rows, each with its epochs and the number of seeds of each setting on them."""
+LONG = 20
+"""Epochs on the most rows that give the published recipe about as many steps as the published sweep had."""
 VAL_ROWS, EXPANSION = 10_000, 4
 ARCHS = {"published": ("TopK", "BatchTopK", "Matryoshka"), "improved": ("TopK", "BatchTopK", "JumpReLU", "Matryoshka")}
 KS = (3, 6, 9, 12, 18, 24, 48)
@@ -154,7 +156,7 @@ def prepare(folder: Path, rows: int, world: World) -> Course:
 
 
 def plan(rows: dict[int, tuple[int, int]]) -> list[tuple[dict[str, Any], int]]:
-    """(setting, number of seeds) of all runs: recipes and architectures, their controls, then the sweep over K."""
+    """(setting, number of seeds) of all runs: recipes and architectures, their controls, the sweep over K, long runs."""
     found = []
     for (n, (epochs, seeds)), (recipe, archs) in itertools.product(rows.items(), ARCHS.items()):
         shared = {"recipe": recipe, "rows": n, "epochs": epochs, "k": round(L0)}
@@ -162,7 +164,9 @@ def plan(rows: dict[int, tuple[int, int]]) -> list[tuple[dict[str, Any], int]]:
         found += [(shared | {"arch": "BatchTopK", "freeze": "decoder"}, seeds)]
     most = {"rows": max(rows), "epochs": rows[max(rows)][0]}
     sweep = most | {"recipe": "improved", "arch": "BatchTopK", "freeze": "none"}
-    return found + [(sweep | {"k": k}, 1) for k in KS if k != round(L0)]
+    found += [(sweep | {"k": k}, 1) for k in KS if k != round(L0)]
+    long = {"recipe": "published", "rows": max(rows), "epochs": LONG, "freeze": "none", "k": round(L0)}
+    return found + [(long | {"arch": arch}, 1) for arch in ("BatchTopK", "TopK")]
 
 
 def train(course: Course, **told: Any) -> tuple[SAE, Run]:

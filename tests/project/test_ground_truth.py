@@ -86,6 +86,8 @@ def test_a_setting_is_trained_and_judged_and_the_usual_evaluation_takes_the_rows
 
 def test_the_plan_has_every_recipe_architecture_and_control(bench):
     plan = pd.DataFrame([setting | {"seeds": seeds} for setting, seeds in bench.plan({100: (10, 3), 200: (5, 2)})])
+    assert plan[plan["epochs"] == bench.LONG]["arch"].tolist() == ["BatchTopK", "TopK"]
+    plan = plan[plan["epochs"] < bench.LONG]
     sweep = plan[plan["seeds"] == 1]
     assert sweep["k"].tolist() == [k for k in bench.KS if k != 12] and set(sweep["rows"]) == {200}
     rest = plan[plan["seeds"] > 1]
@@ -98,7 +100,7 @@ def test_the_section_names_the_best_setting_chance_and_where_coherence_is_lowest
     rows = []
     for n, freeze, k in [(100, "none", 12), (100, "decoder", 12), (200, "none", 12), (200, "none", 48)]:
         mcc = {"decoder": 0.3}.get(freeze, 0.5 + n / 1000 - k / 500)
-        told = {"recipe": "improved", "arch": "BatchTopK", "freeze": freeze, "rows": n, "k": k, "seed": 0}
+        told = {"recipe": "improved", "arch": "BatchTopK", "freeze": freeze, "rows": n, "epochs": 5, "k": k, "seed": 0}
         told |= {"true_l0": 12.1, "decoder_coherence": 0.1 / k, "mcc": mcc, "f1": mcc / 2, "uniqueness": 0.6}
         rows.append(told | {"stable_pct": 20.0, "matched_cosine": 0.4, "fvu_no_sink": 0.2, "dead_pct_no_sink": 0.0})
     pd.DataFrame(rows).to_csv(tmp_path / "runs.csv", index=False)

@@ -9,12 +9,12 @@ import scipy.sparse
 
 from saegrid.report.pages import trust_section
 
-pytest.importorskip("sklearn")
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def bench():
+    pytest.importorskip("sklearn")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
         import probes
@@ -100,8 +100,9 @@ def test_the_page_compares_with_pca_over_concepts(tmp_path):
                 }
                 told["auc"] += 0.001 * rng.standard_normal() if features == "untrained SAE" else 0.0
                 rows.append(told | ({"arch": "TopK", "recipe": "improved"} if features == "latents" else {}))
-        rows.append({"features": "residual", "concept": f"c{concept}", "k": 0, "auc": 0.95})
+        rows.append({"features": "residual", "concept": f"c{concept}", "k": 0, "auc": 0.95, "from_token": concept < 5})
     pd.DataFrame(rows).to_csv(tmp_path / "probes.csv", index=False)
     text = trust_section.probes(tmp_path / "probes.csv")
-    assert "over 12 concepts" in text and "residual stream give 0.950" in text
-    assert "different from PCA at K = 5: TopK, improved, residual." in text
+    assert "12 concepts with automatic labels, 7 of them" in text and "residual stream give 0.950" in text
+    assert "corrected for 3 comparisons): above it TopK improved; below it residual." in text
+    assert text.count('<th scope="row">') == 4 + 12

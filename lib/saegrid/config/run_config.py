@@ -21,6 +21,14 @@ from saegrid.storage.hub_access import expanded
 
 EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
 EMBEDDED_DATASET = "embedded:gsm_symbolic"
+Site = Literal["resid_post", "resid_pre", "mlp_out", "attn_out"]
+SITES = {
+    "resid_post": "the residual stream after block {}",
+    "resid_pre": "the residual stream before block {}",
+    "mlp_out": "the MLP's output in block {}",
+    "attn_out": "the attention's output in block {}",
+}
+"""Each site in words, with room for the layer."""
 
 
 class RunConfig(BaseModel):
@@ -39,10 +47,11 @@ class RunConfig(BaseModel):
     model_init: Literal["trained", "random"] = "trained"
     """`random` is a control (arXiv:2501.17727): untrained weights, embeddings included, drawn from `data_seed`."""
     layer: int = Field(12, ge=0)
-    """Index of the decoder block whose output is read. It is `hidden_states[layer + 1]`, except for the last block:
+    """Index of the decoder block that is read. Its output is `hidden_states[layer + 1]`, except for the last block:
     there transformers has already applied the final norm."""
-    site: Literal["resid_post"] = "resid_post"
-    """Position in the block: the residual stream after it."""
+    site: Site = "resid_post"
+    """What is read there and replaced: the residual stream after or before the block (before block 0: the embedding),
+    or what its MLP or its attention adds to it."""
     lm_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the language model's passes, for the activations and for the splice."""
 
@@ -215,9 +224,11 @@ class RunConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _untrained_model_and_its_rows(self) -> RunConfig:
+    def _published_rows(self) -> RunConfig:
         if self.model_init == "random" and self.activations:
             raise ValueError("model_init = 'random': `activations` holds a trained model's rows; leave it out")
+        if self.site != "resid_post" and self.activations:
+            raise ValueError(f"site = {self.site!r}: `activations` holds rows of resid_post; leave it out")
         return self
 
     @field_validator("context")
@@ -288,7 +299,8 @@ class RunConfig(BaseModel):
     @property
     def store_id(self) -> str:
         """Unique name of the activation store that the run reads."""
-        return f"layer{self.layer}_{_digest(self.store_parameters)}"
+        site = "" if self.site == "resid_post" else f"_{self.site}"
+        return f"layer{self.layer}{site}_{_digest(self.store_parameters)}"
 
     @property
     def store_parameters(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from saegrid.config.run_config import RunConfig
-from saegrid.core.metrics import Reconstruction, sink_norm, splice_metrics
+from saegrid.core.metrics import Reconstruction, is_sink, sink_norm, splice_metrics
 from saegrid.core.sae import SAE
 from saegrid.core.splice import Baseline, evaluate, load_baseline, mean_losses, scored_positions
 from saegrid.core.stability import coherence
@@ -55,7 +55,7 @@ def spliced(config: RunConfig, store: Store, sae: SAE, kernel: Kernel, leave_sin
         raise StoreError(f"{store.folder}: no baseline of the splice here; `prepare_store` makes it")
     lm = load_lm(pinned(config, store.manifest))
     limit = sink_norm(scored_rows(baseline)) if leave_sinks else math.inf
-    losses = evaluate(lm, baseline, config.layer, replacement(sae, kernel, limit))
+    losses = evaluate(lm, baseline, config.layer, replacement(sae, kernel, limit), config.site)
     return losses.join(reconstructed(baseline, sae, kernel))
 
 
@@ -65,7 +65,7 @@ def replacement(sae: SAE, kernel: Kernel, limit: float = math.inf) -> Callable[[
     def replace(x: torch.Tensor) -> torch.Tensor:
         x = x.to(sae.device)
         x_hat = kernel.decode(sae.params, sae.codes(x, kernel))
-        return torch.where(x.norm(dim=1, keepdim=True) > limit, x, x_hat)
+        return torch.where(is_sink(x, limit)[:, None], x, x_hat)
 
     return replace
 
@@ -78,7 +78,7 @@ def reconstructed(baseline: Baseline, sae: SAE, kernel: Kernel) -> pd.DataFrame:
     """
     x = scored_rows(baseline)
     limit = sink_norm(x)
-    ordinary = [rows.norm(dim=1) <= limit for rows in x]
+    ordinary = [~is_sink(rows, limit) for rows in x]
     mean = torch.cat([rows[keep] for rows, keep in zip(x, ordinary, strict=True)]).double().mean(0)
     sums = []
     for rows, keep in zip(x, ordinary, strict=True):

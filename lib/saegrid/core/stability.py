@@ -139,7 +139,7 @@ def recovered(
         present += there.sum(0)
     f1 = 2 * hits / (fired + present).clamp_min(1)  # 0 for a dead latent
     return Recovery(
-        cosines[_assigned(cosines)].double().mean().item(), f1.mean().item(), len(closest.unique()) / sae.d_sae
+        cosines[_assigned(cosines)].double().mean().item(), f1.mean().item(), len(torch.unique(closest)) / sae.d_sae
     )
 
 
@@ -151,7 +151,7 @@ def coherence(sae: SAE, live: Tensor, chunk: int = 1024) -> float:
     """
     rows = _rows(sae.W_dec, live.nonzero()[:, 0])
     n = len(rows)
-    total = sum((some @ rows.T).abs().double().sum().item() for some in rows.split(chunk))
+    total = sum((some @ rows.T).abs().double().sum().item() for some in torch.split(rows, chunk))
     return (total - n) / (n * (n - 1)) if n > 1 else float("nan")
 
 

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from saegrid.config.run_config import RunConfig
-from saegrid.data import embedded
 from saegrid.data.corpora.embedded_text import embedded_identity
 from saegrid.data.corpora.files import corpus_files, local_corpus
 from saegrid.data.language_model import HUB_FILES, weight_files
 from saegrid.data.manifest import FORMAT, MEND, of_format
+from saegrid.data.models import embedded
 from saegrid.errors import ConfigError, DamagedError, StoreError
 from saegrid.storage.checksums import read_json, read_sealed
 from saegrid.storage.hub_access import expanded, files_sha256, local_folder
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-ROW_CODE = ("data/*.py", "data/corpora/[!_]*.py", "core/splice.py")
+ROW_CODE = ("data/*.py", "data/corpora/[!_]*.py", "data/models/[!_]*.py", "core/splice.py")
 """Modules whose change can change a store's rows, or the reference passes stored with them."""
 FEW_FILES = 20
 """A dataset of more files is identified by one hash of all their names and hashes."""

@@ -63,7 +63,8 @@ def prepare_store(config: RunConfig, also: Iterable[RunConfig] = ()) -> Store:
             prompts = make_prompts(same, lm.tokenizer)
             check_tokens(config, lm, (prompt.tokens for prompt in prompts["eval"]))
             check_prompts(store, prompts)
-            save_baseline(make_baseline(lm, prompts["eval"], config.layer, store.mean), folder, store.data_sha256)
+            baseline = make_baseline(lm, prompts["eval"], config.layer, store.mean, config.site)
+            save_baseline(baseline, folder, store.data_sha256)
     return store
 
 

@@ -178,7 +178,8 @@ def write_dictionary(sae: SAE, folder: Path, facts: dict[str, Any]) -> None:
         state |= {"k": torch.tensor(sae.k, dtype=torch.int32), "threshold": theta}
     trainer = {"trainer_class": TRAINERS[name], "dict_class": name, "activation_dim": sae.d_in, "dict_size": sae.d_sae}
     trainer |= {"k": sae.k} if name in BUFFERS else {}
-    trainer |= exchange.told(layer=known.layer, lm_name=known.model)
+    place = f"{known.site}_layer_{known.layer}" if known.site and known.layer is not None else None
+    trainer |= exchange.told(layer=known.layer, lm_name=known.model, submodule_name=place)
     buffer = io.BytesIO()  # with a path, torch.save would store the file's name
     torch.save(state, buffer)
     write_bytes(folder / "ae.pt", buffer.getvalue())

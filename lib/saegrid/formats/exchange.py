@@ -18,6 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from saegrid.config.run_config import Site
 from saegrid.core.sae import SAE, Gated, JumpReLU
 from saegrid.errors import SaeFileError, shown
 from saegrid.formats.run_folder import check_folded
@@ -148,6 +149,7 @@ class Facts(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
     model: str | None = None
     layer: int | None = Field(None, ge=0)
+    site: Site | None = None
     dataset: str | None = None
     max_tokens: int | None = Field(None, ge=1)
     context_size: int | None = Field(None, ge=1)

@@ -220,7 +220,7 @@ def write_saelens(sae: SAE, folder: Path, facts: dict[str, Any]) -> None:
             "sae_lens_training_version": None,
             **exchange.told(
                 model_name=known.model,
-                hook_name=None if known.layer is None else f"blocks.{known.layer}.hook_resid_post",
+                hook_name=None if known.layer is None else f"blocks.{known.layer}.hook_{known.site or 'resid_post'}",
                 context_size=known.context_size or (known.max_tokens if collected else None),
                 prepend_bos=known.prepend_bos,
                 dataset_path=known.dataset if collected else None,

@@ -8,8 +8,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from saegrid.analysis import scaling, selection
+from saegrid.analysis.ablation import LEVEL
 from saegrid.analysis.intervals import holm, t_interval
-from saegrid.analysis.numbers import COLUMNS, MISSING, change, counted, header, number
+from saegrid.analysis.numbers import COLUMNS, MISSING, bounds, change, counted, header, number
 from saegrid.config import settings
 from saegrid.config.settings import CONTROLS
 from saegrid.report.figures import plots
@@ -27,13 +28,20 @@ def stability(stable: pd.DataFrame) -> Markdown:
     plain = selection.without_controls(stable)
     if plain.empty:
         return Markdown("Every setting here has one seed: nothing says whether another seed finds the same latents.\n")
-    table = stable.assign(stable_between=[_between(row) for row in stable.to_dict("records")])
+    table = stable.assign(stable_between=_bounds(stable))
     columns = ["name", "seeds", "pairs", "stable_pct", "stable_between", "stable_energy_pct", "matched_cosine"]
     columns += ["random_cosine", "start_cosine"]
     caption = (
         "Seed stability of each setting: means over all pairs of seeds. Two latents are the same if the cosines of "
         "their decoder and of their encoder rows are above 0.7."
     )
+    parts = selection.by_origin(plain)
+    if len(parts) > 1:
+        said = "\n".join(
+            f"- **{name.capitalize()}**: {_share(rows)} of the live latents" for name, rows in parts.items()
+        )
+        said = f"Found again with another seed:\n\n{said}"
+        return markdown(said, html_table(table, columns, caption=caption, mark_best=False))
     figures = []
     for x in (name for name in SIZES if plain[name].nunique() > 1):
         text = f"{header('stable_pct')} over {header(x)}, a line per architecture; means over the other settings."
@@ -44,15 +52,13 @@ def stability(stable: pd.DataFrame) -> Markdown:
 
 def verdict(plain: pd.DataFrame) -> str:
     """The range of stability over the settings, what chance gives, and what follows for readers of latents."""
-    low, high = (plain.loc[plain["stable_pct"].agg(end)] for end in ("idxmin", "idxmax"))
-    least, most = (f"{number(row['stable_pct'], 'stable_pct')}%" for row in (low, high))
-    share = least if least == most else f"{least} ({low['name']}) to {most} ({high['name']})"
+    high = plain.loc[plain["stable_pct"].idxmax()]
     found, chance = (number(plain[name].mean(), name) for name in ("matched_cosine", "random_cosine"))
     text = (
-        f"**{share} of the live latents are found again with another seed.** Matched one to one, the decoder rows of "
-        f"two seeds have a mean cosine of {found}; as many random directions of the same width give {chance}. Rows "
-        f"keep a cosine of {number(plain['start_cosine'].mean(), 'start_cosine')} with their random start. Rows of "
-        "attention sinks, and the latents that are given the sinks' direction, are left out."
+        f"**{_share(plain)} of the live latents are found again with another seed.** Matched one to one, the decoder "
+        f"rows of two seeds have a mean cosine of {found}; as many random directions of the same width give {chance}. "
+        f"Rows keep a cosine of {number(plain['start_cosine'].mean(), 'start_cosine')} with their random start. "
+        "Rows of attention sinks, and the latents that are given the sinks' direction, are left out."
     )
     if high["stable_pct"] < FEW_PCT:
         text += (
@@ -60,6 +66,13 @@ def verdict(plain: pd.DataFrame) -> str:
             "latent as a property of the language model unless other seeds have it too."
         )
     return text
+
+
+def _share(plain: pd.DataFrame) -> str:
+    """The lowest and the highest stability, with the settings that have them."""
+    low, high = (plain.loc[plain["stable_pct"].agg(end)] for end in ("idxmin", "idxmax"))
+    least, most = (f"{number(row['stable_pct'], 'stable_pct')}%" for row in (low, high))
+    return least if least == most else f"{least} ({low['name']}) to {most} ({high['name']})"
 
 
 @styled
@@ -176,7 +189,10 @@ def known_directions(folder: Path) -> Markdown:
     """What training finds of directions that are known (`benchmarks/ground_truth.py`): sentences and tables."""
     runs = pd.read_csv(folder / "runs.csv")
     k = runs.loc[runs["freeze"] == "decoder", "k"].iloc[0]
-    keys, measures = ["recipe", "arch", "freeze", "rows"], ["mcc", "f1", "uniqueness", "stable_pct", "matched_cosine"]
+    keys, measures = (
+        ["recipe", "arch", "freeze", "rows", "epochs"],
+        ["mcc", "f1", "uniqueness", "stable_pct", "matched_cosine"],
+    )
     means = runs[runs["k"] == k].groupby(keys, sort=False)
     table = means[[*measures, "fvu_no_sink", "dead_pct_no_sink"]].mean().assign(seeds=means.size()).reset_index()
     table["Setting"] = table["arch"] + ", " + table["recipe"]
@@ -185,7 +201,8 @@ def known_directions(folder: Path) -> Markdown:
     caption = (
         "Known directions: means over seeds. The frozen decoder's MCC and uniqueness are those of random directions."
     )
-    columns = ["Setting", "n_train_rows", "seeds", *measures, "fvu_no_sink", "dead_pct_no_sink"]
+    table["Epochs"] = table["epochs"].astype(str)
+    columns = ["Setting", "n_train_rows", "Epochs", "seeds", *measures, "fvu_no_sink", "dead_pct_no_sink"]
     sweep = runs[(runs["rows"] == runs["rows"].max()) & (runs["recipe"] == "improved") & (runs["arch"] == "BatchTopK")]
     sweep = sweep[sweep["freeze"] == "none"].groupby("k")[["decoder_coherence", "mcc", "f1"]].mean().reset_index()
     over = "Decoder coherence and recovery over K: BatchTopK, improved, most rows."
@@ -201,11 +218,9 @@ def recovery_text(table: pd.DataFrame, true_l0: float, k: int) -> str:
     """Which setting finds most of the known directions, against the control."""
     trained, frozen = (table[(table["freeze"] == "none") == plain] for plain in (True, False))
     best, chance = trained.loc[trained["mcc"].idxmax()], frozen["mcc"].mean()
+    most = trained[trained["rows"] == trained["rows"].max()].sort_values("mcc", ascending=False)
     short = ", ".join(
-        f"{row['Setting']} {number(row['mcc'], 'mcc')}"
-        for row in trained[trained["rows"] == trained["rows"].max()]
-        .sort_values("mcc", ascending=False)
-        .to_dict("records")
+        f"{row['Setting']} ({row['epochs']} epochs) {number(row['mcc'], 'mcc')}" for row in most.to_dict("records")
     )
     return (
         f"Rows made of known directions, of which {true_l0:.1f} are in a row on average: Zipf frequencies, directions "
@@ -256,39 +271,38 @@ def synthetic_benchmark(path: Path) -> Markdown:
 def probes(path: Path) -> Markdown:
     """Sparse probes on latents and on what they are compared with (`benchmarks/probes.py`): sentences and tables."""
     found = pd.read_csv(path)
-    label = found["features"].where(found["features"] != "latents", found["arch"] + ", " + found["recipe"])
-    found = found.assign(Features=label).groupby(["Features", "concept", "k"], sort=False)["auc"].mean().unstack("k")
-    ks = [k for k in found if k]
-    wide = {k: found[k].unstack("Features") for k in ks}  # (concept, features)
-    order = wide[ks[1]].mean().sort_values(ascending=False).index
-    everything = found[0].dropna().mean() if 0 in found else float("nan")
-    rows, ps = [], []
-    for name in order:
-        row = {"Features": name} | {f"K = {k}": f"{wide[k][name].mean():.3f}" for k in ks}
-        more = wide[ks[1]][name] - wide[ks[1]]["PCA"]
-        if name != "PCA":
-            estimate = t_interval(more.mean(), more.std(ddof=1) / len(more) ** 0.5, len(more) - 1)
-            row["more"], _ = change(*estimate[:3]), ps.append(estimate.p)
-        rows.append(row)
-    title = f"More than PCA at K = {ks[1]}"
-    table = pd.DataFrame(rows).rename(columns={"more": title})
-    stand = [name for name, p in zip((n for n in order if n != "PCA"), holm(ps), strict=True) if p < 0.05]
-    n = len(wide[ks[0]])
+    context = int((~found.groupby("concept")["from_token"].first().astype(bool)).sum())
+    label = found["features"].where(found["features"] != "latents", found["arch"] + " " + found["recipe"])
+    found = found.assign(features=label).groupby(["features", "concept", "k"], sort=False)["auc"].mean().unstack("k")
+    everything, ks = found[0].mean(), [k for k in found if k]
+    wide = {k: found[k].unstack("features") for k in ks}  # AUC of (concept, features)
+    k, means = ks[1], pd.DataFrame({k: aucs.mean() for k, aucs in wide.items()})
+    means = means.sort_values(ks[1], ascending=False)
+    apart = wide[k].drop(columns="PCA").sub(wide[k]["PCA"], axis=0)[[n for n in means.index if n != "PCA"]]
+    n = len(apart)
+    more = {name: t_interval(d.mean(), d.std(ddof=1) / n**0.5, n - 1) for name, d in apart.items()}
+    shown = [name for name, p in zip(more, holm([one.p for one in more.values()]), strict=True) if p < LEVEL]
+    stand = {way: [name for name in shown if (more[name].value > 0) == up] for way, up in (("above", 1), ("below", 0))}
+    told = "; ".join(f"{way} it {', '.join(names) or 'none'}" for way, names in stand.items())
+    order = ", ".join(f"{name} {auc:.3f}" for name, auc in means[k].items())
     text = (
-        f"Mean AUC on held-out tokens over {counted(n, 'concept')} with automatic labels; all coordinates of the "
-        f"residual stream give {everything:.3f}. Intervals: t over concepts, paired. Corrected for {len(ps)} "
-        f"comparisons, different from PCA at K = {ks[1]}: {', '.join(stand) or 'none'}."
+        f"{counted(n, 'concept')} with automatic labels, {context} of them not decided by the current token alone; "
+        f"mean AUC on held-out tokens, from the {k} most telling features each: {order}. All coordinates of the residual "
+        f"stream give {everything:.3f}. Against PCA (t intervals over concepts, paired; corrected for {len(more)} "
+        f"comparisons): {told}."
     )
-    each = wide[ks[1]][order].round(3).reset_index().rename(columns={"concept": "Concept"})
+    table = means.map("{:.3f}".format).set_axis([f"K = {k}" for k in ks], axis=1).rename_axis("Features").reset_index()
+    title = f"More than PCA at K = {k}"
+    table[title] = [change(*more[name][:3]) if name in more else "" for name in table["Features"]]
+    each = wide[k][means.index].map("{:.3f}".format).rename_axis("Concept").reset_index()
+    caption = f"AUC of each concept, K = {k}."
     return markdown(
         text,
-        html_table(table, ["Features", *(f"K = {k}" for k in ks), title], caption="Sparse probes.", mark_best=False),
-        html_table(each, ["Concept", *order], caption=f"AUC of each concept at K = {ks[1]}.", mark_best=False),
+        html_table(table, list(table), caption="Sparse probes: mean AUC over concepts.", mark_best=False),
+        html_table(each, list(each), caption=caption, mark_best=False),
     )
 
 
-def _between(row: dict) -> str:
-    if pd.isna(row["stable_pct_low"]):
-        return ""
-    low, high = (number(row[f"stable_pct_{end}"], "stable_pct") for end in ("low", "high"))
-    return f"{low} to {high}"
+def _bounds(stable: pd.DataFrame) -> list[str]:
+    both = zip(stable["stable_pct_low"], stable["stable_pct_high"], strict=True)
+    return [bounds(low, high, "stable_pct") for low, high in both]
