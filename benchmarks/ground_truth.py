@@ -156,7 +156,7 @@ def prepare(folder: Path, rows: int, world: World) -> Course:
 
 
 def plan(rows: dict[int, tuple[int, int]]) -> list[tuple[dict[str, Any], int]]:
-    """(setting, number of seeds) of all runs: recipes and architectures, their controls, the sweep over K, long runs."""
+    """(setting, seeds) of all runs: recipes and architectures with their controls, the sweep over K, long runs."""
     found = []
     for (n, (epochs, seeds)), (recipe, archs) in itertools.product(rows.items(), ARCHS.items()):
         shared = {"recipe": recipe, "rows": n, "epochs": epochs, "k": round(L0)}

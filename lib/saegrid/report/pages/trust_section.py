@@ -287,8 +287,8 @@ def probes(path: Path) -> Markdown:
     order = ", ".join(f"{name} {auc:.3f}" for name, auc in means[k].items())
     text = (
         f"{counted(n, 'concept')} with automatic labels, {context} of them not decided by the current token alone; "
-        f"mean AUC on held-out tokens, from the {k} most telling features each: {order}. All coordinates of the residual "
-        f"stream give {everything:.3f}. Against PCA (t intervals over concepts, paired; corrected for {len(more)} "
+        f"mean AUC on held-out tokens, from the {k} most telling features each: {order}. All coordinates of the "
+        f"residual stream give {everything:.3f}. Against PCA (t intervals over concepts, paired; corrected for {len(more)} "
         f"comparisons): {told}."
     )
     table = means.map("{:.3f}".format).set_axis([f"K = {k}" for k in ks], axis=1).rename_axis("Features").reset_index()
