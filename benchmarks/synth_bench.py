@@ -4,16 +4,15 @@
 
 SynthSAEBench-16k (arXiv:2602.14687) asks for 200 million samples and a width of 4,096: hours on a GPU for one SAE. Here
 its generator makes a world eight times smaller in directions, width and hierarchy, and every contender gets the same
-60,000 rows five times, at the same width, K and batch: two seeds at each of `RATES`, of which the best by FVU on
-held-out rows is kept. Thresholds are calibrated to K on held-out rows (`benchmarks/peer_quality.py`). All SAEs are
-exported to SAELens' format and judged by its `eval_sae_on_synthetic_data` on fresh rows. Needs `make peers`. Writes
-`results/ground_truth/synthsaebench.csv`.
+40,000 rows five times, at the same width, K and batch, with two seeds. Learning rates are those that
+`benchmarks/peer_quality.py` found best for as many rows and epochs at its smallest K; the published recipe keeps its
+own. Thresholds are calibrated to K on held-out rows. All SAEs are exported to SAELens' format and judged by its
+`eval_sae_on_synthetic_data` on fresh rows. Needs `make peers`. Writes `results/ground_truth/synthsaebench.csv`.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import subprocess
@@ -26,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pandas as pd
 import torch
 from ground_truth import Course, compared, judged, places, train
-from peer_quality import BATCH, CONTENDERS, SCALED, calibrated
+from peer_quality import BATCH, CONTENDERS, KS, SCALED, best_of, calibrated, known, losses
 from safetensors.torch import load_file, save_file
 
 from saegrid.config.recipes import RECIPES
@@ -38,10 +37,11 @@ from saegrid.formats import export, load_sae
 from saegrid.kernels import set_threads
 from saegrid.storage.atomic import write_text
 
+Contender = tuple[str, str, str]
+"""Library, recipe (of this project's) and architecture."""
 ROOT = Path(__file__).resolve().parents[1]
-PART, TRAIN_ROWS, VAL_ROWS, JUDGED_ROWS, EPOCHS, EXPANSION = 8, 60_000, 10_000, 20_000, 5, 4
-RATES, SEEDS = (1.0, 3.0), 2
-"""Multiples of each contender's default learning rate, and seeds."""
+PART, TRAIN_ROWS, VAL_ROWS, JUDGED_ROWS, EPOCHS, EXPANSION = 8, 40_000, 10_000, 20_000, 5, 4
+SEEDS = 2
 OWN = {
     ("saegrid", "published", "TopK"): RECIPES["published"]["lr"],
     ("saegrid", "published", "BatchTopK"): RECIPES["published"]["lr"],
@@ -73,43 +73,49 @@ class Bench:
         command = [str(self.python), str(ROOT / "benchmarks" / script), *arguments, json.dumps(told | {"part": PART})]
         return subprocess.run(command, env=os.environ | quiet, stdout=subprocess.PIPE, text=True, check=True).stdout
 
-    def their_specs(self, contender: tuple[str, str, str], default: float) -> list[dict[str, Any]]:
-        """What `peer_train.py` is told for each learning rate and seed."""
+    def their_specs(self, contender: Contender, lr: float) -> list[dict[str, Any]]:
+        """What `peer_train.py` is told for each seed."""
         peer, _, arch = contender
-        shared = {"peer": peer, "arch": arch, "k": self.k, "batch": BATCH, "epochs": EPOCHS, "threads": 1}
+        shared = {"peer": peer, "arch": arch, "k": self.k, "batch": BATCH, "epochs": EPOCHS, "threads": 1, "lr": lr}
         shared |= {"rows": str(self.folder / "x.safetensors"), "d_sae": EXPANSION * self.store.d_in}
-        return [
-            shared | {"lr": rate * default, "seed": seed, "out": str(self.theirs(contender, rate, seed))}
-            for rate, seed in itertools.product(RATES, range(SEEDS))
-        ]
+        return [shared | {"seed": seed, "out": str(self.theirs(contender, seed))} for seed in range(SEEDS)]
 
-    def theirs(self, contender: tuple[str, str, str], rate: float, seed: int) -> Path:
-        return self.folder / "theirs" / f"{contender[0]}-{contender[2]}-{rate}-{seed}"
+    def theirs(self, contender: Contender, seed: int) -> Path:
+        return self.folder / "theirs" / f"{contender[0]}-{contender[2]}-{seed}"
 
-    def trained(self, contender: tuple[str, str, str], default: float, rate: float, seed: int) -> SAE:
+    def trained(self, contender: Contender, lr: float, seed: int) -> SAE:
         """One SAE, its thresholds calibrated to K; a peer's was trained before."""
         peer, recipe, arch = contender
         if peer == "saegrid":
-            told = {"recipe": recipe, "arch": arch, "lr": rate * default, "seed": seed, "k": self.k}
+            told = {"recipe": recipe, "arch": arch, "lr": lr, "seed": seed, "k": self.k}
             sae, _ = train(self.course, **told, batch_size=BATCH, epochs=EPOCHS)
         else:
-            sae = load_sae(self.theirs(contender, rate, seed))
+            sae = load_sae(self.theirs(contender, seed))
         return calibrated(sae, self.k, self.store)
 
-    def contest(self, contender: tuple[str, str, str], default: float) -> list[dict[str, Any]]:
-        """One row per seed at the best learning rate; the SAEs are left in `saes/` for SAELens' evaluation."""
-        saes = {rate: [self.trained(contender, default, rate, seed) for seed in range(SEEDS)] for rate in RATES}
-        rows = {rate: [judged(sae, self.store, self.course) for sae in some] for rate, some in saes.items()}
-        best = min(rows, key=lambda rate: sum(row["fvu_no_sink"] for row in rows[rate]))
+    def judged(self, contender: Contender, lr: float) -> list[dict[str, Any]]:
+        """One row per seed, by our measures; the SAEs are left in `saes/` for SAELens' evaluation."""
+        saes = [self.trained(contender, lr, seed) for seed in range(SEEDS)]
         config = make_config(arch="TopK", k=self.k)  # no latents are given: these rows have no sinks
-        (pair,) = compared(saes[best], [config] * SEEDS, self.store).values()
+        (pair,) = compared(saes, [config] * SEEDS, self.store).values()
         records = []
-        for seed, (sae, row) in enumerate(zip(saes[best], rows[best], strict=True)):
+        for seed, sae in enumerate(saes):
             name = f"{'-'.join(filter(None, contender))}-{seed}"
             export(sae, self.folder / "saes" / name, "saelens")
-            record = dict(zip(("peer", "recipe", "arch"), contender, strict=True)) | {"seed": seed, "rate": best}
-            records.append(record | {"name": name, **row, "stable_pct": pair["stable_pct"]})
+            record = dict(zip(("peer", "recipe", "arch"), contender, strict=True)) | {"seed": seed, "lr": lr}
+            record |= {"name": name, **judged(sae, self.store, self.course)}
+            records.append(record | {"stable_pct": pair["stable_pct"]})
         return records
+
+
+def learning_rate(contender: Contender, default: float, d_sae: int, peers: Path = ROOT / "results/peers") -> float:
+    """The default times what `results/peers` found best at its smallest K; the published recipe's as it is."""
+    peer, recipe, arch = contender
+    if recipe == "published":
+        return default
+    like = {"peer": peer, "arch": "BatchTopK" if (peer, arch) == ("saegrid", "TopK") else arch, "k": min(KS), "seed": 0}
+    scale = (d_sae / 2**14) ** -0.5 if peer in SCALED else 1.0
+    return default * scale * best_of(losses(known(peers, like)))
 
 
 def main() -> None:
@@ -121,12 +127,12 @@ def main() -> None:
     set_threads(1)
     with tempfile.TemporaryDirectory() as name:
         bench, records = Bench(Path(name), options.peers_python, options.k), []
-        scale = {peer: (EXPANSION * bench.store.d_in / 2**14) ** -0.5 for peer in SCALED}
-        rates = {one: rate * scale.get(one[0], 1.0) for one, rate in (OWN | THEIRS).items()}
+        d_sae = EXPANSION * bench.store.d_in
+        rates = {one: learning_rate(one, default, d_sae) for one, default in (OWN | THEIRS).items()}
         specs = [spec for contender in THEIRS for spec in bench.their_specs(contender, rates[contender])]
         bench.ask("synth_world.py", "train", name, specs=specs)
-        for contender, rate in rates.items():
-            records += bench.contest(contender, rate)
+        for contender, lr in rates.items():
+            records += bench.judged(contender, lr)
             print(pd.DataFrame(records[-SEEDS:]).round(4).to_string(index=False), flush=True)
         bench.ask("synth_world.py", "judge", name, rows=JUDGED_ROWS)
         theirs = json.loads((Path(name) / "judged.json").read_text())

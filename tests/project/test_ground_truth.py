@@ -108,3 +108,34 @@ def test_the_section_names_the_best_setting_chance_and_where_coherence_is_lowest
     assert "gives 0.300" in text and "Best is BatchTopK, improved on 200 rows, with 0.676 and 20.00%" in text
     assert "lowest at K = 48, not at the true 12.1; MCC is highest at K = 12" in text
     assert "frozen decoder" in text
+
+
+def test_the_synthetic_benchmark_takes_the_learning_rates_that_the_peers_table_found(bench, tmp_path):
+    import synth_bench
+
+    told = {"peer": "sae-lens", "arch": "TopK", "k": 16, "seed": 0}
+    rows = [told | {"rate": rate, "fvu_no_sink": abs(rate - 10)} for rate in (1.0, 3.0, 10.0)]
+    own = {"peer": "saegrid", "arch": "BatchTopK", "rate": 3.0, "fvu_no_sink": 0.1}
+    scaled = {"peer": "dictionary_learning", "rate": 1.0, "fvu_no_sink": 0.1}
+    pd.DataFrame([*rows, told | own, told | scaled]).to_csv(tmp_path / "runs.csv", index=False)
+    rates = {
+        ("sae-lens", "", "TopK"): 10.0,
+        ("saegrid", "improved", "TopK"): 3.0,
+        ("saegrid", "published", "TopK"): 1.0,
+        ("dictionary_learning", "", "TopK"): 2.0,  # (4,096 / 16,384)^-1/2
+    }
+    for contender, rate in rates.items():
+        assert synth_bench.learning_rate(contender, 1e-3, 4096, tmp_path) == pytest.approx(1e-3 * rate)
+
+
+def test_the_synthetic_benchmarks_table_has_a_row_per_contender_best_first(tmp_path):
+    rows = []
+    for peer, recipe, mcc in (("saegrid", "improved", 0.6), ("sae-lens", "", 0.7)):
+        for seed in (0, 1):
+            told = {"peer": peer, "recipe": recipe, "arch": "TopK", "seed": seed, "stable_pct": 12.5}
+            names = ("f1_score", "precision", "recall", "uniqueness", "explained_variance", "sae_l0", "dead_latents")
+            rows.append(told | {"saelens_mcc": mcc + seed / 10} | {f"saelens_{name}": 0.25 for name in names})
+    pd.DataFrame(rows).to_csv(tmp_path / "table.csv", index=False)
+    text = trust_section.synthetic_benchmark(tmp_path / "table.csv")
+    first, second = (text.index(name) for name in ("sae-lens TopK<", "saegrid TopK improved<"))
+    assert first < second and ">0.750<" in text[first:second] and ">0.650<" in text[second:] and ">12.50<" in text

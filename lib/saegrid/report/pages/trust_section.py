@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -152,11 +153,13 @@ def which_k(df: pd.DataFrame) -> str:
         f"K = {row.k}{' (the largest here)' if row.k == ends.loc[row.label, 'max'] else ''} for {row.label}"
         for row in lowest.itertuples()
     ]
+    widths = sorted({(2 / (math.pi * d_in)) ** 0.5 for d_in in df["d_in"]})  # mean |cosine| of random directions
     return (
         f"**A hint to K.** Decoder coherence, the mean |cosine| between decoder rows of live latents, is lowest at "
         f"{'; '.join(told)}. arXiv:2508.16560 takes the lowest for the right L0: it claims that too few latents per "
-        "token, and too many, mix directions and raise it. That needs an SAE that has found directions. On rows with "
-        "known directions it fell on beyond the true L0, and random decoder rows have the lowest value of all."
+        "token, and too many, mix directions and raise it. That needs an SAE that has found directions: random rows "
+        f"give {' and '.join(number(width, 'decoder_coherence') for width in widths)}, less than trained ones, and on "
+        "rows with known directions it fell on beyond the true L0."
     )
 
 
@@ -253,18 +256,17 @@ def synthetic_benchmark(path: Path) -> Markdown:
         **{"saelens_recall": "Recall", "saelens_uniqueness": "Uniqueness"},
         **{"saelens_explained_variance": "Explained variance", "saelens_sae_l0": "L0", "saelens_dead_latents": "Dead"},
     }
-    means = runs.groupby(["peer", "recipe", "arch"], sort=False)[[*measures, "stable_pct", "rate"]].mean()
+    means = runs.groupby(["peer", "recipe", "arch"], sort=False)[[*measures, "stable_pct"]].mean()
     table = means.sort_values("saelens_mcc", ascending=False).reset_index()
     table["Contender"] = (table["peer"] + " " + table["arch"] + " " + table["recipe"]).str.strip()
     for name, title in measures.items():
         digits = ".0f" if title == "Dead" else ".1f" if title == "L0" else ".3f"
         table[title] = table[name].map(lambda value, digits=digits: format(value, digits))
-    table["Rate"] = table["rate"].map("{:g}".format)
     caption = (
         f"SynthSAEBench by SAELens' own evaluation, means over {counted(runs['seed'].nunique(), 'seed')}; stable "
-        "latents by this project's. Rate: the best learning rate by the library's default."
+        "latents by this project's."
     )
-    columns = ["Contender", *measures.values(), "stable_pct", "Rate"]
+    columns = ["Contender", *measures.values(), "stable_pct"]
     return html_table(table, columns, caption=caption, mark_best=False)
 
 
@@ -288,8 +290,8 @@ def probes(path: Path) -> Markdown:
     text = (
         f"{counted(n, 'concept')} with automatic labels, {context} of them not decided by the current token alone; "
         f"mean AUC on held-out tokens, from the {k} most telling features each: {order}. All coordinates of the "
-        f"residual stream give {everything:.3f}. Against PCA (t intervals over concepts, paired; corrected for {len(more)} "
-        f"comparisons): {told}."
+        f"residual stream give {everything:.3f}. Against PCA (t intervals over concepts, paired; corrected "
+        f"for {len(more)} comparisons): {told}."
     )
     table = means.map("{:.3f}".format).set_axis([f"K = {k}" for k in ks], axis=1).rename_axis("Features").reset_index()
     title = f"More than PCA at K = {k}"
