@@ -102,7 +102,7 @@ def test_coherence_over_k_takes_settings_with_three_k():
     text = trust_section.which_k(df)
     assert (
         "lowest at K = 32 for TopK 8x, improved" in text
-        and "random rows give 0.0332" in text
+        and "random decoder rows give 0.0332" in text
         and "<svg" in trust_section.coherence(df)
     )
     assert trust_section.which_k(df.drop(columns="decoder_coherence")) == ""

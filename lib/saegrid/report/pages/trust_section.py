@@ -157,9 +157,9 @@ def which_k(df: pd.DataFrame) -> str:
     return (
         f"**A hint to K.** Decoder coherence, the mean |cosine| between decoder rows of live latents, is lowest at "
         f"{'; '.join(told)}. arXiv:2508.16560 takes the lowest for the right L0: it claims that too few latents per "
-        "token, and too many, mix directions and raise it. That needs an SAE that has found directions: random rows "
-        f"give {' and '.join(number(width, 'decoder_coherence') for width in widths)}, less than trained ones, and on "
-        "rows with known directions it fell on beyond the true L0."
+        "token, and too many, mix directions and raise it. But random decoder rows give "
+        f"{' and '.join(number(width, 'decoder_coherence') for width in widths)}, so a low value may also mean that "
+        "few directions were learnt; and on rows with known directions it fell on beyond the true L0."
     )
 
 
