@@ -28,7 +28,7 @@ METRICS = [
     *("loss_recovered_zero", "loss_recovered_mean"),
 ]
 """Numbers that every run must have; a row without one stops the tables."""
-YOUNGER_NUMBERS = ["l0_no_sink", "dead_pct_no_sink", "fvu_eval", "kl"]
+YOUNGER_NUMBERS = ["l0_no_sink", "dead_pct_no_sink", "fvu_eval", "kl", "decoder_coherence"]
 OPTIONAL = ["inference_threshold", "theta_over_rms", *YOUNGER_NUMBERS]
 """Numbers that only some architectures, or only newer tables, have."""
 HASHES = ["data_sha256", "model_sha256", "weights_sha256"]

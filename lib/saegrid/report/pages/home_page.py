@@ -163,6 +163,7 @@ def _answers(
         "### By budget",
         "Latents are read one by one: fewer per token are easier to read, more leave the model as it is.",
         card.budget_cards(df, prompts, budget, runs),
+        trust_section.which_k(df),
         figure,
         "## Results",
         f"As the published card has them, then KL, loss recovered and FVU.{all_columns}",
