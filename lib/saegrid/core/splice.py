@@ -83,9 +83,7 @@ def with_shared(prompts: list[Prompt]) -> list[Prompt]:
     return marked if several and all(len(scored_positions(prompt)) for prompt in marked) else prompts
 
 
-def make_baseline(
-    lm: LM, prompts: list[Prompt], layer: int, mean: Tensor, site: Site = "resid_post"
-) -> Baseline:
+def make_baseline(lm: LM, prompts: list[Prompt], layer: int, mean: Tensor, site: Site = "resid_post") -> Baseline:
     """Run the reference passes. `mean` (d_in,) is the training rows' mean."""
     prompts = with_shared(prompts)
     x: list[Tensor] = [torch.empty(0)] * len(prompts)

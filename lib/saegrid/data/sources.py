@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from saegrid.config.run_config import RunConfig
-from saegrid.data.models import embedded
 from saegrid.data.corpora.embedded_text import embedded_identity
 from saegrid.data.corpora.files import corpus_files, local_corpus
 from saegrid.data.language_model import HUB_FILES, weight_files
 from saegrid.data.manifest import FORMAT, MEND, of_format
+from saegrid.data.models import embedded
 from saegrid.errors import ConfigError, DamagedError, StoreError
 from saegrid.storage.checksums import read_json, read_sealed
 from saegrid.storage.hub_access import expanded, files_sha256, local_folder
