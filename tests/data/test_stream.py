@@ -1,4 +1,4 @@
-"""Streamed rows: the rows of a store, in an order of their own, made while they are trained on; bounded and resumable."""
+"""Streamed rows: the rows of a store in another order, made while they are trained on; bounded and resumable."""
 
 import threading
 from pathlib import Path
