@@ -14,9 +14,10 @@ from saegrid.report.pages import latents_page
 from saegrid.storage.atomic import write_json
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ["_quarto.yml", "method.qmd", "recipes.qmd", "speed.qmd", "reproduce.qmd", "notebooks", "lib"]
+PAGES = site.pages(ROOT)
+SOURCES = ["_quarto.yml", *(page for page in PAGES if "/" not in page and page != "index.qmd"), "notebooks", "lib"]
 SOURCES += ["results/_published.md", "results/_recipes.md", "benchmarks/_speed.md"]
-NOTEBOOKS = ["findings", "results", "frontier", "latents"]
+NOTEBOOKS = [Path(page).stem for page in PAGES if page.endswith(".ipynb")]
 HOSTILE = ["$x$", "{{< include gone.md >}}", "</script><script>document.title='broken'</script>", '"><b>', "&lt;"]
 """Token strings that must be rendered as text."""
 

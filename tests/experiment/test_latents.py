@@ -19,7 +19,8 @@ from saegrid.errors import SaegridError
 from saegrid.experiment import latents
 from saegrid.experiment.run import Run
 from saegrid.formats.run_folder import load_folder
-from saegrid.report.pages import home_page, latents_page
+from saegrid.report import loading
+from saegrid.report.pages import latents_page
 
 VOCABULARY = 257  # tokens of the tokenizer; the model has room for three more
 SPARSITY = {"TopK": {"k": 4}, "BatchTopK": {"k": 4}, "JumpReLU": {"threshold": 0.5}}
@@ -137,7 +138,7 @@ def test_the_home_pages_code_runs_and_both_ways_agree(place, arch, monkeypatch):
     folder, _ = finished(place, "llama", arch)
     monkeypatch.chdir(place)
     row = pd.Series(json.loads((folder / "metrics.json").read_text()))
-    own, plain = re.findall(r"```python\n(.*?)```", home_page.load_text(row), flags=re.S)
+    own, plain = re.findall(r"```python\n(.*?)```", loading.from_run(row), flags=re.S)
     given = torch.randn(4, row["d_in"], generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(torch, "randn", lambda *shape: given)
     x_hats = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,13 +48,14 @@ class Measured:
     """One row per template, one column per run id: (numerator - value · denominator) / Σ denominator."""
 
 
-def measured(prompts: pd.DataFrame, measure: str = "delta_loss") -> Measured:
-    """A measure of the runs in `prompts`.
+def measured(prompts: pd.DataFrame, measure: str = "delta_loss", among: Iterable[str] | None = None) -> Measured:
+    """A measure of the runs in `prompts`, or of those `among` these ids.
 
     `prompts` is long-form: `run_id, prompt, template, n_tokens` and the sums that the measure needs (`MEASURES`). A
     prompt without a template is its own cluster. Raises `ResultsError` if the runs were not scored on the same prompts
     and tokens, or if a sum is missing.
     """
+    prompts = prompts if among is None else prompts[prompts["run_id"].isin(among)]
     alone = "prompt " + prompts["prompt"].astype(str)
     above, below = MEASURES[measure]
     for name in re.findall(r"\w+", f"{above} {below}"):
@@ -85,14 +86,15 @@ def over_seeds(found: Measured, runs: Sequence[str]) -> Estimate:
     return _estimate(value.mean(), parts.to_numpy().mean(axis=1), value.to_numpy())
 
 
-def difference(found: Measured, runs: pd.DataFrame, base: pd.DataFrame) -> Estimate:
-    """The mean over `runs` minus that over `base`, paired over templates and seeds.
+def difference(found: Measured, runs: pd.DataFrame, base: pd.DataFrame, factor: float = 1.0) -> Estimate:
+    """The mean over `runs` minus `factor` times that over `base`, paired over templates and seeds.
 
     Both have the columns `run_id` and `seed`. Raises `ResultsError` if their seeds differ.
     """
     ours, theirs = _paired(runs, base)
-    values = found.value[ours].to_numpy() - found.value[theirs].to_numpy()
-    return _estimate(values.mean(), (found.parts[ours].to_numpy() - found.parts[theirs].to_numpy()).mean(1), values)
+    values = found.value[ours].to_numpy() - factor * found.value[theirs].to_numpy()
+    parts = found.parts[ours].to_numpy() - factor * found.parts[theirs].to_numpy()
+    return _estimate(values.mean(), parts.mean(axis=1), values)
 
 
 def ratio(found: Measured, runs: pd.DataFrame, base: pd.DataFrame) -> Estimate:

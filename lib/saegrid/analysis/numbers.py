@@ -129,6 +129,11 @@ def signed(value: float, digits: int = 3) -> str:
     return MISSING if math.isnan(value) else f"{value:+.{digits}f}".replace("-", "−")
 
 
+def bounds(low: float, high: float, name: str) -> str:
+    """Bounds of a column's value: `0.044 to 0.120`; empty if they are missing."""
+    return "" if math.isnan(low) else f"{number(low, name)} to {number(high, name)}"
+
+
 def between(values: pd.Series, digits: str) -> str:
     """The smallest and the largest value: `4 to 6`, or `4` if both read the same."""
     low, high = format(values.min(), digits), format(values.max(), digits)

@@ -1,6 +1,8 @@
-"""How loss follows dictionary size, K and tokens: power laws fitted to a grid's runs. Free of torch."""
+"""How loss follows dictionary size, K and tokens: power laws over a grid's runs, and each step. Free of torch."""
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import pandas as pd
@@ -38,3 +40,27 @@ def exponents(df: pd.DataFrame) -> pd.DataFrame:
             slope, low, high, _ = t_interval(slopes[n], errors[n], df_left)
             rows.append([measure, size, slope, low, high, float(np.exp(np.std(residuals)))])
     return pd.DataFrame(rows, columns=["measure", "size", "slope", "low", "high", "spread"])
+
+
+def steps(df: pd.DataFrame) -> pd.DataFrame:
+    """What each step of a size does, which a power law averages: one row per measure and two adjacent sizes.
+
+    `factor` is the geometric mean, over `pairs` of runs that differ in nothing else, of the measure at size `large`
+    divided by that at `small`; `low` and `high` bound its 95% t interval over the pairs (NaN for one pair). Measures
+    must be above 0, as in `exponents`.
+    """
+    rest = [name for name in (*SIZES, "arch", "recipe", "seed") if name in df]
+    measures = [name for name in MEASURES if name != "kl" or cost(df) == "kl"]
+    rows = []
+    for size in (name for name in SIZES if df[name].nunique() > 1):
+        values = sorted(df[size].unique())
+        for small, large in itertools.pairwise(values):
+            ends = (df[df[size] == value] for value in (small, large))
+            pairs = pd.merge(*ends, on=[name for name in rest if name != size], suffixes=("_small", "_large"))
+            for measure in measures:
+                logs = np.log((pairs[f"{measure}_large"] / pairs[f"{measure}_small"]).to_numpy(float))
+                if len(logs):
+                    error = float(logs.std(ddof=1) / np.sqrt(len(logs))) if len(logs) > 1 else 0.0
+                    bounds = np.exp(t_interval(float(logs.mean()), error, len(logs) - 1)[:3])
+                    rows.append([measure, size, small, large, *bounds, len(logs)])
+    return pd.DataFrame(rows, columns=["measure", "size", "small", "large", "factor", "low", "high", "pairs"])

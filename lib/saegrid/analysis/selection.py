@@ -26,6 +26,23 @@ def without_controls(df: pd.DataFrame) -> pd.DataFrame:
     return df
 
 
+def by_origin(df: pd.DataFrame, *without: str) -> dict[str, pd.DataFrame]:
+    """The rows of each origin (`settings.origins`) by its label, in table order; one origin has the label "".
+
+    What ranks, averages or compares runs takes one of these at a time. `without` names parameters to ignore.
+    """
+    rows = df.to_dict("records")
+    keys = pd.Series([settings.origin(row, *without) for row in rows], index=df.index, dtype=object)
+    return {name: df[[key == one for key in keys]] for one, name in settings.origins(rows, *without).items()} or {
+        "": df
+    }
+
+
+def first_origin(df: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the table's first origin: what a page shows that has room for one."""
+    return next(iter(by_origin(df).values()))
+
+
 def candidates(df: pd.DataFrame) -> pd.DataFrame:
     """The rows that may be called best: those that fire less than `DENSE_SHARE_PCT` of their latents. Never controls.
 
@@ -53,7 +70,11 @@ def beside_controls(df: pd.DataFrame, baseline: pd.DataFrame | None = None) -> p
     `control` (`freeze = decoder`; empty for the setting itself), `seeds`, the measures, and `reached`: the measures on
     which a control is at least as good as its setting, and which therefore say nothing there.
     """
-    keyed = df.assign(rest=[settings.key(row, *CONTROLS) for row in df.to_dict("records")])
+    records = df.to_dict("records")
+    keyed = df.assign(rest=[settings.key(row, *CONTROLS) for row in records])
+    labels = settings.origins(records)
+    if len(labels) > 1:
+        keyed["name"] = [f"{row['name']}, {labels[settings.origin(row)]}" for row in records]
     measures, found = [name for name in COMPARED if name in df], []
     for _, rows in keyed.groupby("rest", sort=False):
         plain = without_controls(rows)
@@ -141,6 +162,11 @@ def recommend(df: pd.DataFrame, budget: float = L0_BUDGET) -> pd.Series:
         raise ResultsError("results: every run is a control (freeze, model_init), so none can be recommended")
     affordable = within(rows, budget)
     return rows.nsmallest(1, "l0").iloc[0] if affordable.empty else affordable.nsmallest(1, cost(df)).iloc[0]
+
+
+def fronts(df: pd.DataFrame, y: str) -> pd.DataFrame:
+    """The Pareto set (`pareto`) of the sparse runs of each origin."""
+    return pd.concat([pareto(candidates(rows), y) for rows in by_origin(df).values()])
 
 
 def pareto(df: pd.DataFrame, y: str, x: str = "l0", lower_is_better: bool = True) -> pd.DataFrame:

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from saegrid.config.run_config import RunConfig
-from saegrid.core.metrics import Reconstruction, sink_norm, splice_metrics
+from saegrid.core.metrics import Reconstruction, is_sink, sink_norm, splice_metrics
 from saegrid.core.sae import SAE
 from saegrid.core.splice import Baseline, evaluate, load_baseline, mean_losses, scored_positions
 from saegrid.data.language_model import load_lm
@@ -63,7 +63,7 @@ def replacement(sae: SAE, kernel: Kernel, limit: float = math.inf) -> Callable[[
     def replace(x: torch.Tensor) -> torch.Tensor:
         x = x.to(sae.device)
         x_hat = kernel.decode(sae.params, sae.codes(x, kernel))
-        return torch.where(x.norm(dim=1, keepdim=True) > limit, x, x_hat)
+        return torch.where(is_sink(x, limit)[:, None], x, x_hat)
 
     return replace
 
@@ -76,7 +76,7 @@ def reconstructed(baseline: Baseline, sae: SAE, kernel: Kernel) -> pd.DataFrame:
     """
     x = scored_rows(baseline)
     limit = sink_norm(x)
-    ordinary = [rows.norm(dim=1) <= limit for rows in x]
+    ordinary = [~is_sink(rows, limit) for rows in x]
     mean = torch.cat([rows[keep] for rows, keep in zip(x, ordinary, strict=True)]).double().mean(0)
     sums = []
     for rows, keep in zip(x, ordinary, strict=True):

@@ -19,6 +19,7 @@ from saegrid.data.models.layout import TOLERANCE, apart, block_input, find_block
 from saegrid.data.models.model_config import load_tokenizer, model_config
 from saegrid.errors import ConfigError, SaegridError, first_line
 from saegrid.storage.hub_access import files_sha256, hub_errors, local_folder
+from saegrid.storage.processes import keep_freed_memory
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -137,6 +138,7 @@ def load_lm(config: RunConfig, device: str | None = None) -> LM:
         device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     text = model.config.get_text_config()
     config.check_shape(text.hidden_size, text.num_hidden_layers)
+    keep_freed_memory()
     return take_apart(model.to(device), load_tokenizer(config.model, folder), identity, config.layer, config.site)
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from saegrid.core.metrics import sink_norm
+from saegrid.core.metrics import is_sink, sink_norm
 from saegrid.core.sae import SAE
 from saegrid.data.collect import open_store
 from saegrid.data.language_model import LM, final_from, load_lm
@@ -49,7 +49,7 @@ def describe(run_dir: Path, store_dir: Path, size: int = SAMPLE, other_seeds: Se
     chosen = sample(fired, size)
     acts = activations(sae, store, chosen)  # (n_val, size)
     limit = sink_norm(store.batches("val", BATCH_ROWS))
-    sinks = torch.cat([x.norm(dim=1) > limit for x in store.batches("val", BATCH_ROWS)])
+    sinks = torch.cat([is_sink(x, limit) for x in store.batches("val", BATCH_ROWS)])
     meta = {name: tensor.numpy() for name, tensor in store.meta("val").items()}
     tokens = Tokens(lm.tokenizer)
     effects = unembed(lm, sae.W_dec[chosen])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saegrid.config.run_config import RunConfig
-from saegrid.core.metrics import Moments, sink_norm, splice_metrics
+from saegrid.core.metrics import Moments, is_sink, sink_norm, splice_metrics
 from saegrid.core.splice import evaluate, load_baseline, mean_losses
 from saegrid.data.language_model import load_lm
 from saegrid.data.sources import pinned
@@ -61,7 +61,7 @@ def _measured(config: RunConfig, store: Store, mean: Tensor, directions: Tensor)
     limit = sink_norm(store.batches("val", BATCH))
     every, ordinary, errors = Moments(), Moments(), torch.zeros(2, dtype=torch.float64)
     for x in store.batches("val", BATCH):
-        error, keep = (replace(x) - x).double().square().sum(1), x.norm(dim=1) <= limit
+        error, keep = (replace(x) - x).double().square().sum(1), ~is_sink(x, limit)
         every.add(x)
         ordinary.add(x[keep])
         errors += torch.stack([error.sum(), error[keep].sum()])

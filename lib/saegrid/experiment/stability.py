@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saegrid.config.grid import Grid
 from saegrid.config.run_config import RunConfig
-from saegrid.core.metrics import sink_norm
+from saegrid.core.metrics import is_sink, sink_norm
 from saegrid.core.sae import SAE, initial_sae
 from saegrid.core.stability import activity, matched, movement
 from saegrid.data.collect import open_store
@@ -79,7 +79,7 @@ def ordinary_rows(store: Store) -> Iterator[Tensor]:
     """Batches of a store's validation rows without attention sinks."""
     limit = sink_norm(store.batches("val", BATCH_ROWS))
     for x in store.batches("val", BATCH_ROWS):
-        yield x[x.norm(dim=1) <= limit]
+        yield x[~is_sink(x, limit)]
 
 
 def given(run: RunConfig, sae: SAE) -> tuple[int, ...]:

@@ -13,7 +13,8 @@ UNDER_L1 = ("relu", "gated")
 """Rules trained under an L1 penalty."""
 L1_RATE = 0.1
 """Maximum change of the logarithm of L1's weight per step (measured: LOG.md)."""
-
+THETA_RATE = 10.0
+"""Theta's learning rate / the others': at theirs, theta does not follow the pre-activations (measured: LOG.md)."""
 
 NONE = torch.empty(0)
 
@@ -78,6 +79,11 @@ class StepSettings(NamedTuple):
     def tie_share(self) -> float:
         """Share of its distance to W_dec that W_enc moves per step."""
         return min(1.0, self.lr * self.tie)
+
+    @property
+    def theta_share(self) -> float:
+        """Share of its distance to the mean that theta moves per step."""
+        return min(1.0, self.lr * THETA_RATE * self.theta_tie)
 
     @property
     def frozen(self) -> str:

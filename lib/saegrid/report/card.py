@@ -13,7 +13,7 @@ import pandas as pd
 
 from saegrid.analysis import published_sweep, selection
 from saegrid.analysis.budget import BUDGETS, Choice, Price, by_budget
-from saegrid.analysis.numbers import COLUMNS, change, counted, number, signed
+from saegrid.analysis.numbers import COLUMNS, bounds, change, counted, number, signed
 from saegrid.config import settings
 from saegrid.config.architectures import ARCHITECTURES
 from saegrid.config.grid import L0_BUDGET
@@ -62,7 +62,7 @@ def budget_cards(
 
 def _told(choice: Choice, before: Choice | None, measure: str, links: str) -> dict[str, Any]:
     best, column = choice.best, COLUMNS[measure]
-    within = "" if choice.interval is None else " to ".join(number(end, measure) for end in choice.interval)
+    within = "" if choice.interval is None else bounds(*choice.interval, measure)
     facts = f"L0 {number(best['l0'], 'l0')} of {number(best['d_sae'], 'd_sae')} latents, "
     facts += f"{number(best['dead_pct'], 'dead_pct')}% dead, "
     facts += f"loss recovered {number(best['loss_recovered_mean'], 'loss_recovered_mean')}."
@@ -126,7 +126,7 @@ def _result_table(
     df: pd.DataFrame,
     family: str,
     given: list[str],
-    best: dict[str, Any],
+    best: dict[str, set],
     note: str,
     theirs: pd.DataFrame,
     links: str,

@@ -22,20 +22,7 @@ HOME = (
     "Sparse autoencoders on the residual stream of a real language model, one for each point of a grid, spliced back "
     "into it: which one to use, what it costs, and which findings of a published sweep hold.",
 )
-"""Title and description of the home page."""
-PLACEHOLDERS = {
-    "index.qmd": HOME,
-    "report/findings.ipynb": ("Findings",),
-    "report/frontier.ipynb": ("Frontier",),
-    "report/results.ipynb": ("Results",),
-    "report/latents.ipynb": ("Latents",),
-    "report/runs/index.qmd": ("Runs",),
-}
-"""Pages that `make report` makes, with their arguments of `front_matter`.
-
-They are whole pages: Quarto expands includes before its pre-render step, so whatever a committed page includes must be
-committed too.
-"""
+"""Title and description of the home page until there are runs."""
 MISSING = """::: {.callout-important}
 ## Nothing to show yet
 
@@ -45,6 +32,7 @@ This part of the report comes from the runs of a grid, and there are none yet, o
 """
 OLD = 1.0
 """Modification time of placeholders (1970), so that every workflow considers them out of date."""
+_PAGE = re.compile(r"^ *- \{text: (.+), href: (.+)\}$", re.M)
 _FETCHED = {
     **dict.fromkeys(
         ["script", "img", "iframe", "embed", "source", "track", "audio", "video", "input"], ("src", "srcset")
@@ -69,15 +57,24 @@ class SiteError(SaegridError):
     """The site could not be rendered, or the rendered site breaks a rule of the report."""
 
 
+def pages(root: str | Path = ".") -> dict[str, str]:
+    """The pages of the site, {source: title}: the navigation in `_quarto.yml`, the one list of them."""
+    return {page: title for title, page in _PAGE.findall((Path(root) / "_quarto.yml").read_text(encoding="utf-8"))}
+
+
 def prepare(root: str | Path = ".") -> list[str]:
-    """Write a placeholder for every missing page of the report. Returns the pages that it wrote."""
+    """Write a placeholder for every missing page. Returns the pages that it wrote.
+
+    They are whole pages: Quarto expands includes before its pre-render step, so whatever a committed page includes must
+    be committed too.
+    """
     written = []
-    for name, titles in PLACEHOLDERS.items():
+    for name, title in pages(root).items():
         path = Path(root) / name
         if path.exists():
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        front = front_matter(*titles)
+        front = front_matter(*HOME) if name == "index.qmd" else front_matter(title)
         page = (
             json.dumps(_notebook(("raw", front), ("markdown", MISSING))) if path.suffix == ".ipynb" else front + MISSING
         )

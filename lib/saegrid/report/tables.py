@@ -15,7 +15,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from saegrid.analysis.numbers import COLUMNS, MISSING, Column, aligned, counted, number
-from saegrid.analysis.selection import DENSE_SHARE_PCT, candidates
+from saegrid.analysis.selection import DENSE_SHARE_PCT, by_origin, candidates
 from saegrid.config import settings
 
 TEMPLATES = Environment(loader=PackageLoader("saegrid.report"), autoescape=True, undefined=StrictUndefined)
@@ -64,35 +64,52 @@ def html_table(
     )
 
 
-def best_values(df: pd.DataFrame, columns: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """The best value of each column with a direction, among the sparse runs, and the caption's note on the stars."""
-    fit = candidates(df) if "l0" in df else df
-    best = {name: _best(fit, name) for name in columns} if len(df) > 1 else {}
-    among = f", of runs that fire less than {DENSE_SHARE_PCT:g}% of their latents" if len(fit) < len(df) else ""
-    starred = any(value is not None for value in best.values())
-    return best, f" ★ marks the best value of a column{among}." if starred else ""
+def best_values(df: pd.DataFrame, columns: Sequence[str]) -> tuple[dict[str, set], str]:
+    """The rows (by index) with the best value of each column that has a direction, and the caption's note on the stars.
+
+    Best is among the sparse runs of one origin (`selection.by_origin`).
+    """
+    best: dict[str, set] = {name: set() for name in columns}
+    parts, dense = by_origin(df), False
+    for rows in parts.values():
+        fit = candidates(rows) if "l0" in rows else rows
+        dense |= len(fit) < len(rows)
+        for name in columns:
+            value = _best(fit, name) if len(rows) > 1 else None
+            best[name] |= set() if value is None else set(fit.index[fit[name] == value])
+    among = f", of runs that fire less than {DENSE_SHARE_PCT:g}% of their latents" if dense else ""
+    where = " for each source of rows" if len(parts) > 1 else ""
+    starred = any(best.values())
+    return best, f" ★ marks the best value of a column{where}{among}." if starred else ""
 
 
 def headers(df: pd.DataFrame, name: str = "name", links: str = "") -> list[dict[str, str]]:
     """Row headers: a run by its setting, its name in small type, both leading to its page if there are links."""
-    found = []
-    for row in df.to_dict("records"):
+    rows, found = df.to_dict("records"), []
+    origins = settings.origins(rows)
+    for row in rows:
         is_run = name == "name" and not pd.isna(row.get("arch")) and not pd.isna(row.get("expansion"))
-        text, run_id = (settings.label(row), row["name"]) if is_run else (number(row[name], name), "")
+        text, run_id = (
+            (_named(row, origins[settings.origin(row)]), row["name"]) if is_run else (number(row[name], name), "")
+        )
         href = f"{links}{row['run_id']}.html" if links and isinstance(row.get("run_id"), str) else ""
         found.append({"text": text, "id": run_id, "href": href})
     return found
 
 
+def _named(row: Mapping[str, Any], origin: str) -> str:
+    return f"{settings.label(row)}, {origin}" if origin else settings.label(row)
+
+
 def cells(
     df: pd.DataFrame,
     columns: Sequence[str],
-    best: Mapping[str, Any] | None = None,
+    best: Mapping[str, set] | None = None,
     theirs: Mapping[tuple[int, str], str] | None = None,
 ) -> list[list[dict[str, Any]]]:
     """The cells of each row, numbers of a column with the same decimals.
 
-    `best` has each column's best value, `theirs` a value in small type for (row number, column).
+    `best` has the index of each column's best rows, `theirs` a value in small type for (row number, column).
     """
     best, theirs, texts = best or {}, theirs or {}, {name: aligned(df[name], name) for name in columns}
     return [
@@ -103,7 +120,7 @@ def cells(
                 "value": repr(row[name]),
                 "missing": texts[name][n] == MISSING,
                 "words": isinstance(row[name], str),
-                "best": name in best and row[name] == best[name],
+                "best": df.index[n] in best.get(name, ()),
                 "theirs": theirs.get((n, name), ""),
             }
             for name in columns

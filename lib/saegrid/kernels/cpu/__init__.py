@@ -23,19 +23,8 @@ from torch import Tensor
 from saegrid.kernels.cpu import pairs, select
 from saegrid.kernels.cpu.chunks import CHUNKS, arrays, buffer, by_weight, even, run
 from saegrid.kernels.cpu.codes import sparse_codes
-from saegrid.kernels.reference import (
-    BETAS,
-    EPS,
-    THETA_RATE,
-    above_theta,
-    folded_gate,
-    hold_and_tie,
-    keep_apart,
-    l0_pull,
-    magnitudes,
-    settle_thetas,
-)
-from saegrid.kernels.state import Codes, Params, Rule, StepSettings, TrainState
+from saegrid.kernels.reference import BETAS, EPS, above_theta, folded_gate, l0_pull, magnitudes, settle
+from saegrid.kernels.state import THETA_RATE, Codes, Params, Rule, StepSettings, TrainState
 
 DENSE_ABOVE = 0.5  # share of active pairs above which plain products beat loops over pairs (measured)
 LATENT_COST = 8  # work per latent in the backward pass, in active pairs (Adam relative to a pair's gradient)
@@ -81,8 +70,8 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     beta1, beta2 = BETAS
     state.step += 1
     rate, correction = settings.lr / (1 - beta1**state.step), 1 / (1 - beta2**state.step)
-    held = settings.freeze != "none"  # `hold_and_tie` then ties after the loops
-    tie = 0.0 if held else settings.tie_share
+    after = settings if settings.freeze != "none" else settings._replace(tie=0.0)  # else the loops tie
+    tie = 0.0 if after.tie else settings.tie_share
     adam = tuple(map(np.float32, (1 - beta1, beta2, 1 - beta2, rate, correction, EPS, tie)))
     weights, m, v = (tuple(arrays(p[:3])) for p in (params, state.m, state.v))
     if settings.prefixes:
@@ -126,12 +115,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         )  # fmt: skip
         g_pre_bias = g_dec_bias - b_pre_pulls.sum(0)
     _apply_vectors(state, (g_dec_bias, g_pre_bias, *vectors), adam)
-    if held:
-        hold_and_tie(params, settings, settings.tie_share)
-    if rule.kind == "jumprelu":
-        settle_thetas(params, settings)
-    if settings.sink is not None:
-        keep_apart(params, settings.sink)
+    settle(params, rule.kind, after, after.tie_share, after.theta_share)
     return loss, active
 
 

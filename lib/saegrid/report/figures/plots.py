@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from html import escape
 
 import matplotlib.pyplot as plt
@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from saegrid.analysis import selection
 from saegrid.analysis.numbers import header, number
 from saegrid.analysis.selection import DENSE_SHARE_PCT, candidates, pareto
 from saegrid.report.figures.style import ABOVE, INK, MARKERS, PALE, PALETTE, STYLE, WIDE, styled
@@ -262,6 +263,18 @@ def figure(ax: Axes, *, alt: str, caption: str, above: str = "") -> Markdown:
     svg = page_svg(buffer.getvalue(), INK, alt)
     parts = [*([above] if above else []), svg, f"<figcaption>{escape(caption)}</figcaption>"]
     return html_block('<figure class="plot">\n' + "\n".join(parts) + "\n</figure>")
+
+
+def by_origin(df: pd.DataFrame, draw: Callable[[pd.DataFrame], Markdown]) -> Markdown:
+    """What `draw` makes of the rows; of several origins, one such figure for each, in two columns if there is room."""
+    parts = selection.by_origin(df)
+    if len(parts) == 1:
+        return draw(df)
+    found = []
+    for name, rows in parts.items():
+        inner = draw(rows).removeprefix("```{=html}\n").removesuffix("\n```\n")
+        found.append(html_block(f'<div><p class="origin">{escape(name.capitalize())}</p>\n{inner}\n</div>'))
+    return side_by_side(found)
 
 
 def side_by_side(figures: Iterable[Markdown]) -> Markdown:

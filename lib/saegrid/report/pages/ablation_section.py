@@ -5,10 +5,14 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 
-from saegrid.analysis.ablation import BETWEEN, LEVEL, MEANS, by_recipe, setting
-from saegrid.analysis.numbers import COLUMNS, change
+from saegrid.analysis.ablation import LEVEL, MEANS, by_recipe, setting
+from saegrid.analysis.numbers import COLUMNS, bounds, change
+from saegrid.analysis.selection import cost
 from saegrid.report.figures.style import INK, styled
 from saegrid.report.tables import html_table, markdown
+
+UNCERTAIN = ["kl_interval", "kl_range", "delta_loss_interval", "delta_loss_range"]
+"""Uncertainty of a mean cost: its interval if there are per-prompt sums, else its range over the seeds."""
 
 
 def verdict(found: pd.DataFrame) -> str:
@@ -43,12 +47,19 @@ def forest(found: pd.DataFrame, *, measure: str = "delta_loss", ax: Axes | None 
     return ax
 
 
+def recipe_means(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> pd.DataFrame:
+    """`by_recipe` with the bounds of the cost in words, in one of the columns `UNCERTAIN`."""
+    table, kind = by_recipe(df, prompts), "range" if prompts is None else "interval"
+    words = [bounds(low, high, "delta_loss") for low, high in zip(table["low"], table["high"], strict=True)]
+    return table.assign(**{f"{cost(df)}_{kind}": words})
+
+
 def recipe_section(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> str:
     """The comparison of recipes as a section of a page; empty if all runs have the same one."""
-    table = by_recipe(df, prompts)
+    table = recipe_means(df, prompts)
     if table["recipe"].nunique() < 2:
         return ""
     keys = [name for name in setting(df) if table[name].nunique() > 1]
-    columns = ["recipe", *keys, "seeds", *MEANS, *BETWEEN]
+    columns = ["recipe", *keys, "seeds", *MEANS, *UNCERTAIN]
     caption = "Means over seeds by recipe; “but” names the choices that differ from it."
     return markdown("## Recipes", html_table(table, columns, caption=caption, mark_best=not keys))

@@ -232,7 +232,7 @@ def make(grid: Grid, root: str | Path = ".") -> Path:
     Raises `SaegridError` if the tables, the run or its activation store are missing.
     """
     root = Path(root)
-    best = selection.recommend(results.read_tidy(root / grid.results_dir), grid.l0_budget)
+    best = selection.recommend(selection.first_origin(results.read_tidy(root / grid.results_dir)), grid.l0_budget)
     first = grid.runs()[0]
     runs = root / first.runs_dir
     seeds = [runs / run_id for run_id in grid.other_seeds(best["run_id"])]

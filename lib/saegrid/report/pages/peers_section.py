@@ -51,7 +51,17 @@ def table(found: pd.DataFrame) -> Markdown:
         for name, on in COMPARED.items()
         if f"{on}_more" in found
     }
-    columns = [*own, "fvu_no_sink", "dead_pct_no_sink", "kl", "delta_loss", *more, "Rate"]
+    columns = [
+        *own,
+        "fvu_no_sink",
+        "dead_pct_no_sink",
+        "kl",
+        "delta_loss",
+        *more,
+        "stable_pct",
+        "matched_cosine",
+        "Rate",
+    ]
     own |= more | {"Rate": found["rates"]}
     caption = (
         "More: than this project's SAE of the lowest FVU at that K, on the prompts, 95% intervals of each. "

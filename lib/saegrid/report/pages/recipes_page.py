@@ -13,11 +13,17 @@ from saegrid.analysis import ablation, intervals, peers, scaling, selection
 from saegrid.analysis.numbers import COLUMNS, change, counted, header, number
 from saegrid.analysis.scaling import MEASURES
 from saegrid.experiment import pca_table, results
+from saegrid.report import layers
 from saegrid.report.figures import plots
 from saegrid.report.pages import ablation_section, peers_section, scaling_section
 from saegrid.report.tables import Markdown, html_table, markdown
 
-GRIDS = {"recipes": "Two recipes", "ablation": "What each choice buys", "scaling": "Scaling"}
+GRIDS = {
+    "recipes": "Two recipes",
+    "ablation": "What each choice buys",
+    "scaling": "Scaling",
+    "layers": "Other layers, other text",
+}
 """Folders under `results/`, made by the grid files of the same names, and the titles of their sections."""
 
 VARIED = ("n_train_rows", "expansion", "k")
@@ -29,8 +35,12 @@ def page(root: str | Path = ".") -> Markdown:
     sections = []
     for name, title in GRIDS.items():
         folder, made = Path(root) / "results" / name, f"Not measured yet: `make {name}` does it."
-        if (folder / "results_tidy.csv").exists():
-            made = _scaling(folder) if name == "scaling" else _comparison(folder, name)
+        measured = (folder / "results_tidy.csv").exists()
+        if name == "layers" and not measured:  # it takes hours, and the other sections stand without it
+            continue
+        if measured:
+            of_its_own = {"scaling": _scaling, "layers": _layers}
+            made = of_its_own[name](folder) if name in of_its_own else _comparison(folder, name)
         sections += [f"## {title}", made]
     made = "Not measured yet: `make peer-quality` does it."
     folder = Path(root) / "results/peers"
@@ -62,9 +72,16 @@ def _scaling(folder: Path) -> str:
     for y, x, by in panels:
         text = f"{header(y)} over {header(x)}, a line for each {header(by)}; means over the other sizes."
         figures.append(plots.figure(scaling_section.curves(df, y=y, x=x, by=by), alt=text, caption=text))
-    found = scaling.exponents(df)
-    table = scaling_section.exponent_table(found, len(df))
-    return markdown(_what(df), scaling_section.verdict(found), plots.side_by_side(figures), table)
+    found, steps = scaling.exponents(df), scaling.steps(df)
+    tables = [scaling_section.exponent_table(found, len(df)), scaling_section.step_table(steps)]
+    return markdown(_what(df), scaling_section.verdict(found, steps), plots.side_by_side(figures), *tables)
+
+
+def _layers(folder: Path) -> str:
+    df, prompts = selection.without_controls(results.read_tidy(folder)), results.read_prompts(folder)
+    where = f"{counted(df['layer'].nunique(), 'layer')} and {counted(df['dataset'].nunique(), 'text')}"
+    text = f"Do this project's headlines hold elsewhere? {_what(df)} Each of {where} is judged by itself."
+    return markdown(text, layers.section(df, prompts))
 
 
 def _comparison(folder: Path, name: str) -> str:
@@ -72,9 +89,9 @@ def _comparison(folder: Path, name: str) -> str:
     caption = f"Means over {df['seed'].nunique()} seeds, from make {name}"
     if (ablation.named(df)["switched"] != "").any():
         return markdown(_what(df), *_switched(df, prompts, caption))
-    table = ablation.by_recipe(df, prompts)
+    table = ablation_section.recipe_means(df, prompts)
     keys = [key for key in ablation.setting(df) if table[key].nunique() > 1]
-    columns = [*(["arch"] if "arch" in keys else []), "recipe", "seeds", *ablation.MEANS, *ablation.BETWEEN]
+    columns = [*(["arch"] if "arch" in keys else []), "recipe", "seeds", *ablation.MEANS, *ablation_section.UNCERTAIN]
     said = [_what(df), claim(df, prompts), _beside_pca(table, pca_table.read(folder))]
     return markdown(*filter(None, said), html_table(table, columns, caption=f"{caption}."))
 
@@ -100,8 +117,9 @@ def _what(df: pd.DataFrame) -> str:
     one, seeds = df.iloc[0], df["seed"].nunique()
     kind = f"{one['arch']} runs" if df["arch"].nunique() == 1 else "runs"
     shown = {name: " and ".join(f"{value:,}" for value in sorted(df[name].unique())) for name in VARIED}
+    read = " and ".join(str(layer) for layer in sorted(df["layer"].unique()))
     text = (
-        f"{len(df)} {kind} on layer {one['layer']} of {one['model'].removeprefix('embedded:')}: "
+        f"{len(df)} {kind} on layer {read} of {one['model'].removeprefix('embedded:')}: "
         f"{shown['n_train_rows']} tokens, {one['epochs']} epochs, expansion {shown['expansion']}, K = {shown['k']}, "
         f"{counted(seeds, 'seed')}; judged on {one['n_val_rows']:,} held-out tokens and "
         f"{one['n_eval_prompts']} prompts."

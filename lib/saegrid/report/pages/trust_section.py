@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from saegrid.analysis import selection
-from saegrid.analysis.numbers import COLUMNS, MISSING, counted, header, number
+from saegrid.analysis.numbers import COLUMNS, MISSING, bounds, counted, header, number
 from saegrid.config import settings
 from saegrid.config.settings import CONTROLS
 from saegrid.report.figures import plots
@@ -24,13 +24,20 @@ def stability(stable: pd.DataFrame) -> Markdown:
     plain = selection.without_controls(stable)
     if plain.empty:
         return Markdown("Every setting here has one seed: nothing says whether another seed finds the same latents.\n")
-    table = stable.assign(stable_between=[_between(row) for row in stable.to_dict("records")])
+    table = stable.assign(stable_between=_bounds(stable))
     columns = ["name", "seeds", "pairs", "stable_pct", "stable_between", "stable_energy_pct", "matched_cosine"]
     columns += ["random_cosine", "start_cosine"]
     caption = (
         "Seed stability of each setting: means over all pairs of seeds. Two latents are the same if the cosines of "
         "their decoder and of their encoder rows are above 0.7."
     )
+    parts = selection.by_origin(plain)
+    if len(parts) > 1:
+        said = "\n".join(
+            f"- **{name.capitalize()}**: {_share(rows)} of the live latents" for name, rows in parts.items()
+        )
+        said = f"Found again with another seed:\n\n{said}"
+        return markdown(said, html_table(table, columns, caption=caption, mark_best=False))
     figures = []
     for x in (name for name in SIZES if plain[name].nunique() > 1):
         text = f"{header('stable_pct')} over {header(x)}, a line per architecture; means over the other settings."
@@ -41,15 +48,13 @@ def stability(stable: pd.DataFrame) -> Markdown:
 
 def verdict(plain: pd.DataFrame) -> str:
     """The range of stability over the settings, what chance gives, and what follows for readers of latents."""
-    low, high = (plain.loc[plain["stable_pct"].agg(end)] for end in ("idxmin", "idxmax"))
-    least, most = (f"{number(row['stable_pct'], 'stable_pct')}%" for row in (low, high))
-    share = least if least == most else f"{least} ({low['name']}) to {most} ({high['name']})"
+    high = plain.loc[plain["stable_pct"].idxmax()]
     found, chance = (number(plain[name].mean(), name) for name in ("matched_cosine", "random_cosine"))
     text = (
-        f"**{share} of the live latents are found again with another seed.** Matched one to one, the decoder rows of "
-        f"two seeds have a mean cosine of {found}; as many random directions of the same width give {chance}. Rows "
-        f"keep a cosine of {number(plain['start_cosine'].mean(), 'start_cosine')} with their random start. Rows of "
-        "attention sinks, and the latents that are given the sinks' direction, are left out."
+        f"**{_share(plain)} of the live latents are found again with another seed.** Matched one to one, the decoder "
+        f"rows of two seeds have a mean cosine of {found}; as many random directions of the same width give {chance}. "
+        f"Rows keep a cosine of {number(plain['start_cosine'].mean(), 'start_cosine')} with their random start. "
+        "Rows of attention sinks, and the latents that are given the sinks' direction, are left out."
     )
     if high["stable_pct"] < FEW_PCT:
         text += (
@@ -57,6 +62,13 @@ def verdict(plain: pd.DataFrame) -> str:
             "latent as a property of the language model unless other seeds have it too."
         )
     return text
+
+
+def _share(plain: pd.DataFrame) -> str:
+    """The lowest and the highest stability, with the settings that have them."""
+    low, high = (plain.loc[plain["stable_pct"].agg(end)] for end in ("idxmin", "idxmax"))
+    least, most = (f"{number(row['stable_pct'], 'stable_pct')}%" for row in (low, high))
+    return least if least == most else f"{least} ({low['name']}) to {most} ({high['name']})"
 
 
 @styled
@@ -125,8 +137,6 @@ def reached_text(found: pd.DataFrame) -> str:
     return f"A control reaches **{'; '.join(parts)}**: these measures say nothing about what was learnt."
 
 
-def _between(row: dict) -> str:
-    if pd.isna(row["stable_pct_low"]):
-        return ""
-    low, high = (number(row[f"stable_pct_{end}"], "stable_pct") for end in ("low", "high"))
-    return f"{low} to {high}"
+def _bounds(stable: pd.DataFrame) -> list[str]:
+    both = zip(stable["stable_pct_low"], stable["stable_pct_high"], strict=True)
+    return [bounds(low, high, "stable_pct") for low, high in both]
