@@ -116,40 +116,22 @@ def settle(device: str) -> None:
 
 def rules(device: str) -> dict[str, Any]:
     """Relative distance of the weights from the reference's after eight steps; must be below 1e-4."""
-    from kernel_cases import D_IN, D_SAE, apart, make_params, make_rows, start
+    from kernel_cases import CASES, apart, begin, make_rows, on
 
-    sink = torch.nn.functional.normalize(torch.arange(1.0, D_IN + 1), dim=0)
-    told = StepSettings(1e-2, aux_k=20, dead_after=300, bandwidth=3.0, l0_coef=500.0, theta_tie=2.0, batch_size=200)
-    improved = told._replace(grad_clip=1.0, project_grad=True, aux_coef=1 / 32, sink=sink, tie=3.0)
     worst = {}
-    for kind in ("topk", "batchtopk", "threshold", "jumprelu", "relu", "gated"):
-        for recipe, settings in (("published", told), ("improved", improved), ("matryoshka", improved)):
-            if recipe == "matryoshka":
-                if kind not in ("topk", "batchtopk", "threshold"):
-                    continue
-                settings = settings._replace(prefixes=(5, 40, D_SAE))
-            if kind in ("relu", "gated"):
-                settings = settings._replace(l1_coef=500.0)
-            params, rule = make_params(), Rule(kind, 9, 150.0 if kind == "threshold" else 0.0)
-            if kind in ("jumprelu", "gated"):
-                params = params._replace(theta=torch.linspace(0, 20, D_SAE))
-            if kind == "gated":
-                params = params._replace(gain=torch.linspace(-0.2, 0.2, D_SAE))
-            if settings.sink is not None:
-                reference.keep_apart(params, sink)
-            on_it = settings if settings.sink is None else settings._replace(sink=sink.to(device))
-            mine, theirs = start(Params(*(p.to(device) for p in params))), start(params)
-            for step, n in enumerate([200, 200, 37, 200, 64, 200]):
-                x = make_rows(n, step)
-                dense.train_step(mine, x.to(device), rule, on_it)
-                reference.train_step(theirs, x, rule, settings)
-            batches = [make_rows(n, n).to(device) for n in (200, 64)]
-            with never_waiting(device):
-                for x in batches:
-                    dense.train_step(mine, x, rule, on_it)
-            for n in (200, 64):
-                reference.train_step(theirs, make_rows(n, n), rule, settings)
-            worst[f"{kind} {recipe}"] = max(apart(a.cpu(), b) for a, b in zip(mine.params, theirs.params, strict=True))
+    for name, (rule, settings) in CASES.items():
+        mine, theirs = begin(rule, settings, device), begin(rule, settings)
+        on_it, on_cpu = on(device, rule, settings), on("cpu", rule, settings)
+        for step, n in enumerate([200, 200, 37, 200, 64, 200]):
+            dense.train_step(mine, make_rows(n, step).to(device), rule, on_it)
+            reference.train_step(theirs, make_rows(n, step), rule, on_cpu)
+        batches = [make_rows(n, n).to(device) for n in (200, 64)]
+        with never_waiting(device):
+            for x in batches:
+                dense.train_step(mine, x, rule, on_it)
+        for x in batches:
+            reference.train_step(theirs, x.cpu(), rule, on_cpu)
+        worst[name] = max(apart(a.cpu(), b) for a, b in zip(mine.params, theirs.params, strict=True))
     return {"apart": worst, "largest": max(worst.values()), "passed": max(worst.values()) < 1e-4}
 
 

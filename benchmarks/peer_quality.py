@@ -8,7 +8,8 @@ trains on sinks (this project's recipe drops them, the other libraries get rows 
 to K on validation rows without sinks, and the splice does not replace sinks.
 Each contender is trained at its default learning rate, at three times that, and on along `LADDER` until both neighbours
 of the best, by FVU on the validation rows, are worse; then once between the best and its better neighbour. The best of
-all is spliced, then trained and spliced with two more seeds. Writes `results/peers/runs.csv` and `prompts.csv` after
+all is spliced, then trained and spliced with two more seeds, and the latents of each pair of seeds are matched
+(`stable_pct`, `matched_cosine`: means over a seed's pairs). Writes `results/peers/runs.csv` and `prompts.csv` after
 each contender. Existing rows count as done: if training has changed, delete its rows first.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -38,10 +40,12 @@ from saegrid.config.recipes import RECIPES
 from saegrid.config.run_config import RunConfig, make_config
 from saegrid.core.evaluation import evaluate_rows, on_prompts, spliced
 from saegrid.core.sae import SAE, JumpReLU, TopK
+from saegrid.core.stability import activity, matched
 from saegrid.core.thresholds import calibrated_factor, ordinary
 from saegrid.data.store import Store
 from saegrid.experiment.run import Run, prepare_store
-from saegrid.formats import load_sae
+from saegrid.experiment.stability import given
+from saegrid.formats import export, load_sae
 from saegrid.kernels import cpu as kernel
 from saegrid.storage.atomic import write_text
 
@@ -66,6 +70,9 @@ CONTENDERS = {
 SCALED = ("dictionary_learning", "sparsify")
 ON_ROWS = ["l0_no_sink", "fvu_no_sink", "dead_pct_no_sink"]
 ON_PROMPTS = ["fvu_eval", "kl", "delta_loss", "loss_recovered_mean", "ce_spliced"]
+BETWEEN_SEEDS = ["stable_pct", "matched_cosine"]
+KEPT = ROOT / "runs/peers"
+"""The SAE of each contender and seed at its best learning rate, to match its latents with another seed's."""
 
 
 class Course(NamedTuple):
@@ -117,6 +124,7 @@ def compete(contender: dict[str, Any], default: float, options: argparse.Namespa
             following = functools.partial(only, rate)
         if following(losses(rows)) is not None:
             add(options.out, one, *measured(one, default, rows, following, course))
+    replicated(options.out, contender, course)
 
 
 def measured(
@@ -148,11 +156,40 @@ def measured(
         return pd.DataFrame(rows.values()), None
     if best not in saes:
         try_rate(best)
+    export(saes[best], kept(rows[best]), "saelens")
     sums = spliced(course.base, course.store, saes[best], kernel, leave_sinks=True)
     found = on_prompts(sums)
     rows = {rate: {name: row[name] for name in row if name not in ON_PROMPTS} for rate, row in rows.items()}
     rows[best] |= {name: found[name] for name in ON_PROMPTS}
     return pd.DataFrame(rows.values()), sums.assign(**{name: rows[best][name] for name in KEYS})
+
+
+def kept(row: dict[str, Any]) -> Path:
+    """Folder of a contender's SAE with one seed."""
+    return KEPT / "-".join(str(row[name]) for name in KEYS)
+
+
+def replicated(out: Path, contender: dict[str, Any], course: Course) -> None:
+    """Match the latents of each pair of a contender's seeds, and write the means over a seed's pairs to `runs.csv`."""
+    runs = saved(out / "runs.csv")
+    if runs.empty:
+        return
+    runs = runs.assign(**{name: runs.get(name, math.nan) for name in BETWEEN_SEEDS})
+    rows = {n: row for n, row in runs[is_of(runs, contender)].iterrows() if kept(row).exists()}
+    if len(rows) < 2 or runs.loc[[*rows], BETWEEN_SEEDS].notna().all(axis=None):
+        return
+    rows_of, saes = OrdinaryRows(course.store), {n: load_sae(kept(row)) for n, row in rows.items()}
+    acts = {n: activity(sae, rows_of.batches("val", BATCH, "cpu"), kernel) for n, sae in saes.items()}
+    own = make_config(arch=contender["arch"], k=contender["k"], recipe="improved")  # a peer's SAE has no given latents
+    pairs = {
+        (i, j): matched(saes[i], saes[j], acts[i], acts[j], given(own, saes[i]))
+        for i, j in itertools.combinations(rows, 2)
+    }
+    for n in rows:
+        for name in BETWEEN_SEEDS:
+            values = [getattr(found, name) for pair, found in pairs.items() if n in pair]
+            runs.loc[n, name] = sum(values) / len(values)
+    write_text(out / "runs.csv", runs.to_csv(index=False, lineterminator="\n"))
 
 
 def losses(rows: dict[float, dict]) -> dict[float, float]:

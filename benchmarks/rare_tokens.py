@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from saegrid.core.evaluation import replacement, scored_rows
-from saegrid.core.metrics import sink_norm
+from saegrid.core.metrics import is_sink, sink_norm
 from saegrid.core.splice import load_baseline, scored_positions, splice, token_scores
 from saegrid.data.language_model import load_lm
 from saegrid.data.prompts import make_prompts
@@ -45,7 +45,7 @@ def by_rarity(run_dir: Path) -> pd.DataFrame:
     replace = replacement(sae, kernel, limit)
     final = splice(lm, baseline.prompts, baseline.x, config.layer, replace)
     clean, spliced = (token_scores(lm, baseline.prompts, states)["ce"] for states in (baseline.clean, final))
-    ordinary = x.norm(dim=1) <= limit
+    ordinary = ~is_sink(x, limit)
     tokens = [prompt.tokens[position] for prompt in baseline.prompts for position in scored_positions(prompt)]
     df = pd.DataFrame({"rows": [rows_with[token] for token in tokens], "delta": spliced - clean})
     df["error"] = (x - replace(x)).double().square().sum(1).numpy()

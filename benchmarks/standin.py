@@ -52,6 +52,7 @@ class Size(NamedTuple):
     words: int = 151_643
     """Ordinary tokens."""
     merges: int = 32_000
+    heads: int = 14
 
     def __str__(self) -> str:
         return f"{self.train_rows:,} + {self.val_rows:,} rows of {self.d_in}, {self.n_layers} blocks"
@@ -85,7 +86,7 @@ def model(folder: Path, size: Size) -> None:
     config = Qwen2Config(
         **{"hidden_size": size.d_in, "num_hidden_layers": size.n_layers, "intermediate_size": size.intermediate},
         **{
-            "num_attention_heads": 14,
+            "num_attention_heads": size.heads,
             "num_key_value_heads": 2,
             "vocab_size": size.words + ROOM,
             "tie_word_embeddings": True,

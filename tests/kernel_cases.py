@@ -1,11 +1,19 @@
-"""Rows, weights and comparisons for the tests of kernels."""
+"""Rows, weights, kinds of steps and comparisons for the tests of kernels and for `make gpu`."""
 
 import torch
 
 from saegrid.kernels import reference
-from saegrid.kernels.state import Codes, Params, TrainState
+from saegrid.kernels.state import UNDER_L1, Codes, Params, Rule, StepSettings, TrainState
 
 D_IN, D_SAE = 48, 192
+RULES = [
+    Rule("topk", 9),
+    Rule("batchtopk", 9),
+    Rule("threshold", 0, 150.0),
+    Rule("jumprelu", 9),
+    Rule("relu", 9, aim=1.2),
+    Rule("gated", 9, aim=0.9),
+]
 
 
 def make_rows(n: int, seed: int = 0, d_in: int = D_IN, sinks: int = 0) -> torch.Tensor:
@@ -33,6 +41,44 @@ def make_params(seed: int = 0, d_in: int = D_IN, d_sae: int = D_SAE) -> Params:
 
 def start(params: Params) -> TrainState:
     return TrainState.start(Params(*(p.clone() for p in params)))
+
+
+PUBLISHED = StepSettings(1e-2, aux_k=20, dead_after=300, bandwidth=3.0, l0_coef=500.0, theta_tie=2.0, batch_size=200)
+SINK = torch.nn.functional.normalize(torch.arange(1.0, D_IN + 1), dim=0)
+IMPROVED = PUBLISHED._replace(grad_clip=1.0, project_grad=True, aux_coef=1 / 32, sink=SINK, tie=3.0)
+MATRYOSHKA = IMPROVED._replace(prefixes=(5, 40, D_SAE))
+CASES = {
+    f"{rule.kind} {name}": (rule, settings)
+    for name, settings, rules in (
+        ("published", PUBLISHED, RULES),
+        ("improved", IMPROVED, RULES),
+        ("matryoshka", MATRYOSHKA, RULES[:3]),
+        *(
+            (f"frozen {part}", IMPROVED._replace(freeze=part, start=make_params(3).W_dec), RULES[1:2])
+            for part in ("decoder", "encoder", "soft")
+        ),
+    )
+    for rule in rules
+}
+"""Every rule with the training choices that it takes."""
+
+
+def begin(rule: Rule, settings: StepSettings, device: str = "cpu") -> TrainState:
+    """A state that a rule's steps can start from."""
+    params = make_params()
+    if rule.kind in ("jumprelu", "gated"):
+        params = params._replace(theta=torch.linspace(0, 20, D_SAE))
+    if rule.kind == "gated":
+        params = params._replace(gain=torch.linspace(-0.2, 0.2, D_SAE))
+    if settings.sink is not None:
+        reference.keep_apart(params, settings.sink)
+    return start(Params(*(p.to(device) for p in params)))
+
+
+def on(device: str, rule: Rule, settings: StepSettings) -> StepSettings:
+    """The settings of a rule's steps on a device."""
+    told = settings._replace(l1_coef=500.0) if rule.kind in UNDER_L1 else settings
+    return told._replace(**{name: t.to(device) for name in ("sink", "start") if (t := getattr(told, name)) is not None})
 
 
 def apart(actual: torch.Tensor, expected: torch.Tensor) -> float:

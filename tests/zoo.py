@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from saegrid.config.run_config import SITES
 from saegrid.data.language_model import take_apart
-from saegrid.errors import SaegridError
+from saegrid.errors import ConfigError, SaegridError
 
 DOC = Path(__file__).parents[1] / "docs/models.md"
 LAYER = 1
@@ -144,13 +145,27 @@ def zoo_model(kind, parameters, attention=None):
 def row(kind):
     """The table row of an architecture in the docs."""
     if kind in RIGHT:
-        model = zoo_model(kind, RIGHT[kind])
-        return f"| {type(model).__name__} | `{kind}` | {model.config._attn_implementation} |"
+        return right_row(kind, take_apart(zoo_model(kind, RIGHT[kind]), None, {}, LAYER))
     model = zoo_model(kind, REFUSED[kind][0])
     try:
         take_apart(model, None, {}, LAYER)
     except SaegridError as error:
         return f"| {type(model).__name__} | `{kind}` | {str(error).split(': ', 1)[1]} |"
+
+
+def right_row(kind, lm):
+    """The table row of an architecture that is taken apart: with all sites, or those of its block `LAYER`."""
+    model, sites = lm.model, ", ".join(site for site in SITES if has(lm, site))
+    sites = "all" if sites == ", ".join(SITES) else sites
+    return f"| {type(model).__name__} | `{kind}` | {model.config._attn_implementation} | {sites} |"
+
+
+def has(lm, site):
+    """Whether block `LAYER` has a site."""
+    try:
+        return bool(lm.module(LAYER, site))
+    except ConfigError:
+        return False
 
 
 def document(rows):
@@ -162,19 +177,47 @@ def document(rows):
 and depth come from the model's config, in whatever names it has them; of a model for text and images, the text part is
 used. Attention is sdpa where transformers has it for the model, and eager elsewhere; a store's manifest records which.
 
-After a model is loaded, and before any row is collected, two short texts go through it whole and in its two halves
-around block `layer`. A model whose halves do not give its own logits is refused in one line, and so are a text with
-tokens that it has no embeddings for, an encoder-decoder or masked model, and a model or tokenizer that needs Python
-code of its own (`trust_remote_code` is off, and there is no option for it).
+After a model is loaded, and before any row is collected, two short texts go through it whole, and up to the `site` of
+block `layer` and on from there. A model whose parts do not give its own logits is refused in one line, and so are a
+text with tokens that it has no embeddings for, an encoder-decoder or masked model, and a model or tokenizer that needs
+Python code of its own (`trust_remote_code` is off, and there is no option for it).
+
+## Sites
+
+`site` is what is read in block `layer`, and replaced in the splice:
+
+| `site` | rows | in TransformerLens and SAELens |
+| --- | --- | --- |
+| `resid_post` (default) | the residual stream after the block | `blocks.L.hook_resid_post` |
+| `resid_pre` | the residual stream before the block; before block 0: the embedding | `blocks.L.hook_resid_pre` |
+| `mlp_out` | what the block's MLP adds to the residual stream | `blocks.L.hook_mlp_out` |
+| `attn_out` | what its attention adds | `blocks.L.hook_attn_out` |
+
+Attention and MLP are found by running a short text: they are the first two of the block's modules whose outputs and the
+block's input sum to the block's output. In Gemma 2 these are the norms after attention and MLP. A block in which no two
+modules do, or in which `attn_out` would be something else (a state space, a convolution), is refused in one line; its
+residual stream can still be read. The last column of the table is for block 1 of these models; in a hybrid model other
+blocks may differ.
+
+Several layers and sites of one grid are collected in one pass of the model, each with the bytes of a pass of its own.
+Published activation files hold `resid_post`. At `mlp_out` and `attn_out` an SAE's splice runs the whole model, since
+the block needs the residual stream besides; in the residual stream it runs the blocks after the site.
+
+**Transcoders** (`mlp_in` to `mlp_out`, arXiv:2501.18823) are not trained here. Each row would be a pair, so a store
+would hold twice the values, and the error, its gradient, AuxK's residual, the fused CPU kernels and the GPU kernel
+would take a target other than their input, as would `b_dec`, the recipes' scale, sinks and tied encoder, and every
+measure. That is a change of each part of the library, not a flag. What is there: both sites' modules, the splice at
+`mlp_out`, and one pass for several sites.
 
 ## Tested
 
 Tiny random models of these {len(RIGHT)} architectures agree to 1e-5 with eager passes of the whole model, without
-padding: hidden states after a block in the middle, logits, and logits with other rows put in that block's place.
+padding: rows at each site of a block in the middle, logits, and logits with other rows put in their place (at
+`mlp_out` and `attn_out` to 1e-4).
 Others may work as well: the check tells.
 
-| Architecture | `model_type` | Attention |
-| --- | --- | --- |
+| Architecture | `model_type` | Attention | Sites |
+| --- | --- | --- | --- |
 {right}
 
 ## Refused

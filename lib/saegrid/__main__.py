@@ -48,6 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--space", default="", metavar="ORG/NAME", help="static Space on the Hub, for the site")
     command.add_argument("--folder", default="", metavar="DIR", help="where to build; default: published/<grid's name>")
     command.add_argument("--dry-run", action="store_true", help="build and show what would go where, and send nothing")
+    for name in ("stability", "tables", "latents", "pages", "site"):
+        help = "leave out runs that have not finished: a report before the grid's end"
+        commands.choices[name].add_argument("--finished", action="store_true", help=help)
     try:
         _run(parser.parse_args(arguments))
     except SaegridError as error:
@@ -67,10 +70,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _run(options: argparse.Namespace) -> None:
+    grid = _checked(options.grid) if options.grid else None
+    if grid and getattr(options, "finished", False):
+        grid = grid.finished()
     if options.command == "site":
-        _site(options.grid)
+        _site(grid)
         return
-    grid = _checked(options.grid)
+    assert grid
     if options.command == "list":
         _list(grid)
     elif options.command == "tables":
@@ -111,13 +117,13 @@ def _checked(grid_file: Path) -> Grid:
     return grid
 
 
-def _site(grid_file: Path | None) -> None:
+def _site(grid: Grid | None) -> None:
     from saegrid.report import site
 
-    if grid_file:
+    if grid:
         from saegrid.report import assemble
 
-        assemble.make(_checked(grid_file))
+        assemble.make(grid)
     print(site.render(Path()))
 
 

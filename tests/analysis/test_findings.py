@@ -74,6 +74,34 @@ def test_5_little_gain():
     assert "From 4x to 8x at matched K, delta loss moves by −0.100" in findings_page.sentence(elsewhere)
 
 
+def test_5_looks_at_each_architecture():
+    """A mean of -0.02 hides a gain of 0.3 and a loss of 0.26."""
+    eight = [(arch, 8, 64, 1.0, 5, 0.50) for arch in ("TopK", "BatchTopK")]
+    large = [("TopK", 16, 64, 1.0, 5, 0.20), ("BatchTopK", 16, 64, 1.0, 5, 0.76)]
+    finding = findings.large_adds_little(rows(*eight, *large))
+    assert finding.verdict == FAILS and finding.effect == pytest.approx(-0.3)
+    assert findings_page.effect_name(finding) == "Delta loss, 16x − 8x, TopK"
+    worse = findings.large_adds_little(rows(*eight, ("TopK", 16, 64, 1.0, 5, 0.50), large[1]))
+    assert worse.verdict == HOLDS and worse.effect == 0.0
+    text = findings_page.sentence(worse)
+    assert "+0.000 nats/token for TopK (1 pair) and +0.260 nats/token for BatchTopK (1 pair)" in text
+    assert text.endswith("For BatchTopK, 16x is worse.")
+
+
+def test_other_recipes_are_tested_beside_the_published_one():
+    df = rows(
+        ("BatchTopK", 8, 64, 2.0, 5, 0.3), ("TopK", 8, 64, 1.0, 5, 0.2),
+        ("BatchTopK", 8, 64, 0.5, 1, 0.1), ("TopK", 8, 64, 0.6, 1, 0.2),
+    ).assign(recipe=["published", "published", "improved", "improved"])  # fmt: skip
+    first, second = findings.all_findings(df)[:2]
+    assert (first.verdict, first.others["improved"].verdict) == (FAILS, HOLDS)
+    assert first.effect == pytest.approx(0.1) and first.others["improved"].effect == pytest.approx(-0.1)
+    assert second.others == {}  # no larger K
+    text = findings_page.finding_section(first, findings.all_findings(published_sweep.rows())[0])
+    assert "**Other recipes.** With the recipe `improved` it holds. Of 1 matched settings BatchTopK has" in text
+    assert "With the recipe improved it holds." in findings_page.key_findings([first], [first])
+
+
 def test_the_published_rows():
     verdicts = [finding.verdict for finding in findings.all_findings(published_sweep.rows())]
     assert verdicts == [NOT_TESTABLE, NOT_TESTABLE, HOLDS, HOLDS, HOLDS]

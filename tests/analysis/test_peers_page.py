@@ -91,5 +91,15 @@ def test_kl_is_compared_where_all_have_it(folder):
     assert "Corrected for all 6 comparisons" in page and "KL (nats/token) over the realised L0" in page
 
 
+def test_stability_is_shown_where_it_was_measured(folder):
+    page = recipes_page.page(folder.parents[1])
+    assert "Stable latents" not in page[page.index("Beside other libraries") :]
+    runs = pd.read_csv(folder / "runs.csv")
+    runs.assign(stable_pct=runs["seed"] + 1.5, matched_cosine=0.25).to_csv(folder / "runs.csv", index=False)
+    page = recipes_page.page(folder.parents[1])
+    row = next(line for line in page.splitlines() if '<th scope="row">sae-lens BatchTopK' in line)
+    assert "Stable latents" in page and ">2.50<" in row and ">0.250<" in row
+
+
 def test_without_the_runs_the_page_says_what_makes_them(tmp_path):
     assert "Not measured yet: `make peer-quality` does it." in recipes_page.page(tmp_path)

@@ -5,7 +5,7 @@ import pytest
 
 from saegrid.analysis import scaling
 from saegrid.config.grid import load_grid
-from saegrid.report.pages import scaling_section
+from saegrid.report.pages import scaling_section, trust_section
 
 
 @pytest.fixture
@@ -30,7 +30,8 @@ def test_exponents_are_those_that_the_runs_follow(runs):
     assert found["spread"].between(1.025, 1.075).all()
     slope = rows.loc[("fvu_no_sink", "k"), "slope"]
     assert f"{slope:+.2f}".replace("-", "−") in scaling_section.exponent_table(found, len(runs))
-    assert f"- Twice the K multiplies FVU without sinks by {2**slope:.2f} [" in scaling_section.verdict(found)
+    text = scaling_section.verdict(found, scaling.steps(runs))
+    assert f"- Twice the K multiplies FVU without sinks by {2**slope:.2f} [" in text
 
 
 def test_sizes_that_do_not_vary_are_left_out(runs):
@@ -55,3 +56,54 @@ def test_the_grid_moves_each_size():
     assert len(grid) == 24 and {run.recipe for run in grid} == {"improved"}
     for name in ("expansion", "k", "train_tokens"):
         assert len({getattr(run, name) for run in grid}) > 1
+
+
+def test_a_step_that_goes_the_other_way_is_told():
+    """A gain of 0.9 from 2x to 4x and a loss of 1.2 from 4x to 8x, at two K: the power law says a small loss."""
+    loss = {1152: 1.0, 2304: 0.9, 4608: 1.08}
+    points = [(d, k, n, loss[d] * 64 / k) for d in loss for k in (32, 64) for n in (100, 400)]
+    df = pd.DataFrame(points, columns=["d_sae", "k", "n_train_rows", "delta_loss"])
+    df["fvu_no_sink"] = 1000 / df["d_sae"] / df["k"]
+    df["fvu_no_sink"] *= np.where(df["k"] == 32, 1.0, np.where(df["d_sae"] == 2304, 1.1, 1.0))
+    steps = scaling.steps(df).set_index(["measure", "size", "small"])
+    assert steps.loc[("delta_loss", "d_sae", 1152), ["factor", "low", "high", "pairs"]].tolist() == pytest.approx(
+        [0.9, 0.9, 0.9, 4]
+    )
+    assert steps.loc[("delta_loss", "d_sae", 2304), "factor"] == pytest.approx(1.2)
+    fvu = steps.loc[("fvu_no_sink", "d_sae", 1152)]  # 0.5, 0.5, 0.55, 0.55
+    assert fvu["factor"] == pytest.approx(0.5 * 1.1**0.5)
+    half = 3.1824 * np.log(1.1) / 3**0.5 / 2  # t of 3 degrees of freedom, standard deviation log(1.1) / sqrt(3)
+    assert fvu["high"] / fvu["factor"] == pytest.approx(np.exp(half), rel=1e-3)
+    text = scaling_section.verdict(scaling.exponents(df), scaling.steps(df))
+    assert "1,152 to 2,304: delta loss times 0.90" in text and "2,304 to" not in text
+    assert "latents 2,304 → 4,608" in scaling_section.step_table(scaling.steps(df))
+
+
+def test_coherence_over_k_takes_settings_with_three_k():
+    rows = [
+        {
+            "arch": arch,
+            "expansion": 8,
+            "recipe": "improved",
+            "k": k,
+            "seed": seed,
+            "decoder_coherence": value + seed,
+            "d_in": 576,
+        }
+        for arch, ks in (("TopK", {16: 3.0, 32: 1.0, 64: 2.0}), ("BatchTopK", {16: 1.0, 32: 2.0}))
+        for k, value in ks.items()
+        for seed in (0, 1)
+    ]
+    df = pd.DataFrame([*rows, rows[0] | {"freeze": "decoder", "decoder_coherence": 99.0}])
+    found = scaling.coherence_over_k(df)
+    assert found.to_dict("list") == {
+        "label": ["TopK 8x, improved"] * 3, "k": [16, 32, 64], "decoder_coherence": [3.5, 1.5, 2.5]
+    }  # fmt: skip
+    text = trust_section.which_k(df)
+    assert (
+        "lowest at K = 32 for TopK 8x, improved" in text
+        and "random decoder rows give 0.0332" in text
+        and "<svg" in trust_section.coherence(df)
+    )
+    assert trust_section.which_k(df.drop(columns="decoder_coherence")) == ""
+    assert "No setting" in trust_section.coherence(df[df["k"] > 16])

@@ -58,4 +58,23 @@ def test_runs_of_two_layers_are_never_paired():
     df = pd.DataFrame(rows).assign(val_mse=1.0, dead_pct=1.0, delta_loss=1.0, run_id=[str(n) for n in range(len(rows))])
     df.loc[df["arch"] == "BatchTopK", "val_mse"] = 0.5
     assert batchtopk_beats_topk(df).facts["pairs"] == 18
-    assert len(large_adds_little(df).facts["gaps"]) == 2 * 2 * 3
+    assert [len(gap.gaps) for gap in large_adds_little(df).facts["by_arch"].values()] == [2 * 3, 2 * 3]
+
+
+def test_an_origin_is_where_the_rows_come_from():
+    rows = [
+        row(layer=layer, dataset=f"embedded:{text}") for text in ("gsm_symbolic", "python_docs") for layer in (6, 12)
+    ]
+    labels = ["layer 6, gsm_symbolic", "layer 12, gsm_symbolic", "layer 6, python_docs", "layer 12, python_docs"]
+    assert list(settings.origins([*rows, row(layer=6, k=8, arch="BatchTopK", seed=2)]).values()) == labels
+    assert list(settings.origins(rows[:2]).values()) == ["layer 6", "layer 12"]
+    assert list(settings.origins(rows, "layer").values()) == ["gsm_symbolic", "python_docs"]
+    for same in ({"train_tokens": 500}, {"recipe": "improved"}, {"model_init": "random"}, {"seed": 1}, {"k": 8}):
+        assert list(settings.origins([row(), row(**same)]).values()) == [""]
+    for other in ({"text": "chat"}, {"max_tokens": 64}, {"dataset_config": "main"}, {"data_seed": 1}):
+        assert len(settings.origins([row(), row(**other)])) == 2, other
+
+
+def test_texts_of_one_name_are_told_apart():
+    rows = [row(dataset="/data/a/train"), row(dataset="/data/b/train")]
+    assert list(settings.origins(rows).values()) == ["/data/a/train", "/data/b/train"]

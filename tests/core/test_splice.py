@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from saegrid.config.run_config import make_config
+from saegrid.config.run_config import SITES, make_config
 from saegrid.core.evaluation import on_prompts, reconstructed
 from saegrid.core.metrics import splice_metrics
 from saegrid.core.sae import TopK
@@ -35,6 +35,8 @@ CONFIGS = {
     "GPT-NeoX": (transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig(**SIZES)),
     "GPT-2": (transformers.GPT2LMHeadModel, transformers.GPT2Config(vocab_size=61, n_embd=24, n_head=3, n_layer=4)),
 }
+ATTENTION = {"GPTNeoXForCausalLM": "attention", "GPT2LMHeadModel": "attn"}
+"""A block's attention; elsewhere `self_attn`."""
 
 
 @pytest.fixture(params=CONFIGS)
@@ -58,23 +60,31 @@ def shift(x):
     return x.roll(1, dims=-1)
 
 
-def direct(lm, prompt, layer, replace):
+def direct(lm, prompt, layer, replace, site="resid_post"):
     """Summed loss of one prompt."""
-    positions, log_q = predicted(lm, prompt, layer, replace)
+    positions, log_q = predicted(lm, prompt, layer, replace, site)
     targets = torch.tensor(prompt.tokens)[[position + 1 for position in positions]]
     return -log_q[range(len(positions)), targets].sum().item()
 
 
-def predicted(lm, prompt, layer, replace):
-    """One prompt's scored positions and log-probabilities there: a full forward pass whose block output is replaced."""
+def predicted(lm, prompt, layer, replace, site="resid_post"):
+    """One prompt's scored positions and log-probabilities there: a full forward pass with the site's rows replaced."""
     positions = [0, *range(max(1, prompt.prefix), len(prompt.tokens) - 1)] if len(prompt.tokens) > 1 else []
 
-    def hook(module, arguments, output):
-        x = (output[0] if isinstance(output, tuple) else output).clone()
+    def replaced(x):
+        x = x.clone()
         x[0, positions] = replace(x[0, positions]).to(x)
-        return (x, *output[1:]) if isinstance(output, tuple) else x
+        return x
 
-    handle = lm.blocks[layer].register_forward_hook(hook)
+    def hook(module, arguments, output):
+        return (replaced(output[0]), *output[1:]) if isinstance(output, tuple) else replaced(output)
+
+    block, name = lm.blocks[layer], type(lm.model).__name__
+    if site == "resid_pre":
+        handle = block.register_forward_pre_hook(lambda module, arguments: (replaced(arguments[0]), *arguments[1:]))
+    else:
+        module = {"resid_post": "", "mlp_out": "mlp", "attn_out": ATTENTION.get(name, "self_attn")}[site]
+        handle = block.get_submodule(module).register_forward_hook(hook)
     with torch.no_grad():
         logits = lm.model(input_ids=torch.tensor([prompt.tokens])).logits[0].double()
     handle.remove()
@@ -84,10 +94,12 @@ def predicted(lm, prompt, layer, replace):
 
 @pytest.mark.parametrize("layer", [0, 2, 3])
 @pytest.mark.parametrize("prefix", [0, 5])
-def test_agrees_with_the_direct_computation(lm, layer, prefix):
+@pytest.mark.parametrize("site", SITES)
+def test_agrees_with_the_direct_computation(lm, layer, prefix, site):
+    """Nats per token within 1e-4 of a hook on the module that the layout's code names, at every site."""
     prompts = [prompt for prompt in some_prompts(prefix) if len(prompt.tokens) > prefix + 1]
     mean = torch.linspace(-1, 1, 24)
-    sums = evaluate(lm, make_baseline(lm, prompts, layer, mean), layer, shift)
+    sums = evaluate(lm, make_baseline(lm, prompts, layer, mean, site), layer, shift, site)
     passes = {
         "clean": lambda x: x,
         "spliced": shift,
@@ -95,7 +107,7 @@ def test_agrees_with_the_direct_computation(lm, layer, prefix):
         "mean": lambda x: mean.expand_as(x),
     }
     for name, replace in passes.items():
-        expected = [direct(lm, prompt, layer, replace) for prompt in prompts]
+        expected = [direct(lm, prompt, layer, replace, site) for prompt in prompts]
         assert sums[f"ce_{name}_sum"].tolist() == pytest.approx(expected, abs=1e-4), name
     assert sums["ce_spliced_sum"].tolist() != pytest.approx(sums["ce_clean_sum"].tolist(), abs=1e-2)
 

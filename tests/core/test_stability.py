@@ -8,7 +8,7 @@ import torch
 
 from saegrid.config.run_config import make_config
 from saegrid.core.sae import JumpReLU, TopK, initial_sae
-from saegrid.core.stability import activity, compare, matched, movement, random_cosine
+from saegrid.core.stability import activity, coherence, compare, matched, movement, random_cosine, recovered
 from saegrid.errors import ConfigError
 from saegrid.kernels import cpu
 
@@ -117,6 +117,55 @@ def test_movement_is_the_cosine_with_the_start():
     begin = sae_of(torch.zeros(3, 2), [[1, 0], [0, 1], [0.6, 0.8]])
     turned = sae_of(torch.zeros(3, 2), [[1, 0], [math.sqrt(0.5), math.sqrt(0.5)], [-0.6, -0.8]])
     assert movement(turned, begin).tolist() == pytest.approx([1, math.sqrt(0.5), -1])
+
+
+def test_recovery_by_hand():
+    """Two latents close to the first of three directions, one that points against the third, one dead."""
+    directions = torch.tensor([[2.0, 0, 0], [0, 1, 0], [0, 0, 1]])
+    sae = sae_of([[1, 0, 0], [1, 0, 0], [0, 0, -1], [0, -1, 0]], [[1, 0, 0], [0.8, 0.6, 0], [0, 0, -1], [0, 0, 1]])
+    x = torch.tensor([[1.0, 0, 0], [3, 0, -1], [-1, 2, 0], [0, 1, -2]])
+    is_in = torch.tensor([[True, False, False], [True, False, False], [False, True, False], [True, True, True]])
+    found = recovered(sae, directions, [(x[:3], is_in[:3]), (x[3:], is_in[3:])])
+    # |cosines| with the directions: (1, 0, 0), (.8, .6, 0), (0, 0, 1), (0, 0, 1): matched 1, .6 and 1
+    assert found.mcc == pytest.approx((1 + 0.6 + 1) / 3)
+    # latents 0, 1 fire on rows 0, 1 where direction 0 is in rows 0, 1, 3: F1 = 4 / 5; 2 on 1, 3, where 2 is in 3: 2 / 3
+    assert found.f1 == pytest.approx((0.8 + 0.8 + 2 / 3 + 0) / 4)
+    assert found.uniqueness == 2 / 4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_recovery_and_coherence_against_a_slow_computation(seed):
+    """Every assignment, every row and every pair in float64, from the definitions."""
+    generator = torch.Generator().manual_seed(seed)
+    W_dec, W_enc = torch.randn(2, 7, 5, generator=generator)
+    directions, rows = torch.randn(4, 5, generator=generator), torch.randn(60, 5, generator=generator)
+    is_in = torch.rand(60, 4, generator=generator) < 0.4
+    sae = sae_of(W_enc, W_dec, TopK, 2)
+    sae.b_enc.data[3] = -100.0  # dead
+    found = recovered(sae, directions, zip(rows.split(25), is_in.split(25), strict=True), cpu)
+    units, true = ([w / w.norm() for w in some.double()] for some in (W_dec, directions))
+    cosines = [[abs(float(w @ d)) for d in true] for w in units]
+    best = max(sum(cosines[i][j] for j, i in enumerate(some)) for some in itertools.permutations(range(7), 4))
+    assert found.mcc == pytest.approx(best / 4, rel=1e-6)
+    z, f1, closest = sae.encode(rows), 0.0, []
+    for i in range(7):
+        j = max(range(4), key=lambda j: cosines[i][j])
+        closest.append(j)
+        hits = sum(bool(z[t, i] > 0) and bool(is_in[t, j]) for t in range(60))
+        fires, there = (sum(map(bool, some)) for some in (z[:, i] > 0, is_in[:, j]))
+        precision, recall = hits / fires if fires else 0.0, hits / there
+        f1 += 2 * precision * recall / (precision + recall) / 7 if hits else 0.0
+    assert found.f1 == pytest.approx(f1, rel=1e-6) and found.uniqueness == len(set(closest)) / 7
+    live = (z > 0).any(0)
+    pairs = [abs(float(units[i] @ units[j])) for i, j in itertools.combinations(live.nonzero()[:, 0].tolist(), 2)]
+    assert len(pairs) == 15 and coherence(sae, live, chunk=4) == pytest.approx(sum(pairs) / 15, rel=1e-6)
+
+
+def test_coherence_by_hand():
+    sae = sae_of(torch.zeros(4, 2), [[1, 0], [0, 2], [-3, -4], [1, 1]])
+    # |cosines| of the first three: 0, 0.6, 0.8
+    assert coherence(sae, torch.tensor([True, True, True, False])) == pytest.approx(1.4 / 3)
+    assert math.isnan(coherence(sae, torch.tensor([True, False, False, False])))
 
 
 def test_what_can_not_be_matched_is_one_line():

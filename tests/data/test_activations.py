@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from saegrid.__main__ import main
 from saegrid.config.grid import Grid
-from saegrid.config.run_config import make_config
+from saegrid.config.run_config import SITES, make_config
 from saegrid.data import collect as collect_module
 from saegrid.data.collect import collect, open_store, store_folder
 from saegrid.data.language_model import weight_files
@@ -102,24 +102,38 @@ def test_rows_are_the_blocks_output_at_every_stored_position(sources, tmp_path, 
 
 
 @pytest.mark.parametrize("text", ["plain", "chat"])
-def test_one_pass_for_several_layers_gives_the_bytes_of_a_pass_each(sources, tmp_path, text, monkeypatch):
-    layers = [config_for(sources, tmp_path / "one", text=text, layer=layer, train_tokens=900) for layer in (0, 1, 2)]
+def test_one_pass_for_several_points_gives_the_bytes_of_a_pass_each(sources, tmp_path, text, monkeypatch):
+    wanted = {(1, "resid_post"), (0, "resid_pre"), (2, "mlp_out"), (2, "resid_post"), (0, "attn_out")}
+    points = [
+        config_for(sources, tmp_path / "one", text=text, layer=layer, site=site, train_tokens=900)
+        for layer, site in sorted(wanted)
+    ]
     other = config_for(sources, tmp_path / "one", text=text, layer=0, train_tokens=800)
     passes = []
-    real = collect_module.hidden_at_layers
+    real = collect_module.hidden_at_points
     monkeypatch.setattr(
-        collect_module, "hidden_at_layers", lambda lm, *rest: passes.append(rest[-1]) or real(lm, *rest)
+        collect_module, "hidden_at_points", lambda lm, *rest: passes.append(rest[-1]) or real(lm, *rest)
     )
-    collect(layers[1], device="cpu", shard_rows=SHARD_ROWS, also=[*layers, other])
-    assert {tuple(sorted(of_pass)) for of_pass in passes} == {(0, 1, 2)} and not store_folder(other).exists()
-    for config in layers:
+    collect(points[1], device="cpu", shard_rows=SHARD_ROWS, also=[*points, other])
+    assert {frozenset(of_pass) for of_pass in passes} == {frozenset(wanted)} and not store_folder(other).exists()
+    for config in points:
         single = config.model_copy(update={"store_dir": str(tmp_path / "each")})
         collect(single, device="cpu", shard_rows=SHARD_ROWS)
-        found, wanted = (
+        found, alone = (
             {path.name: path.read_bytes() for path in store_folder(one).iterdir() if path.name != "timing.json"}
             for one in (config, single)
         )
-        assert found == wanted and "manifest.json" in found
+        assert found == alone and "manifest.json" in found
+
+
+def test_the_sites_of_a_block_sum_to_the_residual_stream(sources, tmp_path):
+    rows = {site: collected(config_for(sources, tmp_path, site=site)).rows("val") for site in SITES}
+    before = collected(config_for(sources, tmp_path, layer=0)).rows("val")
+    assert torch.equal(rows["resid_pre"], before)
+    torch.testing.assert_close(rows["resid_pre"] + rows["attn_out"] + rows["mlp_out"], rows["resid_post"])
+    store = collected(config_for(sources, tmp_path, layer=0, site="resid_pre"))
+    embeddings = tiny_model("llama").get_input_embeddings().weight
+    assert torch.equal(store.rows("val"), embeddings[store.meta("val")["token_ids"].long()])
 
 
 def test_the_collect_command_makes_the_stores_of_all_layers_of_a_grid(sources, tmp_path):

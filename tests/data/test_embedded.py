@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from saegrid.config.run_config import make_config
-from saegrid.data import embedded
-from saegrid.data.embedded import CHECKSUMS, FOLDER, WHEEL_FILE, embedded_model_dir, is_intact
 from saegrid.data.language_model import hidden_at, load_lm, logits_from
+from saegrid.data.models import embedded
+from saegrid.data.models.embedded import CHECKSUMS, FOLDER, WHEEL_FILE, embedded_model_dir, is_intact
 from saegrid.errors import SaegridError
 
 TEXT = "Tom has 3 apples and buys 4 more. How many apples does he have?\nTom has 3 + 4 = 7 apples.\n#### 7"

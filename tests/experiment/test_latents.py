@@ -19,7 +19,8 @@ from saegrid.errors import SaegridError
 from saegrid.experiment import latents
 from saegrid.experiment.run import Run
 from saegrid.formats.run_folder import load_folder
-from saegrid.report.pages import home_page, latents_page
+from saegrid.report import loading
+from saegrid.report.pages import latents_page
 
 VOCABULARY = 257  # tokens of the tokenizer; the model has room for three more
 SPARSITY = {"TopK": {"k": 4}, "BatchTopK": {"k": 4}, "JumpReLU": {"threshold": 0.5}}
@@ -137,7 +138,7 @@ def test_the_home_pages_code_runs_and_both_ways_agree(place, arch, monkeypatch):
     folder, _ = finished(place, "llama", arch)
     monkeypatch.chdir(place)
     row = pd.Series(json.loads((folder / "metrics.json").read_text()))
-    own, plain = re.findall(r"```python\n(.*?)```", home_page.load_text(row), flags=re.S)
+    own, plain = re.findall(r"```python\n(.*?)```", loading.from_run(row), flags=re.S)
     given = torch.randn(4, row["d_in"], generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(torch, "randn", lambda *shape: given)
     x_hats = []
@@ -174,15 +175,24 @@ def data():
     entry |= {"promoted": [["<script>", 2.0]], "demoted": [['"x', -1.0]], "neighbours": [[1, 0.5, 3], [9, -0.2, 0]]}
     facts = {
         "name": "TopK_exp4x_k4",
+        "label": "TopK 4x, K = 4",
+        "arch": "TopK",
         "run_id": "run",
         "layer": 1,
         "sinks": "apart",
         "d_sae": 64,
         "n_val_rows": 100,
         "n_alive": 45,
+        "all_fired": [3] * 45 + [0] * 19,
     }
     rows = [entry | {"latent": n} for n in range(45)]
     return facts | {"n_sink_rows": 2, "tokens_known": True, "latents": rows}
+
+
+def test_the_histogram_leaves_the_dead_out_and_says_how_many(data):
+    page = latents_page.firing(data)
+    assert "the median live latent on 3% of the validation rows. 19 of 64 are dead" in page and "<svg" in page
+    assert latents_page.firing(data | {"all_fired": []}) == ""
 
 
 def test_tokens_are_escaped_wherever_they_stand(data):

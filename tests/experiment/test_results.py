@@ -11,7 +11,7 @@ from synthetic_runs import reseal
 from saegrid.analysis import published_sweep, selection
 from saegrid.config.recipes import YOUNGER
 from saegrid.config.run_config import make_config
-from saegrid.errors import ResultsError
+from saegrid.errors import ConfigError, ResultsError
 from saegrid.experiment import finished_run, pca_table, results
 from saegrid.storage.checksums import SUMS, write_sealed, write_sums
 
@@ -29,6 +29,18 @@ def test_a_row_a_run_in_the_order_of_the_grid(fake_grid, fake_runs):
     assert set(df["source"]) == {"own"}
     assert df.loc[df["arch"] == "JumpReLU", "k"].isna().all()
     assert df.loc[df["arch"] != "JumpReLU", "threshold"].isna().all()
+
+
+def test_runs_that_have_not_finished_can_be_left_out(fake_grid, fake_runs):
+    ids = [run.run_id for run in fake_grid.runs()]
+    for run_id in ids[:2]:
+        (fake_runs / "runs" / run_id / "metrics.json").unlink()
+    with pytest.raises(ResultsError, match=ids[0]):
+        results.make(fake_grid, fake_runs)
+    folder = results.make(fake_grid.finished(fake_runs), fake_runs)
+    assert list(results.read_tidy(folder)["run_id"]) == ids[2:]
+    with pytest.raises(ConfigError, match=f"none of its {len(ids)} runs has finished"):
+        fake_grid.finished(fake_runs / "elsewhere")
 
 
 def test_the_tidy_file_reads_back_as_it_was(fake_grid, fake_runs):

@@ -394,6 +394,13 @@ def test_what_is_not_known_is_left_out(tmp_path):
     told = metadata(tmp_path / "b", FACTS | {"context_size": 77, "prepend_bos": True})
     assert (told["hook_name"], told["context_size"]) == ("blocks.12.hook_resid_post", 77)
     assert (told["prepend_bos"], told["dataset_path"], told["model_name"]) == (True, "some/data", "some/model")
+    for site in ("resid_pre", "mlp_out", "attn_out"):  # TransformerLens' names
+        facts = FACTS | {"site": site}
+        assert metadata(tmp_path / f"lens-{site}", facts)["hook_name"] == f"blocks.12.hook_{site}"
+        export(make("TopK"), tmp_path / site, DICTIONARY, facts)
+        trainer = json.loads((tmp_path / site / "config.json").read_text())["trainer"]
+        assert (trainer["submodule_name"], trainer["layer"]) == (f"{site}_layer_12", 12)
+        assert load_sae(tmp_path / site).d_in == load_sae(tmp_path / f"lens-{site}").d_in
     assert metadata(tmp_path / "c", FACTS)["context_size"] == 512  # of a run from before it was recorded
     told = metadata(tmp_path / "d", FACTS | {"activations": "some/rows"})  # the dataset is the evaluation's then
     assert {"context_size", "dataset_path", "prepend_bos"}.isdisjoint(told) and told["model_name"] == "some/model"

@@ -1,12 +1,11 @@
 """The `dense` kernel against the reference, on the CPU and, where there is one, on a GPU."""
 
-import itertools
 import json
 import os
 
 import pytest
 import torch
-from kernel_cases import D_IN, D_SAE, apart, make_params, make_rows, start
+from kernel_cases import CASES, D_SAE, IMPROVED, MATRYOSHKA, PUBLISHED, RULES, apart, begin, make_rows, on
 from tiny import save_dataset, save_model
 
 from saegrid import kernels
@@ -15,49 +14,15 @@ from saegrid.data.store import received, sent
 from saegrid.errors import ConfigError
 from saegrid.experiment.run import Run
 from saegrid.kernels import dense, reference
-from saegrid.kernels.state import Params, Rule, StepSettings, TrainState
+from saegrid.kernels.state import Rule
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs and streams run there")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
-SINK = torch.nn.functional.normalize(torch.arange(1.0, D_IN + 1), dim=0)
-RULES = [
-    Rule("topk", 9),
-    Rule("batchtopk", 9),
-    Rule("threshold", 0, 150.0),
-    Rule("jumprelu", 9),
-    Rule("relu", 9, aim=1.2),
-    Rule("gated", 9, aim=0.9),
-]
-TOLD = StepSettings(1e-2, aux_k=20, dead_after=300, bandwidth=3.0, l0_coef=500.0, theta_tie=2.0, batch_size=200)
-PUBLISHED = TOLD
-IMPROVED = TOLD._replace(grad_clip=1.0, project_grad=True, aux_coef=1 / 32, sink=SINK, tie=3.0)
-MATRYOSHKA = IMPROVED._replace(prefixes=(5, 40, D_SAE))
-FROZEN = [IMPROVED._replace(freeze=part, start=make_params(3).W_dec) for part in ("decoder", "encoder", "soft")]
-CASES = [
-    *itertools.product(RULES, (PUBLISHED, IMPROVED)),
-    *((rule, MATRYOSHKA) for rule in RULES[:3]),
-    *((RULES[1], settings) for settings in FROZEN),
-]
-
-
-def begin(rule: Rule, settings: StepSettings, device: str = "cpu") -> TrainState:
-    params = make_params()
-    if rule.kind in ("jumprelu", "gated"):
-        params = params._replace(theta=torch.linspace(0, 20, D_SAE))
-    if rule.kind == "gated":
-        params = params._replace(gain=torch.linspace(-0.2, 0.2, D_SAE))
-    if settings.sink is not None:
-        reference.keep_apart(params, settings.sink)
-    return start(Params(*(p.to(device) for p in params)))
-
-
-def on(device: str, rule: Rule, settings: StepSettings) -> StepSettings:
-    told = settings._replace(l1_coef=500.0) if rule.kind in ("relu", "gated") else settings
-    return told._replace(**{name: t.to(device) for name in ("sink", "start") if (t := getattr(told, name)) is not None})
+ALL = pytest.mark.parametrize(("rule", "settings"), CASES.values(), ids=CASES)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("rule", "settings"), CASES)
+@ALL
 def test_steps_are_the_references(rule, settings, device):
     """Batches of several sizes; AuxK with few and with many dead latents."""
     expected, actual = begin(rule, settings), begin(rule, settings, device)
@@ -192,7 +157,7 @@ def test_threads_are_the_share_that_snakemake_gives(monkeypatch, share, threads)
 
 @needs_gpu
 @pytest.mark.parametrize("matmul", ["fp32", "bf16"])
-@pytest.mark.parametrize(("rule", "settings"), CASES)
+@ALL
 def test_a_step_never_waits_and_repeats_its_bytes(rule, settings, matmul):
     told = on("cuda", rule, settings)._replace(matmul=matmul)
     states = [begin(rule, settings, "cuda") for _ in range(2)]

@@ -6,13 +6,17 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 from tiny import save_dataset, save_model
 
 from saegrid.config.run_config import make_config
+from saegrid.core.sae import TopK
 from saegrid.experiment.run import Run
+from saegrid.formats import export
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -147,8 +151,11 @@ def test_the_page_shows_the_ratios_and_says_what_is_not_measured(results, tmp_pa
     subprocess.run(command, check=True)
     text = page.read_text()
     for race in results["races"]:
-        assert f"<strong>{race['ratio']:.1f}</strong>" in text
-    assert "Races on a GPU" in text and "On a GPU" in text and text.count("<svg") == 2 and "$" not in text
+        assert f">{race['ratio']:.1f}</td>" in text
+    closest = min(race["ratio"] for race in results["races"] if "ratio" in race)
+    assert f"A step is **{closest:.1f}" in text and f" {closest:.1f}x</span>" in text
+    assert "Races on a GPU" in text and "On a GPU" in text and "$" not in text
+    assert text.count('<figure class="plot strips">') == 2 and text.count("<details>") == text.count("</details>") > 4
 
 
 def test_a_contender_that_fails_is_recorded_and_the_race_goes_on(tmp_path, monkeypatch):
@@ -212,6 +219,29 @@ def test_further_seeds_take_the_rate_that_the_first_one_chose(tmp_path, monkeypa
     assert asked[6:] == [(2, 3.0)]
     runs = pd.read_csv(tmp_path / "runs.csv")
     assert sorted(zip(runs["seed"], runs["rate"], strict=True)) == sorted([*search, (1, 3.0), (2, 3.0)])
+
+
+def test_the_latents_of_a_contenders_seeds_are_matched(tmp_path, monkeypatch):
+    """Seeds 0 and 1 have the same latents, seed 2 half of them: 100% and 50%, so means of 75%, 75% and 50%."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import peer_quality
+
+    monkeypatch.setattr(peer_quality, "KEPT", tmp_path / "kept")
+    contender, eye = {"peer": "sae-lens", "arch": "TopK", "k": 4}, torch.eye(8)
+    rows = []
+    for seed, weights in enumerate((eye, eye[[3, 2, 1, 0, 4, 5, 6, 7]], torch.cat([eye[:4], -eye[4:]]))):
+        sae = TopK(8, 8, k=4)
+        sae.W_enc.data, sae.W_dec.data = weights.clone(), weights.clone()
+        rows.append(contender | {"rate": 3.0, "seed": seed, "fvu_no_sink": 0.1})
+        export(sae, peer_quality.kept(rows[-1]), "saelens")
+    rows.append(contender | {"rate": 1.0, "seed": 0, "fvu_no_sink": 0.2})
+    pd.DataFrame(rows).to_csv(tmp_path / "runs.csv", index=False)
+    x = torch.cat([eye, -eye])
+    course = SimpleNamespace(store=SimpleNamespace(rows=lambda split: x))
+    peer_quality.replicated(tmp_path, contender, course)
+    found = pd.read_csv(tmp_path / "runs.csv")
+    assert found["stable_pct"].tolist()[:3] == pytest.approx([75, 75, 50]) and found["stable_pct"].isna().tolist()[3]
+    assert found["matched_cosine"][2] == pytest.approx(found["matched_cosine"][:2].mean() * 2 - 1)
 
 
 def test_delta_loss_by_how_often_a_token_was_trained_on(tmp_path, monkeypatch):

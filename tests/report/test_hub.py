@@ -338,12 +338,12 @@ def test_code_of_a_card_without_a_repository_runs_in_its_folder(finished, server
 
 @pytest.mark.parametrize("arch", ["TopK", "BatchTopK", "JumpReLU"])
 def test_the_published_class_gives_each_architectures_codes(folder, finished, arch, monkeypatch):
-    from saegrid.report.publish import model_card
+    from saegrid.report import loading
 
     df = results.tidy(Grid(**GRID), finished / "runs")
     best = df[df["arch"] == arch].iloc[0]
     file = upload.places(df)[best["run_id"]]
-    code = python_blocks(model_card.load_text(best, file))[1]
+    code = python_blocks(loading.from_release(best, file))[1]
     monkeypatch.chdir(folder)
     names = {}
     exec(code, names)

@@ -17,8 +17,8 @@ from saegrid.config.grid import Grid, load_grid
 from saegrid.config.notebook import check_names
 from saegrid.config.run_config import make_config
 from saegrid.core.sae import TopK
-from saegrid.data import embedded
 from saegrid.data.collect import collect, open_store
+from saegrid.data.models import embedded
 from saegrid.data.prompts import make_prompts
 from saegrid.errors import ConfigError, DiskError, SaeFileError, SaegridError
 from saegrid.experiment.run import Run

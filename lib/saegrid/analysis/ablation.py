@@ -5,15 +5,12 @@ from __future__ import annotations
 import pandas as pd
 
 from saegrid.analysis import intervals
-from saegrid.analysis.numbers import number
 from saegrid.analysis.selection import cost
 from saegrid.config import settings
 from saegrid.config.recipes import described, switched
 from saegrid.errors import ResultsError
 
 MEANS = ["l0", "fvu_no_sink", "dead_pct", "dead_pct_no_sink", "kl", "delta_loss"]
-BETWEEN = ["kl_interval", "kl_range", "delta_loss_interval", "delta_loss_range"]
-"""Uncertainty of the mean cost: its interval if there are per-prompt sums, else its range over the seeds."""
 LEVEL = 0.05
 """Family-wise error rate of the comparisons."""
 
@@ -33,18 +30,19 @@ def setting(df: pd.DataFrame) -> list[str]:
 def by_recipe(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> pd.DataFrame:
     """One row per setting and recipe, in table order: means over seeds, number of seeds, uncertainty of the cost.
 
-    Columns: those of `setting`, `recipe` in words, `seeds`, `MEANS`, and one of `BETWEEN`: the 95% interval of
-    `selection.cost` (over templates and seeds) if the runs' per-prompt sums are given, else its range over seeds.
+    Columns: those of `setting`, `recipe` in words, `seeds`, `MEANS`, and `low` and `high`, the bounds of
+    `selection.cost`: its 95% interval over templates and seeds if the runs' per-prompt sums are given, else its range
+    over seeds (NaN for one seed).
     """
     measure = cost(df)
     groups = named(df).groupby([*setting(df), "recipe"], sort=False, dropna=False)
     table = groups[MEANS].mean().assign(seeds=groups["seed"].nunique())
     if prompts is None:
-        bounds = groups[measure].agg(lambda seeds: _between(seeds.min(), seeds.max()) if len(seeds) > 1 else "")
-        return table.assign(**{f"{measure}_range": bounds}).reset_index()
+        low, high = (groups[measure].agg(end).where(table["seeds"] > 1) for end in ("min", "max"))
+        return table.assign(low=low, high=high).reset_index()
     measured = intervals.measured(prompts, measure)
-    bounds = groups["run_id"].agg(lambda ids: _between(*intervals.over_seeds(measured, list(ids))[1:3]))
-    return table.assign(**{f"{measure}_interval": bounds}).reset_index()
+    found = [intervals.over_seeds(measured, list(runs)) for _, runs in groups["run_id"]]
+    return table.assign(low=[one.low for one in found], high=[one.high for one in found]).reset_index()
 
 
 def beside(df: pd.DataFrame, prompts: pd.DataFrame, base: str = "improved") -> pd.DataFrame:
@@ -67,7 +65,3 @@ def beside(df: pd.DataFrame, prompts: pd.DataFrame, base: str = "improved") -> p
     table = pd.DataFrame(found, columns=["recipe", "choice", "more", "low", "high", "p"])
     table["p"] = intervals.holm(table["p"])
     return table.sort_values("more", ascending=False, ignore_index=True)
-
-
-def _between(low: float, high: float) -> str:
-    return f"{number(low, 'delta_loss')} to {number(high, 'delta_loss')}"

@@ -51,7 +51,7 @@ def by_budget(
 ) -> list[Choice]:
     """The choice for each budget that a sparse run is within (`selection.candidates`), from sparse to dense."""
     measure = cost(df)
-    df, found = candidates(df), None if prompts is None else intervals.measured(prompts, measure)
+    df, found = candidates(df), None if prompts is None else intervals.measured(prompts, measure, df["run_id"])
     choices: list[Choice] = []
     for budget in sorted(budgets):
         rows = within(df, budget)

@@ -8,7 +8,7 @@ templates and needs the runs' per-prompt sums (`finished_run.load_prompts`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -45,6 +45,8 @@ class Finding:
     """The rows that support the verdict."""
     facts: dict[str, Any]
     """The numbers and rows for the page's sentence."""
+    others: dict[str, Finding] = field(default_factory=dict)
+    """The same test on the rows of each other recipe that allows it. The verdict does not rest on them."""
 
     @property
     def steps(self) -> tuple[int, int] | None:
@@ -57,14 +59,22 @@ class Finding:
 def all_findings(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> list[Finding]:
     """The five findings on the rows of `df`; with intervals if `prompts` has the runs' per-prompt sums.
 
-    They concern the published recipe: runs of other recipes are ignored, and so are controls.
+    The verdicts concern the published recipe; the same tests on other recipes are in `Finding.others`. Controls are
+    ignored. The rows must have one origin (`selection.by_origin`).
     """
     df = without_controls(df)
-    if "recipe" in df:
-        df = df[df["recipe"] == "published"]
-    measured = None if prompts is None else intervals.measured(prompts)
+    measured = None if prompts is None or df.empty else intervals.measured(prompts, among=df["run_id"])
     tests = (batchtopk_beats_topk, small_k_dies, sweet_spot, jumprelu_is_dense, large_adds_little)
-    return [test(df, measured) for test in tests]
+    if "recipe" not in df:
+        return [test(df, measured) for test in tests]
+    found = [test(df[df["recipe"] == "published"], measured) for test in tests]
+    for recipe, rows in df[df["recipe"] != "published"].groupby("recipe", sort=False):
+        also = [test(rows, measured) for test in tests]
+        found = [
+            own if other.verdict == NOT_TESTABLE else replace(own, others=own.others | {str(recipe): other})
+            for own, other in zip(found, also, strict=True)
+        ]
+    return found
 
 
 def batchtopk_beats_topk(df: pd.DataFrame, measured: intervals.Measured | None = None) -> Finding:
@@ -137,10 +147,10 @@ def jumprelu_is_dense(df: pd.DataFrame, measured: intervals.Measured | None = No
 
 
 def large_adds_little(df: pd.DataFrame, measured: intervals.Measured | None = None) -> Finding:
-    """Finding 5: 16x against 8x, all else equal.
+    """Finding 5: 16x against 8x, all else equal, for each architecture by itself.
 
-    Facts: the expansions `small` and `large` (the two largest if the claim's are missing) and `gaps`, the delta loss of
-    the larger minus that of the smaller in each pair.
+    Effect: that of the architecture that gains most. Facts: its name, `arch`; the expansions `small` and `large` (the
+    two largest if the claim's are missing); and `by_arch`: for each architecture the `Gap` from small to large.
     """
     rows = df[df["arch"].isin(["BatchTopK", "TopK"])]
     pairs = _pairs(rows, "expansion", (MEDIUM, "_small"), (LARGE, "_large"))
@@ -149,16 +159,36 @@ def large_adds_little(df: pd.DataFrame, measured: intervals.Measured | None = No
     if not testable and len(sizes) > 1:
         small, large = sizes[-2:]
         pairs = _pairs(rows, "expansion", (small, "_small"), (large, "_large"))
-    n = len(pairs)
-    if not n:
-        return Finding(5, NOT_TESTABLE, None, None, rows.iloc[:0], {"small": small, "large": large, "gaps": []})
-    gaps = pairs["delta_loss_large"] - pairs["delta_loss_small"]
-    weights = _weights(pairs, "run_id_large", 1 / n) | _weights(pairs, "run_id_small", -1 / n)
-    effect = float(gaps.mean())
-    verdict = NOT_TESTABLE if not testable else HOLDS if -effect <= LITTLE_NATS else FAILS
+    facts: dict[str, Any] = {"small": small, "large": large, "arch": "", "by_arch": {}}
+    if pairs.empty:
+        return Finding(5, NOT_TESTABLE, None, None, rows.iloc[:0], facts)
+    by_arch = {str(arch): _gap(those, measured) for arch, those in pairs.groupby("arch_large", sort=False)}
+    most = min(by_arch, key=lambda arch: by_arch[arch].mean)
+    little = all(-gap.mean <= LITTLE_NATS for gap in by_arch.values())
+    verdict = NOT_TESTABLE if not testable else HOLDS if little else FAILS
     evidence = rows[rows["expansion"].isin([small, large])].sort_values(["arch", "k", "expansion"])
-    facts = {"small": small, "large": large, "gaps": gaps.tolist()}
-    return Finding(5, verdict, effect, _interval(measured, weights), evidence, facts)
+    facts |= {"arch": most, "by_arch": by_arch}
+    return Finding(5, verdict, by_arch[most].mean, by_arch[most].interval, evidence, facts)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Delta loss of the larger dictionary minus that of the smaller one, over the pairs of one architecture."""
+
+    gaps: list[float]
+    """One per pair, in nats/token."""
+    interval: tuple[float, float] | None
+    """95% interval of the mean."""
+
+    @property
+    def mean(self) -> float:
+        return sum(self.gaps) / len(self.gaps)
+
+
+def _gap(pairs: pd.DataFrame, measured: intervals.Measured | None) -> Gap:
+    weights = _weights(pairs, "run_id_large", 1 / len(pairs)) | _weights(pairs, "run_id_small", -1 / len(pairs))
+    gaps = pairs["delta_loss_large"] - pairs["delta_loss_small"]
+    return Gap(gaps.tolist(), _interval(measured, weights))
 
 
 def _pairs(rows: pd.DataFrame, axis: str, base: tuple[Any, str], other: tuple[Any, str]) -> pd.DataFrame:

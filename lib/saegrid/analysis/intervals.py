@@ -9,8 +9,7 @@ the coverage of each interval.
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,12 +21,13 @@ from saegrid.errors import ResultsError
 
 COVERAGE = 0.95
 MEASURES = {
-    "kl": ("kl_sum", "n_tokens"),
-    "delta_loss": ("ce_spliced_sum - ce_clean_sum", "n_tokens"),
-    "fvu_eval": ("sq_error", "sq_norm_centred"),
+    "kl": (["kl_sum"], "n_tokens"),
+    "delta_loss": (["ce_spliced_sum", "ce_clean_sum"], "n_tokens"),
+    "fvu_eval": (["sq_error"], "sq_norm_centred"),
 }
-"""Numerator and denominator of each measure, summed over prompts. `kl` and `delta_loss` are in nats/token; `fvu_eval`
-is the FVU without sinks on the prompts."""
+"""Numerator (a sum, or the first minus the second) and denominator of each measure, summed over prompts.
+
+`kl` and `delta_loss` are in nats/token; `fvu_eval` is the FVU without sinks on the prompts."""
 
 
 class Estimate(NamedTuple):
@@ -48,21 +48,22 @@ class Measured:
     """One row per template, one column per run id: (numerator - value · denominator) / Σ denominator."""
 
 
-def measured(prompts: pd.DataFrame, measure: str = "delta_loss") -> Measured:
-    """A measure of the runs in `prompts`.
+def measured(prompts: pd.DataFrame, measure: str = "delta_loss", among: Iterable[str] | None = None) -> Measured:
+    """A measure of the runs in `prompts`, or of those `among` these ids.
 
     `prompts` is long-form: `run_id, prompt, template, n_tokens` and the sums that the measure needs (`MEASURES`). A
     prompt without a template is its own cluster. Raises `ResultsError` if the runs were not scored on the same prompts
     and tokens, or if a sum is missing.
     """
+    prompts = prompts if among is None else prompts[prompts["run_id"].isin(among)]
     alone = "prompt " + prompts["prompt"].astype(str)
     above, below = MEASURES[measure]
-    for name in re.findall(r"\w+", f"{above} {below}"):
+    for name in (*above, below):
         if name not in prompts or prompts[name].isna().any():
             raise ResultsError(f"prompts.csv: lacks {name}, of which {measure} is made; make the runs again")
     prompts = prompts.assign(
-        above=prompts.eval(above),
-        below=prompts.eval(below),
+        above=prompts[above[0]] if len(above) == 1 else prompts[above[0]] - prompts[above[1]],
+        below=prompts[below],
         group=prompts["template"].astype("object").where(prompts["template"].notna(), alone).astype(str),
     )
     tokens = prompts.pivot(index=["group", "prompt"], columns="run_id", values="n_tokens")
@@ -85,14 +86,15 @@ def over_seeds(found: Measured, runs: Sequence[str]) -> Estimate:
     return _estimate(value.mean(), parts.to_numpy().mean(axis=1), value.to_numpy())
 
 
-def difference(found: Measured, runs: pd.DataFrame, base: pd.DataFrame) -> Estimate:
-    """The mean over `runs` minus that over `base`, paired over templates and seeds.
+def difference(found: Measured, runs: pd.DataFrame, base: pd.DataFrame, factor: float = 1.0) -> Estimate:
+    """The mean over `runs` minus `factor` times that over `base`, paired over templates and seeds.
 
     Both have the columns `run_id` and `seed`. Raises `ResultsError` if their seeds differ.
     """
     ours, theirs = _paired(runs, base)
-    values = found.value[ours].to_numpy() - found.value[theirs].to_numpy()
-    return _estimate(values.mean(), (found.parts[ours].to_numpy() - found.parts[theirs].to_numpy()).mean(1), values)
+    values = found.value[ours].to_numpy() - factor * found.value[theirs].to_numpy()
+    parts = found.parts[ours].to_numpy() - factor * found.parts[theirs].to_numpy()
+    return _estimate(values.mean(), parts.mean(axis=1), values)
 
 
 def ratio(found: Measured, runs: pd.DataFrame, base: pd.DataFrame) -> Estimate:

@@ -15,7 +15,9 @@ KEYS = ["peer", "arch", "k", "rate", "seed"]
 COMPARED = {"fvu_no_sink": "fvu_eval", "kl": "kl", "delta_loss": "delta_loss"}
 """Measures that contenders are compared on (KL only if all have it), each with the measure on the prompts that gives
 the interval."""
-MEANS = ["l0_no_sink", "fvu_no_sink", "fvu_eval", "dead_pct_no_sink", "kl", "delta_loss"]
+YOUNGER = ["kl", "stable_pct", "matched_cosine"]
+"""Measures that an older table does not have."""
+MEANS = ["l0_no_sink", "fvu_no_sink", "fvu_eval", "dead_pct_no_sink", "delta_loss", *YOUNGER]
 CONTENDER = ["peer", "arch"]
 
 
@@ -46,7 +48,7 @@ def compared(runs: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
     This project's SAE is its architecture with the lowest FVU without sinks. `delta_loss_more`, `fvu_eval_more` and, if
     all runs have a KL, `kl_more` are `intervals.Estimate`s, over problem templates and seeds.
     """
-    runs, rows = runs.assign(kl=runs.get("kl", math.nan)), []
+    runs, rows = runs.assign(**{name: runs.get(name, math.nan) for name in YOUNGER}), []
     names = [name for name in COMPARED.values() if name != "kl" or cost(runs) == "kl"]
     measured = {name: intervals.measured(prompts, name) for name in names}
     for k, group in runs.groupby("k"):

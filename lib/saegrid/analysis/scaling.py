@@ -1,12 +1,15 @@
-"""How loss follows dictionary size, K and tokens: power laws fitted to a grid's runs. Free of torch."""
+"""How measures follow sizes: power laws of the loss, each step, decoder coherence over K. Free of torch."""
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import pandas as pd
 
 from saegrid.analysis.intervals import t_interval
-from saegrid.analysis.selection import cost
+from saegrid.analysis.selection import cost, without_controls
+from saegrid.config import settings
 
 SIZES = {"d_sae": "latents", "k": "K", "n_train_rows": "training tokens"}
 MEASURES = {"fvu_no_sink": "FVU without sinks", "kl": "KL", "delta_loss": "delta loss"}
@@ -38,3 +41,48 @@ def exponents(df: pd.DataFrame) -> pd.DataFrame:
             slope, low, high, _ = t_interval(slopes[n], errors[n], df_left)
             rows.append([measure, size, slope, low, high, float(np.exp(np.std(residuals)))])
     return pd.DataFrame(rows, columns=["measure", "size", "slope", "low", "high", "spread"])
+
+
+def steps(df: pd.DataFrame) -> pd.DataFrame:
+    """What each step of a size does, which a power law averages: one row per measure and two adjacent sizes.
+
+    `factor` is the geometric mean, over `pairs` of runs that differ in nothing else, of the measure at size `large`
+    divided by that at `small`; `low` and `high` bound its 95% t interval over the pairs (NaN for one pair). Measures
+    must be above 0, as in `exponents`.
+    """
+    rest = [name for name in (*SIZES, "arch", "recipe", "seed") if name in df]
+    measures = [name for name in MEASURES if name != "kl" or cost(df) == "kl"]
+    rows = []
+    for size in (name for name in SIZES if df[name].nunique() > 1):
+        values = sorted(df[size].unique())
+        for small, large in itertools.pairwise(values):
+            ends = (df[df[size] == value] for value in (small, large))
+            pairs = pd.merge(*ends, on=[name for name in rest if name != size], suffixes=("_small", "_large"))
+            for measure in measures:
+                logs = np.log((pairs[f"{measure}_large"] / pairs[f"{measure}_small"]).to_numpy(float))
+                if len(logs):
+                    error = float(logs.std(ddof=1) / np.sqrt(len(logs))) if len(logs) > 1 else 0.0
+                    bounds = np.exp(t_interval(float(logs.mean()), error, len(logs) - 1)[:3])
+                    rows.append([measure, size, small, large, *bounds, len(logs)])
+    return pd.DataFrame(rows, columns=["measure", "size", "small", "large", "factor", "low", "high", "pairs"])
+
+
+def coherence_over_k(df: pd.DataFrame) -> pd.DataFrame:
+    """Decoder coherence by K (means over seeds) of each setting that was run at three K or more, controls left out.
+
+    Columns: `label` (the setting without its K), `k`, `decoder_coherence`. No rows where it was not measured.
+    """
+    columns = ["label", "k", "decoder_coherence"]
+    if "decoder_coherence" not in df:
+        return pd.DataFrame(columns=columns)
+    rows = without_controls(df).dropna(subset=["decoder_coherence", "k"])
+    rows = rows.assign(rest=[settings.key(row, "k") for row in rows.to_dict("records")])
+    found = []
+    for _, group in rows.groupby("rest", sort=False):
+        if group["k"].nunique() > 2:
+            first = group.iloc[0]
+            size = "" if pd.isna(first.get("expansion")) else f" {first['expansion']}x"
+            label = f"{first['arch']}{size}, {first['recipe']}"
+            means = group.astype({"k": int}).groupby("k")["decoder_coherence"].mean()
+            found += [(label, k, value) for k, value in means.items()]
+    return pd.DataFrame(found, columns=columns)

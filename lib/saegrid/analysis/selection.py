@@ -26,6 +26,23 @@ def without_controls(df: pd.DataFrame) -> pd.DataFrame:
     return df
 
 
+def by_origin(df: pd.DataFrame, *without: str) -> dict[str, pd.DataFrame]:
+    """The rows of each origin (`settings.origins`) by its label, in table order; one origin has the label "".
+
+    What ranks, averages or compares runs takes one of these at a time. `without` names parameters to ignore.
+    """
+    rows = df.to_dict("records")
+    keys = pd.Series([settings.origin(row, *without) for row in rows], index=df.index, dtype=object)
+    return {name: df[[key == one for key in keys]] for one, name in settings.origins(rows, *without).items()} or {
+        "": df
+    }
+
+
+def first_origin(df: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the table's first origin: what a page shows that has room for one."""
+    return next(iter(by_origin(df).values()))
+
+
 def candidates(df: pd.DataFrame) -> pd.DataFrame:
     """The rows that may be called best: those that fire less than `DENSE_SHARE_PCT` of their latents. Never controls.
 
@@ -50,10 +67,15 @@ def beside_controls(df: pd.DataFrame, baseline: pd.DataFrame | None = None) -> p
     """Each setting that has a control, followed by its controls: means over seeds of the measures in `COMPARED`.
 
     PCA with K components is one more control where `baseline` (`experiment.pca_table`) has it. Columns: `name`,
-    `control` (`freeze = decoder`; empty for the setting itself), `seeds`, the measures, and `reached`: the measures on
-    which a control is at least as good as its setting, and which therefore say nothing there.
+    `control` (`freeze = decoder`; empty for the setting itself), `untrained` (whether the language model is), `seeds`,
+    the measures, and `reached`: the measures on which a control is at least as good as its setting, and which therefore
+    say nothing there.
     """
-    keyed = df.assign(rest=[settings.key(row, *CONTROLS) for row in df.to_dict("records")])
+    records = df.to_dict("records")
+    keyed = df.assign(rest=[settings.key(row, *CONTROLS) for row in records])
+    labels = settings.origins(records)
+    if len(labels) > 1:
+        keyed["name"] = [f"{row['name']}, {labels[settings.origin(row)]}" for row in records]
     measures, found = [name for name in COMPARED if name in df], []
     for _, rows in keyed.groupby("rest", sort=False):
         plain = without_controls(rows)
@@ -61,15 +83,26 @@ def beside_controls(df: pd.DataFrame, baseline: pd.DataFrame | None = None) -> p
         if plain.empty or not len(kinds):
             continue
         own = plain[measures].mean()
-        found.append({"name": plain["name"].iloc[0], "control": "", "seeds": len(plain), **own, "reached": ()})
+        found.append(
+            {
+                "name": plain["name"].iloc[0],
+                "control": "",
+                "untrained": False,
+                "seeds": len(plain),
+                **own,
+                "reached": (),
+            }
+        )
         controls = []
         for values, runs in kinds:
             said = [f"{n} = {v}" for (n, usual), v in zip(CONTROLS.items(), values, strict=True) if v != usual]
             told = {"name": runs["name"].iloc[0], "control": ", ".join(said), "seeds": len(runs)}
+            told["untrained"] = runs["model_init"].iloc[0] == "random"
             controls.append(told | runs[measures].mean().to_dict())
         controls += [] if baseline is None else _pca(baseline, plain.iloc[0], measures)
         found += [row | {"reached": _reached(row, own)} for row in controls]
-    return pd.DataFrame(found, columns=["name", "control", "seeds", *measures, "reached"])
+    df = pd.DataFrame(found, columns=["name", "control", "untrained", "seeds", *measures, "reached"])
+    return df.astype({"untrained": bool})
 
 
 def _pca(baseline: pd.DataFrame, plain: pd.Series, measures: list[str]) -> list[dict[str, Any]]:
@@ -77,12 +110,12 @@ def _pca(baseline: pd.DataFrame, plain: pd.Series, measures: list[str]) -> list[
     if pd.isna(plain["k"]):
         return []
     same = baseline[(baseline["components"] == plain["k"]) & (baseline["store_id"] == plain["store_id"])]
-    told = {"name": f"PCA, {plain['k']} components", "control": "PCA", "seeds": 1}
+    told = {"name": f"PCA, {plain['k']} components", "control": "PCA", "untrained": False, "seeds": 1}
     return [told | {name: row[name] for name in measures if name in row} for row in same.to_dict("records")]
 
 
 def _reached(control: dict[str, Any], own: pd.Series) -> tuple[str, ...]:
-    apart = LOSSES if "model_init" in control["control"] else ()
+    apart = LOSSES if control["untrained"] else ()
     signs = {name: -1 if COLUMNS[name].best == "min" else 1 for name in own.index if name in control}
     signs = {name: sign for name, sign in signs.items() if name not in apart}
     return tuple(name for name, sign in signs.items() if sign * (control[name] - own[name]) >= 0)
@@ -141,6 +174,11 @@ def recommend(df: pd.DataFrame, budget: float = L0_BUDGET) -> pd.Series:
         raise ResultsError("results: every run is a control (freeze, model_init), so none can be recommended")
     affordable = within(rows, budget)
     return rows.nsmallest(1, "l0").iloc[0] if affordable.empty else affordable.nsmallest(1, cost(df)).iloc[0]
+
+
+def fronts(df: pd.DataFrame, y: str) -> pd.DataFrame:
+    """The Pareto set (`pareto`) of the sparse runs of each origin."""
+    return pd.concat([pareto(candidates(rows), y) for rows in by_origin(df).values()])
 
 
 def pareto(df: pd.DataFrame, y: str, x: str = "l0", lower_is_better: bool = True) -> pd.DataFrame:

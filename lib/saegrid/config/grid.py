@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import shlex
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +78,22 @@ class Grid(BaseModel):
                 raise ConfigError(
                     f"{name} = {shown(block[name])}: must be a constant of the grid {self.name}, not an axis"
                 )
-            for values in itertools.product(*block.values()):
-                run = make_config(**{**self.constants, **dict(zip(block, values, strict=True))})
+            for point in _points(block):
+                run = make_config(**{**self.constants, **point})
                 run.check_training()
                 if run.run_id in runs:
                     raise ConfigError(f"axes: the grid {self.name} has {run.name} with seed {run.seed} twice")
                 runs[run.run_id] = run
         return list(runs.values())
+
+    def finished(self, root: str | Path = ".") -> Grid:
+        """The same grid with the runs that have their metrics alone. Raises `ConfigError` if there is none."""
+        points = [point for block in self.axes for point in _points(block)]
+        runs = zip(points, self.runs(), strict=True)
+        done = [point for point, run in runs if (Path(root) / run.runs_dir / run.run_id / "metrics.json").exists()]
+        if not done:
+            raise ConfigError(f"grid {self.name}: none of its {len(points)} runs has finished")
+        return self.model_copy(update={"axes": [{name: [value] for name, value in point.items()} for point in done]})
 
     def seeds(self) -> list[list[RunConfig]]:
         """For each setting with at least two seeds, its runs in order of their seed."""
@@ -97,6 +106,12 @@ class Grid(BaseModel):
         """Ids of the runs that differ from a run in their seed alone."""
         groups = [[run.run_id for run in runs] for runs in self.seeds()]
         return [other for group in groups if run_id in group for other in group if other != run_id]
+
+
+def _points(block: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """The points of one block of axes."""
+    for values in itertools.product(*block.values()):
+        yield dict(zip(block, values, strict=True))
 
 
 def load_grid(path: str | Path) -> Grid:

@@ -15,12 +15,22 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from saegrid.config.architectures import ARCHITECTURES, Arch
-from saegrid.config.recipes import BANDWIDTH, L0_COEF, L1_COEF, YOUNGER, resolve
+from saegrid.config.recipes import BANDWIDTH, L0_COEF, L1_COEF, SHUFFLE_ROWS, YOUNGER, resolve
 from saegrid.errors import ConfigError, explain
 from saegrid.storage.hub_access import expanded
 
 EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
 EMBEDDED_DATASET = "embedded:gsm_symbolic"
+SAMPLE_ROWS = 65_536
+"""Training rows that a streamed run's store has: what is estimated before training is estimated from them."""
+Site = Literal["resid_post", "resid_pre", "mlp_out", "attn_out"]
+SITES = {
+    "resid_post": "the residual stream after block {}",
+    "resid_pre": "the residual stream before block {}",
+    "mlp_out": "the MLP's output in block {}",
+    "attn_out": "the attention's output in block {}",
+}
+"""Each site in words, with room for the layer."""
 
 
 class RunConfig(BaseModel):
@@ -39,10 +49,11 @@ class RunConfig(BaseModel):
     model_init: Literal["trained", "random"] = "trained"
     """`random` is a control (arXiv:2501.17727): untrained weights, embeddings included, drawn from `data_seed`."""
     layer: int = Field(12, ge=0)
-    """Index of the decoder block whose output is read. It is `hidden_states[layer + 1]`, except for the last block:
+    """Index of the decoder block that is read. Its output is `hidden_states[layer + 1]`, except for the last block:
     there transformers has already applied the final norm."""
-    site: Literal["resid_post"] = "resid_post"
-    """Position in the block: the residual stream after it."""
+    site: Site = "resid_post"
+    """What is read there and replaced: the residual stream after or before the block (before block 0: the embedding),
+    or what its MLP or its attention adds to it."""
     lm_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the language model's passes, for the activations and for the splice."""
 
@@ -83,7 +94,11 @@ class RunConfig(BaseModel):
     activations_stage: str = "instruct_base"
     """Stage in the published files' names."""
     act_dtype: Literal["float16", "float32"] = "float16"
-    """Precision of the stored rows (the published files are float16)."""
+    """Precision of the rows (the published files are float16)."""
+    rows: Literal["stored", "streamed"] = "stored"
+    """Training rows on disk, for any number of runs and epochs; or made while one run trains on them, for one epoch."""
+    shuffle_rows: int = Field(SHUFFLE_ROWS, ge=1)
+    """Streamed rows that are shuffled together; about twice as many are in memory."""
 
     # --- sparse autoencoder ---
     arch: Arch = "BatchTopK"
@@ -216,9 +231,21 @@ class RunConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _untrained_model_and_its_rows(self) -> RunConfig:
+    def _published_rows(self) -> RunConfig:
         if self.model_init == "random" and self.activations:
             raise ValueError("model_init = 'random': `activations` holds a trained model's rows; leave it out")
+        if self.site != "resid_post" and self.activations:
+            raise ValueError(f"site = {self.site!r}: `activations` holds rows of resid_post; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _streamed_rows(self) -> RunConfig:
+        if self.rows == "stored" and self.shuffle_rows != SHUFFLE_ROWS:
+            raise ValueError(f"shuffle_rows = {self.shuffle_rows}: only rows = 'streamed' takes it")
+        if self.rows == "streamed" and self.epochs != 1:
+            raise ValueError(f"epochs = {self.epochs}: streamed rows are made once; set epochs = 1")
+        if self.rows == "streamed" and self.activations:
+            raise ValueError("rows = 'streamed': `activations` holds stored rows; leave it out")
         return self
 
     @field_validator("context")
@@ -257,6 +284,11 @@ class RunConfig(BaseModel):
             )
 
     @property
+    def stored_tokens(self) -> int:
+        """Training rows in the run's store."""
+        return min(self.train_tokens, SAMPLE_ROWS) if self.rows == "streamed" else self.train_tokens
+
+    @property
     def trains_theta(self) -> bool:
         """Whether each latent has its own trained threshold."""
         return ARCHITECTURES[self.arch].has_thetas(self.k > 0)
@@ -289,7 +321,8 @@ class RunConfig(BaseModel):
     @property
     def store_id(self) -> str:
         """Unique name of the activation store that the run reads."""
-        return f"layer{self.layer}_{_digest(self.store_parameters)}"
+        site = "" if self.site == "resid_post" else f"_{self.site}"
+        return f"layer{self.layer}{site}_{_digest(self.store_parameters)}"
 
     @property
     def store_parameters(self) -> dict[str, Any]:
@@ -306,7 +339,7 @@ STORE_FIELDS = {
     *("model", "model_revision", "model_init", "layer", "site", "lm_dtype"),
     *("dataset_config", "dataset_split", "text_field", "context", "skip_tokens"),
     *("dataset", "dataset_revision", "text", "max_tokens", "train_tokens", "val_tokens", "eval_prompts", "data_seed"),
-    *("activations", "activations_revision", "activations_stage", "act_dtype"),
+    *("activations", "activations_revision", "activations_stage", "act_dtype", "rows"),
 }
 """Parameters that determine an activation store's content, its evaluation prompts included."""
 

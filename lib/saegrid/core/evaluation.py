@@ -9,10 +9,11 @@ import pandas as pd
 import torch
 
 from saegrid.config.run_config import RunConfig
-from saegrid.core.metrics import Reconstruction, sink_norm, splice_metrics
+from saegrid.core.metrics import Reconstruction, is_sink, sink_norm, splice_metrics
 from saegrid.core.sae import SAE
 from saegrid.core.splice import Baseline, evaluate, load_baseline, mean_losses, scored_positions
-from saegrid.data.language_model import LM, load_lm, narrow_products
+from saegrid.core.stability import coherence
+from saegrid.data.language_model import evaluating_lm
 from saegrid.data.sources import pinned
 from saegrid.data.store import Store
 from saegrid.errors import StoreError
@@ -28,6 +29,7 @@ def evaluate_rows(
     for x in store.batches("val", batch_size, device=sae.device):
         codes = sae.codes(x, kernel)
         errors.append(sums.add(x, kernel.decode(sae.params, codes), codes))
+    found = sums.result() | {"decoder_coherence": coherence(sae, sums.fired > 0)}
     mean_act = (sums.act_sum / sums.fired.clamp_min(1)).numpy()
     latents = pd.DataFrame({"latent": range(sae.d_sae), "fired": sums.fired, "mean_act": mean_act})
     latents["max_act"] = sums.act_max
@@ -39,7 +41,7 @@ def evaluate_rows(
     positions = rows.groupby("position").agg(
         n_rows=("sq_error", "size"), sq_error=("sq_error", "mean"), sq_norm_centred=("sq_norm_centred", "mean")
     )
-    return sums.result(), latents, positions.reset_index()
+    return found, latents, positions.reset_index()
 
 
 def spliced(config: RunConfig, store: Store, sae: SAE, kernel: Kernel, leave_sinks: bool = False) -> pd.DataFrame:
@@ -51,18 +53,10 @@ def spliced(config: RunConfig, store: Store, sae: SAE, kernel: Kernel, leave_sin
     baseline = load_baseline(store.folder, store.data_sha256)
     if baseline is None:
         raise StoreError(f"{store.folder}: no baseline of the splice here; `prepare_store` makes it")
-    lm = evaluating_lm(config, store)
+    lm = evaluating_lm(pinned(config, store.manifest))
     limit = sink_norm(scored_rows(baseline)) if leave_sinks else math.inf
-    losses = evaluate(lm, baseline, config.layer, replacement(sae, kernel, limit))
+    losses = evaluate(lm, baseline, config.layer, replacement(sae, kernel, limit), config.site)
     return losses.join(reconstructed(baseline, sae, kernel))
-
-
-def evaluating_lm(config: RunConfig, store: Store) -> LM:
-    """The store's language model; with `matmul = "bf16"` its blocks after the hooked one multiply in bfloat16."""
-    lm = load_lm(pinned(config, store.manifest))
-    if config.matmul == "bf16" and config.lm_dtype == "float32":
-        narrow_products(lm, config.layer)
-    return lm
 
 
 def replacement(sae: SAE, kernel: Kernel, limit: float = math.inf) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -71,7 +65,7 @@ def replacement(sae: SAE, kernel: Kernel, limit: float = math.inf) -> Callable[[
     def replace(x: torch.Tensor) -> torch.Tensor:
         x = x.to(sae.device)
         x_hat = kernel.decode(sae.params, sae.codes(x, kernel))
-        return torch.where(x.norm(dim=1, keepdim=True) > limit, x, x_hat)
+        return torch.where(is_sink(x, limit)[:, None], x, x_hat)
 
     return replace
 
@@ -84,7 +78,7 @@ def reconstructed(baseline: Baseline, sae: SAE, kernel: Kernel) -> pd.DataFrame:
     """
     x = scored_rows(baseline)
     limit = sink_norm(x)
-    ordinary = [rows.norm(dim=1) <= limit for rows in x]
+    ordinary = [~is_sink(rows, limit) for rows in x]
     mean = torch.cat([rows[keep] for rows, keep in zip(x, ordinary, strict=True)]).double().mean(0)
     sums = []
     for rows, keep in zip(x, ordinary, strict=True):

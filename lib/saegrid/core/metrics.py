@@ -54,6 +54,12 @@ def sink_norm(batches: Iterable[Tensor]) -> float:
     return SINK_RATIO * torch.cat([x.norm(dim=1) for x in batches]).median().item()
 
 
+def is_sink(x: Tensor, limit: float) -> Tensor:
+    """Which rows of x (N, d_in) are attention sinks, (N,) bool; `limit`: the `sink_norm` of all rows."""
+    found: Tensor = x.norm(dim=1) > limit
+    return found
+
+
 @dataclass
 class Reconstruction:
     """Running sums over rows and their reconstructions; `result` turns them into metrics."""
@@ -83,7 +89,7 @@ class Reconstruction:
             The squared error of each row, (N,) float64.
         """
         errors = (x.double() - x_hat.double()).square().sum(1)
-        keep = x.norm(dim=1) <= self.sink_norm
+        keep = ~is_sink(x, self.sink_norm)
         self.every.add(x)
         if keep.any():
             self.no_sink.add(x[keep])

@@ -1,6 +1,6 @@
 """Statistics of the training rows that training starts from: centre, scale and sink direction.
 
-`metrics.sink_norm` says which rows are attention sinks.
+`metrics.is_sink` says which rows are attention sinks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saegrid.config.run_config import RunConfig
-from saegrid.core.metrics import sink_norm
+from saegrid.core.metrics import is_sink, sink_norm
 from saegrid.data.store import Store
 
 
@@ -32,8 +32,7 @@ class Estimates(NamedTuple):
         assert self.sink is not None
         left = x - self.scale * self.mean
         left = torch.addr(left, left @ self.sink, self.sink, alpha=-1)
-        keep: Tensor = (x.norm(dim=1) <= self.limit) | (left.norm(dim=1) > self.limit)
-        return keep
+        return ~is_sink(x, self.limit) | is_sink(left, self.limit)
 
 
 def estimate(config: RunConfig, store: Store) -> Estimates:
@@ -47,12 +46,12 @@ def estimate(config: RunConfig, store: Store) -> Estimates:
     ordinary, sinks = (torch.zeros(store.d_in, dtype=torch.float64) for _ in range(2))
     n_sinks, square_sum = 0, 0.0
     for x in store.batches("train", config.batch_size):
-        is_sink = x.norm(dim=1) > limit
+        sink_rows = is_sink(x, limit)
         exact = x.double()
-        ordinary += exact[~is_sink].sum(0)
-        sinks += exact[is_sink].sum(0)
-        square_sum += exact[~is_sink].square().sum().item()
-        n_sinks += int(is_sink.sum())
+        ordinary += exact[~sink_rows].sum(0)
+        sinks += exact[sink_rows].sum(0)
+        square_sum += exact[~sink_rows].square().sum().item()
+        n_sinks += int(sink_rows.sum())
     n_ordinary = store.n_train - n_sinks
     centre = ordinary / n_ordinary
     scale, sink = 1.0, None

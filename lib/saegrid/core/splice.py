@@ -1,9 +1,10 @@
-"""The splice evaluator: put x_hat in place of the residual stream and read the model's next-token predictions.
+"""The splice evaluator: put x_hat in place of x and read the model's next-token predictions.
 
-The prefix up to the hooked block and the reference passes (clean, zero and mean) do not depend on the SAE: they run
-once per store (`Baseline`) for all SAEs of a grid. Each SAE costs one pass through the blocks after the hooked one and
-one through the unembedding (`clean_logits` says how KL needs no second one). Of the clean pass the baseline stores the
-final states, as log-probabilities would be a hundred times as large.
+The rows x and the reference passes (clean, zero and mean) do not depend on the SAE: they are made once per store
+(`Baseline`) for all SAEs of a grid. In the residual stream, each SAE costs one pass through the blocks after the site;
+at `mlp_out` and `attn_out`, one through the whole model. To that comes one through the unembedding (`clean_logits`
+says how KL needs no second one). Of the clean pass the baseline stores the final states, as log-probabilities would be
+a hundred times as large.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from saegrid.config.run_config import Site
 from saegrid.data.language_model import LM, final_from, hidden_at, padded_batches
 from saegrid.data.prompts import Prompt
 from saegrid.errors import DamagedError, StoreError
@@ -38,7 +40,7 @@ SUMS = ["prompt", "template", "n_tokens", "ce_clean_sum", "ce_zero_sum", "ce_mea
 
 @dataclass
 class Baseline:
-    """The evaluation prompts, their residual stream at the hooked block, and the results of the reference passes."""
+    """The evaluation prompts, their rows at the run's site, and the results of the reference passes."""
 
     prompts: list[Prompt]
     x: list[Tensor]  # per prompt (T, d_in)
@@ -82,12 +84,12 @@ def with_shared(prompts: list[Prompt]) -> list[Prompt]:
     return marked if several and all(len(scored_positions(prompt)) for prompt in marked) else prompts
 
 
-def make_baseline(lm: LM, prompts: list[Prompt], layer: int, mean: Tensor) -> Baseline:
+def make_baseline(lm: LM, prompts: list[Prompt], layer: int, mean: Tensor, site: Site = "resid_post") -> Baseline:
     """Run the reference passes. `mean` (d_in,) is the training rows' mean."""
     prompts = with_shared(prompts)
     x: list[Tensor] = [torch.empty(0)] * len(prompts)
     for indices, ids, mask in padded_batches([prompt.tokens for prompt in prompts], BATCH_TOKENS):
-        hidden = hidden_at(lm, ids, mask, layer)
+        hidden = hidden_at(lm, ids, mask, layer, site)
         for row, index in enumerate(indices):
             x[index] = hidden[row, : len(prompts[index].tokens)].clone()
     frame = pd.DataFrame(
@@ -97,22 +99,27 @@ def make_baseline(lm: LM, prompts: list[Prompt], layer: int, mean: Tensor) -> Ba
             "n_tokens": [len(scored_positions(prompt)) for prompt in prompts],
         }
     )
-    clean = splice(lm, prompts, x, layer, lambda rows: rows)
+    clean = splice(lm, prompts, x, layer, lambda rows: rows, site)
     frame["ce_clean_sum"] = _sums(token_scores(lm, prompts, clean), frame)["ce"]
     passes = {"zero": torch.zeros_like, "mean": lambda rows: mean.to(rows).expand_as(rows)}
     for name, replace in passes.items():
-        final = splice(lm, prompts, x, layer, replace)
+        final = splice(lm, prompts, x, layer, replace, site)
         frame[f"ce_{name}_sum"] = _sums(token_scores(lm, prompts, final), frame)["ce"]
     return Baseline(prompts, x, clean, frame, clean_logits(lm, clean))
 
 
 def splice(
-    lm: LM, prompts: list[Prompt], x: list[Tensor], layer: int, replace: Callable[[Tensor], Tensor]
+    lm: LM,
+    prompts: list[Prompt],
+    x: list[Tensor],
+    layer: int,
+    replace: Callable[[Tensor], Tensor],
+    site: Site = "resid_post",
 ) -> list[Tensor]:
     """Final states at each prompt's scored positions, (n, d_in) in the model's dtype.
 
     Args:
-        x: residual stream of each prompt after block `layer`, (T, d_in).
+        x: rows of each prompt at `site` of block `layer`, (T, d_in).
         replace: maps the rows at the replaced positions (n, d_in) to their replacements; called once per batch.
     """
     found: list[Tensor] = [torch.empty(0)] * len(prompts)
@@ -124,7 +131,7 @@ def splice(
         rows = torch.cat([torch.full_like(positions, row) for row, positions in enumerate(where)])
         positions = torch.cat(where)
         hidden[rows, positions] = replace(hidden[rows, positions].float()).to(hidden)
-        final = final_from(lm, hidden, ids, mask, layer)
+        final = final_from(lm, hidden, ids, mask, layer, site)
         for row, index in enumerate(indices):
             found[index] = final[row, scored_positions(prompts[index])]
     return found
@@ -183,9 +190,11 @@ def token_scores(
     return frame.assign(**{name: torch.cat(values).cpu().numpy() for name, values in found.items()})
 
 
-def evaluate(lm: LM, baseline: Baseline, layer: int, replace: Callable[[Tensor], Tensor]) -> pd.DataFrame:
+def evaluate(
+    lm: LM, baseline: Baseline, layer: int, replace: Callable[[Tensor], Tensor], site: Site = "resid_post"
+) -> pd.DataFrame:
     """Per-prompt sums over scored positions: the columns `SUMS`, `ce_spliced_sum` and `kl_sum`."""
-    final = splice(lm, baseline.prompts, baseline.x, layer, replace)
+    final = splice(lm, baseline.prompts, baseline.x, layer, replace, site)
     scores = token_scores(lm, baseline.prompts, final, baseline.clean, baseline.expected)
     found = _sums(scores, baseline.sums)
     return baseline.sums.assign(ce_spliced_sum=found["ce"], kl_sum=found["kl"])

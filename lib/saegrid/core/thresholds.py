@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saegrid.core.metrics import sink_norm
+from saegrid.core.metrics import is_sink, sink_norm
 from saegrid.core.sae import SAE
 from saegrid.data.store import Store
 from saegrid.kernels import Kernel
@@ -99,4 +99,4 @@ def rms_pre_acts(params: Params, x: Tensor) -> float:
 
 def ordinary(x: Tensor) -> Tensor:
     """The rows of x (N, d_in) that are not attention sinks."""
-    return x[x.norm(dim=1) <= sink_norm([x])]
+    return x[~is_sink(x, sink_norm([x]))]

@@ -1,12 +1,13 @@
-"""Collect the residual stream of a run's prompts into an activation store, or build it from published files.
+"""Collect the activations of a run's prompts into a store, or build it from published files.
 
-One pass of the model makes the stores of several layers, each with the same bytes as a pass of its own would.
+One pass of the model makes the stores of several layers and sites, each with the same bytes as a pass of its own would.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Iterable
@@ -21,18 +22,18 @@ from tqdm.auto import tqdm
 from saegrid.config.run_config import RunConfig
 from saegrid.data.language_model import (
     LM,
+    Point,
     check_tokens,
-    hidden_at_layers,
     lm_shape,
     load_lm,
-    padded_batches,
     take_apart,
 )
 from saegrid.data.manifest import FORMAT, MEND, SHARD_ROWS
-from saegrid.data.prompts import Prompt, draw_prompts
+from saegrid.data.prompts import Prompt, draw_prompts, streamed_prompts
 from saegrid.data.published_activations import add_published, published_files
 from saegrid.data.sources import check_sources, hub_sources, local_sources
 from saegrid.data.store import ShardWriter, Store
+from saegrid.data.stream import Stream, site_rows
 from saegrid.errors import StoreError
 from saegrid.storage.atomic import write_bytes, write_json
 from saegrid.storage.checksums import write_sealed
@@ -41,8 +42,6 @@ from saegrid.storage.locks import replacing_folder, waiting_lock
 
 __all__ = ["Store", "collect", "open_store"]
 
-BATCH_TOKENS = 2048
-"""Padded tokens per pass of the model."""
 WINDOW = 512
 """Prompts sorted by length together; bounds memory, as rows are written in prompt order."""
 
@@ -52,12 +51,12 @@ def collect(
 ) -> Path:
     """Folder of the run's activation store, created if missing; concurrent processes create it only once.
 
-    A row is the output of block `layer` (`resid_post`) at one stored position of a prompt. Rows are ordered by prompt,
-    then by position, independent of batching.
+    A row is what `site` of block `layer` holds at one stored position of a prompt. Rows are ordered by prompt, then by
+    position, independent of batching.
 
     Args:
         device: where the language model runs; by default a GPU if there is one.
-        also: further runs. Missing stores of those that differ in nothing but `layer` are made in the same pass.
+        also: further runs. Missing stores of those that differ only in `layer` and `site` are made in the same pass.
 
     Raises:
         ConfigError: the model or the dataset is missing or unsuitable.
@@ -82,10 +81,10 @@ def _exists(folder: Path) -> bool:
 
 
 def _of_one_pass(one: RunConfig, other: RunConfig) -> bool:
-    """Whether two runs read different layers of the same pass of a language model."""
+    """Whether two runs read different points of the same pass of a language model."""
     differ = {name for name, value in one.store_parameters.items() if other.store_parameters.get(name) != value}
     same = one.store_parameters.keys() == other.store_parameters.keys() and one.store_dir == other.store_dir
-    return same and differ == {"layer"} and not one.activations
+    return same and differ <= {"layer", "site"} and not one.activations
 
 
 def open_store(config: RunConfig) -> Store:
@@ -97,7 +96,7 @@ def open_store(config: RunConfig) -> Store:
     folder = store_folder(config)
     if not _exists(folder):
         raise StoreError(f"{folder}: no activation store here; collect it first")
-    store = Store(folder)
+    store = Stream(folder, config) if config.rows == "streamed" else Store(folder)
     for name, value in config.store_parameters.items():
         made = store.manifest["parameters"].get(name)
         if made != value:
@@ -120,13 +119,17 @@ def _make(stores: dict[Path, RunConfig], device: str | None, shard_rows: int) ->
         one.check_shape(d_in, n_layers)
     dtype = getattr(torch, config.act_dtype)
     writers = {
-        one.layer: {split: ShardWriter(folder, split, d_in, dtype, shard_rows) for split in ("train", "val")}
+        (one.layer, one.site): {
+            split: ShardWriter(folder, split, d_in, dtype, shard_rows) for split in ("train", "val")
+        }
         for folder, one in stores.items()
     }
     source = (_add_published if config.activations else _add_collected)(config, writers, device)
     sources |= hub_sources(config, "" if config.activations else source["data"]["revision"])
     for folder, one in stores.items():
-        _finish(one, folder, writers[one.layer], {**source, "sources": sources}, time.perf_counter() - started)
+        _finish(
+            one, folder, writers[one.layer, one.site], {**source, "sources": sources}, time.perf_counter() - started
+        )
 
 
 def _finish(
@@ -154,22 +157,23 @@ def _finish(
     write_sealed(folder / "manifest.json", manifest)
 
 
-Writers = dict[int, dict[str, ShardWriter]]
-"""The writers of each layer's splits."""
+Writers = dict[Point, dict[str, ShardWriter]]
+"""The writers of each point's splits."""
 
 
 def _add_collected(config: RunConfig, writers: Writers, device: str | None) -> dict[str, Any]:
     """Run the language model over the prompts. Returns the manifest's facts on the rows' origin."""
     lm, prompts, facts = _model_and_prompts(config, device)
-    for layer in writers.keys() - {config.layer}:
-        take_apart(lm.model, lm.tokenizer, lm.identity, layer)  # only to check the layer
+    for layer, site in writers.keys() - {(config.layer, config.site)}:
+        take_apart(lm.model, lm.tokenizer, lm.identity, layer, site)  # only to check the point
     for split in ("train", "val"):
-        of_split = {layer: some[split] for layer, some in writers.items()}
+        of_split = {point: some[split] for point, some in writers.items()}
+        casts = {point: writer.cast for point, writer in of_split.items()}
         rows = sum(len(prompt.positions) for prompt in prompts[split])
         with tqdm(total=rows, unit="tok", unit_scale=True, desc=f"activations ({split})", mininterval=1.0) as bar:
             for first in range(0, len(prompts[split]), WINDOW):
                 window = prompts[split][first : first + WINDOW]
-                for index, of_prompt in enumerate(_residuals(lm, window, of_split, bar), first):
+                for index, of_prompt in enumerate(site_rows(lm, window, casts, bar.update), first):
                     prompt = prompts[split][index]
                     positions = torch.tensor(prompt.positions, dtype=torch.int64)
                     tokens = torch.tensor(prompt.tokens)[positions]
@@ -198,7 +202,10 @@ def _model_and_prompts(config: RunConfig, device: str | None) -> tuple[LM, dict[
     """The run's language model, prompts that fit it, and facts on them. Raises `ConfigError`."""
     lm = load_lm(config, device)
     prompts, facts = draw_prompts(config, lm.tokenizer)
-    check_tokens(config, lm, (prompt.tokens for some in prompts.values() for prompt in some))
+    every: Iterable[Prompt] = itertools.chain(*prompts.values())
+    if config.rows == "streamed":  # reads the whole text, so that one that is too small is told before training
+        every = itertools.chain(every, streamed_prompts(config, lm.tokenizer, prompts["eval"][0].prefix))
+    check_tokens(config, lm, (prompt.tokens for prompt in every))
     return lm, prompts, facts
 
 
@@ -221,19 +228,6 @@ def _identity(prompts: dict[str, list[Prompt]]) -> str:
     return digest.hexdigest()
 
 
-def _residuals(lm: LM, prompts: list[Prompt], writers: dict[int, ShardWriter], bar: tqdm) -> list[list[torch.Tensor]]:
-    """Rows (n, d_in) of each prompt at its stored positions, as each layer's writer stores them."""
-    rows: list[list[torch.Tensor]] = [[] for _ in prompts]
-    for indices, ids, mask in padded_batches([prompt.tokens for prompt in prompts], BATCH_TOKENS):
-        hidden = hidden_at_layers(lm, ids, mask, list(writers))  # per layer (B, T, d_in)
-        for writer, of_layer in zip(writers.values(), hidden, strict=True):
-            of_layer = of_layer.float().cpu()
-            for row, index in enumerate(indices):
-                rows[index].append(writer.cast(of_layer[row, prompts[index].positions]))
-        bar.update(sum(len(prompts[index].positions) for index in indices))
-    return rows
-
-
 def _add_published(config: RunConfig, writers: Writers, device: str | None) -> dict[str, Any]:
     """Add the rows of published files; `train_tokens` and `val_tokens` do not apply.
 
@@ -241,7 +235,7 @@ def _add_published(config: RunConfig, writers: Writers, device: str | None) -> d
     """
     files, revision = published_files(config)
     model = _model_and_prompts(config, device)[0].identity
-    add_published(config, files, writers[config.layer])
+    add_published(config, files, writers[config.layer, config.site])
     names = {split: path.name for split, path in files.items()}
     data = {"activations": config.activations, "revision": revision, "files": names}
     data["note"] = "all rows of the published files: train_tokens and val_tokens do not apply"

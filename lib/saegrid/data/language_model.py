@@ -1,6 +1,6 @@
-"""The language model: its shape, its weights, and its two halves around the hooked block.
+"""The language model: its shape, its weights, and its passes up to a site of a block and on from there.
 
-`hidden_at` runs a model up to block `layer`; `final_from` resumes after that block with replaced rows.
+`hidden_at` runs a model up to the site; `final_from` gives its final states with other rows put in there.
 Both are exact: unneeded blocks are skipped, the rest of the model is unchanged.
 """
 
@@ -9,23 +9,25 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saegrid.config.run_config import EMBEDDED_MODEL, RunConfig
-from saegrid.data import embedded
-from saegrid.data.model_config import load_tokenizer, model_config
+from saegrid.config.run_config import EMBEDDED_MODEL, RunConfig, Site
+from saegrid.data.models import embedded
+from saegrid.data.models.layout import TOLERANCE, apart, block_input, find_blocks, find_part, first, short_text, whole
+from saegrid.data.models.model_config import load_tokenizer, model_config
 from saegrid.errors import ConfigError, SaegridError, first_line
 from saegrid.storage.hub_access import files_sha256, hub_errors, local_folder
+from saegrid.storage.processes import keep_freed_memory
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
 HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
-"""Maximum mean relative difference of logits between a model and its two halves, per `lm_dtype`."""
+Point = tuple[int, Site]
+"""A layer and a site in it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,16 @@ class LM:
     """What `decoder` returns, a transformers `ModelOutput`."""
     identity: dict[str, Any]
     """model, revision, sha256 of the weights, dtype: what the manifest of a store records."""
+    parts: dict[Point, nn.Module] = field(default_factory=dict)
+    """The attention and MLP modules found so far."""
+
+    def module(self, layer: int, site: Site) -> nn.Module:
+        """The module whose input (`resid_pre`) or output (other sites) is the site. Raises `ConfigError`."""
+        if site in ("resid_post", "resid_pre"):
+            return self.blocks[layer]
+        if (layer, site) not in self.parts:
+            self.parts[layer, site] = find_part(self.model, self.blocks[layer], site)
+        return self.parts[layer, site]
 
     def head(self, states: Tensor) -> Tensor:
         """Logits (n, vocabulary) of final states (n, d_in): all that the model does after its final norm."""
@@ -86,7 +98,7 @@ def load_lm(config: RunConfig, device: str | None = None) -> LM:
         device: where it runs; by default a GPU if there is one.
 
     Raises:
-        ConfigError: the model can't be found or loaded, or has no block `layer`.
+        ConfigError: the model can't be found or loaded, or has no block `layer`, or no `site` in it.
         SaegridError: it can't be taken apart at `layer`.
     """
     import torch
@@ -126,7 +138,8 @@ def load_lm(config: RunConfig, device: str | None = None) -> LM:
         device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     text = model.config.get_text_config()
     config.check_shape(text.hidden_size, text.num_hidden_layers)
-    return take_apart(model.to(device), load_tokenizer(config.model, folder), identity, config.layer)
+    keep_freed_memory()
+    return take_apart(model.to(device), load_tokenizer(config.model, folder), identity, config.layer, config.site)
 
 
 def untrained(its_config: Any, config: RunConfig) -> nn.Module:
@@ -173,19 +186,29 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
 
 
-def take_apart(model: nn.Module, tokenizer: Any, identity: dict[str, Any], layer: int | None = None) -> LM:
+def take_apart(
+    model: nn.Module,
+    tokenizer: Any,
+    identity: dict[str, Any],
+    layer: int | None = None,
+    site: Site = "resid_post",
+) -> LM:
     """An `LM` of a loaded model.
 
-    Runs two short texts to check that the two halves around block `layer` (default: the middle one) match the whole.
+    Runs two short texts to check that reading a site and putting the same rows back gives the whole model's logits.
+
+    Args:
+        layer, site: where to check; by default after the middle block.
 
     Raises:
         SaegridError: the blocks can't be found, or they do not work together as in a decoder-only language model.
+        ConfigError: the block has no such site.
     """
     name = type(model).__name__
     model.eval()
     try:
-        decoder, blocks = _decoder(model)
-        return _checked(model, tokenizer, identity, decoder, blocks, len(blocks) // 2 if layer is None else layer)
+        decoder, blocks = find_blocks(model)
+        return _checked(model, tokenizer, identity, decoder, blocks, len(blocks) // 2 if layer is None else layer, site)
     except SaegridError:
         raise
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ImportError) as error:
@@ -193,87 +216,51 @@ def take_apart(model: nn.Module, tokenizer: Any, identity: dict[str, Any], layer
         raise SaegridError(f"{name}: unknown layout; it can't be split at a block ({reason})") from None
 
 
-def _decoder(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
-    """The part of a model from embeddings to final norm, and its one list with as many blocks as the model.
-
-    Raises `SaegridError` if there is none, or more than one.
-    """
-    from torch.nn import ModuleList
-
-    n_layers = model.config.get_text_config().num_hidden_layers
-    for decoder in (model.get_decoder(), model.base_model, *model.children()):
-        level = [decoder] if decoder is not model else []
-        while level:  # outermost lists only: a block may have as many experts or heads
-            children = [child for module in level for child in module.children()]
-            lists = [list(child) for child in children if isinstance(child, ModuleList) and len(child) == n_layers]
-            if len(lists) == 1:
-                return decoder, lists[0]
-            level = [] if lists else [child for child in children if not isinstance(child, ModuleList)]
-    raise SaegridError(f"{type(model).__name__}: unknown layout; no one list of {n_layers} blocks in it")
-
-
 def _checked(
-    model: nn.Module, tokenizer: Any, identity: dict[str, Any], decoder: nn.Module, blocks: list[nn.Module], layer: int
+    model: nn.Module,
+    tokenizer: Any,
+    identity: dict[str, Any],
+    decoder: nn.Module,
+    blocks: list[nn.Module],
+    layer: int,
+    site: Site,
 ) -> LM:
-    """The `LM` of these parts, checked by running a text with and without padding through the whole and the halves."""
-    import torch
-
+    """The `LM` of these parts, checked by running a text with and without padding through the whole and the parts."""
     name, text = type(model).__name__, model.config.get_text_config()
-    rows, long, short = model.get_input_embeddings().weight.shape[0], 8, 5
-    ids = ((torch.arange(long, device=model.device) + 1) * rows // (long + 2)).repeat(2, 1)
-    mask = torch.ones_like(ids)
-    mask[1, short:] = ids[1, short:] = 0  # the same text as in row 0, cut and padded
-    (alone,) = _whole(model, [], ids[:1, :short], mask[:1, :short])
-    output, final, logits = _whole(model, [blocks[layer], decoder], ids, mask)
+    ids, mask = short_text(model)
+    long, short = ids.shape[1], int(mask[1].sum())
+    (alone,) = whole(model, [], ids[:1, :short], mask[:1, :short])
+    output, final, logits = whole(model, [blocks[layer], decoder], ids, mask)
     lm = LM(
         *(model, tokenizer, decoder, blocks, text.hidden_size, len(blocks)),
         max_positions=getattr(text, "max_position_embeddings", None),
-        n_tokens=min(rows, logits.shape[-1]),
+        n_tokens=min(model.get_input_embeddings().weight.shape[0], logits.shape[-1]),
         block_outputs=len(output) if isinstance(output, (tuple, list)) else 0,
         decoder_output=type(final),
         identity=identity,
     )
     tolerance = TOLERANCE[str(model.dtype).removeprefix("torch.")]
-    if not (_apart(logits[0, :short], alone[0]) < tolerance and _apart(logits[1, :short], alone[0]) < tolerance):
+    if not (apart(logits[0, :short], alone[0]) < tolerance and apart(logits[1, :short], alone[0]) < tolerance):
         raise SaegridError(f"{name}: not a causal language model: its logits depend on later tokens or on padding")
-    x = hidden_at(lm, ids, mask, layer)
-    if x.shape != (*ids.shape, lm.d_in):
-        shape = tuple(x.shape[1:])
+    shape = hidden_at(lm, ids, mask, layer).shape
+    if shape != (*ids.shape, lm.d_in):
+        shape = tuple(shape[1:])
         raise SaegridError(
             f"{name}: unknown layout; block {layer} returns {shape} for {long} tokens, not ({long}, {lm.d_in})"
         )
     real = mask.bool()
-    if not _apart(logits_from(lm, x, ids, mask, layer)[real], logits[real]) < tolerance:
-        raise SaegridError(f"{name}: unknown layout; its blocks pass on more than the residual stream")
+    for where in dict.fromkeys(["resid_post", site]):
+        x = hidden_at(lm, ids, mask, layer, where)
+        if not apart(logits_from(lm, x, ids, mask, layer, where)[real], logits[real]) < tolerance:
+            raise SaegridError(f"{name}: unknown layout; its blocks pass on more than the residual stream")
     return lm
-
-
-def _whole(model: nn.Module, parts: list[nn.Module], ids: Tensor, mask: Tensor) -> list[Any]:
-    """Outputs of some parts, in order of completion, and the logits of the unchanged model."""
-    import torch
-
-    outputs: list[Any] = []
-    hooks = [part.register_forward_hook(lambda module, args, output: outputs.append(output)) for part in parts]
-    try:
-        with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [*outputs, logits]
-
-
-def _apart(found: Tensor, wanted: Tensor) -> float:
-    """Mean over positions of the relative difference of logits (n, vocabulary), centred as softmax does."""
-    found, wanted = (logits.float() - logits.float().mean(-1, keepdim=True) for logits in (found, wanted))
-    return ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).mean().item()
 
 
 def check_tokens(config: RunConfig, lm: LM, prompts: Iterable[list[int]]) -> None:
     """Check the longest prompt and the largest token id against the model's limits. Raises `ConfigError`."""
     import torch
 
-    longest, largest = [], 0
+    longest, largest = list[int](), 0
     for tokens in prompts:
         longest, largest = max(longest, tokens, key=len), max(largest, *tokens)
     if lm.max_positions and len(longest) > lm.max_positions:
@@ -287,7 +274,7 @@ def check_tokens(config: RunConfig, lm: LM, prompts: Iterable[list[int]]) -> Non
     if not lm.max_positions:  # not in its config: try it
         ids = torch.tensor([longest])
         try:
-            hidden_at(lm, ids, torch.ones_like(ids), config.layer)
+            hidden_at(lm, ids, torch.ones_like(ids), config.layer, config.site)
         except (RuntimeError, IndexError) as error:
             where = f"max_tokens = {config.max_tokens}: {config.model} fails on a prompt of {len(longest)} tokens"
             raise ConfigError(f"{where}: {first_line(error)}") from None
@@ -317,8 +304,8 @@ def padded_batches(texts: Sequence[list[int]], limit: int) -> Iterator[tuple[lis
         yield indices, ids, mask
 
 
-def hidden_at(lm: LM, input_ids: Tensor, attention_mask: Tensor, layer: int) -> Tensor:
-    """Output of block `layer`, (B, T, d_in) in the model's dtype, without running later blocks.
+def hidden_at(lm: LM, input_ids: Tensor, attention_mask: Tensor, layer: int, site: Site = "resid_post") -> Tensor:
+    """Rows at a site of block `layer`, (B, T, d_in) in the model's dtype, without running later blocks.
 
     The last block's output is not the last of transformers' `hidden_states`, which is taken after the final norm.
 
@@ -326,40 +313,70 @@ def hidden_at(lm: LM, input_ids: Tensor, attention_mask: Tensor, layer: int) -> 
         input_ids: (B, T), padded on the right with any valid id.
         attention_mask: (B, T), 1 for tokens and 0 for padding; outputs at padding are meaningless.
     """
-    return hidden_at_layers(lm, input_ids, attention_mask, [layer])[0]
+    return hidden_at_points(lm, input_ids, attention_mask, [(layer, site)])[0]
 
 
-def hidden_at_layers(lm: LM, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]) -> list[Tensor]:
-    """`hidden_at` for several layers, each named once, in one pass of the model."""
+def hidden_at_points(lm: LM, input_ids: Tensor, attention_mask: Tensor, points: Sequence[Point]) -> list[Tensor]:
+    """`hidden_at` for several points, each named once, in one pass of the model."""
     import torch
 
-    outputs: dict[int, Any] = {}
+    found: dict[Point, Tensor] = {}
+    modules = {point: lm.module(*point) for point in points}
 
-    def keep(layer: int) -> Callable:
-        return lambda module, args, output: outputs.__setitem__(layer, output[0] if lm.block_outputs else output)
+    def keep(point: Point) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = None) -> None:
+            rows = block_input(args, kwargs) if output is None else first(output)
+            if point[1] in ("mlp_out", "attn_out"):  # some blocks add to it in place
+                rows = rows.reshape(*input_ids.shape, -1).clone()
+            found[point] = rows
 
-    hooks = [lm.blocks[layer].register_forward_hook(keep(layer)) for layer in layers]
+        return hook
+
+    hooks = [_register(modules[point], point[1], keep(point)) for point in points]
+    runs = max(layer + (site != "resid_pre") for layer, site in points)  # number of blocks that have to run
     try:
-        with torch.no_grad(), _forwards({block: _passing(lm) for block in lm.blocks[max(layers) + 1 :]}):
+        with torch.no_grad(), _forwards(dict.fromkeys(lm.blocks[runs:], _passing(lm))):
             _decode(lm, input_ids, attention_mask)
     finally:
-        for hook in hooks:
-            hook.remove()
-    return [outputs[layer] for layer in layers]
+        for handle in hooks:
+            handle.remove()
+    return [found[point] for point in points]
 
 
-def final_from(lm: LM, x: Tensor, input_ids: Tensor, attention_mask: Tensor, layer: int) -> Tensor:
-    """States after the final norm, (B, T, d_in), with x (B, T, d_in) in place of block `layer`'s output.
+def final_from(
+    lm: LM, x: Tensor, input_ids: Tensor, attention_mask: Tensor, layer: int, site: Site = "resid_post"
+) -> Tensor:
+    """States after the final norm, (B, T, d_in), with x (B, T, d_in) in place of what the site holds.
 
-    Equals a full forward pass with that output replaced; the blocks up to `layer` do not run.
-    `LM.head` turns the rows that are needed into logits.
+    Equals a full forward pass with these rows replaced. In the residual stream, nothing before them runs; elsewhere the
+    block needs the residual stream besides, so the whole model runs. `LM.head` turns the rows that are needed into
+    logits.
     """
     import torch
 
     x = x.to(device=lm.model.device, dtype=lm.model.dtype)
-    passed = {block: _passing(lm) for block in lm.blocks[:layer]}
-    with torch.no_grad(), _forwards({**passed, lm.blocks[layer]: _passing(lm, x)}):
-        return _decode(lm, input_ids, attention_mask)
+
+    def put_in(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = None) -> Any:
+        if output is None:
+            return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+        rows = x.reshape(first(output).shape).clone()  # some blocks add to it in place
+        return type(output)([rows, *output[1:]]) if isinstance(output, (tuple, list)) else rows
+
+    passed = {"resid_pre": lm.blocks[:layer], "resid_post": lm.blocks[: layer + 1]}.get(site, [])
+    handle = _register(lm.module(layer, site), site, put_in)
+    try:
+        with torch.no_grad(), _forwards(dict.fromkeys(passed, _passing(lm))):
+            return _decode(lm, input_ids, attention_mask)
+    finally:
+        handle.remove()
+
+
+def evaluating_lm(config: RunConfig) -> LM:
+    """The run's language model; with `matmul = "bf16"` its blocks after the hooked one multiply in bfloat16."""
+    lm = load_lm(config)
+    if config.matmul == "bf16" and config.lm_dtype == "float32":
+        narrow_products(lm, config.layer)
+    return lm
 
 
 def narrow_products(lm: LM, layer: int) -> None:
@@ -384,17 +401,25 @@ def narrow_products(lm: LM, layer: int) -> None:
                 part.forward = narrow(part)  # type: ignore[method-assign]
 
 
-def logits_from(lm: LM, x: Tensor, input_ids: Tensor, attention_mask: Tensor, layer: int) -> Tensor:
+def logits_from(
+    lm: LM, x: Tensor, input_ids: Tensor, attention_mask: Tensor, layer: int, site: Site = "resid_post"
+) -> Tensor:
     """Logits (B, T, vocabulary) of all positions: `final_from` and the head. For small batches."""
-    states = final_from(lm, x, input_ids, attention_mask, layer)
+    states = final_from(lm, x, input_ids, attention_mask, layer, site)
     return lm.head(states.flatten(0, 1)).unflatten(0, states.shape[:2])
 
 
-def _passing(lm: LM, x: Tensor | None = None) -> Callable:
-    """A `forward` for a block that returns its input, or `x`."""
+def _register(module: nn.Module, site: Site, hook: Callable) -> Any:
+    """Call `hook` with (module, args, kwargs) before a module runs if the site is its input, else with its output."""
+    register = module.register_forward_pre_hook if site == "resid_pre" else module.register_forward_hook
+    return register(hook, with_kwargs=True)
+
+
+def _passing(lm: LM) -> Callable:
+    """A `forward` for a block that returns its input."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        output = x if x is not None else args[0] if args else kwargs["hidden_states"]
+        output = block_input(args, kwargs)
         return (output, *[None] * (lm.block_outputs - 1)) if lm.block_outputs else output
 
     return forward

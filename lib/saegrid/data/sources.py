@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from saegrid.config.run_config import RunConfig
-from saegrid.data import embedded
 from saegrid.data.corpora.embedded_text import embedded_identity
 from saegrid.data.corpora.files import corpus_files, local_corpus
 from saegrid.data.language_model import HUB_FILES, weight_files
 from saegrid.data.manifest import FORMAT, MEND, of_format
+from saegrid.data.models import embedded
 from saegrid.errors import ConfigError, DamagedError, StoreError
 from saegrid.storage.checksums import read_json, read_sealed
 from saegrid.storage.hub_access import expanded, files_sha256, local_folder
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-ROW_CODE = ("data/*.py", "data/corpora/[!_]*.py", "core/splice.py")
+ROW_CODE = ("data/*.py", "data/corpora/[!_]*.py", "data/models/[!_]*.py", "core/splice.py")
 """Modules whose change can change a store's rows, or the reference passes stored with them."""
 FEW_FILES = 20
 """A dataset of more files is identified by one hash of all their names and hashes."""
@@ -44,9 +44,9 @@ def local_sources(config: RunConfig) -> dict[str, str]:
     elif folder := _folder("model", config):
         found["model"] = files_sha256(weight_files(folder))
         patterns = [*HUB_FILES, "additional_chat_templates/*.jinja"]
-        paths = {path for pattern in patterns if pattern != "*.safetensors" for path in folder.glob(pattern)}
-        paths -= {folder / "generation_config.json"}  # sampling settings
-        found |= _each("model", folder, sorted(paths))
+        others = {path for pattern in patterns if pattern != "*.safetensors" for path in folder.glob(pattern)}
+        others -= {folder / "generation_config.json"}  # sampling settings
+        found |= _each("model", folder, sorted(others))
     if config.dataset.startswith("embedded:"):
         found["dataset"] = embedded_identity(config.dataset)
     else:

@@ -43,7 +43,7 @@ def mend(grid: Grid, root: str | Path = ".") -> list[str]:
     for folder, run in runs.items():
         store = root / run.store_dir / run.store_id
         found += _dropped(folder, folder / ".lock", _run_faults(folder, run.run_id))
-        aside = _dropped(folder, folder / ".lock", _set_aside(folder, store, store in outdated))
+        aside = _dropped(folder, folder / ".lock", _of_another_store(folder, store, store in outdated))
         found += [] if store in outdated else aside
         again |= bool(aside)
     found += _dropped(root / grid.results_dir, None, _table_faults(root / grid.results_dir, again))
@@ -123,12 +123,17 @@ def _run_faults(folder: Path, run_id: str) -> Iterator[tuple[str, list[str]]]:
         try:
             check_sum(folder / finished_run.NOTEBOOK)
         except DamagedError as error:
-            with disk_errors(folder):
-                (folder / "metrics.json").rename(folder / finished_run.SET_ASIDE)
+            _set_aside(folder)
             yield str(error), [sum_of(folder / finished_run.NOTEBOOK).name]
 
 
-def _set_aside(folder: Path, store: Path, outdated: bool) -> Iterator[tuple[str, list[str]]]:
+def _set_aside(folder: Path) -> None:
+    """Set a run's metrics aside, until it is run again."""
+    with disk_errors(folder):
+        (folder / "metrics.json").rename(folder / finished_run.SET_ASIDE)
+
+
+def _of_another_store(folder: Path, store: Path, outdated: bool) -> Iterator[tuple[str, list[str]]]:
     """Set a finished run's metrics aside if its store is made again, or is not the one that the run used."""
     if (folder / "metrics.json").exists():
         try:
@@ -136,8 +141,7 @@ def _set_aside(folder: Path, store: Path, outdated: bool) -> Iterator[tuple[str,
                 raise StoreError(f"{folder}: its store is made again")
             check_made_from(folder, store)
         except StoreError as error:
-            with disk_errors(folder):
-                (folder / "metrics.json").rename(folder / finished_run.SET_ASIDE)
+            _set_aside(folder)
             yield str(error), []
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from saegrid import kernels
 from saegrid.config.run_config import RunConfig
-from saegrid.core.evaluation import evaluating_lm
-from saegrid.core.metrics import Moments, sink_norm, splice_metrics
+from saegrid.core.metrics import Moments, is_sink, sink_norm, splice_metrics
 from saegrid.core.splice import evaluate, load_baseline, mean_losses
-from saegrid.data.language_model import LM
+from saegrid.data.language_model import LM, evaluating_lm
+from saegrid.data.sources import pinned
 from saegrid.data.store import Store
 from saegrid.errors import DamagedError
 from saegrid.experiment.pca_table import COLUMNS, COMPONENTS, MEASURES
@@ -38,14 +38,15 @@ def make(config: RunConfig, store: Store) -> None:
         print(f"{error}; it is made again", flush=True)
     mean, directions = principal(store)
     choice = kernels.choose(config.kernel, config.matmul, config.threads, config.device)
-    lm = evaluating_lm(config.model_copy(update=choice._asdict()), store)
+    lm = evaluating_lm(pinned(config.model_copy(update=choice._asdict()), store.manifest))
     records = [_measured(config, store, lm, mean, directions[:n]) for n in COMPONENTS if n <= store.d_in]
     write_sealed(path, {"data_sha256": store.data_sha256, "records": records})
 
 
 def principal(store: Store) -> tuple[Tensor, Tensor]:
     """The training rows' mean (d_in,) and principal directions (d_in, d_in), one per row, largest variance first."""
-    total, products = 0.0, 0.0
+    total: Any = 0.0
+    products: Any = 0.0
     for x in store.batches("train", BATCH):
         x = x.double()
         total, products = total + x.sum(0), products + x.T @ x
@@ -64,11 +65,13 @@ def _measured(config: RunConfig, store: Store, lm: LM, mean: Tensor, directions:
     limit = sink_norm(store.batches("val", BATCH))
     every, ordinary, errors = Moments(), Moments(), torch.zeros(2, dtype=torch.float64)
     for x in store.batches("val", BATCH):
-        error, keep = (replace(x) - x).double().square().sum(1), x.norm(dim=1) <= limit
+        error, keep = (replace(x) - x).double().square().sum(1), ~is_sink(x, limit)
         every.add(x)
         ordinary.add(x[keep])
         errors += torch.stack([error.sum(), error[keep].sum()])
-    sums = evaluate(lm, load_baseline(store.folder, store.data_sha256), config.layer, replace)
+    baseline = load_baseline(store.folder, store.data_sha256)
+    assert baseline is not None  # `prepare_store` made it
+    sums = evaluate(lm, baseline, config.layer, replace, config.site)
     found = splice_metrics(**mean_losses(sums))
     found |= {"fvu": errors[0].item() / every.centred, "fvu_no_sink": errors[1].item() / ordinary.centred}
     return {"store_id": config.store_id, "components": len(directions), **{name: found[name] for name in MEASURES}}

@@ -77,8 +77,8 @@ def export(sae: SAE, folder: str | Path, format: str, facts: dict[str, Any] | No
         format: "published" (all), "saelens" (TopK as `topk`, ReLU as `standard`, Gated as `gated`; all others as
             `jumprelu`, BatchTopK and Matryoshka with their calibrated cut), "dictionary_learning" (all) or
             "sparsify" (TopK).
-        facts: facts about the SAE, of JSON types: `name` (of the published file), `model`, `layer`, `dataset`,
-            `context_size`, `prepend_bos` and any others; leave out unknown ones. A run's `cfg.json` works.
+        facts: facts about the SAE, of JSON types: `name` (of the published file), `model`, `layer`, `site`,
+            `dataset`, `context_size`, `prepend_bos` and any others; leave out unknown ones. A run's `cfg.json` works.
 
     Returns:
         The folder, or the `.pt` file of "published".

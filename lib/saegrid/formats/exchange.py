@@ -18,6 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from saegrid.config.run_config import Site
 from saegrid.core.sae import SAE, Gated, JumpReLU
 from saegrid.errors import SaeFileError, shown
 from saegrid.formats.run_folder import check_folded
@@ -80,7 +81,7 @@ def gated(weights: Plain, r_mag: Tensor, b_mag: Tensor, centred: bool, where: Pa
     return sae
 
 
-def gate_bias(sae: Gated, weights: Plain) -> Tensor:
+def gate_bias(sae: SAE, weights: Plain) -> Tensor:
     """Gate bias (d_sae,) for which the gate opens where pre > theta, with r_mag = 0 and b_mag = `weights.b_enc`."""
     return (weights.b_enc.double() - sae.theta.data.double()).float()
 
@@ -98,8 +99,8 @@ def thresholds(sae: SAE, format: str) -> Tensor:
     return torch.full((sae.d_sae,), float(theta))
 
 
-def check_k(k: int, d_sae: int, where: Path) -> int:
-    if not 1 <= k <= d_sae:
+def check_k(k: int | None, d_sae: int, where: Path) -> int:
+    if k is None or not 1 <= k <= d_sae:
         raise SaeFileError(f"{where}: k = {k}: must be from 1 to d_sae = {d_sae}")
     return k
 
@@ -148,6 +149,7 @@ class Facts(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
     model: str | None = None
     layer: int | None = Field(None, ge=0)
+    site: Site | None = None
     dataset: str | None = None
     max_tokens: int | None = Field(None, ge=1)
     context_size: int | None = Field(None, ge=1)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from saegrid.errors import first_line
 from saegrid.kernels import reference
-from saegrid.kernels.reference import BETAS, EPS, THETA_RATE, hold_and_tie, keep_apart
-from saegrid.kernels.state import L1_RATE, UNDER_L1, Codes, Params, Rule, StepSettings, TrainState
+from saegrid.kernels.reference import BETAS, EPS
+from saegrid.kernels.state import L1_RATE, THETA_RATE, UNDER_L1, Codes, Params, Rule, StepSettings, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     work = state.workspace.setdefault("dense", {})
     if "l1" not in work:
         work["l1"] = torch.tensor(state.l1, device=x.device)
-        state.l1 = work["l1"]  # type: ignore[assignment]  # a number again in checkpoints
+        state.l1 = work["l1"]  # a number again in checkpoints
     step = work.get(key) or work.setdefault(key, _Step(state, rows, x, rule.kind, settings))
     return step(x, rule, settings)
 
@@ -93,9 +93,8 @@ class _Step:
         state.step += 1
         self.x[: len(x)].copy_(x)
         self.x[len(x) :].zero_()
-        theta_share = min(1.0, told.lr * THETA_RATE * told.theta_tie)
         corrections = [1 - beta**state.step for beta in BETAS]
-        values = (len(x), told.lr / corrections[0], 1 / corrections[1], told.tie_share, theta_share)
+        values = (len(x), told.lr / corrections[0], 1 / corrections[1], told.tie_share, told.theta_share)
         for tensor, value in zip(self.numbers, (*values, rule.k, rule.aim, rule.threshold), strict=True):
             tensor.fill_(value)  # the kernel's launch carries the number: nothing waits for a copy
         room = self._room() if settings.aux_coef else 0
@@ -203,13 +202,8 @@ def _step(
     if kind in UNDER_L1:
         excess = active / numbers.rows / (numbers.aim * numbers.k) - 1
         l1.mul_(torch.exp(L1_RATE * excess.clamp(-1.0, 1.0))).clamp_(1e-6, 1e6)
-    _update(params, m, v, _adjusted(code.grads, params, settings), numbers, settings)
-    if kind == "jumprelu":
-        if settings.theta_tie:
-            params.theta.lerp_(params.theta.mean().expand_as(params.theta), numbers.theta_tie)
-        params.theta.clamp_min_(0.0)
-    if settings.sink is not None:
-        keep_apart(params, settings.sink)
+    _update(params, m, v, _clipped(reference.allowed(code.grads, params, settings), settings), numbers)
+    reference.settle(params, kind, settings, numbers.tie, numbers.theta_tie)
     return code.loss, active
 
 
@@ -273,8 +267,9 @@ def _kept(batch: _Batch, kind: str, numbers: Numbers, settings: StepSettings, l1
         x_hat = x_hat + batch.product(codes[:, start:end], batch.W_dec[start:end])
         errors.append(batch.error(x_hat))
     slopes = [batch.slope(error) / len(ends) for error in errors]
-    bias = sum(slope.sum(0) for slope in slopes)
-    d_z, d_dec = [], []
+    bias: Any = sum(slope.sum(0) for slope in slopes)
+    d_z: list[Tensor] = []
+    d_dec: list[Tensor] = []
     onwards: Any = 0.0
     for (start, end), slope in zip(reversed(blocks), reversed(slopes), strict=True):
         onwards = onwards + slope
@@ -371,29 +366,21 @@ def _smallest_kept(pre: Tensor, count: Tensor | int, by_row: bool) -> Tensor:
         reached = [(bits >= cut + (digit << low)).sum(1, dtype=torch.int32) for digit in digits]  # each (N,)
         if not by_row:
             reached = [counts.sum(0, keepdim=True) for counts in reached]
-        digit = sum((counts >= count).to(torch.int32) for counts in reached)
+        digit: Any = sum((counts >= count).to(torch.int32) for counts in reached)
         cut = cut + (digit << low)[:, None]
     return cut.view(torch.float32)
 
 
-def _adjusted(grads: Params, params: Params, settings: StepSettings) -> Params:
-    """Gradients without frozen weights' and without the sink's direction, projected and clipped."""
-    if settings.frozen:
-        grads = grads._replace(**{settings.frozen: torch.zeros_like(params.W_dec)})
-    if settings.sink is not None:
-        grads = grads._replace(W_enc=grads.W_enc - torch.outer(grads.W_enc @ settings.sink, settings.sink))
-    if settings.project_grad:
-        along = (grads.W_dec * params.W_dec).sum(1, keepdim=True)
-        grads = grads._replace(W_dec=grads.W_dec - along * params.W_dec)
-    if settings.grad_clip:
-        norm = sum(g.square().sum() for g in grads).sqrt()  # type: ignore[union-attr]
-        scale = (settings.grad_clip / (norm + 1e-6)).clamp_max(1.0)
-        grads = Params(*(g * scale for g in grads))
-    return grads
+def _clipped(grads: Params, settings: StepSettings) -> Params:
+    if not settings.grad_clip:
+        return grads
+    norm = sum(g.square().sum() for g in grads).sqrt()  # type: ignore[union-attr]
+    scale = (settings.grad_clip / (norm + 1e-6)).clamp_max(1.0)
+    return Params(*(g * scale for g in grads))
 
 
-def _update(params: Params, m: Params, v: Params, grads: Params, numbers: Numbers, settings: StepSettings) -> None:
-    """Adam, unit-norm decoder rows, freeze and tie."""
+def _update(params: Params, m: Params, v: Params, grads: Params, numbers: Numbers) -> None:
+    """Adam and unit-norm decoder rows."""
     beta1, beta2 = BETAS
     for name, p, g, mean, square in zip(Params._fields, params, grads, m, v, strict=True):
         mean.lerp_(g, 1 - beta1)
@@ -401,4 +388,3 @@ def _update(params: Params, m: Params, v: Params, grads: Params, numbers: Number
         rate = numbers.rate * (THETA_RATE if name == "theta" else 1.0)
         p.sub_(rate * mean / ((square * numbers.correction).sqrt() + EPS))
     params.W_dec.div_(params.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
-    hold_and_tie(params, settings, numbers.tie)

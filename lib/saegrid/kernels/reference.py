@@ -17,14 +17,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from saegrid.kernels.state import NONE, Codes, Params, Rule, StepSettings, TrainState
+from saegrid.kernels.state import NONE, THETA_RATE, Codes, Params, Rule, StepSettings, TrainState
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 SOFT_COSINE = 0.8
 """Minimum cosine of a decoder row with its start under `freeze = "soft"` (arXiv:2602.14111)."""
-THETA_RATE = 10.0
-"""Theta's learning rate / the others': at theirs, theta does not follow the pre-activations (measured: LOG.md)."""
 
 
 def encode(params: Params, x: Tensor, rule: Rule, matmul: str = "fp32") -> Codes:
@@ -189,13 +187,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
             grads = Params(*(g + settings.aux_coef * more for g, more in zip(grads, extra, strict=True)))
         state.quiet += len(x)
         state.quiet[codes.latents[active].long()] = 0
-    if settings.frozen:
-        grads = grads._replace(**{settings.frozen: torch.zeros_like(params.W_dec)})
-    if settings.sink is not None:
-        grads = grads._replace(W_enc=grads.W_enc - torch.outer(grads.W_enc @ settings.sink, settings.sink))
-    if settings.project_grad:
-        along = (grads.W_dec * params.W_dec).sum(1, keepdim=True)  # (d_sae, 1), rows have unit norm
-        grads = grads._replace(W_dec=grads.W_dec - along * params.W_dec)
+    grads = allowed(grads, params, settings)
     if settings.grad_clip:
         norm = torch.stack([g.double().square().sum() for g in grads]).sum().sqrt().item()
         scale = min(1.0, settings.grad_clip / (norm + 1e-6))
@@ -209,11 +201,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         rate = settings.lr / correction1 * (THETA_RATE if name == "theta" else 1.0)
         p.addcdiv_(m, (v / correction2).sqrt_().add_(EPS), value=-rate)
     params.W_dec.div_(params.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
-    hold_and_tie(params, settings, settings.tie_share)
-    if rule.kind == "jumprelu":
-        settle_thetas(params, settings)
-    if settings.sink is not None:
-        keep_apart(params, settings.sink)
+    settle(params, rule.kind, settings, settings.tie_share, settings.theta_share)
     return loss, int(active.sum())
 
 
@@ -234,6 +222,36 @@ def _codes_and_gradients(
     return codes, *gradients(params, x, codes, push)
 
 
+def allowed(grads: Params, params: Params, settings: StepSettings) -> Params:
+    """Gradients without those of frozen weights, the encoder's part along the sinks' direction and, with
+    `project_grad`, the part of each decoder row's along the row."""
+    if settings.frozen:
+        grads = grads._replace(**{settings.frozen: torch.zeros_like(params.W_dec)})
+    if settings.sink is not None:
+        grads = grads._replace(W_enc=grads.W_enc - torch.outer(grads.W_enc @ settings.sink, settings.sink))
+    if settings.project_grad:
+        along = (grads.W_dec * params.W_dec).sum(1, keepdim=True)  # (d_sae, 1), rows have unit norm
+        grads = grads._replace(W_dec=grads.W_dec - along * params.W_dec)
+    return grads
+
+
+def settle(
+    params: Params, kind: str, settings: StepSettings, tie_share: float | Tensor, theta_share: float | Tensor
+) -> None:
+    """The end of every kernel's step, in place: freeze, tie, thetas and the sinks' latents.
+
+    Trained thetas decay towards their mean, as weight decay does towards 0, and stay at 0 or above. Without this, a
+    latent's theta can let it fire on a few training rows and on no other.
+    """
+    hold_and_tie(params, settings, tie_share)
+    if kind == "jumprelu":
+        if settings.theta_tie:
+            params.theta.lerp_(params.theta.mean().expand_as(params.theta), theta_share)
+        params.theta.clamp_min_(0.0)
+    if settings.sink is not None:
+        keep_apart(params, settings.sink)
+
+
 def hold_and_tie(params: Params, settings: StepSettings, tie_share: float | Tensor) -> None:
     """Reset frozen weights to their initial values, then move the encoder towards the decoder, in place.
 
@@ -241,28 +259,18 @@ def hold_and_tie(params: Params, settings: StepSettings, tie_share: float | Tens
     w whose cosine with its initial value s is below c becomes c s + sqrt(1 - c²) u, where u is the direction of w's
     part orthogonal to s.
     """
-    if settings.freeze == "decoder":
-        params.W_dec.copy_(settings.start)
-    elif settings.freeze == "soft":
-        cosine = (params.W_dec * settings.start).sum(1, keepdim=True)
-        apart = torch.nn.functional.normalize(params.W_dec - cosine * settings.start)
-        held = SOFT_COSINE * settings.start + (1 - SOFT_COSINE**2) ** 0.5 * apart
+    start = settings.start
+    if start is not None and settings.freeze == "decoder":
+        params.W_dec.copy_(start)
+    elif start is not None and settings.freeze == "soft":
+        cosine = (params.W_dec * start).sum(1, keepdim=True)
+        apart = torch.nn.functional.normalize(params.W_dec - cosine * start)
+        held = SOFT_COSINE * start + (1 - SOFT_COSINE**2) ** 0.5 * apart
         params.W_dec.copy_(torch.where(cosine < SOFT_COSINE, torch.nn.functional.normalize(held), params.W_dec))
-    if settings.freeze == "encoder":
-        params.W_enc.copy_(settings.start)
+    if start is not None and settings.freeze == "encoder":
+        params.W_enc.copy_(start)
     elif settings.tie:
         params.W_enc.lerp_(params.W_dec, tie_share)
-
-
-def settle_thetas(params: Params, settings: StepSettings) -> None:
-    """Decay trained thetas towards their mean, as weight decay does towards 0, and keep them at 0 or above, in place.
-
-    Without this, a latent's theta can let it fire on a few training rows and on no other.
-    """
-    if settings.theta_tie:
-        share = min(1.0, settings.lr * THETA_RATE * settings.theta_tie)
-        params.theta.lerp_(params.theta.mean().expand_as(params.theta), share)
-    params.theta.clamp_min_(0.0)
 
 
 def keep_apart(params: Params, sink: Tensor) -> None:

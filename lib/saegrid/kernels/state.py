@@ -13,7 +13,8 @@ UNDER_L1 = ("relu", "gated")
 """Rules trained under an L1 penalty."""
 L1_RATE = 0.1
 """Maximum change of the logarithm of L1's weight per step (measured: LOG.md)."""
-
+THETA_RATE = 10.0
+"""Theta's learning rate / the others': at theirs, theta does not follow the pre-activations (measured: LOG.md)."""
 
 NONE = torch.empty(0)
 
@@ -80,6 +81,11 @@ class StepSettings(NamedTuple):
         return min(1.0, self.lr * self.tie)
 
     @property
+    def theta_share(self) -> float:
+        """Share of its distance to the mean that theta moves per step."""
+        return min(1.0, self.lr * THETA_RATE * self.theta_tie)
+
+    @property
     def frozen(self) -> str:
         """The weights that have no gradient: W_dec, W_enc, or none of them (empty)."""
         return {"decoder": "W_dec", "encoder": "W_enc"}.get(self.freeze, "")
@@ -93,12 +99,12 @@ class TrainState:
     m: Params
     v: Params
     step: int = 0
-    quiet: Tensor | None = None  # (d_sae,) int64: rows since a latent fired; counted only for AuxK
+    quiet: Tensor = NONE  # (d_sae,) int64: rows since a latent fired; counted only for AuxK
     l1: float = 1.0  # L1's weight / its initial value
     workspace: dict[str, Any] = field(default_factory=dict, repr=False)  # a kernel's own buffers; never saved
 
     def __post_init__(self) -> None:
-        if self.quiet is None:
+        if self.quiet is NONE:
             self.quiet = torch.zeros_like(self.params.b_enc, dtype=torch.int64)
 
     @classmethod

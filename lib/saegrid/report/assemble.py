@@ -7,10 +7,11 @@ from pathlib import Path
 
 from saegrid.config.grid import Grid
 from saegrid.experiment import finished_run, pca_table, results
+from saegrid.report import library_page
 from saegrid.report.figures import charts
 from saegrid.report.pages import home_page
-from saegrid.report.pages.run_pages import write_committed_parts, write_run_pages
-from saegrid.report.site import HOME, front_matter
+from saegrid.report.pages.run_pages import write_committed_parts, write_origin_pages, write_run_pages
+from saegrid.report.site import HOME, front_matter, pages
 from saegrid.storage.atomic import write_text
 
 
@@ -29,8 +30,10 @@ def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None)
     stable = results.read_stability(root / grid.results_dir)
     home = home_page.model_card(df, prompts, budget=grid.l0_budget, links="report/", baseline=beside, stable=stable)
     write_text(root / "index.qmd", front_matter(home_page.title(df), HOME[1]) + home)
+    write_origin_pages(df, prompts, grid.l0_budget, report, baseline=beside, stable=stable)
     write_committed_parts(root)
     write_run_pages(df, runs_dir, report / "runs")
+    write_text(report / "library.qmd", library_page.page(pages(root)["report/library.qmd"]))
     charts.write_library(report)
     (report / "data").mkdir(exist_ok=True)
     for name in (name for name in results.TABLES if (root / grid.results_dir / name).exists()):

@@ -14,6 +14,7 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -29,6 +30,18 @@ def die_with_papermill() -> None:
     """In a notebook's kernel: end with the process that started it. Elsewhere: do nothing."""
     if os.environ.get("JPY_PARENT_PID") == str(os.getppid()):
         die_with_parent()
+
+
+def keep_freed_memory() -> None:
+    """From now on, have glibc reuse freed memory instead of returning it to the system; elsewhere: do nothing.
+
+    By default each large tensor takes fresh pages from the system and returns them: a fifth of the processor time of a
+    language model's pass.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if set_option:
+        set_option(M_MMAP_MAX, 0)
+        set_option(M_TRIM_THRESHOLD, 2**30)
 
 
 def main(command: list[str]) -> int:

@@ -15,6 +15,7 @@ by the number of threads, and sums that cross chunks are kept per chunk.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,19 +24,8 @@ from torch import Tensor
 from saegrid.kernels.cpu import pairs, select
 from saegrid.kernels.cpu.chunks import CHUNKS, arrays, buffer, by_weight, even, run
 from saegrid.kernels.cpu.codes import sparse_codes
-from saegrid.kernels.reference import (
-    BETAS,
-    EPS,
-    THETA_RATE,
-    above_theta,
-    folded_gate,
-    hold_and_tie,
-    keep_apart,
-    l0_pull,
-    magnitudes,
-    settle_thetas,
-)
-from saegrid.kernels.state import Codes, Params, Rule, StepSettings, TrainState
+from saegrid.kernels.reference import BETAS, EPS, above_theta, folded_gate, l0_pull, magnitudes, settle
+from saegrid.kernels.state import THETA_RATE, Codes, Params, Rule, StepSettings, TrainState
 
 DENSE_ABOVE = 0.5  # share of active pairs above which plain products beat loops over pairs (measured)
 LATENT_COST = 8  # work per latent in the backward pass, in active pairs (Adam relative to a pair's gradient)
@@ -61,7 +51,7 @@ def decode(params: Params, codes: Codes) -> Tensor:
 def gradients(params: Params, x: Tensor, codes: Codes, push: float = 0.0) -> tuple[float, Params]:
     """Loss and its dense gradient through the active pairs; theta's and gain's are 0. See `reference.gradients`."""
     grads = Params(*map(torch.zeros_like, params))
-    x, workspace = x.contiguous(), {}
+    x, workspace = x.contiguous(), dict[str, Tensor]()
     loss, d_hat = _error(params, x, codes, torch.empty_like(x), workspace)
     torch.sum(d_hat, 0, out=grads.b_dec)
     none = np.empty(0, np.float32)
@@ -81,8 +71,8 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     beta1, beta2 = BETAS
     state.step += 1
     rate, correction = settings.lr / (1 - beta1**state.step), 1 / (1 - beta2**state.step)
-    held = settings.freeze != "none"  # `hold_and_tie` then ties after the loops
-    tie = 0.0 if held else settings.tie_share
+    after = settings if settings.freeze != "none" else settings._replace(tie=0.0)  # else the loops tie
+    tie = 0.0 if after.tie else settings.tie_share
     adam = tuple(map(np.float32, (1 - beta1, beta2, 1 - beta2, rate, correction, EPS, tie)))
     weights, m, v = (tuple(arrays(p[:3])) for p in (params, state.m, state.v))
     if settings.prefixes:
@@ -97,12 +87,9 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         codes, d_hat = _with_gate(params, x, gate, codes, d_hat, workspace)
     vectors = tuple(buffer(workspace, f"grad {name}", getattr(params, name).shape) for name in ("theta", "gain"))
     pull = l0_pull(active, len(x), rule.k, settings.l0_coef) if rule.kind == "jumprelu" else 0.0
-    slopes = pairs.Slopes(
-        *arrays((params.theta, vectors[0], params.gain, vectors[1])),
-        *map(np.float32, (settings.bandwidth / 2, pull, push)),
-        n_rows=len(x),
-        gate_rows=gate_rows,
-    )
+    numbers = map(np.float32, (settings.bandwidth / 2, pull, push))
+    parts: Any = (*arrays((params.theta, vectors[0], params.gain, vectors[1])), *numbers, len(x), gate_rows)
+    slopes = pairs.Slopes(*parts)
     if settings.sink is not None:  # W_enc's gradient is a sum of these rows
         centred.addr_(centred @ settings.sink, settings.sink, alpha=-1)
     if settings.grad_clip or settings.frozen or _is_dense(codes, params):
@@ -126,12 +113,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         )  # fmt: skip
         g_pre_bias = g_dec_bias - b_pre_pulls.sum(0)
     _apply_vectors(state, (g_dec_bias, g_pre_bias, *vectors), adam)
-    if held:
-        hold_and_tie(params, settings, settings.tie_share)
-    if rule.kind == "jumprelu":
-        settle_thetas(params, settings)
-    if settings.sink is not None:
-        keep_apart(params, settings.sink)
+    settle(params, rule.kind, after, after.tie_share, after.theta_share)
     return loss, active
 
 

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
+from matplotlib.axes import Axes
 
 from saegrid.analysis import selection
 from saegrid.analysis.numbers import COLUMNS, counted, header, number
 from saegrid.report.figures import plots
+from saegrid.report.tables import Markdown
 
 STILL_FALLING = 0.01
 """A curve that fell by more than this share in its last epoch had not converged."""
@@ -96,3 +98,45 @@ def dead_text(df: pd.DataFrame) -> str:
         return "These rows hold no run with a K."
     low, high = (f"{number(r['dead_pct'], 'dead_pct')}% ({r['name']})" for r in (rows.iloc[0], rows.iloc[-1]))
     return f"Dead latents range from {low} to {high}."
+
+
+# --- figures with their captions
+
+
+def heatmaps(df: pd.DataFrame, metrics: list[str]) -> Markdown:
+    """One heat map per measure."""
+    return plots.side_by_side((plots.heatmap(df, metric=metric), heatmap_alt(df, metric)) for metric in metrics)
+
+
+def dead_figure(df: pd.DataFrame) -> Markdown:
+    """Dead latents over K."""
+    return _figure(plots.dead_latents(df), dead_text(df), "One line an architecture and expansion.")
+
+
+def curves_figure(curves: pd.DataFrame) -> Markdown:
+    """Learning curves (`finished_run.load_curves`)."""
+    return _figure(plots.learning_curves(curves), curves_text(curves), "One line a run; BatchTopK with the batch cut.")
+
+
+def firing_figure(latents: pd.DataFrame) -> Markdown:
+    """How often latents fire (`finished_run.load_latents`)."""
+    more = "Mean and range over an architecture's runs; dead latents left out."
+    return _figure(plots.firing_histogram(latents), firing_text(latents), more)
+
+
+def position_figure(positions: pd.DataFrame) -> Markdown:
+    """Error by position (`finished_run.load_positions`)."""
+    text = position_alt(positions)
+    return _figure(plots.error_by_position(positions), text, "Mean over the runs of an architecture.")
+
+
+def against_published_figure(own: pd.DataFrame, published: pd.DataFrame) -> Markdown:
+    """Delta loss of own runs beside the published rows."""
+    ax = plots.against_published(pd.concat([own, published], ignore_index=True), metric="delta_loss")
+    alt = f"Delta loss of {len(own)} own runs and {len(published)} published rows, one line a setting."
+    caption = "Delta loss at each setting: ours filled, the published rows open. The models differ."
+    return plots.figure(ax, alt=alt, caption=caption)
+
+
+def _figure(ax: Axes, text: str, more: str) -> Markdown:
+    return plots.figure(ax, alt=text, caption=f"{text} {more}")

@@ -11,10 +11,18 @@ import pandas as pd
 from saegrid.analysis import findings, published_sweep
 from saegrid.analysis.findings import Finding
 from saegrid.analysis.numbers import between, change, counted, number, signed
+from saegrid.analysis.origins.headlines import NOT_SHOWN
 from saegrid.config import settings
+from saegrid.report.figures.strips import Look, Mark, Row, strips
 from saegrid.report.tables import Markdown, from_template, html_table, markdown
 
-SIGNS = {findings.HOLDS: ("✓", "holds"), findings.FAILS: ("✗", "fails"), findings.NOT_TESTABLE: ("○", "open")}
+HERE, THERE = Look("this grid"), Look("published rows", shape="D", hollow=True)
+SIGNS = {
+    findings.HOLDS: ("✓", "holds"),
+    findings.FAILS: ("✗", "fails"),
+    NOT_SHOWN: ("~", "open"),
+    findings.NOT_TESTABLE: ("○", "open"),
+}
 
 
 @dataclass(frozen=True)
@@ -92,17 +100,22 @@ def _dense(finding: Finding) -> str:
 
 
 def _large(finding: Finding) -> str:
-    gaps, parts = finding.facts["gaps"], []
+    facts, parts = finding.facts, []
     if finding.verdict == findings.NOT_TESTABLE:
         parts.append(f"These rows hold no {findings.LARGE}x beside {findings.MEDIUM}x at the same K.")
-    if gaps:
-        spread = "" if len(gaps) == 1 else f", from {signed(min(gaps))} to {signed(max(gaps))}"
-        parts.append(
-            f"From {finding.facts['small']}x to {finding.facts['large']}x at matched K, delta loss moves by "
-            f"{signed(finding.effect)} nats/token on average over {counted(len(gaps), 'pair')}{spread} (below 0 is a "
-            "gain)."
-        )
+    if facts["by_arch"]:
+        told = " and ".join(_gap(arch, gap) for arch, gap in facts["by_arch"].items())
+        sizes = f"From {facts['small']}x to {facts['large']}x"
+        parts.append(f"{sizes} at matched K, delta loss moves by {told}; below 0 is a gain.")
+        worse = [arch for arch, gap in facts["by_arch"].items() if gap.mean > findings.LITTLE_NATS]
+        parts += [f"For {' and '.join(worse)}, {facts['large']}x is worse."] if worse else []
     return " ".join(parts)
+
+
+def _gap(arch: str, gap: findings.Gap) -> str:
+    n, low, high = len(gap.gaps), min(gap.gaps), max(gap.gaps)
+    spread = "" if n == 1 else f", from {signed(low)} to {signed(high)}"
+    return f"{signed(gap.mean)} nats/token for {arch} ({counted(n, 'pair')}{spread})"
 
 
 CLAIMS: dict[int, Claim] = {
@@ -142,9 +155,10 @@ CLAIMS: dict[int, Claim] = {
     5: Claim(
         "16x against 8x",
         "16x adds little over 8x at matched K.",
-        f"Holds if {findings.LARGE}x lowers the delta loss of {findings.MEDIUM}x by at most "
-        f"{findings.LITTLE_NATS:g} nats/token on average.",
-        "Delta loss, {large}x − {small}x",
+        f"Holds if for each architecture {findings.LARGE}x lowers the delta loss of {findings.MEDIUM}x by at most "
+        f"{findings.LITTLE_NATS:g} nats/token on average over its pairs. The effect is that of the architecture that "
+        "gains most.",
+        "Delta loss, {large}x − {small}x{of}",
         _large,
     ),
 }
@@ -158,7 +172,8 @@ def sentence(finding: Finding) -> str:
 
 def effect_name(finding: Finding) -> str:
     """What a finding's effect is: `Delta loss, 16x − 8x`."""
-    return CLAIMS[finding.number].effect.format(**finding.facts)
+    arch = finding.facts.get("arch")
+    return CLAIMS[finding.number].effect.format(**finding.facts, of=f", {arch}" if arch else "")
 
 
 def effect_text(finding: Finding) -> str:
@@ -198,6 +213,14 @@ def _range(low: int, high: int) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
+def others_text(finding: Finding) -> str:
+    """The same test on other recipes, in words; empty if none of them allows it."""
+    told = [
+        f"With the recipe `{recipe}` it {other.verdict}. {sentence(other)}" for recipe, other in finding.others.items()
+    ]
+    return " ".join(told)
+
+
 def _shown(own: Finding, published: Finding, page: str | None) -> dict[str, Any]:
     """A finding's texts for the templates."""
     claim, steps = CLAIMS[own.number], own.steps
@@ -213,27 +236,36 @@ def _shown(own: Finding, published: Finding, page: str | None) -> dict[str, Any]
         "effect_name": effect_name(own),
         "their_effect": "" if published.effect is None else effect_text(published),
         "steps": rests,
+        "others": " ".join(f"With the recipe {recipe} it {other.verdict}." for recipe, other in own.others.items()),
         "rests": f"{rests} here, about {published_sweep.STEPS:,} there." if rests else "",
     }
 
 
 def key_findings(own: list[Finding], published: list[Finding], page: str | None = None) -> Markdown:
-    """One bullet per finding: verdict, numbers, and the same on the published rows. `page` as in `findings_table`."""
+    """One bullet per finding: verdict, numbers, and the same on the published rows.
+
+    `page` is the path of the findings page relative to this one; None: no links.
+    """
     both = zip(own, published, strict=True)
     return from_template("key_findings.html", findings=[_shown(ours, theirs, page) for ours, theirs in both])
 
 
-def findings_table(own: list[Finding], published: list[Finding], page: str | None = None) -> Markdown:
-    """One row per finding: the claim, verdict and effect on our rows, the verdict on the published rows.
-
-    `page` is the path of the findings page relative to this one, "" for this one; None: no links.
-    """
+def figure(own: list[Finding], published: list[Finding]) -> Markdown:
+    """Effect and verdict of every finding, on our rows and on the published ones; each leads to its section."""
+    rows = []
+    for ours, theirs in zip(own, published, strict=True):
+        marks = [] if ours.effect is None else [Mark(HERE, ours.effect, ours.interval)]
+        marks += [] if theirs.effect is None else [Mark(THERE, theirs.effect)]
+        shown = _shown(ours, theirs, "")
+        there = f"published: {SIGNS[theirs.verdict][0]} {shown['their_effect'] or theirs.verdict}"
+        rows.append(
+            Row(shown["title"], marks, shown["effect"], shown["effect_name"], there, shown["href"], shown["own"])
+        )
     caption = (
-        "Verdicts on this grid's rows and on the published ones. 95% t intervals over templates, of each "
-        f"effect; the published rows allow none. {steps_text(own)}"
+        "Effect of each finding, with its 95% t interval over problem templates; the published rows allow none. A gap "
+        f"below 0 is less loss. {verdicts_text(own)} {steps_text(own)}"
     )
-    shown = [_shown(ours, theirs, page) for ours, theirs in zip(own, published, strict=True)]
-    return from_template("findings_table.html", caption=caption, findings=shown)
+    return strips(rows, axis="Delta loss, or a difference of two (nats/token)", caption=caption, origin=0.0)
 
 
 def verdict(finding: Finding) -> dict[str, str]:
@@ -259,6 +291,8 @@ def finding_section(own: Finding, published: Finding, links: str = "") -> Markdo
     if own.effect is not None:
         interval = ", with its 95% interval" if own.interval else ""
         parts.insert(2, f"{effect_name(own)}: **{effect_text(own)}** nats/token{interval}.")
+    if own.others:
+        parts.append(f"**Other recipes.** {others_text(own)}")
     for finding, source in ((own, "this grid"), (published, "the published table")):
         if len(finding.evidence):
             caption = f"Finding {own.number}: rows of {source}."

@@ -17,26 +17,18 @@ from saegrid.analysis import intervals, published_sweep, selection
 from saegrid.analysis.numbers import COLUMNS, MISSING, counted, number
 from saegrid.analysis.scaling import MEASURES
 from saegrid.config import settings
-from saegrid.config.architectures import ARCHITECTURES
 from saegrid.config.grid import L0_BUDGET
 from saegrid.config.run_config import EMBEDDED_DATASET, EMBEDDED_MODEL
-from saegrid.report import card
+from saegrid.report import card, layers, loading
 from saegrid.report.figures import captions, plots
 from saegrid.report.pages import findings_page, trust_section
 from saegrid.report.pages.ablation_section import recipe_section
-from saegrid.report.tables import Markdown, from_template, html_table, markdown, pipe_table
+from saegrid.report.tables import Markdown, folded, from_template, html_table, markdown, pipe_table
 from saegrid.storage.hub_access import HUB_ID
 
 BASE_MODELS = {EMBEDDED_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Hub ids of the embedded models, embedded in 4 bits. The embedded dataset is generated; no Hub has it."""
 SWEEP = "jakelipner/sae-grid-search-layer12"
-KEEP = {
-    "k": "top = pre.topk({k})\nz = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())",
-    "inference_threshold": 'z = pre * (pre > json.load(open(f"{{folder}}/cfg.json"))["inference_threshold"])',
-    "threshold": 'z = pre * (pre > json.load(open(f"{{folder}}/cfg.json"))["threshold"])',
-    "theta": 'z = pre * (pre > w["theta"])',
-}
-"""Code that keeps pre-activations, per rule that decides which."""
 
 
 def title(df: pd.DataFrame) -> str:
@@ -64,19 +56,25 @@ def model_card(
         baseline: losses of PCA (`saegrid.experiment.pca_table`).
         stable: stability of the grid's settings (`results.read_stability`).
     """
-    best, plain = selection.recommend(df, budget), selection.without_controls(df)
+    best = selection.recommend(selection.first_origin(df), budget)
+    figure = "" if len(selection.by_origin(df)) > 1 else frontier(df, links, baseline)
+    return body(
+        df, prompts, budget=budget, links=links, figure=figure, loading=loading.from_run(best), files=files_text(best),
+        stable=stable, baseline=baseline,
+    )  # fmt: skip
+
+
+def frontier(df: pd.DataFrame, links: str, baseline: pd.DataFrame | None = None) -> Markdown:
+    """The static frontier of the measure that ranks; `links` as in `model_card`."""
+    plain = selection.without_controls(df)
     y = selection.cost(plain)
     ax = plots.frontier(plain, y=y, links=f"{links}runs/" if links else "", baseline=baseline)
     caption = captions.frontier_caption(plain, y, baseline=baseline)
     more = f" [Interactive, and against other measures]({links}frontier.ipynb)." if links else ""
-    figure = markdown(
+    return markdown(
         plots.figure(ax, alt=captions.frontier_alt(plain, y), caption=caption),
         f"The line joins the runs that no other beats in both L0 and {COLUMNS[y].title}.{more}",
     )
-    return body(
-        df, prompts, budget=budget, links=links, figure=figure, loading=load_text(best), files=files_text(best),
-        stable=stable, baseline=baseline,
-    )  # fmt: skip
 
 
 def body(
@@ -93,33 +91,20 @@ def body(
 ) -> Markdown:
     """A model card in the published card's order: findings, recommendation, results, class, loading, files, training.
 
-    `figure`, `loading` and `files` differ between the site and a model repository; the rest is as in `model_card`.
+    `figure`, `loading` and `files` differ between the site and a model repository; the rest is as in `model_card`. For
+    a grid of several origins, `layers.overview` takes the place of findings, recommendation and results: each has its
+    own page (`origin_page`).
     """
-    best = selection.recommend(df, budget)
-    trust = "" if stable is None else trust_section.in_short(best, df, stable, baseline)
+    if len(selection.by_origin(df)) > 1:
+        runs, pages = (f"{links}{folder}/" if links else "" for folder in ("runs", "layers"))
+        more = f"[How each measure moves]({links}layers.qmd), and which layer is hardest." if links else ""
+        answers = [layers.overview(selection.without_controls(df), prompts, budget, pages, runs), more]
+    else:
+        answers = _answers(df, prompts, budget, figure, links, baseline, stable)
     df = selection.without_controls(df)
-    runs = f"{links}runs/" if links else ""
-    own, published = claims.all_findings(df, prompts), claims.all_findings(published_sweep.rows())
-    more = f" [Evidence, rule and rows of each]({links}findings.ipynb)." if links else ""
-    all_columns = f" [Every measure of every run]({links}results.ipynb)." if links else ""
     return markdown(
         swept_text(df),
-        "## Key Findings",
-        f"The five findings of [the published sweep](https://huggingface.co/{SWEEP}) on Qwen2.5-0.5B-Instruct, tested "
-        f"on these runs. {findings_page.verdicts_text(own)} {findings_page.steps_text(own)}{more}",
-        findings_page.key_findings(own, published, f"{links}findings.html" if links else None),
-        "## Recommendation",
-        recommendation(df, prompts, budget, runs),
-        key_numbers(best),
-        *filter(None, [trust]),
-        "### By budget",
-        "Latents are read one by one: fewer per token are easier to read, more leave the model as it is.",
-        card.budget_cards(df, prompts, budget, runs),
-        figure,
-        "## Results",
-        f"As the published card has them, then KL, loss recovered and FVU.{all_columns}",
-        card.result_tables(df, runs),
-        *filter(None, [recipe_section(df, prompts) if df["seed"].nunique() > 1 else ""]),
+        *filter(None, answers),
         "## SAE Architecture",
         card.architecture_text(df),
         "## Loading SAEs",
@@ -136,6 +121,57 @@ def body(
     )
 
 
+def origin_page(
+    df: pd.DataFrame,
+    prompts: pd.DataFrame | None,
+    budget: int,
+    links: str,
+    baseline: pd.DataFrame | None = None,
+    stable: pd.DataFrame | None = None,
+) -> Markdown:
+    """One origin of several by itself: findings, recommendation, budgets, frontier and results as on a home page."""
+    figure = frontier(df, links, baseline)
+    return markdown(swept_text(df), *filter(None, _answers(df, prompts, budget, figure, links, baseline, stable)))
+
+
+def _answers(
+    df: pd.DataFrame,
+    prompts: pd.DataFrame | None,
+    budget: int,
+    figure: str,
+    links: str,
+    baseline: pd.DataFrame | None,
+    stable: pd.DataFrame | None,
+) -> list[str]:
+    """Findings, recommendation, budgets and results of one origin's runs."""
+    best = selection.recommend(df, budget)
+    trust = "" if stable is None else trust_section.in_short(best, df, stable, baseline)
+    df = selection.without_controls(df)
+    runs = f"{links}runs/" if links else ""
+    own, published = claims.all_findings(df, prompts), claims.all_findings(published_sweep.rows())
+    more = f" [Evidence, rule and rows of each]({links}findings.ipynb)." if links else ""
+    all_columns = f" [Every measure of every run]({links}results.ipynb)." if links else ""
+    return [
+        "## Key Findings",
+        f"The five findings of [the published sweep](https://huggingface.co/{SWEEP}) on Qwen2.5-0.5B-Instruct, tested "
+        f"on these runs. {findings_page.verdicts_text(own)} {findings_page.steps_text(own)}{more}",
+        findings_page.key_findings(own, published, f"{links}findings.html" if links else None),
+        "## Recommendation",
+        recommendation(df, prompts, budget, runs),
+        key_numbers(best),
+        trust,
+        "### By budget",
+        "Latents are read one by one: fewer per token are easier to read, more leave the model as it is.",
+        card.budget_cards(df, prompts, budget, runs),
+        trust_section.which_k(df),
+        figure,
+        "## Results",
+        f"As the published card has them, then KL, loss recovered and FVU.{all_columns}",
+        card.result_tables(df, runs),
+        recipe_section(df, prompts) if df["seed"].nunique() > 1 else "",
+    ]
+
+
 def swept_text(df: pd.DataFrame) -> str:
     """The grid in a sentence."""
     by_k = _values(df, "k")
@@ -144,9 +180,12 @@ def swept_text(df: pd.DataFrame) -> str:
     sparsity = " and ".join(
         [*([f"K of {by_k}"] if by_k != MISSING else []), *([f"θ of {theta}"] if theta != MISSING else [])]
     )
+    layer = f"layer {_values(df, 'layer')}"
+    texts = list(selection.by_origin(df, "layer"))
+    layer += f" on {escape(' and '.join(texts), quote=False)}" if len(texts) > 1 else ""
     return (
         f"{len(df)} runs, {_listed(df, 'arch')} at {_values(df, 'expansion', '{}x')} with {sparsity}, each trained on "
-        f"{_values(df, 'n_train_rows')} tokens of layer {_values(df, 'layer')} and judged on "
+        f"{_values(df, 'n_train_rows')} tokens of {layer} and judged on "
         f"{_values(df, 'n_eval_prompts')} held-out prompts."
     )
 
@@ -184,7 +223,8 @@ def recommendation(
     text |= {name: number(best[name], name) for name in ("fvu_no_sink", "loss_recovered_mean")}
     between = ""
     if prompts is not None:
-        _, low, high, _ = intervals.contrast(intervals.measured(prompts, measure), {best["run_id"]: 1.0})
+        measured = intervals.measured(prompts, measure, df["run_id"])
+        _, low, high, _ = intervals.contrast(measured, {best["run_id"]: 1.0})
         between = f" (95% interval {number(low, measure)} to {number(high, measure)})"
     told = {
         "kl": f"it moves the model's predictions by a KL of **{text['kl']} nats/token**{between} and adds "
@@ -240,42 +280,12 @@ def files_text(best: pd.Series) -> Markdown:
     )
 
 
-def rows_code(best: pd.Series) -> str:
-    """A line of code that stands for rows of the run's layer."""
-    return f"x = torch.randn(4, {best['d_in']})  # rows of the residual stream after block {best['layer']}"
-
-
-def own_code(best: pd.Series, source: str) -> str:
-    """Code that loads and runs the run's SAE with this library; `source` closes the call of `load_sae`."""
-    return (
-        f"import torch\n\nimport saegrid\n\nsae = saegrid.load_sae({source}\n{rows_code(best)}\n"
-        f"latent_acts, x_hat = sae.encode(x), sae(x)  # (4, {best['d_sae']}), (4, {best['d_in']})"
-    )
-
-
-def load_text(best: pd.Series) -> Markdown:
-    """Code that runs the recommended SAE: with this library, and with torch alone."""
-    folder = f"runs/{best['run_id']}"
-    x, own = rows_code(best), own_code(best, f'"{folder}")  # {best["name"]}')
-    keep = KEEP[ARCHITECTURES[best["arch"]].cut(not pd.isna(best["k"]))].format(k=best["k"])
-    plain = "import json\n\n" if "json" in keep else ""
-    plain += f'import torch\nfrom safetensors.torch import load_file\n\nfolder = "{folder}"\n'
-    plain += f'w = load_file(f"{{folder}}/sae.safetensors")\n{x}\n'
-    plain += f'pre = (x - w["b_pre"]) @ w["W_enc"].T + w["b_enc"]\n{keep}\n'
-    plain += 'x_hat = z @ w["W_dec"] + w["b_dec"] + w["b_pre"]'
-    return markdown(
-        "From the folder that the runs lie in:",
-        f"```python\n{own}\n```",
-        "With torch and safetensors alone:",
-        f"```python\n{plain}\n```",
-    )
-
-
 def limits_text(df: pd.DataFrame) -> Markdown:
     """Limitations of the numbers."""
-    seeds = df["seed"].nunique()
+    seeds, origins = df["seed"].nunique(), len(selection.by_origin(df))
+    read = f"{origins} sources of rows, each judged by itself" if origins > 1 else "One layer of one model"
     return Markdown(
-        f"One layer of one model; {counted(seeds, 'seed')} a setting, so differences between single "
+        f"{read}; {counted(seeds, 'seed')} a setting, so differences between single "
         f"runs may be chance; {_values(df, 'n_eval_prompts')} prompts for the losses. The intervals of single runs "
         "generalise over problem templates, not over seeds, and each stands for itself, not for all at once. frac_rec "
         "has the published meaning, CE clean / CE spliced, which is not the field's fraction of loss recovered.\n"
@@ -310,14 +320,14 @@ def published_note() -> Markdown:
 
 def setting_note(df: pd.DataFrame, timing: pd.DataFrame) -> Markdown:
     """Hardware, time, versions and hashes of the runs on the site."""
-    machine = [("processor", ", ".join(timing["cpu"].unique())), ("threads a run", _values(timing, "threads"))]
+    machine = [("processor", ", ".join(timing["cpu"].unique())), ("threads per run", _values(timing, "threads"))]
     machine += [("training, all runs", f"{timing['train_seconds'].sum() / 60:.1f} minutes, one run after another")]
     versions = [(n.replace("_", " "), _values(df, n)) for n in ("code_version", "torch_version", "kernel", "matmul")]
     hashes = [(n.replace("_", " "), _values(df, n, "`{}`")) for n in ("store_id", "data_sha256", "model_sha256")]
     columns = ["name", "train_seconds", "train_rows_per_second", "eval_seconds"]
     return markdown(
         pipe_table(["What", "Value"], machine + versions + hashes),
-        html_table(timing, columns, caption="Time of each run.", mark_best=False),
+        folded("Time of each run", html_table(timing, columns, caption="Time of each run.", mark_best=False)),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -28,15 +30,41 @@ def exponent_table(found: pd.DataFrame, runs: int) -> Markdown:
     return html_table(table, list(table.columns), caption=caption, mark_best=False)
 
 
-def verdict(found: pd.DataFrame) -> str:
-    """How doubling each size changes the measures (`exponents`), one line per size."""
+def step_table(found: pd.DataFrame) -> Markdown:
+    """Each step from one size to the next (`steps`) as a table: the factor on each measure."""
+    rows = []
+    for (size, small, large), those in found.groupby(["size", "small", "large"], sort=False):
+        factors = {header(row.measure): _factor(row) for row in those.itertuples()}
+        step = f"{SIZES[size]} {number(small, size)} → {number(large, size)}"
+        rows.append({"Step": step, **factors, "Pairs": those["pairs"].iloc[0]})
+    table = pd.DataFrame(rows)
+    caption = (
+        "Step by step: the factor on each measure from one size to the next, all else equal, with 95% t intervals "
+    )
+    caption += "over the pairs of runs. Below 1 is a gain."
+    return html_table(table, list(table.columns), caption=caption, mark_best=False)
+
+
+def _factor(row: Any) -> str:
+    return f"{row.factor:.2f}" if pd.isna(row.low) else f"{row.factor:.2f} [{row.low:.2f}, {row.high:.2f}]"
+
+
+def verdict(found: pd.DataFrame, steps: pd.DataFrame) -> str:
+    """How doubling each size changes the measures (`exponents`), and which steps (`steps`) go the other way."""
     lines = []
     for size, rows in found.groupby("size", sort=False):
         told = [
             f"{MEASURES[row.measure]} by {2**row.slope:.2f} [{2**row.low:.2f}, {2**row.high:.2f}]"
             for row in rows.itertuples()
         ]
-        lines.append(f"- Twice the {SIZES[size]} multiplies {' and '.join(told)}.")
+        gains = dict(zip(rows["measure"], rows["slope"] < 0, strict=True))
+        turns = [
+            f"{number(row.small, size)} to {number(row.large, size)}: {MEASURES[row.measure]} times {_factor(row)}"
+            for row in steps[steps["size"] == size].itertuples()
+            if (row.factor < 1) != gains[row.measure]
+        ]
+        turned = f" **Not at each step**: {'; '.join(turns)}." if turns else ""
+        lines.append(f"- Twice the {SIZES[size]} multiplies {' and '.join(told)}.{turned}")
     return "\n".join(lines)
 
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
 
 from saegrid.analysis import selection
 from saegrid.analysis.numbers import COLUMNS, header
-from saegrid.config.architectures import ARCHITECTURES
 from saegrid.config.grid import L0_BUDGET
 from saegrid.experiment import finished_run
+from saegrid.report import loading
 from saegrid.report.figures import captions, plots
+from saegrid.report.figures.style import STYLE
 from saegrid.report.pages import home_page
 from saegrid.report.pages.home_page import dataset, hub_model
 from saegrid.report.tables import Markdown, markdown, pipe_table
@@ -28,43 +30,6 @@ SPLICED = (
     *("loss_recovered_zero", "loss_recovered_mean"),
 )
 """Metrics measured on the evaluation prompts; all others on the validation rows."""
-CUTS = {
-    "k": "None",
-    "inference_threshold": 'cfg["inference_threshold"]',
-    "threshold": 'cfg["threshold"]',
-    "theta": 'state.pop("threshold")',
-}
-"""How to get a released file's threshold, per rule that decides which pre-activations are kept."""
-PUBLISHED_CLASS = '''\
-import json
-
-import torch
-from huggingface_hub import hf_hub_download
-from torch import nn
-
-
-class PublishedSAE(nn.Module):
-    """pre = encoder(x - b_pre); z = the pre-activations that are kept, 0 elsewhere; x_hat = decoder(z) + b_pre."""
-
-    def __init__(self, d_in, d_sae, k=0, threshold=None, batch=False):
-        super().__init__()
-        self.k, self.threshold, self.batch = k, threshold, batch
-        self.b_pre = nn.Parameter(torch.zeros(d_in))
-        self.encoder = nn.Linear(d_in, d_sae)
-        self.decoder = nn.Linear(d_sae, d_in)
-
-    def encode(self, x):
-        """Latent activations (N, d_sae) of rows x (N, d_in)."""
-        pre = self.encoder(x - self.b_pre)
-        if self.threshold is not None:  # JumpReLU; BatchTopK by its calibrated threshold: each row for itself
-            return pre * (pre > self.threshold)
-        kept = pre.reshape(1, -1) if self.batch else pre  # without one, BatchTopK cuts over the whole batch
-        top = kept.topk(int(len(pre) * self.k) if self.batch else self.k)
-        return torch.zeros_like(kept).scatter(1, top.indices, top.values.relu()).reshape(pre.shape)
-
-    def forward(self, x):
-        return self.decoder(self.encode(x)) + self.b_pre
-'''
 
 
 def readme(
@@ -90,20 +55,21 @@ def readme(
         budget: most active latents per token of the recommended run.
     """
     named = df.assign(name=df["run_id"].map(files))  # several runs may share a name
-    plain_runs, best = selection.without_controls(named), selection.recommend(df, budget)
+    plain_runs = selection.without_controls(selection.first_origin(named))  # the figure and the code show one
+    best = selection.recommend(selection.first_origin(df), budget)
     y = selection.cost(plain_runs)
     where = f"https://huggingface.co/spaces/{space}" if space else ""
     text = markdown(
         f"# {home_page.title(df)}",
         f"{len(df)} sparse autoencoders, one for each point of a grid ({title}), trained on a language model's "
-        "residual stream and spliced back into it." + (f" [The whole report]({where})." if where else ""),
+        "activations and spliced back into it." + (f" [The whole report]({where})." if where else ""),
         home_page.body(
             named,
             prompts,
             budget=budget,
             figure=f"![{captions.frontier_alt(plain_runs, y)}]({PICTURE})\n\n{COLUMNS[y].title} against L0, one mark "
             "per run; lower and further left is better.",
-            loading=load_text(best, files[best["run_id"]], repo),
+            loading=loading.from_release(best, files[best["run_id"]], repo),
             files=files_text(df, files),
             stable=stable,
         ),
@@ -124,7 +90,7 @@ def front_matter(df: pd.DataFrame, files: Mapping[str, str], title: str) -> str:
         for name in finished_run.metrics_of(row):
             spliced = name in SPLICED
             source = "dataset" if spliced or not row["activations"] else "activations"
-            task = "Next-token loss with the SAE spliced in" if spliced else "Reconstruction of the residual stream"
+            task = "Next-token loss with the SAE spliced in" if spliced else "Reconstruction of activations"
             metrics.append(
                 EvalResult(
                     task_type="text-generation" if spliced else "feature-extraction",
@@ -173,33 +139,6 @@ def files_text(df: pd.DataFrame, files: Mapping[str, str]) -> Markdown:
     )
 
 
-def load_text(best: pd.Series, file: str, repo: str = "") -> Markdown:
-    """Code that loads the recommended SAE: with this library, without it, and with SAELens."""
-    source = f"{repo}/{file}.pt" if repo else f"{file}.pt"
-    x, own = home_page.rows_code(best), home_page.own_code(best, f'"{source}")')
-    fetched = [f'hf_hub_download("{repo}", "{file}.{kind}")' if repo else f'"{file}.{kind}"' for kind in ("json", "pt")]
-    used = PUBLISHED_CLASS if repo else PUBLISHED_CLASS.replace("from huggingface_hub import hf_hub_download\n", "")
-    arch = ARCHITECTURES[best["arch"]]
-    theta, batch = CUTS[arch.cut(not pd.isna(best["k"]))], ", batch=True" if arch.batch_cut else ""
-    class_code = (
-        f"{used}\n\nwith open({fetched[0]}) as sidecar:\n    cfg = json.load(sidecar)\n"
-        f"state = torch.load({fetched[1]}, weights_only=True)\n"
-        f'sae = PublishedSAE(cfg["d_in"], cfg["d_sae"], cfg["k"], {theta}{batch})\n'
-        f"sae.load_state_dict(state)\n{x}\nx_hat = sae(x)"
-    )
-    folder = f'snapshot_download("{repo}", allow_patterns="saelens/{file}/*")' if repo else '"."'
-    lens = "from huggingface_hub import snapshot_download\n" if repo else ""
-    lens += f'from sae_lens import SAE\n\nfolder = {folder}\nsae = SAE.load_from_disk(f"{{folder}}/saelens/{file}")'
-    return markdown(
-        "With saegrid, the library of this work:",
-        f"```python\n{own}\n```",
-        "Without it, into the published class:",
-        f"```python\n{class_code}\n```",
-        "With SAELens:",
-        f"```python\n{lens}\n```",
-    )
-
-
 def space_readme(title: str, repo: str = "") -> str:
     """The README.md of the static Space that shows the report."""
     from huggingface_hub import SpaceCard, SpaceCardData
@@ -220,8 +159,9 @@ def plain(text: str) -> str:
 def picture(df: pd.DataFrame) -> bytes:
     """The frontier as a PNG on white: Hub pages show no inline SVG."""
     buffer = io.BytesIO()
-    with plt.rc_context(plots.STYLE):
-        figure = plots.frontier(selection.without_controls(df), y=selection.cost(df)).figure
+    with plt.rc_context(STYLE):
+        first = selection.without_controls(selection.first_origin(df))
+        figure: Any = plots.frontier(first, y=selection.cost(first)).figure
         figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
     plt.close(figure)
     return buffer.getvalue()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from saegrid.data.embedded import quiet_transformers
+from saegrid.data.models.embedded import quiet_transformers
 from saegrid.errors import ConfigError, first_line
 
 OWN_CODE = "it needs Python code of its own (auto_map), and saegrid runs no code from a model's folder"
