@@ -20,7 +20,7 @@ def made(tmp_path_factory):
     save_dataset(folder / "data")
     config = make_config(
         **{"model": str(folder / "model"), "dataset": str(folder / "data"), "layer": 1, "k": 4, "max_tokens": 64},
-        **{"train_tokens": 450, "val_tokens": 130, "eval_prompts": 4, "act_dtype": "float32"},
+        **{"train_tokens": 450, "val_tokens": 130, "eval_prompts": 4, "act_dtype": "float32", "matmul": "fp32"},
         store_dir=str(folder / "stores"),
     )
     return config, prepare_store(config)

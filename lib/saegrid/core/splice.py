@@ -148,6 +148,8 @@ def clean_logits(lm: LM, clean: list[Tensor]) -> list[Tensor]:
     if layer is None or states.dtype == torch.bfloat16 or not len(states):
         return []
     weight, c = layer.weight, lm.head(torch.zeros_like(states[:1]))
+    if weight.shape != (c.shape[1], states.shape[1]):
+        return []
     linear = states[:HEAD_ROWS].to(weight) @ weight.T + c
     if not torch.allclose(lm.head(states[:HEAD_ROWS]), linear, rtol=1e-4, atol=1e-3):
         return []
