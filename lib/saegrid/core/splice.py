@@ -144,21 +144,21 @@ def clean_logits(lm: LM, clean: list[Tensor]) -> list[Tensor]:
     KL is Σ p log p - Σ p logit_q + logsumexp(logit_q), with Σ p logit_q = (Σ p W) · h + Σ p c. The columns are Σ p W
     and, last, Σ p (log p - c). Nothing for other heads, such as Gemma 2's, and for rounded logits (bfloat16).
     """
-    layer, states = lm.model.get_output_embeddings(), torch.cat(clean)
-    if layer is None or states.dtype == torch.bfloat16 or not len(states):
+    weight, states = lm.unembedding, torch.cat(clean)
+    if weight is None or states.dtype == torch.bfloat16 or not len(states):
         return []
-    weight, c = layer.weight, lm.head(torch.zeros_like(states[:1]))
+    c = lm.head(torch.zeros_like(states[:1]))
     if weight.shape != (c.shape[1], states.shape[1]):
         return []
     linear = states[:HEAD_ROWS].to(weight) @ weight.T + c
     if not torch.allclose(lm.head(states[:HEAD_ROWS]), linear, rtol=1e-4, atol=1e-3):
         return []
     found = []
-    for part in states.split(HEAD_ROWS):
+    for part in torch.split(states, HEAD_ROWS):
         log_p = lm.head(part).double().log_softmax(1)  # a p that sums to 1 + ε would move KL by ε logits
         p = log_p.exp()
         found.append(torch.cat([p.to(weight) @ weight, (p * (log_p - c)).sum(1, keepdim=True).float()], 1).cpu())
-    return list(torch.cat(found).split([len(one) for one in clean]))
+    return list(torch.split(torch.cat(found), [len(one) for one in clean]))
 
 
 @torch.inference_mode()
@@ -239,9 +239,9 @@ def load_baseline(folder: Path, data_sha256: str = "") -> Baseline | None:
         tensors = load(stored)
         x = torch.split(tensors["x"], [len(prompt.tokens) for prompt in prompts])
         scored = [len(scored_positions(prompt)) for prompt in prompts]
-        clean = list(tensors["clean"].split(scored))
-        expected = list(tensors["expected"].split(scored)) if "expected" in tensors else []
-        return Baseline(prompts, list(x), clean, pd.DataFrame(content["sums"])[SUMS], expected)
+        clean = torch.split(tensors["clean"], scored)
+        expected = torch.split(tensors["expected"], scored) if "expected" in tensors else ()
+        return Baseline(prompts, list(x), list(clean), pd.DataFrame(content["sums"])[SUMS], list(expected))
     except DamagedError as error:
         raise StoreError(str(error)) from None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:

@@ -61,6 +61,12 @@ class LM:
             self.parts[layer, site] = find_part(self.model, self.blocks[layer], site)
         return self.parts[layer, site]
 
+    @property
+    def unembedding(self) -> Tensor | None:
+        """Weights (vocabulary, d_in) of the model's output layer, if it has one."""
+        layer = self.model.get_output_embeddings()
+        return None if layer is None else layer.weight
+
     def head(self, states: Tensor) -> Tensor:
         """Logits (n, vocabulary) of final states (n, d_in): all that the model does after its final norm."""
         import torch
@@ -387,7 +393,8 @@ def narrow_products(lm: LM, layer: int) -> None:
     from torch.nn import Linear, functional
 
     def narrow(part: Linear) -> Callable:
-        weight, bias = part.weight.bfloat16(), part.bias
+        weight = part.weight.bfloat16()
+        bias: Tensor | None = part.bias
 
         def forward(x: Tensor) -> Tensor:
             product = functional.linear(x.bfloat16(), weight).to(x.dtype)
@@ -398,7 +405,7 @@ def narrow_products(lm: LM, layer: int) -> None:
     for block in lm.blocks[layer + 1 :]:
         for part in block.modules():
             if type(part) is Linear:
-                part.forward = narrow(part)  # type: ignore[method-assign]
+                part.forward = narrow(part)
 
 
 def logits_from(
