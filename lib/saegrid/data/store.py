@@ -193,7 +193,7 @@ class Store:
         ends = list(itertools.accumulate(shard["rows"] for shard in shards))
         per_group = max(1, buffer_shards * max(shard["rows"] for shard in shards) // batch_size)  # batches
         first_group, skip = divmod(start, per_group)
-        last: tuple[int, Tensor | None] = (-1, None)  # the shard that may straddle two groups
+        last = (-1, torch.empty(0))  # the shard that may straddle two groups
         for group in range(first_group, -(-ends[-1] // (per_group * batch_size))):
             low = group * per_group * batch_size
             high = min(low + per_group * batch_size, ends[-1])
@@ -234,7 +234,7 @@ class Store:
         except Exception as error:  # SafetensorError, or torch's error for a dtype that it lacks
             raise StoreError(f"{path}: damaged ({error})", MEND) from None
         stored = getattr(torch, self.manifest["act_dtype"])
-        wanted = {"mean": ((self.d_in,), torch.float32)}
+        wanted: dict[str, Any] = {"mean": ((self.d_in,), torch.float32)}
         if "rows" in entry:
             wanted = {"acts": ((entry["rows"], self.d_in), stored)}
             wanted |= dict.fromkeys(META, ((entry["rows"],), torch.int32))

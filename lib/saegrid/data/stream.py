@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ PART_ROWS = 4096
 
 
 def site_rows(
-    lm: LM, prompts: list[Prompt], casts: dict[Point, Callable[[Tensor], Tensor]], report: Callable[[int], object]
+    lm: LM, prompts: list[Prompt], casts: Mapping[Point, Callable[[Tensor], Tensor]], report: Callable[[int], object]
 ) -> list[list[Tensor]]:
     """Rows (n, d_in) of each prompt at its stored positions: one tensor per point.
 

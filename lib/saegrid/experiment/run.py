@@ -113,7 +113,7 @@ class Run:
         self.config = self._resolved(config)
         self.times: dict[str, float] = {}
         self.finished = self.finished and self._is_of_its_store(was_aside)
-        self.sae: SAE | None = None
+        self.sae: SAE = None  # type: ignore[assignment]  # until `train`
         self.best_epoch = -1
 
     def close(self) -> None:
