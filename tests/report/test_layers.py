@@ -114,7 +114,8 @@ def test_stars_are_given_within_an_origin(made):
 def test_stability_and_the_released_card_are_by_origin(made):
     _, df, prompts = made
     seeds = df[df["seed"] == 0].assign(seeds=2, pairs=1, stable_energy_pct=1.0, matched_cosine=0.3, random_cosine=0.1)
-    seeds = seeds.assign(start_cosine=0.5, stable_pct=seeds["layer"] / 10.0, stable_pct_low=float("nan"))
+    seeds = seeds.assign(start_cosine=0.5, stable_pct=seeds["layer"] / 10.0)
+    seeds = seeds.assign(**{f"stable_pct_{end}": float("nan") for end in ("low", "high")})
     text = trust_section.stability(seeds)
     assert "- **Layer 6, gsm_symbolic**: 0.60% of the live latents" in text
     assert "- **Layer 12, python_docs**: 1.20% of the live latents" in text and "<figure" not in text
