@@ -170,7 +170,8 @@ def findings_overview(own: dict[str, list[Finding]], df: pd.DataFrame, prompts: 
     """Verdicts on this grid's rows: the table of the five findings, or of all claims by origin if there are several."""
     if len(own) == 1:
         return findings_page.findings_table(own[""], all_findings(published_sweep.rows()), page="")
-    return claims_table(df, prompts, headlines(df, prompts), "layers/")
+    more = "[How each measure moves](layers.qmd), and which layer is hardest."
+    return markdown(claims_table(df, prompts, headlines(df, prompts), "layers/"), more)
 
 
 def finding_section(own: dict[str, list[Finding]], n: int, links: str = "") -> Markdown:
@@ -178,7 +179,7 @@ def finding_section(own: dict[str, list[Finding]], n: int, links: str = "") -> M
     published = all_findings(published_sweep.rows())[n - 1]
     if len(own) == 1:
         return findings_page.finding_section(own[""][n - 1], published, links)
-    lines = []
+    alike: dict[str, list[str]] = {}
     for origin, those in own.items():
         finding = those[n - 1]
         parts = [f"{SIGNS[finding.verdict][0]} {finding.verdict}.", findings_page.sentence(finding)]
@@ -186,7 +187,8 @@ def finding_section(own: dict[str, list[Finding]], n: int, links: str = "") -> M
             effect = findings_page.effect_text(finding)
             parts.append(f"{findings_page.effect_name(finding)}: **{effect}** nats/token.")
         parts.append(findings_page.others_text(finding))
-        lines.append(f"- **{origin.capitalize()}**: {' '.join(filter(None, parts))}")
+        alike.setdefault(" ".join(filter(None, parts)), []).append(origin.capitalize())
+    lines = [f"- **{'Everywhere' if len(alike) == 1 else '; '.join(where)}**: {text}" for text, where in alike.items()]
     return markdown(
         f"> {CLAIMS[n].text}",
         f"*Rule, fixed before the results.* {CLAIMS[n].rule}",
