@@ -1,4 +1,4 @@
-# make report · test · lint · coverage · bench · peers · gpu · full · recipes · ablation · scaling · layers · rates · peer-quality · rehearse · chaos · fuzz · clean — each sets up what it needs.
+# make report · test · lint · coverage · bench · peers · gpu · full · recipes · ablation · scaling · layers · rates · peer-quality · ground-truth · synth-bench · probes · rehearse · chaos · fuzz · clean — each sets up what it needs.
 PYTHON ?= python3
 CORES ?= all
 FUZZ ?= activation_file dictionary_folder grid published_sae run_files sae_folder store
@@ -17,7 +17,7 @@ export USER ?= $(or $(shell getent passwd "$$(id -u)" | cut -d: -f1),uid$(shell 
 SNAKEMAKE = snakemake -s workflow/Snakefile --cores $(CORES) --rerun-incomplete --quiet rules
 
 .DEFAULT_GOAL := report
-.PHONY: report full recipes ablation scaling layers rates peer-quality test lint coverage bench peers gpu rehearse chaos fuzz clean setup
+.PHONY: report full recipes ablation scaling layers rates peer-quality ground-truth synth-bench probes test lint coverage bench peers gpu rehearse chaos fuzz clean setup
 
 setup: $(VENV)/.ready
 
@@ -51,6 +51,15 @@ rates: setup  ## both recipes at other learning rates: results/rates
 
 peer-quality: setup peers  ## SAEs against other libraries' at matched L0: results/peers
 	python benchmarks/peer_quality.py
+
+ground-truth: setup  ## SAEs on rows whose directions are known: results/ground_truth
+	python benchmarks/ground_truth.py
+
+synth-bench: setup peers  ## SAELens' synthetic benchmark, this project's SAEs and its peers': results/ground_truth
+	python benchmarks/synth_bench.py
+
+probes: setup  ## sparse probes on the runs of the quick grid at K = 64: results/probes
+	python benchmarks/probes.py runs/*_k64_*
 
 gpu:  ## the dense kernel on this machine's GPU, with the Python that has torch: benchmarks/gpu.json
 	$(PYTHON) benchmarks/gpu.py

@@ -56,11 +56,15 @@ SPREAD, NOISE, OFFSET = 0.3, 0.1, 1.5
 """Standard deviation of log magnitudes; norms of noise and common offset, where a direction's magnitude is 1."""
 SINK_EVERY, SINK_RATIO, UNIT = 200, 170.0, 18.0
 """One row in so many is a sink, of so many times an ordinary norm; a direction's magnitude in the rows' unit."""
-ROWS, VAL_ROWS, EPOCHS, EXPANSION, SEEDS = (40_000, 160_000), 10_000, 10, 4, 3
+ROWS = {40_000: (10, 3), 160_000: (3, 2)}
+"""Numbers of training rows, each with its epochs and the number of seeds of each setting on them."""
+LONG = 20
+"""Epochs on the most rows that give the published recipe about as many steps as the published sweep had."""
+VAL_ROWS, EXPANSION = 10_000, 4
 ARCHS = {"published": ("TopK", "BatchTopK", "Matryoshka"), "improved": ("TopK", "BatchTopK", "JumpReLU", "Matryoshka")}
-KS = (3, 6, 9, 12, 15, 18, 24, 48)
+KS = (3, 6, 9, 12, 18, 24, 48)
 """K of the runs that show decoder coherence over K (improved, BatchTopK, most rows, one seed)."""
-SETTING = ["recipe", "arch", "freeze", "rows", "k"]
+SETTING = ["recipe", "arch", "freeze", "rows", "epochs", "k"]
 
 
 class World(NamedTuple):
@@ -114,7 +118,7 @@ def sample(world: World, rows: int, generator: torch.Generator, chunk: int = 819
         left -= chunk
 
 
-def write_rows(folder: Path, world: World, train_rows: int, val_rows: int = VAL_ROWS, layer: int = 12) -> Tensor:
+def write_rows(folder: Path, world: World, train_rows: int, val_rows: int, layer: int = 12) -> Tensor:
     """Write published activation files. Returns which direction is in which validation row, (val_rows, n) bool."""
     generator = torch.Generator().manual_seed(1)
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,17 +152,21 @@ def places(folder: Path, d_in: int) -> dict[str, str]:
 def prepare(folder: Path, rows: int, world: World) -> Course:
     """The rows, with what else a run needs."""
     told = places(folder, world.directions.shape[1]) | {"activations": str(folder / f"rows-{rows}")}
-    return Course(told, world.directions, write_rows(Path(told["activations"]), world, rows))
+    return Course(told, world.directions, write_rows(Path(told["activations"]), world, rows, VAL_ROWS))
 
 
-def plan(rows: list[int], seeds: int) -> list[tuple[dict[str, Any], int]]:
-    """(setting, number of seeds) of all runs: recipes and architectures, their controls, then the sweep over K."""
+def plan(rows: dict[int, tuple[int, int]]) -> list[tuple[dict[str, Any], int]]:
+    """(setting, seeds) of all runs: recipes and architectures with their controls, the sweep over K, long runs."""
     found = []
-    for n, (recipe, archs) in itertools.product(rows, ARCHS.items()):
-        found += [({"recipe": recipe, "arch": a, "freeze": "none", "rows": n, "k": round(L0)}, seeds) for a in archs]
-        found += [({"recipe": recipe, "arch": "BatchTopK", "freeze": "decoder", "rows": n, "k": round(L0)}, seeds)]
-    sweep = {"recipe": "improved", "arch": "BatchTopK", "freeze": "none", "rows": max(rows)}
-    return found + [(sweep | {"k": k}, 1) for k in KS if k != round(L0)]
+    for (n, (epochs, seeds)), (recipe, archs) in itertools.product(rows.items(), ARCHS.items()):
+        shared = {"recipe": recipe, "rows": n, "epochs": epochs, "k": round(L0)}
+        found += [(shared | {"arch": arch, "freeze": "none"}, seeds) for arch in archs]
+        found += [(shared | {"arch": "BatchTopK", "freeze": "decoder"}, seeds)]
+    most = {"rows": max(rows), "epochs": rows[max(rows)][0]}
+    sweep = most | {"recipe": "improved", "arch": "BatchTopK", "freeze": "none"}
+    found += [(sweep | {"k": k}, 1) for k in KS if k != round(L0)]
+    long = {"recipe": "published", "rows": max(rows), "epochs": LONG, "freeze": "none", "k": round(L0)}
+    return found + [(long | {"arch": arch}, 1) for arch in ("BatchTopK", "TopK")]
 
 
 def train(course: Course, **told: Any) -> tuple[SAE, Run]:
@@ -169,13 +177,13 @@ def train(course: Course, **told: Any) -> tuple[SAE, Run]:
     return sae, run
 
 
-def measured(setting: dict[str, Any], seeds: int, course: Course, epochs: int) -> pd.DataFrame:
+def measured(setting: dict[str, Any], seeds: int, course: Course) -> pd.DataFrame:
     """Train a setting with its seeds: one row of measures per run; stability is the mean over its pairs of seeds."""
     runs, saes, records = [], [], []
     known = {name: value for name, value in setting.items() if name != "rows"}
     for seed in range(seeds):
         started = time.perf_counter()
-        sae, run = train(course, **known, seed=seed, epochs=epochs)
+        sae, run = train(course, **known, seed=seed)
         runs, saes = [*runs, run], [*saes, sae]
         records.append({**setting, "seed": seed, **judged(sae, run.store, course)})
         records[-1]["seconds"] = round(time.perf_counter() - started, 1)
@@ -209,26 +217,26 @@ def compared(saes: list[SAE], configs: list[RunConfig], store: Store) -> dict[tu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--seeds", type=int, help="instead of the planned number")
     parser.add_argument("--only-rows", type=Path, metavar="FOLDER")
     parser.add_argument("--d-in", type=int, default=D_IN, help="width, with --only-rows: that of the grid's model")
     parser.add_argument("--out", type=Path, default=ROOT / "results/ground_truth")
     options = parser.parse_args()
-    rows = sorted(map(int, options.rows.split(",")))
+    rows = {n: ROWS.get(n, (10, 2)) for n in sorted(map(int, options.rows.split(",")))}
+    rows = {n: (epochs, options.seeds or seeds) for n, (epochs, seeds) in rows.items()}
     if options.only_rows:
-        write_rows(options.only_rows, make_world(options.d_in, 4 * options.d_in), max(rows))
+        write_rows(options.only_rows, make_world(options.d_in, 4 * options.d_in), max(rows), VAL_ROWS)
         return
     path = options.out / "runs.csv"
     done = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=SETTING)
     with tempfile.TemporaryDirectory() as name:
         courses: dict[int, Course] = {}
-        for setting, seeds in plan(rows, options.seeds):
-            if (done[SETTING] == pd.Series(setting)).all(axis=1).sum() >= seeds:
+        for setting, seeds in plan(rows):
+            if (done[SETTING] == pd.Series(setting)[SETTING]).all(axis=1).sum() >= seeds:
                 continue
             if setting["rows"] not in courses:
                 courses = {setting["rows"]: prepare(Path(name), setting["rows"], make_world())}
-            found = measured(setting, seeds, courses[setting["rows"]], options.epochs)
+            found = measured(setting, seeds, courses[setting["rows"]])
             done = found if done.empty else pd.concat([done, found], ignore_index=True)
             options.out.mkdir(parents=True, exist_ok=True)
             write_text(path, done.to_csv(index=False, lineterminator="\n"))

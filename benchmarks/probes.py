@@ -98,19 +98,21 @@ CONCEPTS = {
     "in quotes": Concept(False, found(r"(?<=\")[^\"\n]+(?=\")")),
     "right of a hash": Concept(False, found(r"(?<=#)[^#\n]+")),
 }
-"""Concepts by name. A token has a concept if its last character has."""
+"""Concepts by name. A token has a concept if one of its characters has, leading spaces aside."""
 
 
 def labelled(pieces: list[str]) -> dict[str, np.ndarray]:
     """Which tokens of a text have each concept, (n,) bool, from the tokens' own texts."""
     text = "".join(pieces)
-    last = np.cumsum([len(piece) for piece in pieces]) - 1  # index of each token's last character
+    ends = np.cumsum([len(piece) for piece in pieces])
+    starts = ends - [len(piece.lstrip()) or len(piece) for piece in pieces]  # without a word's leading space
     labels = {}
     for name, concept in CONCEPTS.items():
-        has = np.zeros(len(text) + 1, dtype=bool)
+        has = np.zeros(len(text) + 1, dtype=int)
         for start, end in concept.where(text):
-            has[start:end] = True
-        labels[name] = has[last] & np.array([bool(piece) for piece in pieces])
+            has[start + 1 : end + 1] = 1
+        before = np.cumsum(has)  # characters with the concept before each position
+        labels[name] = before[ends] > before[starts]
     return labels
 
 
@@ -214,8 +216,8 @@ def main() -> None:
         told = {"features": "latents", "name": config.name, "arch": config.arch, "recipe": config.recipe}
         sae = load_sae(run)
         found = probed(*(latents(sae, x) for x in rows.values()), labels, KS)
-        parts.append(found.assign(**told, seed=config.seed, run_id=config.run_id))
-        print(found.groupby("k")["auc"].mean().round(3).to_dict(), config.run_id, flush=True)
+        parts.append(found.assign(**told, seed=config.seed, run_id=run.name))
+        print(found.groupby("k")["auc"].mean().round(3).to_dict(), run.name, flush=True)
     columns = ["features", "name", "arch", "recipe", "seed", "run_id", *parts[0].columns[:-1]]
     table = pd.concat(parts, ignore_index=True).reindex(columns=columns)
     options.out.mkdir(parents=True, exist_ok=True)

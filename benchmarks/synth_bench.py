@@ -1,13 +1,13 @@
 """SAELens' synthetic benchmark: this project's SAEs and its peers' on the same rows, by SAELens' own measures and ours.
 
-    python benchmarks/synth_bench.py                       # half an hour on one core
+    python benchmarks/synth_bench.py                       # some minutes on one core
 
 SynthSAEBench-16k (arXiv:2602.14687) asks for 200 million samples and a width of 4,096: hours on a GPU for one SAE. Here
 its generator makes a world eight times smaller in directions, width and hierarchy, and every contender gets the same
-100,000 rows five times, at the same width, K and batch: the best of `RATES` by FVU on held-out rows with the first
-seed, then a second seed. Thresholds are calibrated to K on held-out rows (`benchmarks/peer_quality.py`). All SAEs are
-exported to SAELens' format and judged by its `eval_sae_on_synthetic_data` on fresh rows. Needs `make peers`. Writes
-`results/ground_truth/synthsaebench.csv`.
+40,000 rows five times, at the same width, K and batch, with two seeds. Learning rates are those that
+`benchmarks/peer_quality.py` found best for as many rows and epochs at its smallest K; the published recipe keeps its
+own. Thresholds are calibrated to K on held-out rows. All SAEs are exported to SAELens' format and judged by its
+`eval_sae_on_synthetic_data` on fresh rows. Needs `make peers`. Writes `results/ground_truth/synthsaebench.csv`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pandas as pd
 import torch
 from ground_truth import Course, compared, judged, places, train
-from peer_quality import BATCH, CONTENDERS, SCALED, calibrated
+from peer_quality import BATCH, CONTENDERS, KS, SCALED, best_of, calibrated, known, losses
 from safetensors.torch import load_file, save_file
 
 from saegrid.config.recipes import RECIPES
-from saegrid.config.run_config import RunConfig, make_config
+from saegrid.config.run_config import make_config
 from saegrid.core.sae import SAE
 from saegrid.data.store import Store
 from saegrid.experiment.run import prepare_store
@@ -37,10 +37,11 @@ from saegrid.formats import export, load_sae
 from saegrid.kernels import set_threads
 from saegrid.storage.atomic import write_text
 
+Contender = tuple[str, str, str]
+"""Library, recipe (of this project's) and architecture."""
 ROOT = Path(__file__).resolve().parents[1]
-PART, TRAIN_ROWS, VAL_ROWS, JUDGED_ROWS, EPOCHS, EXPANSION = 8, 100_000, 10_000, 20_000, 5, 4
-RATES, SEEDS = (1.0, 3.0, 10.0), 2
-"""Multiples of each contender's default learning rate, and seeds."""
+PART, TRAIN_ROWS, VAL_ROWS, JUDGED_ROWS, EPOCHS, EXPANSION = 8, 40_000, 10_000, 20_000, 5, 4
+SEEDS = 2
 OWN = {
     ("saegrid", "published", "TopK"): RECIPES["published"]["lr"],
     ("saegrid", "published", "BatchTopK"): RECIPES["published"]["lr"],
@@ -72,53 +73,67 @@ class Bench:
         command = [str(self.python), str(ROOT / "benchmarks" / script), *arguments, json.dumps(told | {"part": PART})]
         return subprocess.run(command, env=os.environ | quiet, stdout=subprocess.PIPE, text=True, check=True).stdout
 
-    def trained(self, contender: tuple[str, str, str], lr: float, seed: int) -> SAE:
-        """One SAE, its thresholds calibrated to K."""
+    def their_specs(self, contender: Contender, lr: float) -> list[dict[str, Any]]:
+        """What `peer_train.py` is told for each seed."""
+        peer, _, arch = contender
+        shared = {"peer": peer, "arch": arch, "k": self.k, "batch": BATCH, "epochs": EPOCHS, "threads": 1, "lr": lr}
+        shared |= {"rows": str(self.folder / "x.safetensors"), "d_sae": EXPANSION * self.store.d_in}
+        return [shared | {"seed": seed, "out": str(self.theirs(contender, seed))} for seed in range(SEEDS)]
+
+    def theirs(self, contender: Contender, seed: int) -> Path:
+        return self.folder / "theirs" / f"{contender[0]}-{contender[2]}-{seed}"
+
+    def trained(self, contender: Contender, lr: float, seed: int) -> SAE:
+        """One SAE, its thresholds calibrated to K; a peer's was trained before."""
         peer, recipe, arch = contender
         if peer == "saegrid":
-            told = {"recipe": recipe, "arch": arch, "lr": lr, "seed": seed, "k": self.k, "batch_size": BATCH}
-            sae, _ = train(self.course, **told, epochs=EPOCHS)
+            told = {"recipe": recipe, "arch": arch, "lr": lr, "seed": seed, "k": self.k}
+            sae, _ = train(self.course, **told, batch_size=BATCH, epochs=EPOCHS)
         else:
-            out = self.folder / "theirs" / f"{peer}-{arch}-{lr}-{seed}"
-            told = {"peer": peer, "arch": arch, "lr": lr, "seed": seed, "k": self.k, "batch": BATCH, "out": str(out)}
-            told |= {"rows": str(self.folder / "x.safetensors"), "d_sae": EXPANSION * self.store.d_in}
-            self.ask("peer_train.py", **told, epochs=EPOCHS, threads=1)
-            sae = load_sae(out)
+            sae = load_sae(self.theirs(contender, seed))
         return calibrated(sae, self.k, self.store)
 
-    def contest(self, contender: tuple[str, str, str], default: float) -> list[dict[str, Any]]:
-        """One row per seed at the best learning rate; the SAEs are left in `saes/` for SAELens' evaluation."""
-        tried = {rate: self.trained(contender, rate * default, 0) for rate in RATES}
-        rows = {rate: judged(sae, self.store, self.course) for rate, sae in tried.items()}
-        best = min(rows, key=lambda rate: rows[rate]["fvu_no_sink"])
-        saes = [tried[best], *(self.trained(contender, best * default, seed) for seed in range(1, SEEDS))]
-        config = RunConfig(k=self.k)  # no latents are given: these rows have no sinks
+    def judged(self, contender: Contender, lr: float) -> list[dict[str, Any]]:
+        """One row per seed, by our measures; the SAEs are left in `saes/` for SAELens' evaluation."""
+        saes = [self.trained(contender, lr, seed) for seed in range(SEEDS)]
+        config = make_config(arch="TopK", k=self.k)  # no latents are given: these rows have no sinks
         (pair,) = compared(saes, [config] * SEEDS, self.store).values()
         records = []
         for seed, sae in enumerate(saes):
             name = f"{'-'.join(filter(None, contender))}-{seed}"
             export(sae, self.folder / "saes" / name, "saelens")
-            own = rows[best] if seed == 0 else judged(sae, self.store, self.course)
-            record = dict(zip(("peer", "recipe", "arch"), contender, strict=True)) | {"seed": seed, "rate": best}
-            records.append(record | {"name": name, **own, "stable_pct": pair["stable_pct"]})
+            record = dict(zip(("peer", "recipe", "arch"), contender, strict=True)) | {"seed": seed, "lr": lr}
+            record |= {"name": name, **judged(sae, self.store, self.course)}
+            records.append(record | {"stable_pct": pair["stable_pct"]})
         return records
+
+
+def learning_rate(contender: Contender, default: float, d_sae: int, peers: Path = ROOT / "results/peers") -> float:
+    """The default times what `results/peers` found best at its smallest K; the published recipe's as it is."""
+    peer, recipe, arch = contender
+    if recipe == "published":
+        return default
+    like = {"peer": peer, "arch": "BatchTopK" if (peer, arch) == ("saegrid", "TopK") else arch, "k": min(KS), "seed": 0}
+    scale = (d_sae / 2**14) ** -0.5 if peer in SCALED else 1.0
+    return default * scale * best_of(losses(known(peers, like)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--k", type=int, default=12)
-    parser.add_argument("--peers", default="saegrid,sae-lens,dictionary_learning,sparsify")
+    parser.add_argument("--k", type=int, default=8)
     parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers/bin/python")
     parser.add_argument("--out", type=Path, default=ROOT / "results/ground_truth")
     options = parser.parse_args()
     set_threads(1)
     with tempfile.TemporaryDirectory() as name:
         bench, records = Bench(Path(name), options.peers_python, options.k), []
-        for contender, default in (OWN | THEIRS).items():
-            if contender[0] in options.peers.split(","):
-                scale = (EXPANSION * bench.store.d_in / 2**14) ** -0.5 if contender[0] in SCALED else 1.0
-                records += bench.contest(contender, default * scale)
-                print(pd.DataFrame(records[-SEEDS:]).round(4).to_string(index=False), flush=True)
+        d_sae = EXPANSION * bench.store.d_in
+        rates = {one: learning_rate(one, default, d_sae) for one, default in (OWN | THEIRS).items()}
+        specs = [spec for contender in THEIRS for spec in bench.their_specs(contender, rates[contender])]
+        bench.ask("synth_world.py", "train", name, specs=specs)
+        for contender, lr in rates.items():
+            records += bench.judged(contender, lr)
+            print(pd.DataFrame(records[-SEEDS:]).round(4).to_string(index=False), flush=True)
         bench.ask("synth_world.py", "judge", name, rows=JUDGED_ROWS)
         theirs = json.loads((Path(name) / "judged.json").read_text())
     for record in records:

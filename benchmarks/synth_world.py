@@ -1,11 +1,13 @@
 """SAELens' synthetic benchmark, in the peers' environment: its rows, and its own judgement of SAEs.
 
     python synth_world.py rows FOLDER '{"part": 4, "train_rows": 200000, "val_rows": 10000}'
+    python synth_world.py train FOLDER '{"specs": [...]}'
     python synth_world.py judge FOLDER '{"part": 4, "rows": 20000}'
 
 The model has the documented parameters of SynthSAEBench-16k (arXiv:2602.14687), its sizes divided by `part`. `rows`
 writes `rows.safetensors`: float16 rows `train` and `val`, the directions, and which of them is in which row of `val`.
-`judge` writes `judged.json`: the result of SAELens' evaluation for each SAE in `saes/`, on the same fresh rows.
+`train` trains the peers' SAEs of several calls of `peer_train.py` in one. `judge` writes `judged.json`: the result of
+SAELens' evaluation for each SAE in `saes/`, on the same fresh rows.
 """
 
 from __future__ import annotations
@@ -73,6 +75,13 @@ def rows(folder: Path, told: dict[str, Any]) -> None:
     save_file(tensors, folder / "rows.safetensors")
 
 
+def train(folder: Path, told: dict[str, Any]) -> None:
+    import peer_train
+
+    for spec in told["specs"]:
+        peer_train.main(spec)
+
+
 def judge(folder: Path, told: dict[str, Any]) -> None:
     source, found = model(told["part"]), {}
     for path in sorted((folder / "saes").iterdir()):
@@ -86,4 +95,4 @@ def judge(folder: Path, told: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    {"rows": rows, "judge": judge}[sys.argv[1]](Path(sys.argv[2]), json.loads(sys.argv[3]))
+    {"rows": rows, "train": train, "judge": judge}[sys.argv[1]](Path(sys.argv[2]), json.loads(sys.argv[3]))

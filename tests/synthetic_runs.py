@@ -46,6 +46,7 @@ def synthetic_row(run: RunConfig) -> dict:
             "l0_eval": l0 * 1.02,
         },
         **{"l0_no_sink": l0 * 0.97, "dead_pct_no_sink": 96.0, "kl": 0.8 * delta},
+        **{"decoder_coherence": 0.05 + abs(l0 - 128) / 1e4},
         **{"dead_pct": min(95.0, 330 * run.expansion**0.5 / l0 + (3 if run.arch == "TopK" else 0))},
         **{"ce_clean": clean, "ce_spliced": spliced, "ce_zero": zero, "ce_mean": mean, "delta_loss": delta},
         **{"frac_rec_pct": 100 * clean / spliced, "loss_recovered_zero": (zero - spliced) / (zero - clean)},

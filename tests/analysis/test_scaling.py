@@ -5,7 +5,7 @@ import pytest
 
 from saegrid.analysis import scaling
 from saegrid.config.grid import load_grid
-from saegrid.report.pages import scaling_section
+from saegrid.report.pages import scaling_section, trust_section
 
 
 @pytest.fixture
@@ -77,3 +77,33 @@ def test_a_step_that_goes_the_other_way_is_told():
     text = scaling_section.verdict(scaling.exponents(df), scaling.steps(df))
     assert "1,152 to 2,304: delta loss times 0.90" in text and "2,304 to" not in text
     assert "latents 2,304 → 4,608" in scaling_section.step_table(scaling.steps(df))
+
+
+def test_coherence_over_k_takes_settings_with_three_k():
+    rows = [
+        {
+            "arch": arch,
+            "expansion": 8,
+            "recipe": "improved",
+            "k": k,
+            "seed": seed,
+            "decoder_coherence": value + seed,
+            "d_in": 576,
+        }
+        for arch, ks in (("TopK", {16: 3.0, 32: 1.0, 64: 2.0}), ("BatchTopK", {16: 1.0, 32: 2.0}))
+        for k, value in ks.items()
+        for seed in (0, 1)
+    ]
+    df = pd.DataFrame([*rows, rows[0] | {"freeze": "decoder", "decoder_coherence": 99.0}])
+    found = scaling.coherence_over_k(df)
+    assert found.to_dict("list") == {
+        "label": ["TopK 8x, improved"] * 3, "k": [16, 32, 64], "decoder_coherence": [3.5, 1.5, 2.5]
+    }  # fmt: skip
+    text = trust_section.which_k(df)
+    assert (
+        "lowest at K = 32 for TopK 8x, improved" in text
+        and "random decoder rows give 0.0332" in text
+        and "<svg" in trust_section.coherence(df)
+    )
+    assert trust_section.which_k(df.drop(columns="decoder_coherence")) == ""
+    assert "No setting" in trust_section.coherence(df[df["k"] > 16])

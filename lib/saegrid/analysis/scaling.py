@@ -1,4 +1,4 @@
-"""How loss follows dictionary size, K and tokens: power laws over a grid's runs, and each step. Free of torch."""
+"""How measures follow sizes: power laws of the loss, each step, decoder coherence over K. Free of torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from saegrid.analysis.intervals import t_interval
-from saegrid.analysis.selection import cost
+from saegrid.analysis.selection import cost, without_controls
+from saegrid.config import settings
 
 SIZES = {"d_sae": "latents", "k": "K", "n_train_rows": "training tokens"}
 MEASURES = {"fvu_no_sink": "FVU without sinks", "kl": "KL", "delta_loss": "delta loss"}
@@ -64,3 +65,24 @@ def steps(df: pd.DataFrame) -> pd.DataFrame:
                     bounds = np.exp(t_interval(float(logs.mean()), error, len(logs) - 1)[:3])
                     rows.append([measure, size, small, large, *bounds, len(logs)])
     return pd.DataFrame(rows, columns=["measure", "size", "small", "large", "factor", "low", "high", "pairs"])
+
+
+def coherence_over_k(df: pd.DataFrame) -> pd.DataFrame:
+    """Decoder coherence by K (means over seeds) of each setting that was run at three K or more, controls left out.
+
+    Columns: `label` (the setting without its K), `k`, `decoder_coherence`. No rows where it was not measured.
+    """
+    columns = ["label", "k", "decoder_coherence"]
+    if "decoder_coherence" not in df:
+        return pd.DataFrame(columns=columns)
+    rows = without_controls(df).dropna(subset=["decoder_coherence", "k"])
+    rows = rows.assign(rest=[settings.key(row, "k") for row in rows.to_dict("records")])
+    found = []
+    for _, group in rows.groupby("rest", sort=False):
+        if group["k"].nunique() > 2:
+            first = group.iloc[0]
+            size = "" if pd.isna(first.get("expansion")) else f" {first['expansion']}x"
+            label = f"{first['arch']}{size}, {first['recipe']}"
+            means = group.astype({"k": int}).groupby("k")["decoder_coherence"].mean()
+            found += [(label, k, value) for k, value in means.items()]
+    return pd.DataFrame(found, columns=columns)

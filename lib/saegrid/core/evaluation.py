@@ -12,6 +12,7 @@ from saegrid.config.run_config import RunConfig
 from saegrid.core.metrics import Reconstruction, is_sink, sink_norm, splice_metrics
 from saegrid.core.sae import SAE
 from saegrid.core.splice import Baseline, evaluate, load_baseline, mean_losses, scored_positions
+from saegrid.core.stability import coherence
 from saegrid.data.language_model import load_lm
 from saegrid.data.sources import pinned
 from saegrid.data.store import Store
@@ -28,6 +29,7 @@ def evaluate_rows(
     for x in store.batches("val", batch_size, device=sae.device):
         codes = sae.codes(x, kernel)
         errors.append(sums.add(x, kernel.decode(sae.params, codes), codes))
+    found = sums.result() | {"decoder_coherence": coherence(sae, sums.fired > 0)}
     mean_act = (sums.act_sum / sums.fired.clamp_min(1)).numpy()
     latents = pd.DataFrame({"latent": range(sae.d_sae), "fired": sums.fired, "mean_act": mean_act})
     latents["max_act"] = sums.act_max
@@ -39,7 +41,7 @@ def evaluate_rows(
     positions = rows.groupby("position").agg(
         n_rows=("sq_error", "size"), sq_error=("sq_error", "mean"), sq_norm_centred=("sq_norm_centred", "mean")
     )
-    return sums.result(), latents, positions.reset_index()
+    return found, latents, positions.reset_index()
 
 
 def spliced(config: RunConfig, store: Store, sae: SAE, kernel: Kernel, leave_sinks: bool = False) -> pd.DataFrame:

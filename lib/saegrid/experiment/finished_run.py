@@ -28,7 +28,7 @@ METRICS = [
     *("loss_recovered_zero", "loss_recovered_mean"),
 ]
 """Numbers that every run must have; a row without one stops the tables."""
-YOUNGER_NUMBERS = ["l0_no_sink", "dead_pct_no_sink", "fvu_eval", "kl"]
+YOUNGER_NUMBERS = ["l0_no_sink", "dead_pct_no_sink", "fvu_eval", "kl", "decoder_coherence"]
 OPTIONAL = ["inference_threshold", "theta_over_rms", *YOUNGER_NUMBERS]
 """Numbers that only some architectures, or only newer tables, have."""
 HASHES = ["data_sha256", "model_sha256", "weights_sha256"]
@@ -69,7 +69,7 @@ def load_run(run_dir: str | Path, run_id: str = "") -> dict[str, Any]:
             a hash is invalid, the results are another run's, or a file has changed since the run.
     """
     path = Path(run_dir) / "metrics.json"
-    row = YOUNGER | dict.fromkeys(YOUNGER_NUMBERS) | _read_json(path)
+    row: dict[str, Any] = YOUNGER | dict.fromkeys(YOUNGER_NUMBERS) | _read_json(path)
     missing = [name for name in TIDY if name not in row]
     if missing:
         raise ResultsError(f"{path}: lacks {', '.join(missing)}; delete the folder and run it again")

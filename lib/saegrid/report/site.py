@@ -165,7 +165,7 @@ def check_sources(root: str | Path) -> list[str]:
 
 def _faults(text: str, path: Path) -> list[str]:
     """Faults in the Markdown of a page or cell at `path`."""
-    faults, divs, fence = [], [], ""
+    faults, divs, fence = list[str](), list[int](), ""
     for n, line in enumerate(text.splitlines(), 1):
         code = re.match(r" {0,3}(`{3,}|~{3,})", line)
         if fence:

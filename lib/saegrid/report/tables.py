@@ -30,6 +30,9 @@ SWEPT = ("seed", "recipe")
 class Markdown(str):
     """Text that a notebook shows as Markdown."""
 
+    html = ""
+    """What a raw block holds (`html_block`)."""
+
     def _repr_markdown_(self) -> str:
         return str(self)
 
@@ -209,12 +212,9 @@ def pipe_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Markdow
 
 def html_block(html: str) -> Markdown:
     """HTML as a raw block of Markdown, which both renderers leave unchanged."""
-    return Markdown(f"```{{=html}}\n{html}\n```\n")
-
-
-def raw(block: str) -> str:
-    """The HTML of an `html_block`."""
-    return block.removeprefix("```{=html}\n").removesuffix("\n```\n")
+    block = Markdown(f"```{{=html}}\n{html}\n```\n")
+    block.html = html
+    return block
 
 
 def folded(summary: str, content: str) -> Markdown:

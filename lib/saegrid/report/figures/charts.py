@@ -19,7 +19,7 @@ from saegrid.analysis.numbers import COLUMNS, MEANINGS, header, number
 from saegrid.analysis.selection import candidates
 from saegrid.report.figures import captions, plots
 from saegrid.report.figures.style import MARKERS, PALE, PALETTE
-from saegrid.report.tables import Markdown, from_template, raw
+from saegrid.report.tables import Markdown, from_template
 from saegrid.storage.atomic import write_text
 
 LIBRARY = "scripts/vega.js"
@@ -50,7 +50,7 @@ def frontier_figures(
 ) -> Markdown:
     """The frontier of each measure that all runs have; with scripts, one at a time and interactive."""
     shown = [name for name in measures if df[name].notna().all()]
-    figures = [raw(frontier_figure(df, y, links=links, baseline=baseline)) for y in shown]
+    figures = [frontier_figure(df, y, links=links, baseline=baseline).html for y in shown]
     return from_template("chooser.html", label="Measure", figures=figures)
 
 

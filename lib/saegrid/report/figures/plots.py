@@ -19,7 +19,7 @@ from saegrid.analysis.numbers import header, number
 from saegrid.analysis.selection import DENSE_SHARE_PCT, candidates, pareto
 from saegrid.report.figures.style import ABOVE, INK, MARKERS, PALE, PALETTE, PANEL, STYLE, WIDE, Look, styled
 from saegrid.report.figures.svg import page_svg
-from saegrid.report.tables import Markdown, from_template, raw
+from saegrid.report.tables import Markdown, from_template
 
 
 @styled
@@ -273,7 +273,7 @@ def by_origin(df: pd.DataFrame, draw: Callable[[pd.DataFrame], Markdown]) -> Mar
     parts = selection.by_origin(df)
     if len(parts) == 1:
         return draw(df)
-    return from_template("origins.html", parts=[(name.capitalize(), raw(draw(rows))) for name, rows in parts.items()])
+    return from_template("origins.html", parts=[(name.capitalize(), draw(rows).html) for name, rows in parts.items()])
 
 
 def side_by_side(panels: Iterable[tuple[Axes, str] | tuple[Axes, str, str]]) -> Markdown:
@@ -290,7 +290,7 @@ def side_by_side(panels: Iterable[tuple[Axes, str] | tuple[Axes, str, str]]) -> 
         if shared:
             ax.get_legend().remove()
         ax.figure.set_size_inches(PANEL)
-        figures.append(raw(figure(ax, alt=alt[0] if alt else caption, caption=caption)))
+        figures.append(figure(ax, alt=alt[0] if alt else caption, caption=caption).html)
     return from_template("panels.html", looks=shared, title=title, figures=figures)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -46,7 +47,7 @@ PALE = 0.55
 """Opacity of de-emphasised markers."""
 WIDE = 50.0
 """Values that span more than this factor get a logarithmic axis."""
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "saegrid",
     "font.size": 10.5,

@@ -163,6 +163,7 @@ def _answers(
         "### By budget",
         "Latents are read one by one: fewer per token are easier to read, more leave the model as it is.",
         card.budget_cards(df, prompts, budget, runs),
+        trust_section.which_k(df),
         figure,
         "## Results",
         f"As the published card has them, then KL, loss recovered and FVU.{all_columns}",
@@ -180,7 +181,7 @@ def swept_text(df: pd.DataFrame) -> str:
         [*([f"K of {by_k}"] if by_k != MISSING else []), *([f"θ of {theta}"] if theta != MISSING else [])]
     )
     layer = f"layer {_values(df, 'layer')}"
-    texts = df["dataset"].map(dataset).drop_duplicates()
+    texts = list(selection.by_origin(df, "layer"))
     layer += f" on {escape(' and '.join(texts), quote=False)}" if len(texts) > 1 else ""
     return (
         f"{len(df)} runs, {_listed(df, 'arch')} at {_values(df, 'expansion', '{}x')} with {sparsity}, each trained on "

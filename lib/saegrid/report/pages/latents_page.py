@@ -20,7 +20,7 @@ from saegrid.errors import SaegridError
 from saegrid.experiment import results
 from saegrid.experiment.latents import describe
 from saegrid.report.figures import plots
-from saegrid.report.tables import Markdown, from_template, html_block, markdown, raw
+from saegrid.report.tables import Markdown, from_template, html_block, markdown
 from saegrid.storage.atomic import write_json, write_text
 
 CHUNK = 20
@@ -165,7 +165,7 @@ def card(entry: Mapping[str, Any], data: Mapping[str, Any], known: set[int] | No
     for name in ("promoted", "demoted"):
         effects = [f"{value:+.1f}".replace("-", "−") for _, value in entry[name]]
         shown[name] = list(zip(_tokens([token for token, _ in entry[name]]), effects, strict=True))
-    return raw(from_template("latent.html", c=shown))
+    return from_template("latent.html", c=shown).html
 
 
 def _context(context: Mapping[str, Any], most: float) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from saegrid.analysis.scaling import MEASURES
 from saegrid.experiment import pca_table, results
 from saegrid.report import layers
 from saegrid.report.figures import plots
-from saegrid.report.pages import ablation_section, peers_section, scaling_section
+from saegrid.report.pages import ablation_section, peers_section, scaling_section, trust_section
 from saegrid.report.tables import Markdown, html_table, markdown
 
 SECTIONS = {
@@ -28,6 +28,15 @@ SECTIONS = {
 }
 """Folders under `results/`: title and anchor of their section, and the make target of their tables."""
 
+MEASURED = {
+    "Known directions": ("ground_truth", "ground-truth", trust_section.known_directions),
+    "SAELens' synthetic benchmark": (
+        *("ground_truth/synthsaebench.csv", "synth-bench"),
+        trust_section.synthetic_benchmark,
+    ),
+    "Sparse probes": ("probes/probes.csv", "probes", trust_section.probes),
+}
+"""Titles of sections from other tables: file or folder under `results/`, the make target, what makes the section."""
 VARIED = ("n_train_rows", "expansion", "k")
 SEEDS = "Intervals: 95%, t intervals over prompt templates and seeds, paired."
 
@@ -45,6 +54,9 @@ def page(root: str | Path = ".") -> Markdown:
             answer, body = MADE[name](folder)
         short += [f"- {answer} [More](#{anchor})"] if answer else []
         sections += [f"## {title} {{#{anchor}}}", body]
+    for title, (name, target, section) in MEASURED.items():
+        path = Path(root) / "results" / name
+        sections += [f"## {title}", section(path) if path.exists() else f"Not measured yet: `make {target}` does it."]
     return markdown(*(["## In short", "\n".join(short)] if short else []), *sections)
 
 
@@ -82,7 +94,7 @@ def _layers(folder: Path) -> tuple[str, str]:
     df, prompts = selection.without_controls(results.read_tidy(folder)), results.read_prompts(folder)
     where = f"{counted(df['layer'].nunique(), 'layer')} and {counted(df['dataset'].nunique(), 'text')}"
     text = f"Do this project's headlines hold elsewhere? {_what(df)} Each of {where} is judged by itself."
-    told = layers.verdict(headlines(df, prompts)).splitlines()
+    told = layers.verdict(headlines(df, prompts), df).splitlines()
     short = " ".join(line.removeprefix("- ") for line in told)
     return short and f"Elsewhere ({where}): {short}", markdown(text, layers.section(df, prompts))
 

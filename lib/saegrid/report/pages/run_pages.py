@@ -56,13 +56,13 @@ def write_origin_pages(df: pd.DataFrame, prompts: pd.DataFrame, budget: int, rep
     if len(origins) < 2:
         return
     (report / "layers").mkdir(parents=True)
-    what = layers.words(df).capitalize()
-    text = f"{what}: each is judged by itself. Controls are left out."
+    what = layers.words(df)
+    text = f"Each {what} is judged by itself; controls are left out."
     page = layers.section(selection.without_controls(df), prompts, pages="layers/")
     write_text(report / "layers.qmd", markdown(front_matter(LAYERS), text, page))
     for name, rows in layers.by_text(df).items():
         page = home_page.origin_page(rows, prompts, budget, "../", **beside)
-        links = f"[All of {what.lower()}](../layers.qmd)"
+        links = f"[Every {what}](../layers.qmd)"
         write_text(
             report / "layers" / f"{layers.slug(name)}.qmd", markdown(front_matter(name.capitalize()), links, page)
         )
@@ -71,9 +71,9 @@ def write_origin_pages(df: pd.DataFrame, prompts: pd.DataFrame, budget: int, rep
 def write_run_pages(df: pd.DataFrame, runs_dir: str | Path, folder: Path) -> None:
     """Write every run's executed notebook as a page, and an index. Deletes the pages of other grids' runs."""
     folder.mkdir(parents=True, exist_ok=True)
-    for page in folder.glob("*.ipynb"):
-        if page.stem not in set(df["run_id"]):
-            page.unlink()
+    for old in folder.glob("*.ipynb"):
+        if old.stem not in set(df["run_id"]):
+            old.unlink()
     rows = df.to_dict("records")
     also = settings.unusual(rows)
     for n, row in enumerate(rows):
@@ -171,7 +171,7 @@ def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:
         around.insert(0, f"← [{title(other, also)}]({other['run_id']}.ipynb)")
     for other in (rows[place] for place in here[here.index(n) + 1 :][:1]):
         around.append(f"[{title(other, also)}]({other['run_id']}.ipynb) →")
-    near = {}
+    near: dict[str, list[str]] = {}
     for other in rows:
         differing = settings.differing(rows[n], other)
         if len(differing) == 1:

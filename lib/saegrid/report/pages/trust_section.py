@@ -1,12 +1,17 @@
-"""Seed stability and controls of a grid, as sentences, a figure and tables: what its latents may be trusted for."""
+"""What latents may be trusted for: seed stability, controls, K by coherence, known directions, probes; as Markdown."""
 
 from __future__ import annotations
+
+import math
+from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
 
-from saegrid.analysis import selection
-from saegrid.analysis.numbers import COLUMNS, MISSING, bounds, counted, header, number
+from saegrid.analysis import scaling, selection
+from saegrid.analysis.ablation import LEVEL
+from saegrid.analysis.intervals import holm, t_interval
+from saegrid.analysis.numbers import COLUMNS, MISSING, bounds, change, counted, header, number
 from saegrid.config import settings
 from saegrid.config.settings import CONTROLS
 from saegrid.report.figures import plots
@@ -95,7 +100,7 @@ def in_short(best: pd.Series, df: pd.DataFrame, stable: pd.DataFrame, baseline: 
     beside = df[[settings.key(row, *CONTROLS) == settings.key(best, *CONTROLS) for row in df.to_dict("records")]]
     found = selection.beside_controls(beside, baseline)
     if len(found):
-        losses = found[(found["control"] != "") & ~found["control"].str.contains("model_init")]
+        losses = found[(found["control"] != "") & ~found["untrained"]]
         said, measure = reached_text(found), selection.cost(losses)
         for least in losses.nsmallest(1, measure).to_dict("records"):
             loss = f"{COLUMNS[measure].title} {number(least[measure], measure)} nats/token"
@@ -115,7 +120,7 @@ def controls(df: pd.DataFrame, baseline: pd.DataFrame | None = None) -> Markdown
         for name in reached:
             shown.loc[row, name] = f"{number(found.loc[row, name], name)} ≈"
     caption = "Settings beside their controls, means over seeds; ≈ marks what a control reaches."
-    if found["control"].str.contains("model_init").any():
+    if found["untrained"].any():
         caption += " An untrained language model has no loss to lose, so its losses are not compared."
     return markdown(
         reached_text(found),
@@ -136,6 +141,169 @@ def reached_text(found: pd.DataFrame) -> str:
         return f"{kinds}, and none reaches its setting on any measure."
     parts = [f"{COLUMNS[name].title} ({', '.join(dict.fromkeys(those))})" for name, those in by_measure.items()]
     return f"A control reaches **{'; '.join(parts)}**: these measures say nothing about what was learnt."
+
+
+def which_k(df: pd.DataFrame) -> str:
+    """Decoder coherence over K as a hint to K, with what it is worth; empty if no setting has three K with it."""
+    found = scaling.coherence_over_k(df)
+    if found.empty:
+        return ""
+    lowest = found.loc[found.groupby("label", sort=False)["decoder_coherence"].idxmin()]
+    ends = found.groupby("label")["k"].agg(["min", "max"])
+    told = [
+        f"K = {row.k}{' (the largest here)' if row.k == ends.loc[row.label, 'max'] else ''} for {row.label}"
+        for row in lowest.itertuples()
+    ]
+    widths = sorted({(2 / (math.pi * d_in)) ** 0.5 for d_in in df["d_in"]})  # mean |cosine| of random directions
+    return (
+        f"**A hint to K.** Decoder coherence, the mean |cosine| between decoder rows of live latents, is lowest at "
+        f"{'; '.join(told)}. arXiv:2508.16560 takes the lowest for the right L0: it claims that too few latents per "
+        "token, and too many, mix directions and raise it. But random decoder rows give "
+        f"{' and '.join(number(width, 'decoder_coherence') for width in widths)}, so a low value may also mean that "
+        "few directions were learnt; and on rows with known directions it fell on beyond the true L0."
+    )
+
+
+@styled
+def coherence_curves(found: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Decoder coherence over K, one line per setting (`scaling.coherence_over_k`)."""
+    for label, rows in found.groupby("label", sort=False):
+        arch = str(label).split()[0].rstrip(",")
+        line = rows.sort_values("k")
+        color, marker = PALETTE.get(arch, INK), MARKERS.get(arch, "o")
+        ax.plot(line["k"], line["decoder_coherence"], color=color, marker=marker, label=label)
+    log_axes(ax, sorted(found["k"].unique()))
+    ax.set_yscale("linear")
+    ax.set_xlabel(header("k"))
+    ax.set_ylabel(header("decoder_coherence"))
+    ax.legend(ncols=1, **ABOVE)
+    return ax
+
+
+def coherence(df: pd.DataFrame) -> Markdown:
+    """`which_k` with its figure."""
+    found = scaling.coherence_over_k(df)
+    if found.empty:
+        return Markdown("No setting here was run at three K with decoder coherence.\n")
+    text = "Decoder coherence over K: the mean |cosine| between the decoder rows of live latents."
+    return markdown(which_k(df), plots.figure(coherence_curves(found), alt=text, caption=text))
+
+
+def known_directions(folder: Path) -> Markdown:
+    """What training finds of directions that are known (`benchmarks/ground_truth.py`): sentences and tables."""
+    runs = pd.read_csv(folder / "runs.csv")
+    k = runs.loc[runs["freeze"] == "decoder", "k"].iloc[0]
+    keys, measures = (
+        ["recipe", "arch", "freeze", "rows", "epochs"],
+        ["mcc", "f1", "uniqueness", "stable_pct", "matched_cosine"],
+    )
+    means = runs[runs["k"] == k].groupby(keys, sort=False)
+    table = means[[*measures, "fvu_no_sink", "dead_pct_no_sink"]].mean().assign(seeds=means.size()).reset_index()
+    table["Setting"] = table["arch"] + ", " + table["recipe"]
+    table.loc[table["freeze"] != "none", "Setting"] += ", frozen decoder"
+    table["n_train_rows"] = table["rows"]
+    caption = (
+        "Known directions: means over seeds. The frozen decoder's MCC and uniqueness are those of random directions."
+    )
+    table["Epochs"] = table["epochs"].astype(str)
+    columns = ["Setting", "n_train_rows", "Epochs", "seeds", *measures, "fvu_no_sink", "dead_pct_no_sink"]
+    sweep = runs[(runs["rows"] == runs["rows"].max()) & (runs["recipe"] == "improved") & (runs["arch"] == "BatchTopK")]
+    sweep = sweep[sweep["freeze"] == "none"].groupby("k")[["decoder_coherence", "mcc", "f1"]].mean().reset_index()
+    over = "Decoder coherence and recovery over K: BatchTopK, improved, most rows."
+    return markdown(
+        recovery_text(table, runs["true_l0"].mean(), k),
+        html_table(table, columns, caption=caption, mark_best=False),
+        sweep_text(sweep, runs["true_l0"].mean()),
+        html_table(sweep, ["k", "decoder_coherence", "mcc", "f1"], caption=over, mark_best=False),
+    )
+
+
+def recovery_text(table: pd.DataFrame, true_l0: float, k: int) -> str:
+    """Which setting finds most of the known directions, against the control."""
+    trained, frozen = (table[(table["freeze"] == "none") == plain] for plain in (True, False))
+    best, chance = trained.loc[trained["mcc"].idxmax()], frozen["mcc"].mean()
+    most = trained[trained["rows"] == trained["rows"].max()].sort_values("mcc", ascending=False)
+    short = ", ".join(
+        f"{row['Setting']} ({row['epochs']} epochs) {number(row['mcc'], 'mcc')}" for row in most.to_dict("records")
+    )
+    return (
+        f"Rows made of known directions, of which {true_l0:.1f} are in a row on average: Zipf frequencies, directions "
+        f"of a topic together, children only with their parents, an offset, attention sinks; K = {k}. MCC is the mean "
+        f"|cosine| of decoder rows and true directions, matched one to one; chance (a frozen decoder) gives "
+        f"{number(chance, 'mcc')}. Best is {best['Setting']} on {best['rows']:,} rows, with "
+        f"{number(best['mcc'], 'mcc')} and {number(best['stable_pct'], 'stable_pct')}% of latents stable. "
+        f"On the most rows: {short}."
+    )
+
+
+def sweep_text(sweep: pd.DataFrame, true_l0: float) -> str:
+    """Where decoder coherence is lowest over K, and where recovery is best."""
+    low, best, f1 = (
+        sweep.loc[index, "k"]
+        for index in (sweep["decoder_coherence"].idxmin(), sweep["mcc"].idxmax(), sweep["f1"].idxmax())
+    )
+    hit = "close to" if abs(low - true_l0) <= true_l0 / 4 else "not at"
+    return (
+        f"Decoder coherence is said to be lowest at the true L0 (arXiv:2508.16560). Here it is lowest at K = {low}, "
+        f"{hit} the true {true_l0:.1f}; MCC is highest at K = {best}, F1 at K = {f1}."
+    )
+
+
+def synthetic_benchmark(path: Path) -> Markdown:
+    """SAELens' synthetic benchmark: this project's SAEs and its peers' (`benchmarks/synth_bench.py`)."""
+    runs = pd.read_csv(path).fillna({"recipe": ""})
+    measures = {
+        **{"saelens_mcc": "MCC", "saelens_f1_score": "F1", "saelens_precision": "Precision"},
+        **{"saelens_recall": "Recall", "saelens_uniqueness": "Uniqueness"},
+        **{"saelens_explained_variance": "Explained variance", "saelens_sae_l0": "L0", "saelens_dead_latents": "Dead"},
+    }
+    means = runs.groupby(["peer", "recipe", "arch"], sort=False)[[*measures, "stable_pct"]].mean()
+    table = means.sort_values("saelens_mcc", ascending=False).reset_index()
+    table["Contender"] = (table["peer"] + " " + table["arch"] + " " + table["recipe"]).str.strip()
+    for name, title in measures.items():
+        digits = ".0f" if title == "Dead" else ".1f" if title == "L0" else ".3f"
+        table[title] = table[name].map(lambda value, digits=digits: format(value, digits))
+    caption = (
+        f"SynthSAEBench by SAELens' own evaluation, means over {counted(runs['seed'].nunique(), 'seed')}; stable "
+        "latents by this project's."
+    )
+    columns = ["Contender", *measures.values(), "stable_pct"]
+    return html_table(table, columns, caption=caption, mark_best=False)
+
+
+def probes(path: Path) -> Markdown:
+    """Sparse probes on latents and on what they are compared with (`benchmarks/probes.py`): sentences and tables."""
+    found = pd.read_csv(path)
+    context = int((~found.groupby("concept")["from_token"].first().astype(bool)).sum())
+    label = found["features"].where(found["features"] != "latents", found["arch"] + " " + found["recipe"])
+    found = found.assign(features=label).groupby(["features", "concept", "k"], sort=False)["auc"].mean().unstack("k")
+    everything, ks = found[0].mean(), [k for k in found if k]
+    wide = {k: found[k].unstack("features") for k in ks}  # AUC of (concept, features)
+    k, means = ks[1], pd.DataFrame({k: aucs.mean() for k, aucs in wide.items()})
+    means = means.sort_values(ks[1], ascending=False)
+    apart = wide[k].drop(columns="PCA").sub(wide[k]["PCA"], axis=0)[[n for n in means.index if n != "PCA"]]
+    n = len(apart)
+    more = {name: t_interval(d.mean(), d.std(ddof=1) / n**0.5, n - 1) for name, d in apart.items()}
+    shown = [name for name, p in zip(more, holm([one.p for one in more.values()]), strict=True) if p < LEVEL]
+    stand = {way: [name for name in shown if (more[name].value > 0) == up] for way, up in (("above", 1), ("below", 0))}
+    told = "; ".join(f"{way} it {', '.join(names) or 'none'}" for way, names in stand.items())
+    order = ", ".join(f"{name} {auc:.3f}" for name, auc in means[k].items())
+    text = (
+        f"{counted(n, 'concept')} with automatic labels, {context} of them not decided by the current token alone; "
+        f"mean AUC on held-out tokens, from the {k} most telling features each: {order}. All coordinates of the "
+        f"residual stream give {everything:.3f}. Against PCA (t intervals over concepts, paired; corrected "
+        f"for {len(more)} comparisons): {told}."
+    )
+    table = means.map("{:.3f}".format).set_axis([f"K = {k}" for k in ks], axis=1).rename_axis("Features").reset_index()
+    title = f"More than PCA at K = {k}"
+    table[title] = [change(*more[name][:3]) if name in more else "" for name in table["Features"]]
+    each = wide[k][means.index].map("{:.3f}".format).rename_axis("Concept").reset_index()
+    caption = f"AUC of each concept, K = {k}."
+    return markdown(
+        text,
+        html_table(table, list(table), caption="Sparse probes: mean AUC over concepts.", mark_best=False),
+        html_table(each, list(each), caption=caption, mark_best=False),
+    )
 
 
 def _bounds(stable: pd.DataFrame) -> list[str]:

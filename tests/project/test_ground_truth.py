@@ -1,0 +1,141 @@
+"""The world with known directions, and the runs on its rows: as published files, through the usual training."""
+
+import itertools
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from saegrid.config.run_config import make_config
+from saegrid.core.stability import recovered
+from saegrid.data.store import Store
+from saegrid.experiment.run import Run
+from saegrid.kernels import reference
+from saegrid.report.pages import trust_section
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        import ground_truth
+
+        patch.setattr(ground_truth, "VAL_ROWS", 300)
+        patch.setattr(ground_truth, "EXPANSION", 4)
+        yield ground_truth
+
+
+def test_directions_fire_as_the_world_says(bench):
+    world = bench.make_world(16, 48, l0=5.0)
+    fires = bench.firing(world, 60_000, torch.Generator().manual_seed(0))
+    often = fires.double().mean(0)
+    assert torch.allclose(often, world.probability, atol=4 * (0.25 / 60_000) ** 0.5)
+    assert often.sum().item() == pytest.approx(5, rel=0.01)
+    assert (world.probability.diff() <= 0).all()
+    children = (world.parent >= 0).nonzero()[:, 0]
+    assert len(children) == 8
+    for child in children.tolist():
+        assert fires[:, child].any() and not (fires[:, child] & ~fires[:, world.parent[child]]).any()
+    together = {True: [], False: []}
+    for i, j in itertools.combinations(range(24), 2):
+        both = (fires[:, i] & fires[:, j]).double().mean()
+        together[bool(world.topic[i] == world.topic[j])].append((both / (often[i] * often[j])).item())
+    assert min(together[True]) > 1.3 and max(together[False]) < 1.2
+
+
+def test_rows_are_published_files_made_of_the_directions_that_the_truth_names(bench, tmp_path):
+    world = bench.make_world(24, 40, l0=3.0)
+    truth = bench.write_rows(tmp_path, world, 500, 400)
+    rows = {split: torch.load(tmp_path / f"instruct_base_layer12_{split}.pt") for split in ("train", "val")}
+    assert {split: (tuple(x.shape), x.dtype) for split, x in rows.items()} == {
+        "train": ((500, 24), torch.float16),
+        "val": ((400, 24), torch.float16),
+    }
+    assert not torch.equal(rows["train"][:400], rows["val"])
+    x = rows["val"].float() / bench.UNIT
+    is_sink = x.norm(dim=1) > 10 * x.norm(dim=1).median()
+    assert 0 < is_sink.sum() < 10
+    for row, fires in zip(x[~is_sink][:50], truth[~is_sink][:50], strict=True):
+        left = row - world.offset
+        if fires.any():
+            basis = world.directions[fires].T
+            left = left - basis @ torch.linalg.lstsq(basis, left[:, None]).solution[:, 0]
+        assert left.norm() < 3 * bench.NOISE
+
+
+def test_a_setting_is_trained_and_judged_and_the_usual_evaluation_takes_the_rows(bench, tmp_path):
+    course = bench.prepare(tmp_path, 600, bench.make_world(16, 40, l0=3.0))
+    setting = {"recipe": "improved", "arch": "TopK", "freeze": "none", "rows": 600, "epochs": 1, "k": 3}
+    found = bench.measured(setting, 2, course)
+    assert found["seed"].tolist() == [0, 1] and found["l0_no_sink"].tolist() == pytest.approx([3, 3], abs=0.1)
+    assert found["stable_pct"].nunique() == 1 and found["true_l0"][0] == pytest.approx(3, rel=0.15)
+    run = Run(make_config(**course.places, recipe="improved", arch="TopK", k=3, expansion=4, epochs=1, threads=1))
+    sae = run.train()
+    row = run.evaluate()
+    run.close()
+    assert row["d_in"] == 16 and row["n_val_rows"] == 300 and row["kl"] >= 0
+    assert row["decoder_coherence"] == pytest.approx(found["decoder_coherence"][0], rel=1e-4)
+    x = Store(run.store.folder).rows("val")
+    keep = x.norm(dim=1) <= 10 * x.norm(dim=1).median()
+    again = recovered(sae, course.directions, [(x[keep], course.truth[keep])], reference)
+    assert found[["mcc", "f1", "uniqueness"]].iloc[0].tolist() == pytest.approx(list(again), rel=1e-4)
+
+
+def test_the_plan_has_every_recipe_architecture_and_control(bench):
+    plan = pd.DataFrame([setting | {"seeds": seeds} for setting, seeds in bench.plan({100: (10, 3), 200: (5, 2)})])
+    assert plan[plan["epochs"] == bench.LONG]["arch"].tolist() == ["BatchTopK", "TopK"]
+    plan = plan[plan["epochs"] < bench.LONG]
+    sweep = plan[plan["seeds"] == 1]
+    assert sweep["k"].tolist() == [k for k in bench.KS if k != 12] and set(sweep["rows"]) == {200}
+    rest = plan[plan["seeds"] > 1]
+    assert rest.groupby("rows")["seeds"].unique().map(list).to_dict() == {100: [3], 200: [2]}
+    assert len(rest) == 2 * (3 + 4 + 2) and (rest["freeze"] == "decoder").sum() == 4
+    assert not plan.duplicated(bench.SETTING).any()
+
+
+def test_the_section_names_the_best_setting_chance_and_where_coherence_is_lowest(tmp_path):
+    rows = []
+    for n, freeze, k in [(100, "none", 12), (100, "decoder", 12), (200, "none", 12), (200, "none", 48)]:
+        mcc = {"decoder": 0.3}.get(freeze, 0.5 + n / 1000 - k / 500)
+        told = {"recipe": "improved", "arch": "BatchTopK", "freeze": freeze, "rows": n, "epochs": 5, "k": k, "seed": 0}
+        told |= {"true_l0": 12.1, "decoder_coherence": 0.1 / k, "mcc": mcc, "f1": mcc / 2, "uniqueness": 0.6}
+        rows.append(told | {"stable_pct": 20.0, "matched_cosine": 0.4, "fvu_no_sink": 0.2, "dead_pct_no_sink": 0.0})
+    pd.DataFrame(rows).to_csv(tmp_path / "runs.csv", index=False)
+    text = trust_section.known_directions(tmp_path)
+    assert "gives 0.300" in text and "Best is BatchTopK, improved on 200 rows, with 0.676 and 20.00%" in text
+    assert "lowest at K = 48, not at the true 12.1; MCC is highest at K = 12" in text
+    assert "frozen decoder" in text
+
+
+def test_the_synthetic_benchmark_takes_the_learning_rates_that_the_peers_table_found(bench, tmp_path):
+    import synth_bench
+
+    told = {"peer": "sae-lens", "arch": "TopK", "k": 16, "seed": 0}
+    rows = [told | {"rate": rate, "fvu_no_sink": abs(rate - 10)} for rate in (1.0, 3.0, 10.0)]
+    own = {"peer": "saegrid", "arch": "BatchTopK", "rate": 3.0, "fvu_no_sink": 0.1}
+    scaled = {"peer": "dictionary_learning", "rate": 1.0, "fvu_no_sink": 0.1}
+    pd.DataFrame([*rows, told | own, told | scaled]).to_csv(tmp_path / "runs.csv", index=False)
+    rates = {
+        ("sae-lens", "", "TopK"): 10.0,
+        ("saegrid", "improved", "TopK"): 3.0,
+        ("saegrid", "published", "TopK"): 1.0,
+        ("dictionary_learning", "", "TopK"): 2.0,  # (4,096 / 16,384)^-1/2
+    }
+    for contender, rate in rates.items():
+        assert synth_bench.learning_rate(contender, 1e-3, 4096, tmp_path) == pytest.approx(1e-3 * rate)
+
+
+def test_the_synthetic_benchmarks_table_has_a_row_per_contender_best_first(tmp_path):
+    rows = []
+    for peer, recipe, mcc in (("saegrid", "improved", 0.6), ("sae-lens", "", 0.7)):
+        for seed in (0, 1):
+            told = {"peer": peer, "recipe": recipe, "arch": "TopK", "seed": seed, "stable_pct": 12.5}
+            names = ("f1_score", "precision", "recall", "uniqueness", "explained_variance", "sae_l0", "dead_latents")
+            rows.append(told | {"saelens_mcc": mcc + seed / 10} | {f"saelens_{name}": 0.25 for name in names})
+    pd.DataFrame(rows).to_csv(tmp_path / "table.csv", index=False)
+    text = trust_section.synthetic_benchmark(tmp_path / "table.csv")
+    first, second = (text.index(name) for name in ("sae-lens TopK<", "saegrid TopK improved<"))
+    assert first < second and ">0.750<" in text[first:second] and ">0.650<" in text[second:] and ">12.50<" in text
