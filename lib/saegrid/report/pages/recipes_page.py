@@ -131,8 +131,8 @@ def _switched(folder: Path) -> tuple[str, str]:
         html_table(table, ["recipe", *means, "change"], caption=caption),
     ]
     shown = [f"`{choice}`" for choice in found["choice"][found["p"] < ablation.LEVEL]]
-    changed = f"only {' and '.join(shown)}" if shown else "none"
-    answer = f"**Choices**: of {len(found)} switches, {changed} changes {MEASURES[measure]} measurably."
+    changed = f"only {' and '.join(shown)} {'change' if len(shown) > 1 else 'changes'}" if shown else "none changes"
+    answer = f"**Choices**: of {len(found)} switches, {changed} {MEASURES[measure]} measurably."
     return answer, markdown(*body)
 
 
