@@ -54,13 +54,19 @@ JUDGED = ("explained_variance", "mcc", "uniqueness", "sae_l0", "true_l0", "dead_
 CLASSIFIED = ("f1_score", "precision", "recall")
 
 
+def done(process: subprocess.Popen) -> None:
+    """Wait for a process to end. Raises `SystemExit` if it failed."""
+    if process.wait():
+        raise SystemExit(f"{' '.join(process.args[1:3])}: ended with {process.returncode}")
+
+
 class Bench:
     """The rows, and what trains and judges on them."""
 
     def __init__(self, folder: Path, python: Path, k: int, seeds: int):
         self.folder, self.python, self.k, self.seeds = folder, python, k, seeds
         if not (folder / "rows.safetensors").exists():
-            self.ask("synth_world.py", "rows", str(folder), train_rows=TRAIN_ROWS, val_rows=VAL_ROWS)
+            done(self.ask("rows", part=PART, train_rows=TRAIN_ROWS, val_rows=VAL_ROWS))
         made = load_file(folder / "rows.safetensors")
         (folder / "rows").mkdir(exist_ok=True)
         for split in ("train", "val"):
@@ -70,11 +76,12 @@ class Bench:
         self.course = Course(told, made["directions"], made["fires"])
         self.store: Store = prepare_store(make_config(**told, k=k))
 
-    def ask(self, script: str, *arguments: str, **told: Any) -> str:
-        """Run a script in the peers' environment."""
+    def ask(self, command: str, **told: Any) -> subprocess.Popen:
+        """Start `synth_world.py` in the peers' environment."""
         quiet = {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [str(self.python), str(ROOT / "benchmarks" / script), *arguments, json.dumps(told | {"part": PART})]
-        return subprocess.run(command, env=os.environ | quiet, stdout=subprocess.PIPE, text=True, check=True).stdout
+        script = [str(self.python), str(ROOT / "benchmarks/synth_world.py")]
+        words = [*script, command, str(self.folder), json.dumps(told)]
+        return subprocess.Popen(words, env=os.environ | quiet, stdout=subprocess.DEVNULL)
 
     def their_spec(self, contender: Contender, lr: float, seed: int) -> dict[str, Any]:
         """What `peer_train.py` is told."""
@@ -131,18 +138,19 @@ def main() -> None:
     options = parser.parse_args()
     set_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
-        name = str(options.folder or temporary)
-        bench, records = Bench(Path(name), options.peers_python, options.k, options.seeds), []
+        bench, records = Bench(options.folder or Path(temporary), options.peers_python, options.k, options.seeds), []
         d_sae = EXPANSION * bench.store.d_in
         rates = {one: learning_rate(one, default, d_sae) for one, default in (OWN | THEIRS).items()}
         runs = itertools.product(range(options.seeds), THEIRS)
         specs = [bench.their_spec(contender, rates[contender], seed) for seed, contender in runs]
-        bench.ask("synth_world.py", "train", name, specs=[spec for spec in specs if not Path(spec["out"]).exists()])
+        training = bench.ask("train", specs=[spec for spec in specs if not Path(spec["out"]).exists()])
         for contender, lr in rates.items():
+            if contender in THEIRS:
+                done(training)
             records += bench.judged(contender, lr)
             print(pd.DataFrame(records[-options.seeds :]).round(4).to_string(index=False), flush=True)
-        bench.ask("synth_world.py", "judge", name, rows=JUDGED_ROWS)
-        theirs = json.loads((Path(name) / "judged.json").read_text())
+        done(bench.ask("judge", rows=JUDGED_ROWS))
+        theirs = json.loads((bench.folder / "judged.json").read_text())
     for record in records:
         found = theirs[record.pop("name")]
         record |= {f"saelens_{n}": found[n] for n in JUDGED}
