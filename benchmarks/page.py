@@ -8,19 +8,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from page_plots import NAMES, curve_plot, step_plot
+from page_plots import NAMES, curve_plot, step_chart
 
 from saegrid.analysis.numbers import MISSING
-from saegrid.report.tables import Markdown, html_block, markdown
+from saegrid.report.tables import Markdown, folded, from_template, markdown
 from saegrid.storage.atomic import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 QUALITY = {"val_mse": ".4g", "l0": ".1f", "dead_pct": ".1f"}
-FLOOR = (
+STEP = (
+    "One chart per machine: how long a step of each peer takes, in units of this project's own step, and the floor. "
     "The floor is the encoder's product alone, in the step's own precision, and one read and write of the parameters "
     "and of Adam's moments at the bandwidth that the machine gives."
 )
@@ -40,19 +40,16 @@ def make(results: Path, page: Path) -> None:
 def render(results: dict[str, Any]) -> Markdown:
     """The page as Markdown, from the content of results.json."""
     results = results | {part: sorted(results[part], key=_place) for part in ("races", "floors")}
-    parts = [section("Ratio to the peers", by_machine(ratio_table, results), results["races"])]
-    if results["races"]:
-        parts += [step_plot(results), details(results)]
-    parts += [not_measured(results), f"## How it was measured\n\n{introduction(results)}"]
-    parts += [section("Over the floor", f"{FLOOR}\n\n{by_machine(floor_table, results)}", results["floors"])]
-    parts += [f"## On a GPU\n\n{gpu(ROOT / 'benchmarks' / 'gpu.json')}"]
+    quality = f"{curve_plot(results)}\n\n{quality_table(results)}" if results["quality"] else ""
+    parts = [section("A training step", f"{STEP}\n\n{by_machine(step, results)}", results["races"])]
+    parts += [details(results)] if results["races"] else []
+    parts += [not_measured(results), f"## On a GPU\n\n{gpu(ROOT / 'benchmarks' / 'gpu.json')}"]
     parts += [section("Splice evaluation", splice_table(results), results.get("splice"))]
     parts += [section("A whole grid", grid_table(results), results.get("grid"))]
     parts += [section("Cost against size", scaling_table(results), results["scaling"])]
-    parts += [section("Equal quality", quality_table(results), results["quality"])]
-    if results["quality"]:
-        parts.append(curve_plot(results))
+    parts += [section("Equal quality", quality, results["quality"])]
     parts += [section("Peak memory of a step", f"{MEMORY}\n\n{by_machine(memory_table, results)}", results["races"])]
+    parts += [f"## How it was measured\n\n{introduction(results)}"]
     return markdown(*parts)
 
 
@@ -63,20 +60,28 @@ def gpu(path: Path) -> str:
     found = json.loads(path.read_text(encoding="utf-8"))
     facts, rules = found["facts"], found["rules"]
     rates = f"{facts['bytes_per_s'] / 1e12:.2f} TB/s copied, {facts['bf16_flop_per_s'] / 1e12:.0f} TFLOP/s in bf16"
-    rows = [
-        f"| {step['arch']}, {step['recipe']} | {step['shape'][0]}, {step['shape'][1]}x, K {step['shape'][2]} "
-        f"| {step['shape'][3]:,} | {step['ms']:.2f} | {step['floor_ms']:.2f} | {step['ms'] / step['floor_ms']:.1f} |"
-        for step in found["steps"]
-        if step["who"] == "saegrid" and "ms" in step
-    ]
-    head = "| SAE | d_in, expansion, K | rows | ms per step | floor, ms | ratio |\n|---|---|--:|--:|--:|--:|"
+    own = [step for step in found["steps"] if step["who"] == "saegrid" and "ms" in step]
+    over = [f"{least:.1f}" for least in sorted(step["ms"] / step["floor_ms"] for step in own)]
+    chart, rows = [], []
+    for step in own:
+        d_in, expansion, k, batch = step["shape"]
+        name = f"{step['arch']}, {step['recipe']}", f"{d_in} → {d_in * expansion:,}, K {k}, {batch:,} rows"
+        others = [o for o in found["steps"] if o["who"] != "saegrid" and o["shape"] == step["shape"] and "ms" in o]
+        others = {o["who"]: o["ms"] / step["ms"] for o in others if o["arch"] == step["arch"]}
+        chart.append((*name, others | {"floor": step["floor_ms"] / step["ms"]}))
+        rows.append((name, f"{step['ms']:.2f}", f"{step['floor_ms']:.2f}", f"{step['ms'] / step['floor_ms']:.1f}"))
     return "\n\n".join(
         [
-            f"{facts['device']}, torch {facts['torch']}, {found['date']}: {rates}. After eight steps of each of the "
-            f"{len(rules['apart'])} pairs of rule and recipe, the weights are within {rules['largest']:.0e} of the "
-            "reference's on the processor, and no step waited for the device. " + found.get("note", ""),
-            "\n".join([head, *rows]),
-            "The floor: a step's five products at the measured rate, and one read and write of weights and moments.",
+            f"**A step takes {' to '.join(dict.fromkeys([over[0], over[-1]]))} times the floor** on {facts['device']} "
+            f"(torch {facts['torch']}, {found['date']}; {rates}). {found.get('note', '')}",
+            step_chart(
+                chart,
+                "The floor: a step's five products at the measured rate, and one read and write of "
+                "weights and moments.",
+            ),
+            f"After eight steps of each of the {len(rules['apart'])} pairs of rule and recipe, the weights are within "
+            f"{rules['largest']:.0e} of the reference's on the processor, and no step waited for the device.",
+            fold("Times of a step on the GPU", ["SAE", "Step (ms)", "Floor (ms)", "Step / floor"], rows),
         ]
     )
 
@@ -140,32 +145,46 @@ def not_measured(results: dict[str, Any]) -> str:
     return f"::: {{.callout-important}}\n## Not measured\n\n{lines}\n:::"
 
 
-def ratio_table(results: dict[str, Any]) -> str:
+def step(results: dict[str, Any]) -> str:
+    """One machine's steps: a sentence, one chart with peers and floor, and the tables."""
+    races, floors = results["races"], results["floors"]
+    chart: dict[tuple, dict[str, float]] = {}
+    for race in races:
+        if "ratio" in race:
+            chart.setdefault(shape_of(race), {})[race["peer"]] = race["ratio"]
+    for record in floors:
+        if record.get("over_floor"):
+            chart.setdefault(shape_of(record), {})["floor"] = 1 / record["over_floor"]
+    if not chart:
+        return ""
+    closest = [min(peers) for own in chart.values() if (peers := [own[name] for name in own if name != "floor"])]
+    over = [1 / own["floor"] for own in chart.values() if "floor" in own]
+    said = [f"is **{_range(closest)} times** as fast as the fastest peer in its fastest setting"] if closest else []
+    said += [f"takes **{_range(over)} times** the floor"] if over else []
+    caption = "Each peer in its fastest setting, and the floor; right of the line is slower than this project."
+    return "\n\n".join(
+        [
+            f"A step {', and '.join(said)}.",
+            step_chart([(*shape, own) for shape, own in chart.items()], caption),
+            ratio_table(races),
+            floor_table(floors),
+        ]
+    )
+
+
+def _range(values: list[float]) -> str:
+    return " to ".join(dict.fromkeys(f"{value:.1f}" for value in (min(values), max(values))))
+
+
+def ratio_table(races: list[dict[str, Any]]) -> str:
     rows = []
-    for race in results["races"]:
+    for race in races:
         setting = race.get("fastest_setting", MISSING)
         times = (text(race.get(name), ".1f") for name in ("saegrid_ms", "default_ms", "fastest_ms"))
-        ratios = text(race.get("ratio_default"), ".1f"), bold(race.get("ratio"), ".1f")
-        rows.append((*shape_of(race), NAMES[race["peer"]], *times, setting, *ratios))
-    times = "This project (ms)", "Default (ms)", "Fastest (ms)", "Fastest setting"
-    all_peers = table([*SHAPE, "Peer", *times, "Ratio to default", "Ratio to fastest"], rows)
-    return f"{lowest(results)}\n\n{all_peers}"
-
-
-def lowest(results: dict[str, Any]) -> str:
-    """The main ratio, to the fastest of all peers: one line per shape and batch."""
-    best: dict[tuple, dict] = {}
-    for race in results["races"]:
-        key = shape_of(race)
-        if "ratio" in race and race["ratio"] < best.get(key, {"ratio": float("inf")})["ratio"]:
-            best[key] = race
-    if not best:
-        return ""
-    ratios = [race["ratio"] for race in best.values()]
-    spread = " to ".join(dict.fromkeys(f"{ratio:.1f}" for ratio in (min(ratios), max(ratios))))
-    rows = [(*shape_of(race), NAMES[race["peer"]], bold(race["ratio"], ".1f")) for race in best.values()]
-    line = f"A training step is **{spread} times** as fast as the fastest peer in its fastest setting."
-    return f"{line}\n\n{table([*SHAPE, 'Fastest peer', 'Ratio'], rows)}"
+        ratios = text(race.get("ratio_default"), ".1f"), text(race.get("ratio"), ".1f")
+        rows.append((shape_of(race), NAMES[race["peer"]], *times, setting, *ratios))
+    heads = "This project (ms)", "Default (ms)", "Fastest (ms)", "Fastest setting", "Default / ours", "Fastest / ours"
+    return fold("Every race", ["Shape", "Peer", *heads], rows)
 
 
 def details(results: dict[str, Any]) -> str:
@@ -174,7 +193,7 @@ def details(results: dict[str, Any]) -> str:
     for race in results["races"]:
         errors = [c.get("mse") for c in race["contenders"] if "mse" in c]
         if errors and max(errors) - min(errors) > ALIKE * min(errors):
-            unlike.append(f"{race['machine']}: {' '.join(shape_of(race))}, {race['peer']}")
+            unlike.append(f"{race['machine']}: {', '.join(shape_of(race))}, {race['peer']}")
         for contender in race["contenders"]:
             if "failure" in contender:
                 failures[race["machine"], contender["contender"], contender["setting"]] = contender["failure"]
@@ -185,17 +204,17 @@ def details(results: dict[str, Any]) -> str:
             f"On the first batch all contenders of a race have the same MSE within {ALIKE:.0%}: they solve one problem."
         )
     lines = [f"- {where}: {NAMES[name]}, {flags}: `{why}`" for (where, name, flags), why in sorted(failures.items())]
-    return same + ("\n\nSettings that did not run:\n\n" + "\n".join(lines) if lines else "")
+    return f"{same}\n\n{folded('Settings that did not run', chr(10).join(lines))}" if lines else same
 
 
-def floor_table(results: dict[str, Any]) -> str:
+def floor_table(floors: list[dict[str, Any]]) -> str:
     names = ("saegrid_ms", "saegrid_fp32_ms", "product_ms", "memory_ms", "floor_ms", "bandwidth_gb_s")
     rows = [
-        (*shape_of(record), *(text(record.get(name), ".1f") for name in names), bold(record.get("over_floor"), ".2f"))
-        for record in results["floors"]
+        (shape_of(record), *(text(record.get(name), ".1f") for name in names), text(record.get("over_floor"), ".2f"))
+        for record in floors
     ]
     heads = "Step (ms)", "Step, fp32 product (ms)", "Product (ms)", "Memory (ms)", "Floor (ms)", "Bandwidth (GB/s)"
-    return table([*SHAPE, *heads, "Step / floor"], rows) if rows else ""
+    return fold("The floor in its parts", ["Shape", *heads, "Step / floor"], rows)
 
 
 def splice_table(results: dict[str, Any]) -> str:
@@ -205,7 +224,7 @@ def splice_table(results: dict[str, Any]) -> str:
     rows = [("this project", text(splice["saegrid_s"], ".1f"), text(splice["baseline_s"], ".1f"), MISSING)]
     lines = []
     if "peer_s" in splice:
-        rows.append(("sae-lens, run_evals", text(splice["peer_s"], ".1f"), MISSING, bold(splice["ratio"], ".1f")))
+        rows.append(("sae-lens, run_evals", text(splice["peer_s"], ".1f"), MISSING, text(splice["ratio"], ".1f")))
         apart = max(splice["apart"].values())
         lines.append(f"The two give the same clean, spliced and zero-ablated losses within {apart:.1g} nats/token.")
     if "bf16_delta_apart" in splice:
@@ -215,12 +234,13 @@ def splice_table(results: dict[str, Any]) -> str:
             "nats/token; the default stays float32."
         )
     heads = ["Evaluator", f"{splice['saes']} SAEs (s)", "of which shared passes (s)", "Ratio"]
+    ratio = f"**{splice['ratio']:.1f} times as fast as sae-lens' `run_evals`.** " if "ratio" in splice else ""
     return (
-        f"{splice['saes']} SAEs (d_sae {splice['d_sae']:,}) spliced into the model over the same {splice['tokens']:,} "
-        f"tokens, in {splice['contexts']} contexts; loading is not timed. This project runs the blocks before the "
-        "splice, and the clean and ablated passes, once for all SAEs, and restarts the model after the hooked block "
-        "for each; `run_evals` runs three whole passes per SAE. Machine: "
-        f"{splice['machine']}.\n\n{table(heads, rows)}\n\n" + " ".join(lines)
+        f"{ratio}{splice['saes']} SAEs (d_sae {splice['d_sae']:,}) spliced into the model over the same "
+        f"{splice['tokens']:,} tokens, in {splice['contexts']} contexts; loading is not timed. This project runs the "
+        "blocks before the splice, and the clean and ablated passes, once for all SAEs, and restarts the model after "
+        "the hooked block for each; `run_evals` runs three whole passes per SAE. Machine: "
+        f"{splice['machine']}. {' '.join(lines)}\n\n{fold('Times of both evaluators', heads, rows)}"
     )
 
 
@@ -237,7 +257,7 @@ def grid_table(results: dict[str, Any]) -> str:
         f"Training all runs of `{grid['grid']}` one after another on one thread, by the measured step times: "
         f"**{grid['reference_hours']:.1f} h** with the reference kernel, **{grid['auto_hours']:.1f} h** with this "
         f"machine's own, {grid['reference_hours'] / grid['auto_hours']:.1f} times less. Machine: "
-        f"{grid['machine']}.\n\n{table(heads, rows)}"
+        f"{grid['machine']}.\n\n{fold('Step times of every run', ['Run', *heads[1:]], rows)}"
     )
 
 
@@ -251,11 +271,12 @@ def scaling_table(results: dict[str, Any]) -> str:
         sizes = " · ".join(f"{point['size']:,}" for point in points)
         for name in ("saegrid", "torch"):
             times = " · ".join(text(point.get(f"{name}_ms"), ".1f") for point in points)
-            rows.append((axis, NAMES[name], sizes, times, bold(scaling["exponents"][axis][name], ".2f")))
+            rows.append((axis, NAMES[name], sizes, times, text(scaling["exponents"][axis][name], ".2f")))
     return (
         f"BatchTopK at d_in {base['d_in']}, d_sae {base['d_sae']:,}, K {base['k']}, {base['batch']} rows, one size "
         f"changed at a time; the exponent is the slope of log(step) over log(size). Machine: "
-        f"{scaling['machine']}.\n\n" + table(["Size", "Contender", "Sizes", "Step (ms)", "Exponent"], rows)
+        f"{scaling['machine']}.\n\n"
+        + str(table("Step time by size.", ["Size", "Contender", "Sizes", "Step (ms)", "Exponent"], rows))
     )
 
 
@@ -268,12 +289,12 @@ def quality_table(results: dict[str, Any]) -> str:
         for own in record["own"]:
             pairs = (f"{reference[n]:{f}} → {own[n]:{f}}" for n, f in QUALITY.items())
             ratios = (text(own["ratios"][n], ".4f") for n in QUALITY)
-            rows.append((record["arch"], f"{own['kernel']}, {own['matmul']}", *pairs, *ratios))
+            rows.append(((record["arch"], f"{own['kernel']}, {own['matmul']}"), *pairs, *ratios))
     heads = "Validation MSE (act²)", "L0 (latents/token)", "Dead (%)", "MSE ratio", "L0 ratio", "Dead ratio"
     return (
         "The reference kernel in fp32 → this machine's own kernel, by the precision of its product: same seed, rows, "
         f"order and steps; measured {record['date']}. Machine: {record['machine']}.\n\n"
-        + table(["Architecture", "Kernel", *heads], rows)
+        + fold("Measures of both kernels", ["Architecture", *heads], rows)
     )
 
 
@@ -284,18 +305,18 @@ def memory_table(results: dict[str, Any]) -> str:
             if c.get("peak_rss_mib") and (c["contender"] != "saegrid" or race["peer"] == "torch"):
                 step = c["peak_rss_mib"] - c["imported_rss_mib"]
                 numbers = (text(value, ",.0f") for value in (step, c["peak_rss_mib"], c["imported_rss_mib"]))
-                rows.append((*shape_of(race), NAMES[c["contender"]], c["setting"], *numbers))
-    heads = "Peak above the imports (MiB)", "Peak of the process (MiB)", "Behind its imports (MiB)"
-    return table([*SHAPE, "Contender", "Setting", *heads], rows) if rows else ""
+                rows.append((shape_of(race), NAMES[c["contender"]], c["setting"], *numbers))
+    heads = "Peak above the imports (MiB)", "Peak of the process (MiB)", "After its imports (MiB)"
+    return fold("Memory of every contender", ["Shape", "Contender", "Setting", *heads], rows) if rows else ""
 
 
-SHAPE = ("d_in", "Expansion", "K", "Rows", "Architecture")
-TEXT = ("Architecture", "Peer", "Fastest peer", "Fastest setting", "Contender", "Setting")
+TEXT = ("Peer", "Fastest setting", "Contender", "Setting", "Sizes")
 
 
-def shape_of(record: dict[str, Any]) -> tuple[str, ...]:
-    """Cells of `SHAPE` for a race or a floor."""
-    return str(record["d_in"]), f"{record['expansion']}x", str(record["k"]), f"{record['batch']:,}", record["arch"]
+def shape_of(record: dict[str, Any]) -> tuple[str, str]:
+    """Label and note of a race's or a floor's shape."""
+    d_in, d_sae = record["d_in"], record["d_in"] * record["expansion"]
+    return record["arch"], f"{d_in} → {d_sae:,}, K {record['k']}, {record['batch']:,} rows"
 
 
 def _place(record: dict[str, Any]) -> tuple:
@@ -304,26 +325,24 @@ def _place(record: dict[str, Any]) -> tuple:
     return *(record[name] for name in names), record.get("peer", "")
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Markdown:
-    """A table that can also be scrolled by keyboard; `**text**` in a cell is strong."""
-    kinds = [' class="text"' if name in TEXT else "" for name in heads]
-    head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for name, kind in zip(heads, kinds, strict=True))
-    body = "\n".join(f"<tr>{''.join(map(cell, row, kinds))}</tr>" for row in rows)
-    return html_block(
-        f'<div class="table-scroll" role="region" tabindex="0" aria-label="{escape(", ".join(heads))}">\n'
-        f'<table class="table results" data-quarto-disable-processing="true">\n<thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{body}\n</tbody>\n</table>\n</div>"
-    )
+def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> Markdown:
+    """A table; the first cell of a row is its header, a text or a label with a note. A head ends in its (unit)."""
+    head = [(name, unit.rstrip(")"), "") for name, _, unit in (name.partition(" (") for name in heads)]
+    shown = []
+    for first, *others in rows:
+        label, note = (first, "") if isinstance(first, str) else first
+        cells = [
+            {"column": name, "text": cell, "missing": cell == MISSING, "words": name in TEXT}
+            | {"best": False, "theirs": ""}
+            for name, cell in zip(heads[1:], others, strict=True)
+        ]
+        shown.append(({"text": label, "id": note, "href": ""}, cells))
+    return from_template("table.html", caption=caption, note="", tools="", groups=[], heads=head, rows=shown)
 
 
-def cell(text: str, kind: str) -> str:
-    strong = text.startswith("**")
-    text = escape(text.strip("*"))
-    return f"<td{kind}><strong>{text}</strong></td>" if strong else f"<td{kind}>{text}</td>"
-
-
-def bold(value: float | None, form: str) -> str:
-    return f"**{text(value, form)}**"
+def fold(caption: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table that is folded away behind its caption; empty without rows."""
+    return str(folded(caption, table(f"{caption}.", heads, rows))) if rows else ""
 
 
 def text(value: float | None, form: str) -> str:

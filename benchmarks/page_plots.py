@@ -1,7 +1,8 @@
-"""Plots of the benchmark's page: step times of all contenders, and learning curves of both kernels."""
+"""Figures of the benchmark's page: step times of all contenders, and learning curves of both kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -13,45 +14,34 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 
 from saegrid.report.figures.plots import figure
-from saegrid.report.figures.style import ABOVE, INK, PALETTE, STYLE
+from saegrid.report.figures.strips import Look, Mark, Row, strips
+from saegrid.report.figures.style import ABOVE, LIBRARIES, PALETTE, STYLE
 from saegrid.report.tables import Markdown
 
-MARKS = {  # contender: colour, shape, name; told apart by shape as well as by colour
-    "saegrid": ("#d55e00", "o", "this project"),
-    "torch": ("#3a86c8", "s", "plain torch loop"),
-    "sae-lens": ("#009e73", "^", "sae-lens"),
-    "sparsify": ("#b07aa1", "D", "sparsify"),
-    "dictionary_learning": ("#a08000", "v", "dictionary_learning"),
-    "floor": (INK, "|", "floor"),
+LOOKS = {
+    "floor": Look("floor", shape="|"),
+    "sae-lens": Look("sae-lens", LIBRARIES["sae-lens"], "s"),
+    "sparsify": Look("sparsify", LIBRARIES["sparsify"], "^"),
+    "dictionary_learning": Look("dictionary_learning", LIBRARIES["dictionary_learning"], "D"),
+    "torch": Look("plain torch loop", LIBRARIES["torch"], "v"),
+    "saegrid": Look("this project", LIBRARIES["saegrid"]),
 }
-NAMES = {name: title for name, (_, _, title) in MARKS.items()}
+"""Contenders of the charts, told apart by shape as well as by colour."""
+NAMES = {name: look.name for name, look in LOOKS.items()}
 
 
-def step_plot(results: dict[str, Any]) -> Markdown:
-    """Step times at the smallest batch: one line per shape and architecture, one marker per contender's fastest."""
-    batch = min(race["batch"] for race in results["races"])
-    lines: dict[str, dict[str, float]] = {}
-    for race in results["races"]:
-        if race["batch"] == batch and "ratio" in race:
-            times = lines.setdefault(label_of(race), {})
-            times |= {"saegrid": race["saegrid_ms"], race["peer"]: race["fastest_ms"]}
-    for record in results["floors"]:
-        if record["batch"] == batch and record.get("floor_ms") and label_of(record) in lines:
-            lines[label_of(record)]["floor"] = record["floor_ms"]
-    with plt.rc_context(STYLE):
-        _, ax = plt.subplots(figsize=(8.0, 1.2 + 0.34 * max(1, len(lines))), layout="constrained")
-        for contender, (color, shape, title) in MARKS.items():
-            points = [(times[contender], n) for n, times in enumerate(lines.values()) if contender in times]
-            if points:
-                ax.scatter(*zip(*points, strict=True), color=color, marker=shape, s=60, label=title, zorder=2)
-        ax.set_yticks(range(len(lines)), list(lines))
-        ax.invert_yaxis()
-        ax.set_xscale("log")
-        plain_numbers(ax.xaxis)
-        ax.set_xlabel("One training step (ms, log scale)")
-        ax.figure.legend(loc="outside upper left", ncols=3)  # long labels make the plot narrow
-    caption = f"Median time of a step of {batch} rows; each peer in its fastest setting. Left is faster."
-    return figure(ax, alt="Step time of each contender at each shape and architecture", caption=caption)
+def step_chart(steps: Sequence[tuple[str, str, dict[str, float]]], caption: str) -> Markdown:
+    """Step times in units of this project's own: one row per (label, note, times by contender)."""
+    rows = []
+    for label, note, times in steps:
+        peers = {name: time for name, time in times.items() if name != "floor"}
+        closest = min(peers, key=peers.__getitem__, default="")
+        told = f"{NAMES[closest]} {peers[closest]:.1f}x" if closest else f"{1 / times['floor']:.1f}x the floor"
+        marks = [Mark(look, times[name]) for name, look in LOOKS.items() if name in times]
+        rows.append(Row(label, [*marks, Mark(LOOKS["saegrid"], 1.0)], told, note))
+    caption += " The number is that of the fastest peer." if any(len(times) > 1 for _, _, times in steps) else ""
+    axis = "Time of a step / this project's step (log scale)"
+    return strips(rows, axis=axis, caption=caption, log=True, origin=1.0)
 
 
 def curve_plot(results: dict[str, Any]) -> Markdown:
@@ -87,8 +77,3 @@ def plain_numbers(axis: Axis) -> None:
     between = "25" if axis.axis_name == "y" or high < 50 * low else ""  # a long x axis has no room for them
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in between else "")
-
-
-def label_of(record: dict[str, Any]) -> str:
-    shape = f"{record['d_in']}, {record['expansion']}x, K {record['k']}, {record['arch']}"
-    return f"{shape} ({record['machine']})"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import functools
 import os
 import random
 import resource
@@ -34,8 +35,10 @@ import torch
 from tiny import save_dataset, save_model
 from tqdm.auto import tqdm
 
+from saegrid.config import run_config
 from saegrid.config.grid import Grid
 from saegrid.config.run_config import RunConfig, make_config
+from saegrid.data import stream
 from saegrid.errors import SaegridError
 from saegrid.experiment import finished_run, results
 from saegrid.experiment.mend import mend
@@ -71,8 +74,9 @@ class Sources:
 class Bench(Sources):
     """The sources, the undisturbed result, and another run's files to swap in."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, **changes: str | int):
         super().__init__(root)
+        self.parameters |= changes
         self.other = {**self.parameters, "seed": 1, "data_seed": 1}
         _work(self.config(root / "warm"))  # imports and compiles everything before the first fork
         for name, parameters in (("whole", self.parameters), ("other", self.other)):
@@ -83,6 +87,13 @@ class Bench(Sources):
         started = time.perf_counter()
         run(lambda: _work(self.config(root / "timed")))
         self.seconds = time.perf_counter() - started
+
+    @functools.cached_property
+    def streamed(self) -> Bench:
+        """The same for a run whose training rows are streamed."""
+        run_config.SAMPLE_ROWS, stream.PART_ROWS = 400, 150  # fewer than the run's rows
+        (self.root / "streamed").mkdir()
+        return Bench(self.root / "streamed", rows="streamed", shuffle_rows=256, epochs=1)
 
     def config(self, place: Path, parameters: dict | None = None) -> RunConfig:
         places = {"runs_dir": f"{place}/runs", "store_dir": f"{place}/activations"}
@@ -246,6 +257,15 @@ def kill_at_time(bench: Bench, place: Path, dice: random.Random) -> tuple[str, s
     return bench.phase(place), bench.finish(place)
 
 
+def kill_streamed(bench: Bench, place: Path, dice: random.Random) -> tuple[str, str]:
+    """SIGKILL of a run whose rows are streamed, after its first checkpoint; sometimes the resumed run, too."""
+    bench = bench.streamed
+    _given_store(bench, place, dice)
+    for _ in range(1 + (dice.random() < 0.25)):
+        _kill_in_training(bench.config(place), dice, within=15)
+    return bench.phase(place), bench.finish(place)
+
+
 def twins(bench: Bench, place: Path, dice: random.Random) -> tuple[str, str]:
     """The same run twice at once; sometimes one of them is killed."""
     first = start(lambda: _work(bench.config(place)))
@@ -311,6 +331,22 @@ def _given_store(bench: Bench, place: Path, dice: random.Random) -> bool:
     if given := dice.random() < 0.7:
         shutil.copytree(bench.root / "whole" / "activations", place / "activations")
     return given
+
+
+def _kill_in_training(config: RunConfig, dice: random.Random, within: int = 40) -> None:
+    """SIGKILL a run before one of its folder's file operations that follow the first checkpoint."""
+    folder, saves = Path(config.runs_dir) / config.run_id, [dice.randint(2, within)]
+
+    def task() -> None:
+        def act(count: int) -> None:
+            saves[0] -= (folder / "checkpoint.safetensors").exists()
+            if not saves[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        _on_operation(folder, act)
+        _work(config)
+
+    run(task)
 
 
 def _told(outcome: Outcome, place: Path) -> str:
@@ -397,19 +433,7 @@ def spoiled_checkpoint(bench: Bench, place: Path, dice: random.Random) -> tuple[
     config = bench.config(place)
     folder = place / "runs" / config.run_id
     shutil.copytree(bench.root / "whole" / "activations", place / "activations")
-
-    def task() -> None:
-        saves = [dice.randint(2, 40)]
-
-        def act(count: int) -> None:
-            saves[0] -= (folder / "checkpoint.safetensors").exists()
-            if not saves[0]:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        _on_operation(folder, act)
-        _work(config)
-
-    run(task)
+    _kill_in_training(config, dice)
     phase = bench.phase(place)
     there = [name for name in ("checkpoint.safetensors", "config.json", "metrics.jsonl") if (folder / name).exists()]
     if there:
@@ -420,7 +444,8 @@ def spoiled_checkpoint(bench: Bench, place: Path, dice: random.Random) -> tuple[
 
 
 FAULTS = {
-    "kill ahead of a file operation": (kill_at_operation, 34),
+    "kill ahead of a file operation": (kill_at_operation, 28),
+    "a streamed run killed": (kill_streamed, 6),
     "kill at a random time": (kill_at_time, 20),
     "twins": (twins, 8),
     "file-size limit": (file_size_limit, 8),

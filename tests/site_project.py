@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from saegrid.analysis import selection
+from saegrid.config import settings
 from saegrid.experiment import results
 from saegrid.report import assemble, site
 from saegrid.report.pages import latents_page
@@ -16,7 +17,8 @@ from saegrid.storage.atomic import write_json
 ROOT = Path(__file__).parents[1]
 PAGES = site.pages(ROOT)
 SOURCES = ["_quarto.yml", *(page for page in PAGES if "/" not in page and page != "index.qmd"), "notebooks", "lib"]
-SOURCES += ["results/_published.md", "results/_recipes.md", "benchmarks/_speed.md"]
+SOURCES += ["references.bib", "docs/home-light.webp", "benchmarks/_speed.md"]
+SOURCES += [f"results/_{name}.md" for name in ("published", "recipes", "references")]
 NOTEBOOKS = [Path(page).stem for page in PAGES if page.endswith(".ipynb")]
 HOSTILE = ["$x$", "{{< include gone.md >}}", "</script><script>document.title='broken'</script>", '"><b>', "&lt;"]
 """Token strings that must be rendered as text."""
@@ -72,8 +74,10 @@ def write_latents(root, grid):
             {"latent": 100 + n, "fired": n + 1, "fired_on_sinks": n % 2, "mean_act": 2.0, "max_act": 3.0 + n}
             | {"contexts": contexts, "promoted": pairs, "demoted": [[" down", -1.0]], "neighbours": near}
         )
-    facts = {name: best[name] for name in ("run_id", "name", "model", "sinks")}
+    facts = {name: best[name] for name in ("run_id", "name", "arch", "model", "sinks")}
+    facts |= {"label": settings.label(best)}
     facts |= {name: int(best[name]) for name in ("layer", "d_sae", "n_val_rows")}
-    data = facts | {"n_alive": 60, "n_sink_rows": 2, "tokens_known": True, "latents": latents}
+    fired = [0] * (facts["d_sae"] - 60) + list(range(1, 61))
+    data = facts | {"all_fired": fired, "n_alive": 60, "n_sink_rows": 2, "tokens_known": True, "latents": latents}
     latents_page.write_chunks(data, root / "report/latents")
     write_json(root / "report/latents/latents.json", data)

@@ -200,8 +200,8 @@ residual stream can still be read. The last column of the table is for block 1 o
 blocks may differ.
 
 Several layers and sites of one grid are collected in one pass of the model, each with the bytes of a pass of its own.
-Published activation files hold `resid_post`. At `mlp_out` and `attn_out` an SAE's splice runs the whole model, since the
-block needs the residual stream besides; in the residual stream it runs the blocks after the site.
+Published activation files hold `resid_post`. At `mlp_out` and `attn_out` an SAE's splice runs the whole model, since
+the block needs the residual stream besides; in the residual stream it runs the blocks after the site.
 
 **Transcoders** (`mlp_in` to `mlp_out`, arXiv:2501.18823) are not trained here. Each row would be a pair, so a store
 would hold twice the values, and the error, its gradient, AuxK's residual, the fused CPU kernels and the GPU kernel
@@ -212,7 +212,8 @@ measure. That is a change of each part of the library, not a flag. What is there
 ## Tested
 
 Tiny random models of these {len(RIGHT)} architectures agree to 1e-5 with eager passes of the whole model, without
-padding: rows at each site of a block in the middle, logits, and logits with other rows put in their place.
+padding: rows at each site of a block in the middle, logits, and logits with other rows put in their place (at
+`mlp_out` and `attn_out` to 1e-4).
 Others may work as well: the check tells.
 
 | Architecture | `model_type` | Attention | Sites |

@@ -91,7 +91,7 @@ def explain(error: ValidationError, known_fields: Iterable[str] = (), flat: bool
     return f"{name} = {shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of another library's error, for a one-line message."""
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 

@@ -1,11 +1,11 @@
 import math
+import re
 
 import pandas as pd
 import pytest
 
 from saegrid.analysis import findings, intervals
 from saegrid.analysis.ablation import beside, by_recipe
-from saegrid.analysis.numbers import change
 from saegrid.config.recipes import RECIPES
 from saegrid.errors import ResultsError
 from saegrid.experiment import finished_run, results
@@ -82,19 +82,19 @@ def test_a_switched_choice_beside_the_whole_recipe(mixed, fake_grid, fake_runs):
     assert found.loc["sinks = keep", ["more", "low", "high"]].to_list() == pytest.approx([-0.1] * 3)
     assert found.loc["warmup = 0.0", "low"] < 0 < found.loc["warmup = 0.0", "high"]
     lines = verdict(found.reset_index()).splitlines()
-    row = found.loc["warmup = 0.0"]
     assert lines == [
         "- More is lost with `aux_coef = 0.0` (+0.200 [+0.200, +0.200]) nats/token.",
         "- Less is lost with `sinks = keep` (−0.100 [−0.100, −0.100]) nats/token.",
-        "- Not shown to differ from the full recipe, within these intervals: `warmup = 0.0` "
-        f"({change(row['more'], row['low'], row['high'])}).",
+        "- Not shown to differ from the full recipe, within the intervals of [the figure](#fig-choices){.ref}: "
+        "`warmup = 0.0`.",
         "",
         "Verdicts hold together: corrected for 3 comparisons (Holm, 5%).",
     ]
     close = pd.DataFrame({"choice": ["a", "b"], "more": 0.1, "low": 0.01, "high": 0.19, "p": [0.06, 0.04]})
-    assert "- More is lost with `b`" in verdict(close) and "intervals: `a`" in verdict(close)
-    ax = forest(found.reset_index())
-    assert [label.get_text() for label in ax.get_yticklabels()][-1] == found["more"].idxmax()
+    assert "- More is lost with `b`" in verdict(close) and "{.ref}: `a`" in verdict(close)
+    labels = re.findall(r'class="label">([^<]*)<', forest(found.reset_index()))
+    assert 'id="fig-choices"' in forest(found.reset_index())
+    assert labels[0] == found["more"].idxmax() and set(labels) - {""} == set(found.index)
     assert beside(df.iloc[:1], sums[0]).empty
     with pytest.raises(ResultsError, match="more than one setting"):
         beside(df.assign(k=[64, 64, 64, 32]), pd.concat(sums))

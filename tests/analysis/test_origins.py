@@ -40,8 +40,17 @@ def made(grid, kl=KL, dead=0.5, noise=0.01):
             .assign(kl_sum=sums, ce_clean_sum=200.0, ce_spliced_sum=200.0 + sums)
         )  # fmt: skip
         row = run.model_dump() | {"run_id": run.run_id, "name": run.name, "dead_pct": dead, "kl": sums.sum() / 2000}
-        row |= {"d_sae": 4608, "l0": 64.0, "val_mse": value, "nmse": value, "frac_rec_pct": 50.0, "threshold": np.nan}
-        rows.append(row | {"delta_loss": row["kl"], "fvu_no_sink": row["kl"] / (1 + run.layer), "steps": 790})
+        row |= {
+            "steps": 790,
+            "loss_recovered_mean": 0.9,
+            "d_sae": 4608,
+            "l0": 64.0,
+            "val_mse": value,
+            "nmse": value,
+            "frac_rec_pct": 50.0,
+            "threshold": np.nan,
+        }
+        rows.append(row | {"delta_loss": row["kl"], "fvu_no_sink": row["kl"] / (1 + run.layer)})
     return pd.DataFrame(rows), pd.concat(prompts)
 
 
@@ -81,9 +90,10 @@ def test_each_origin_has_its_own_verdict(grid):
     df, prompts = made(grid, kl)
     assert verdicts(df, prompts)["topk_loses_less"] == [HOLDS, HOLDS, HOLDS, FAILS]
     assert verdicts(df, prompts)["improved_is_far_better"] == [HOLDS, FAILS, HOLDS, HOLDS]
-    text = layers.verdict(headlines(df, prompts))
-    assert "holds at 3 of 4, fails at layer 12, python_docs (+0.5" in text
-    assert "fails at layer 6, python_docs (15.0% of the KL [" in text
+    text = layers.verdict(headlines(df, prompts), df)
+    assert "holds at 3 of 4; fails at layer 12, python_docs: +0.5" in text
+    assert "fails at layer 6, python_docs: 15.0% of the KL [" in text
+    assert "holds at 3 of 4; fails at 1." in layers.verdict(headlines(df, prompts), df, numbers=False)
 
 
 def test_what_chance_may_do_is_not_shown_and_dead_latents_count(grid):
@@ -129,26 +139,26 @@ def test_lines_over_layers_average_seeds_and_nothing_else(grid):
     half = 4.302653 * runs.std() / 3**0.5  # t of 2 degrees of freedom
     assert (row["low"], row["high"]) == pytest.approx((runs.mean() - half, runs.mean() + half))
     assert over_layers(df[df["seed"] == 0])["low"].isna().all()
-    assert set(lines(df)) == {"TopK", "BatchTopK", "BatchTopK, improved", "Matryoshka, improved"}
+    assert set(lines(df)) == {"TopK", "BatchTopK", "BatchTopK (improved)", "Matryoshka (improved)"}
     worst = hardest(df)
     assert set(worst[worst["measure"] == "kl"]["layer"]) == {12}
     assert set(worst[worst["measure"] == "fvu_no_sink"]["layer"]) == {6 if 1 / 7 > 2 / 13 else 12}
-    assert "- By KL on gsm_symbolic: layer 12 for TopK, BatchTopK" in layers.hardest_text(df)
+    assert "- By KL on gsm_symbolic: layer 12 for each architecture and recipe (0." in layers.hardest_text(df)
 
 
 def test_the_table_has_a_column_per_origin_and_no_claim_without_a_test(grid):
     df, prompts = made(grid)
     text = layers.section(df, prompts, pages="layers/")
-    assert '<th scope="colgroup" colspan="2">gsm_symbolic</th>' in text
+    assert '<th scope="colgroup" colspan="2">gsm_symbolic: layer</th>' in text
     assert 'href="layers/layer-6-gsm-symbolic.html"' in text
-    assert text.count('<span class="visually-hidden">holds</span>') == 3 * 4 + 4 * 0
+    assert text.count('<span class="visually-hidden">holds</span>') == 3 * 4
     assert "These runs do not test: Finding 2" in text and "Finding 1: BatchTopK against TopK" in text
     assert text.count("<figure") == 2 * len(over_layers(df)["measure"].unique())
     overview = layers.overview(df, prompts)
-    assert overview.count('<tr><th scope="row">') == 4 and "Matryoshka 8x, K = 64, improved" in overview
+    assert overview.count('<tr><th scope="row">') == 4 and "Matryoshka, improved" in overview
 
 
 def test_one_origin_needs_no_words(grid):
     df, prompts = made(grid)
     rows = selection.first_origin(df)
-    assert layers.figures(df) and "Over layers" not in layers.section(rows, prompts)
+    assert "Over layers" not in layers.section(rows, prompts)

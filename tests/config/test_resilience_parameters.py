@@ -55,6 +55,8 @@ POINTS = [
     ({"val_tokens": 0}, ["val_tokens = 0", "greater than or equal to 1"]),
     ({"eval_prompts": 0}, ["eval_prompts = 0", "greater than or equal to 1"]),
     ({"data_seed": -1}, ["data_seed = -1", "greater than or equal to 0"]),
+    ({"rows": "disk"}, ["rows = 'disk'", "'stored' or 'streamed'"]),
+    ({"shuffle_rows": 0}, ["shuffle_rows = 0", "greater than or equal to 1"]),
     ({"epochs": 0}, ["epochs = 0", "greater than or equal to 1"]),
     ({"epochs": "ten"}, ["epochs = 'ten'", "integer"]),
     ({"batch_size": 0}, ["batch_size = 0", "greater than or equal to 1"]),
@@ -151,7 +153,7 @@ def test_a_bad_point(tmp_path, changes, words):
 
 
 def test_every_parameter_that_can_be_wrong_is_in_the_table():
-    free = {"model_revision", "dataset_revision", "activations_revision", "activations_stage", "activations"}
+    free = {"model_revision", "dataset_revision", "activations_revision", "activations_stage"}
     free |= {"dataset_config", "dataset_split", "text_field"}
     tried = {name for changes, _ in POINTS for name in changes}
     assert set(RunConfig.model_fields) - tried == free  # any text will do for these

@@ -175,15 +175,24 @@ def data():
     entry |= {"promoted": [["<script>", 2.0]], "demoted": [['"x', -1.0]], "neighbours": [[1, 0.5, 3], [9, -0.2, 0]]}
     facts = {
         "name": "TopK_exp4x_k4",
+        "label": "TopK 4x, K = 4",
+        "arch": "TopK",
         "run_id": "run",
         "layer": 1,
         "sinks": "apart",
         "d_sae": 64,
         "n_val_rows": 100,
         "n_alive": 45,
+        "all_fired": [3] * 45 + [0] * 19,
     }
     rows = [entry | {"latent": n} for n in range(45)]
     return facts | {"n_sink_rows": 2, "tokens_known": True, "latents": rows}
+
+
+def test_the_histogram_leaves_the_dead_out_and_says_how_many(data):
+    page = latents_page.firing(data)
+    assert "the median live latent on 3% of the validation rows. 19 of 64 are dead" in page and "<svg" in page
+    assert latents_page.firing(data | {"all_fired": []}) == ""
 
 
 def test_tokens_are_escaped_wherever_they_stand(data):

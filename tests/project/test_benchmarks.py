@@ -151,8 +151,11 @@ def test_the_page_shows_the_ratios_and_says_what_is_not_measured(results, tmp_pa
     subprocess.run(command, check=True)
     text = page.read_text()
     for race in results["races"]:
-        assert f"<strong>{race['ratio']:.1f}</strong>" in text
-    assert "Races on a GPU" in text and "On a GPU" in text and text.count("<svg") == 2 and "$" not in text
+        assert f">{race['ratio']:.1f}</td>" in text
+    closest = min(race["ratio"] for race in results["races"] if "ratio" in race)
+    assert f"A step is **{closest:.1f}" in text and f" {closest:.1f}x</span>" in text
+    assert "Races on a GPU" in text and "On a GPU" in text and "$" not in text
+    assert text.count('<figure class="plot strips">') == 2 and text.count("<details>") == text.count("</details>") > 4
 
 
 def test_a_contender_that_fails_is_recorded_and_the_race_goes_on(tmp_path, monkeypatch):

@@ -76,8 +76,8 @@ def test_the_heat_map_writes_every_value(df):
 def test_the_histogram_leaves_out_the_dead():
     df = pd.DataFrame({"latent": range(4), "fired": [0, 0, 10, 10]})
     ax = plots.firing_histogram(df, n_rows=100)
-    (line,) = ax.lines
-    assert sum(line.get_ydata()) == pytest.approx(50.0)
+    (bars,) = ax.patches
+    assert sum(bars.get_data().values) == pytest.approx(50.0)
 
 
 def test_a_single_run_needs_no_columns_that_tell_runs_apart(long):
@@ -105,10 +105,19 @@ def test_a_figure_is_well_formed_with_text_links_and_the_pages_ink(df):
 
 
 def test_figures_stand_side_by_side_in_one_block(df):
-    figures = [plots.figure(plots.heatmap(df, metric=m), alt=m, caption=m) for m in ("fvu", "dead_pct")]
-    html = plots.side_by_side(figures).removeprefix("```{=html}\n").rstrip("`\n")
+    html = plots.side_by_side((plots.heatmap(df, metric=m), m) for m in ("fvu", "dead_pct"))
+    html = html.removeprefix("```{=html}\n").rstrip("`\n")
     root = ElementTree.fromstring(html)
     assert [figure.find("figcaption").text for figure in root.findall("figure")] == ["fvu", "dead_pct"]
+
+
+def test_like_figures_share_one_legend(df):
+    axes = [plots.dead_latents(df) for _ in range(2)]
+    html = plots.side_by_side((ax, "c") for ax in axes)
+    labels = axes[0].get_legend_handles_labels()[1]
+    assert len(labels) > 1 and all(html.count(f"> {label}<") == 1 for label in labels)
+    mixed = plots.side_by_side([(plots.dead_latents(df), "c"), (plots.dead_latents(df[df["arch"] == "TopK"]), "c")])
+    assert 'class="legend"' in html and 'class="legend"' not in mixed
 
 
 def test_two_figures_share_no_id_and_the_same_table_gives_the_same_bytes(df):

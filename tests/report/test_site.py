@@ -6,13 +6,15 @@ import json
 import os
 import re
 import shutil
+from datetime import date
 
 import pandas as pd
 import pytest
 from site_project import HOSTILE, NOTEBOOKS, build, execute
 from synthetic_runs import reseal
 
-from saegrid.analysis import selection
+import saegrid
+from saegrid.analysis import numbers, selection
 from saegrid.analysis.numbers import number
 from saegrid.errors import ResultsError
 from saegrid.experiment import finished_run, results
@@ -27,7 +29,9 @@ def built(fake_grid, _fake_runs, tmp_path_factory):
     """A project folder with everything that `make report` leaves: tables, executed notebooks, pages, `_site`."""
     root = tmp_path_factory.mktemp("site") / "project"
     shutil.copytree(_fake_runs, root)
-    assert "pages to _site/index.html with" in build(root, fake_grid)
+    made = build(root, fake_grid)
+    assert "pages to _site/index.html with" in made
+    (root / "made").write_text(made)
     return root
 
 
@@ -380,6 +384,57 @@ def test_a_table_sorts_filters_and_downloads(built, fake_grid, open_page):
     assert download.value.suggested_filename == "splice-losses.csv"
     assert [row["Run"] for row in rows] == list(kept["name"])
     assert [float(row["Delta loss nats/token"]) for row in rows] == list(kept["delta_loss"])
+
+
+def test_heads_say_what_they_mean_on_hover_and_focus(open_page):
+    page = open_page("index.html")
+    term = page.locator("th a.term", has_text="Delta").first
+    assert term.get_attribute("href").endswith("method.html#measures")
+    tip = page.get_by_role("tooltip")
+    term.hover()
+    assert tip.inner_text() == numbers.MEANINGS["delta_loss"]
+    page.keyboard.press("Escape")
+    assert not page.locator("#meaning").is_visible()
+    page = open_page("report/results.html")
+    page.locator("th button", has_text="frac_rec").first.focus()
+    assert page.get_by_role("tooltip").inner_text() == numbers.MEANINGS["frac_rec_pct"]
+
+
+def test_a_reference_shows_the_number_of_its_figure_and_reads_without_scripts(open_page):
+    assert open_page("recipes.html").locator("a.ref").inner_text() == "Figure 1"
+    assert open_page("recipes.html", scripts=False).locator("a.ref").inner_text() == "the figure"
+
+
+def test_one_measure_of_the_frontier_is_shown_at_a_time(open_page):
+    page = open_page("report/frontier.html")
+    page.wait_for_selector(".chooser figure.live")
+    figures = page.locator(".chooser > figure")
+    assert figures.count() == 6 and page.locator(".chooser > figure:visible").count() == 1
+    page.get_by_label("Measure").select_option("Loss recovered (mean)")
+    page.wait_for_selector(".chooser figure.live:nth-of-type(3)")
+    assert page.locator(".chooser > figure:visible").get_attribute("data-name") == "Loss recovered (mean)"
+    assert page.locator("figcaption .number").all_inner_texts()[5:7] == ["Figure 1. ", "Figure 2. "]
+
+
+def test_a_page_from_disk_is_searched_and_has_its_neighbours_and_its_footer(built, open_page):
+    page = open_page("report/findings.html")
+    page.locator(".smalldocs-search input, #quarto-search input").first.fill("residual stream")
+    if "with Quarto" not in (built / "made").read_text():  # Quarto's own search needs a server
+        page.wait_for_selector(".search-result")
+        assert page.locator(".search-result").count() > 1
+    near = page.locator("nav.page-navigation a")
+    assert near.all_inner_texts() == ["← Home", "Frontier →"]
+    made = page.locator("footer.made").inner_text()
+    assert saegrid.__version__ in made and date.today().isoformat() in made and "MIT" in made
+    assert page.locator("link[rel=icon]").get_attribute("href").endswith("favicon.svg")
+    assert not page.problems
+
+
+def test_runs_are_listed_with_their_curves(built, fake_grid, open_page):
+    page = open_page("report/runs/index.html")
+    lines = page.locator("td.curve polyline").evaluate_all("lines => lines.map(line => line.getAttribute('points'))")
+    assert len(lines) == len(fake_grid.runs()) and all(len(line.split()) == 10 for line in lines)
+    assert all(line.startswith("0.0,0.0 ") and line.endswith("100.0,24.0") for line in lines)  # they fall all the time
 
 
 def test_a_latent_opens_from_its_piece_and_tokens_are_found(open_page):

@@ -9,7 +9,6 @@ the coverage of each interval.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,12 +21,13 @@ from saegrid.errors import ResultsError
 
 COVERAGE = 0.95
 MEASURES = {
-    "kl": ("kl_sum", "n_tokens"),
-    "delta_loss": ("ce_spliced_sum - ce_clean_sum", "n_tokens"),
-    "fvu_eval": ("sq_error", "sq_norm_centred"),
+    "kl": (["kl_sum"], "n_tokens"),
+    "delta_loss": (["ce_spliced_sum", "ce_clean_sum"], "n_tokens"),
+    "fvu_eval": (["sq_error"], "sq_norm_centred"),
 }
-"""Numerator and denominator of each measure, summed over prompts. `kl` and `delta_loss` are in nats/token; `fvu_eval`
-is the FVU without sinks on the prompts."""
+"""Numerator (a sum, or the first minus the second) and denominator of each measure, summed over prompts.
+
+`kl` and `delta_loss` are in nats/token; `fvu_eval` is the FVU without sinks on the prompts."""
 
 
 class Estimate(NamedTuple):
@@ -58,12 +58,12 @@ def measured(prompts: pd.DataFrame, measure: str = "delta_loss", among: Iterable
     prompts = prompts if among is None else prompts[prompts["run_id"].isin(among)]
     alone = "prompt " + prompts["prompt"].astype(str)
     above, below = MEASURES[measure]
-    for name in re.findall(r"\w+", f"{above} {below}"):
+    for name in (*above, below):
         if name not in prompts or prompts[name].isna().any():
             raise ResultsError(f"prompts.csv: lacks {name}, of which {measure} is made; make the runs again")
     prompts = prompts.assign(
-        above=prompts.eval(above),
-        below=prompts.eval(below),
+        above=prompts[above[0]] if len(above) == 1 else prompts[above[0]] - prompts[above[1]],
+        below=prompts[below],
         group=prompts["template"].astype("object").where(prompts["template"].notna(), alone).astype(str),
     )
     tokens = prompts.pivot(index=["group", "prompt"], columns="run_id", values="n_tokens")

@@ -95,6 +95,41 @@ COLUMNS = {
 }
 """Every column that a page shows: title, unit, format, direction."""
 
+MEANINGS = {
+    "k": "Latents per token that training asks for.",
+    "threshold": "A pre-activation above θ is kept; θ is fixed.",
+    "l0": "Mean number of latents that fire on a validation row.",
+    "l0_eval": "Mean number of latents that fire on a scored token of the evaluation prompts.",
+    "l0_no_sink": "L0 over rows that are no attention sinks.",
+    "val_mse": "Mean squared error of a coordinate, on validation rows.",
+    "val_mse_batch": "MSE with the cut of training, over the whole batch.",
+    "nmse": "MSE / variance pooled over all elements, as published; attention sinks dominate it.",
+    "fvu": "Share of the rows' variance that the reconstruction leaves unexplained.",
+    "fvu_no_sink": "Share of the variance left unexplained, over rows that are no attention sinks.",
+    "fvu_eval": "FVU without sinks, on the evaluation prompts.",
+    "sink_pct": "Share of rows with a norm above 10 times the median: attention sinks.",
+    "dead_pct": "Share of latents that fire on no validation row.",
+    "dead_pct_no_sink": "Share of latents that fire on no validation row but attention sinks.",
+    "ce_clean": "Next-token loss of the untouched model.",
+    "ce_spliced": "Next-token loss with the reconstruction in place of the residual stream.",
+    "ce_zero": "Next-token loss with zeros in place of the residual stream.",
+    "ce_mean": "Next-token loss with the training mean in place of the residual stream.",
+    "kl": "How far the spliced model's predictions are from the untouched model's: mean KL(clean ‖ spliced).",
+    "delta_loss": "Next-token loss that the splice adds: CE spliced − CE clean.",
+    "frac_rec_pct": "CE clean / CE spliced, as published; not the share of loss recovered.",
+    "loss_recovered_zero": "Share of the loss between zeros and the untouched model that is recovered.",
+    "loss_recovered_mean": "Share of the loss between the training mean and the untouched model that is recovered.",
+    "stable_pct": "Share of live latents that another seed finds, too: cosines above 0.7 in decoder and encoder.",
+    "stable_energy_pct": "Share of the reconstruction's energy that stable latents carry.",
+    "matched_cosine": "Mean cosine of decoder rows, matched one to one between two seeds.",
+    "random_cosine": "Matched cosine of as many random directions: what chance gives.",
+    "start_cosine": "Mean cosine of decoder rows with their random start.",
+    "inference_threshold": "The calibrated threshold that every number here uses.",
+    "theta_over_rms": "θ in units of the pre-activations' root mean square.",
+    "best_epoch": "The epoch with the lowest validation MSE, whose weights are kept.",
+}
+"""What a column means, in a sentence; the method page has the definitions."""
+
 
 def number(value: Any, name: str = "") -> str:
     """A value of the column `name` as text: the column's format, a true minus sign, a dash if it is missing."""

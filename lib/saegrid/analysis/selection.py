@@ -67,8 +67,9 @@ def beside_controls(df: pd.DataFrame, baseline: pd.DataFrame | None = None) -> p
     """Each setting that has a control, followed by its controls: means over seeds of the measures in `COMPARED`.
 
     PCA with K components is one more control where `baseline` (`experiment.pca_table`) has it. Columns: `name`,
-    `control` (`freeze = decoder`; empty for the setting itself), `seeds`, the measures, and `reached`: the measures on
-    which a control is at least as good as its setting, and which therefore say nothing there.
+    `control` (`freeze = decoder`; empty for the setting itself), `untrained` (whether the language model is), `seeds`,
+    the measures, and `reached`: the measures on which a control is at least as good as its setting, and which therefore
+    say nothing there.
     """
     records = df.to_dict("records")
     keyed = df.assign(rest=[settings.key(row, *CONTROLS) for row in records])
@@ -82,15 +83,26 @@ def beside_controls(df: pd.DataFrame, baseline: pd.DataFrame | None = None) -> p
         if plain.empty or not len(kinds):
             continue
         own = plain[measures].mean()
-        found.append({"name": plain["name"].iloc[0], "control": "", "seeds": len(plain), **own, "reached": ()})
+        found.append(
+            {
+                "name": plain["name"].iloc[0],
+                "control": "",
+                "untrained": False,
+                "seeds": len(plain),
+                **own,
+                "reached": (),
+            }
+        )
         controls = []
         for values, runs in kinds:
             said = [f"{n} = {v}" for (n, usual), v in zip(CONTROLS.items(), values, strict=True) if v != usual]
             told = {"name": runs["name"].iloc[0], "control": ", ".join(said), "seeds": len(runs)}
+            told["untrained"] = runs["model_init"].iloc[0] == "random"
             controls.append(told | runs[measures].mean().to_dict())
         controls += [] if baseline is None else _pca(baseline, plain.iloc[0], measures)
         found += [row | {"reached": _reached(row, own)} for row in controls]
-    return pd.DataFrame(found, columns=["name", "control", "seeds", *measures, "reached"])
+    df = pd.DataFrame(found, columns=["name", "control", "untrained", "seeds", *measures, "reached"])
+    return df.astype({"untrained": bool})
 
 
 def _pca(baseline: pd.DataFrame, plain: pd.Series, measures: list[str]) -> list[dict[str, Any]]:
@@ -98,12 +110,12 @@ def _pca(baseline: pd.DataFrame, plain: pd.Series, measures: list[str]) -> list[
     if pd.isna(plain["k"]):
         return []
     same = baseline[(baseline["components"] == plain["k"]) & (baseline["store_id"] == plain["store_id"])]
-    told = {"name": f"PCA, {plain['k']} components", "control": "PCA", "seeds": 1}
+    told = {"name": f"PCA, {plain['k']} components", "control": "PCA", "untrained": False, "seeds": 1}
     return [told | {name: row[name] for name in measures if name in row} for row in same.to_dict("records")]
 
 
 def _reached(control: dict[str, Any], own: pd.Series) -> tuple[str, ...]:
-    apart = LOSSES if "model_init" in control["control"] else ()
+    apart = LOSSES if control["untrained"] else ()
     signs = {name: -1 if COLUMNS[name].best == "min" else 1 for name in own.index if name in control}
     signs = {name: sign for name, sign in signs.items() if name not in apart}
     return tuple(name for name, sign in signs.items() if sign * (control[name] - own[name]) >= 0)

@@ -13,6 +13,12 @@ Cut = Literal["k", "inference_threshold", "threshold", "theta"]
 """What decides at inference whether a pre-activation is kept: its rank in the row, one calibrated threshold, one given
 threshold, or one theta per latent. A saved SAE stores the value under this name."""
 
+KEEPS: dict[Cut, str] = {
+    "k": "top = pre.topk({k})\nz = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())",
+    **dict.fromkeys(("inference_threshold", "threshold", "theta"), "z = pre * (pre > {theta})"),
+}
+"""Code that makes a code z of pre-activations `pre` (N, d_sae), for each way to decide."""
+
 
 @dataclass(frozen=True)
 class Architecture:

@@ -33,11 +33,15 @@ THETA_TIE = 10.0
 L1_COEF = 1.0
 """Initial L1 weight of ReLU and Gated on rows with a mean square of 1; the loss divides it by d_in."""
 
+SHUFFLE_ROWS = 131_072
+"""Streamed rows that are shuffled together, as many as of a store's."""
+
 YOUNGER = {
     **{"freeze": "none", "model_init": "trained", "device": "auto"},
     **{"recipe": "published", "prefixes": 0, "theta_tie": 0.0},
     **{"bandwidth": BANDWIDTH, "l0_coef": L0_COEF, "l1_coef": L1_COEF},
     **{"dataset_config": "", "dataset_split": "", "text_field": "", "context": 0, "skip_tokens": ""},
+    **{"rows": "stored", "shuffle_rows": SHUFFLE_ROWS},
 } | {
     name: RECIPES["published"][name]
     for name in ("act_scale", "sinks", "aux_coef", "dead_window", "encoder_tie", "lr_schedule", "warmup")

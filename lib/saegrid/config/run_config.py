@@ -15,12 +15,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from saegrid.config.architectures import ARCHITECTURES, Arch
-from saegrid.config.recipes import BANDWIDTH, L0_COEF, L1_COEF, YOUNGER, resolve
+from saegrid.config.recipes import BANDWIDTH, L0_COEF, L1_COEF, SHUFFLE_ROWS, YOUNGER, resolve
 from saegrid.errors import ConfigError, explain
 from saegrid.storage.hub_access import expanded
 
 EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
 EMBEDDED_DATASET = "embedded:gsm_symbolic"
+SAMPLE_ROWS = 65_536
+"""Training rows that a streamed run's store has: what is estimated before training is estimated from them."""
 Site = Literal["resid_post", "resid_pre", "mlp_out", "attn_out"]
 SITES = {
     "resid_post": "the residual stream after block {}",
@@ -92,7 +94,11 @@ class RunConfig(BaseModel):
     activations_stage: str = "instruct_base"
     """Stage in the published files' names."""
     act_dtype: Literal["float16", "float32"] = "float16"
-    """Precision of the stored rows (the published files are float16)."""
+    """Precision of the rows (the published files are float16)."""
+    rows: Literal["stored", "streamed"] = "stored"
+    """Training rows on disk, for any number of runs and epochs; or made while one run trains on them, for one epoch."""
+    shuffle_rows: int = Field(SHUFFLE_ROWS, ge=1)
+    """Streamed rows that are shuffled together; about twice as many are in memory."""
 
     # --- sparse autoencoder ---
     arch: Arch = "BatchTopK"
@@ -231,6 +237,16 @@ class RunConfig(BaseModel):
             raise ValueError(f"site = {self.site!r}: `activations` holds rows of resid_post; leave it out")
         return self
 
+    @model_validator(mode="after")
+    def _streamed_rows(self) -> RunConfig:
+        if self.rows == "stored" and self.shuffle_rows != SHUFFLE_ROWS:
+            raise ValueError(f"shuffle_rows = {self.shuffle_rows}: only rows = 'streamed' takes it")
+        if self.rows == "streamed" and self.epochs != 1:
+            raise ValueError(f"epochs = {self.epochs}: streamed rows are made once; set epochs = 1")
+        if self.rows == "streamed" and self.activations:
+            raise ValueError("rows = 'streamed': `activations` holds stored rows; leave it out")
+        return self
+
     @field_validator("context")
     @classmethod
     def _room_for_a_next_token(cls, value: int) -> int:
@@ -265,6 +281,11 @@ class RunConfig(BaseModel):
             raise ConfigError(
                 f"prefixes = {self.prefixes}: the smallest has {smallest} latents, fewer than k = {self.k}"
             )
+
+    @property
+    def stored_tokens(self) -> int:
+        """Training rows in the run's store."""
+        return min(self.train_tokens, SAMPLE_ROWS) if self.rows == "streamed" else self.train_tokens
 
     @property
     def trains_theta(self) -> bool:
@@ -317,7 +338,7 @@ STORE_FIELDS = {
     *("model", "model_revision", "model_init", "layer", "site", "lm_dtype"),
     *("dataset_config", "dataset_split", "text_field", "context", "skip_tokens"),
     *("dataset", "dataset_revision", "text", "max_tokens", "train_tokens", "val_tokens", "eval_prompts", "data_seed"),
-    *("activations", "activations_revision", "activations_stage", "act_dtype"),
+    *("activations", "activations_revision", "activations_stage", "act_dtype", "rows"),
 }
 """Parameters that determine an activation store's content, its evaluation prompts included."""
 

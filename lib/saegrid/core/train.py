@@ -74,7 +74,7 @@ class _Run:
 
     @property
     def steps(self) -> int:
-        return self.config.epochs * math.ceil(self.store.n_train / self.config.batch_size)
+        return self.config.epochs * math.ceil(self.store.epoch_rows / self.config.batch_size)
 
 
 def train(
@@ -106,8 +106,8 @@ def train(
         SaegridError: the loss is no longer finite; the message names the step, or on a GPU the range of steps.
         ConfigError: `batch_size` is larger than the number of training rows.
     """
-    if config.batch_size > store.n_train:
-        raise ConfigError(f"batch_size = {config.batch_size}: at most the {store.n_train} training rows")
+    if config.batch_size > store.epoch_rows:
+        raise ConfigError(f"batch_size = {config.batch_size}: at most the {store.epoch_rows} training rows")
     found = estimate(config, store)
     sae = initial_sae(config, store.d_in, found.mean, found.sink)
     sae.threshold /= found.scale
@@ -126,7 +126,7 @@ def train(
     path = run_dir / CHECKPOINT
     progress = _resumed(path, sae, config.run_id, store.data_sha256)
     progress = progress or Progress(TrainState.start(sae.params), _copy(sae.params))
-    report(progress.epoch * store.n_train + min(progress.batch * config.batch_size, store.n_train))
+    report(progress.epoch * store.epoch_rows + min(progress.batch * config.batch_size, store.epoch_rows))
     run = _Run(config, store, kernel, matmul, sae, found, start, path, report)
     while progress.epoch < config.epochs:
         _epoch(run, progress)
@@ -176,8 +176,7 @@ def _epoch(run: _Run, progress: Progress) -> None:
     rule = sae.training_rule
     if sae.l0_is_free:
         rule = rule._replace(aim=progress.aim)
-    batches = store.batches(
-        "train",
+    batches = store.epoch(
         config.batch_size,
         config.seed,
         progress.epoch,
@@ -188,7 +187,7 @@ def _epoch(run: _Run, progress: Progress) -> None:
     for x in batches:
         done = progress.batch * config.batch_size
         progress.batch += 1
-        run.report(min(config.batch_size, store.n_train - done))
+        run.report(min(config.batch_size, store.epoch_rows - done))
         if not len(x):
             continue
         if found.scale != 1:
@@ -217,7 +216,7 @@ def step_settings(config: RunConfig, store: Store, matmul: str) -> StepSettings:
         "bf16" if matmul == "bf16" else "fp32",
         aux_coef=config.aux_coef,
         aux_k=max(1, store.d_in // 2),
-        dead_after=math.ceil(config.dead_window * config.epochs * store.n_train),
+        dead_after=math.ceil(config.dead_window * config.epochs * store.epoch_rows),
         prefixes=tuple(d_sae >> halvings for halvings in reversed(range(config.prefixes))),
         bandwidth=config.bandwidth,
         l0_coef=config.l0_coef,
@@ -265,7 +264,7 @@ def _validate(run: _Run, progress: Progress) -> None:
         {
             "epoch": progress.epoch,
             "step": progress.state.step,
-            "rows": (progress.epoch + 1) * store.n_train,
+            "rows": (progress.epoch + 1) * store.epoch_rows,
             "lr": learning_rate(config, progress.state.step, run.steps),
             "train_mse": float(progress.sq_error) / (progress.rows * store.d_in),
             "val_mse": val_mse,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Iterable
@@ -23,17 +24,16 @@ from saegrid.data.language_model import (
     LM,
     Point,
     check_tokens,
-    hidden_at_points,
     lm_shape,
     load_lm,
-    padded_batches,
     take_apart,
 )
 from saegrid.data.manifest import FORMAT, MEND, SHARD_ROWS
-from saegrid.data.prompts import Prompt, draw_prompts
+from saegrid.data.prompts import Prompt, draw_prompts, streamed_prompts
 from saegrid.data.published_activations import add_published, published_files
 from saegrid.data.sources import check_sources, hub_sources, local_sources
 from saegrid.data.store import ShardWriter, Store
+from saegrid.data.stream import Stream, site_rows
 from saegrid.errors import StoreError
 from saegrid.storage.atomic import write_bytes, write_json
 from saegrid.storage.checksums import write_sealed
@@ -42,8 +42,6 @@ from saegrid.storage.locks import replacing_folder, waiting_lock
 
 __all__ = ["Store", "collect", "open_store"]
 
-BATCH_TOKENS = 2048
-"""Padded tokens per pass of the model."""
 WINDOW = 512
 """Prompts sorted by length together; bounds memory, as rows are written in prompt order."""
 
@@ -98,7 +96,7 @@ def open_store(config: RunConfig) -> Store:
     folder = store_folder(config)
     if not _exists(folder):
         raise StoreError(f"{folder}: no activation store here; collect it first")
-    store = Store(folder)
+    store = Stream(folder, config) if config.rows == "streamed" else Store(folder)
     for name, value in config.store_parameters.items():
         made = store.manifest["parameters"].get(name)
         if made != value:
@@ -170,11 +168,12 @@ def _add_collected(config: RunConfig, writers: Writers, device: str | None) -> d
         take_apart(lm.model, lm.tokenizer, lm.identity, layer, site)  # only to check the point
     for split in ("train", "val"):
         of_split = {point: some[split] for point, some in writers.items()}
+        casts = {point: writer.cast for point, writer in of_split.items()}
         rows = sum(len(prompt.positions) for prompt in prompts[split])
         with tqdm(total=rows, unit="tok", unit_scale=True, desc=f"activations ({split})", mininterval=1.0) as bar:
             for first in range(0, len(prompts[split]), WINDOW):
                 window = prompts[split][first : first + WINDOW]
-                for index, of_prompt in enumerate(_residuals(lm, window, of_split, bar), first):
+                for index, of_prompt in enumerate(site_rows(lm, window, casts, bar.update), first):
                     prompt = prompts[split][index]
                     positions = torch.tensor(prompt.positions, dtype=torch.int64)
                     tokens = torch.tensor(prompt.tokens)[positions]
@@ -203,7 +202,10 @@ def _model_and_prompts(config: RunConfig, device: str | None) -> tuple[LM, dict[
     """The run's language model, prompts that fit it, and facts on them. Raises `ConfigError`."""
     lm = load_lm(config, device)
     prompts, facts = draw_prompts(config, lm.tokenizer)
-    check_tokens(config, lm, (prompt.tokens for some in prompts.values() for prompt in some))
+    every: Iterable[Prompt] = itertools.chain(*prompts.values())
+    if config.rows == "streamed":  # reads the whole text, so that one that is too small is told before training
+        every = itertools.chain(every, streamed_prompts(config, lm.tokenizer, prompts["eval"][0].prefix))
+    check_tokens(config, lm, (prompt.tokens for prompt in every))
     return lm, prompts, facts
 
 
@@ -224,19 +226,6 @@ def _identity(prompts: dict[str, list[Prompt]]) -> str:
         digest.update(b"]")
     digest.update(b"}")
     return digest.hexdigest()
-
-
-def _residuals(lm: LM, prompts: list[Prompt], writers: dict[Point, ShardWriter], bar: tqdm) -> list[list[torch.Tensor]]:
-    """Rows (n, d_in) of each prompt at its stored positions, as each point's writer stores them."""
-    rows: list[list[torch.Tensor]] = [[] for _ in prompts]
-    for indices, ids, mask in padded_batches([prompt.tokens for prompt in prompts], BATCH_TOKENS):
-        hidden = hidden_at_points(lm, ids, mask, list(writers))  # per point (B, T, d_in)
-        for writer, of_point in zip(writers.values(), hidden, strict=True):
-            of_point = of_point.float().cpu()
-            for row, index in enumerate(indices):
-                rows[index].append(writer.cast(of_point[row, prompts[index].positions]))
-        bar.update(sum(len(prompts[index].positions) for index in indices))
-    return rows
 
 
 def _add_published(config: RunConfig, writers: Writers, device: str | None) -> dict[str, Any]:

@@ -260,7 +260,7 @@ def check_tokens(config: RunConfig, lm: LM, prompts: Iterable[list[int]]) -> Non
     """Check the longest prompt and the largest token id against the model's limits. Raises `ConfigError`."""
     import torch
 
-    longest, largest = [], 0
+    longest, largest = list[int](), 0
     for tokens in prompts:
         longest, largest = max(longest, tokens, key=len), max(largest, *tokens)
     if lm.max_positions and len(longest) > lm.max_positions:

@@ -56,7 +56,7 @@ def make_prompts(config: RunConfig, tokenizer: Any) -> dict[str, list[Prompt]]:
 def draw_prompts(config: RunConfig, tokenizer: Any) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
     """(prompts, facts) of the three splits `train`, `val` and `eval`; the same config and tokenizer give the same.
 
-    Training and validation have exactly `train_tokens` and `val_tokens` positions: the last prompt is truncated.
+    Training and validation have exactly `stored_tokens` and `val_tokens` positions: the last prompt is truncated.
     Both are empty if published activation files are read. No two splits share a template (without templates, a
     document), nor equal tokens, nor equal texts up to white space. Evaluation is drawn first, then validation; each
     split leaves out what an earlier one has.
@@ -66,30 +66,66 @@ def draw_prompts(config: RunConfig, tokenizer: Any) -> tuple[dict[str, list[Prom
     Raises:
         ConfigError: the dataset is missing, malformed or too small, or there is no working chat template.
     """
+    wanted = {"eval": config.eval_prompts, "val": config.val_tokens, "train": config.stored_tokens}
+    if config.activations:
+        wanted = {"eval": config.eval_prompts}
+    pools: dict[str, _Unseen] = {}
+    splits, revision = _splits(config, tokenizer, wanted, pools)
+    prompts: dict[str, list[Prompt]] = {"train": [], "val": [], "eval": []}
+    for split, some in splits:
+        prompts[split] = list(some)
+    drawn = list(itertools.chain(*prompts.values()))
+    prefix = drawn[0].prefix
+    prefix = min(common(drawn[0].tokens[:prefix], prompt.tokens) for prompt in drawn)
+    for split, listed in prompts.items():
+        prompts[split] = [replace(prompt, prefix=prefix) for prompt in listed]
+        if split != "eval":
+            prompts[split] = list(_cut(prompts[split], wanted.get(split, 0)))
+    return prompts, {"revision": revision, "left_out": {split: pool.left_out for split, pool in pools.items()}}
+
+
+def streamed_prompts(config: RunConfig, tokenizer: Any, prefix: int) -> Iterator[Prompt]:
+    """All training prompts of a streamed run, one at a time; the first of them are those of `draw_prompts`.
+
+    Args:
+        prefix: number of tokens that all prompts of `draw_prompts` share.
+
+    Raises:
+        ConfigError: as `draw_prompts`; once the corpus is read, if it has fewer than `train_tokens` positions.
+    """
+    wanted = {"eval": config.eval_prompts, "val": config.val_tokens, "train": config.train_tokens}
+    for split, some in _splits(config, tokenizer, wanted, {})[0]:
+        if split == "train":
+            yield from _cut((replace(prompt, prefix=prefix) for prompt in some), config.train_tokens)
+        else:
+            list(some)  # what training must not have
+
+
+def _splits(
+    config: RunConfig, tokenizer: Any, wanted: dict[str, int], pools: dict[str, _Unseen]
+) -> tuple[Iterator[tuple[str, Iterator[Prompt]]], str]:
+    """(each split's name and prompts, the dataset's revision); one split is read to its end before the next.
+
+    Args:
+        wanted: number of prompts (`eval`) or rows of each split, in the order in which they are drawn.
+        pools: gets the documents that each split has read.
+    """
     streams, revision = _corpus(config)
     first, streams = _first(config, streams)
     encode = encoder(config, tokenizer, first)
     prefix = template_prefix(encode, config, first) if is_chat(config, first) else 0
-    wanted = {"eval": config.eval_prompts, "val": config.val_tokens, "train": config.train_tokens}
-    if config.activations:
-        wanted = {"eval": config.eval_prompts}
-    prompts: dict[str, list[Prompt]] = {"train": [], "val": [], "eval": []}
-    pools: dict[str, _Unseen] = {}
     skip = skipped_ids(config, tokenizer)
-    for split, amount in wanted.items():
-        taken = set().union(*(pool.seen for pool in pools.values()))
-        pool = pools[split] = _Unseen(streams[split], encode, taken)
-        texts: Iterable[tuple[int, list[int]]] = pool
-        if isinstance(first, str):
-            texts = filter(pool.is_new_context, packed(config, tokenizer, pool, split))
-        prompts[split] = _draw(config, split, amount, texts, pools, prefix, skip)
-    drawn = list(itertools.chain(*prompts.values()))
-    prefix = min((common(drawn[0].tokens[:prefix], prompt.tokens) for prompt in drawn), default=prefix)
-    for split, some in prompts.items():
-        prompts[split] = [replace(prompt, prefix=prefix) for prompt in some]
-        if split != "eval":
-            prompts[split] = _cut(prompts[split], wanted.get(split, 0))
-    return prompts, {"revision": revision, "left_out": {split: pool.left_out for split, pool in pools.items()}}
+
+    def splits() -> Iterator[tuple[str, Iterator[Prompt]]]:
+        for split, amount in wanted.items():
+            taken = set().union(*(pool.seen for pool in pools.values()))
+            pool = pools[split] = _Unseen(streams[split], encode, taken, remember=split != "train")
+            texts: Iterable[tuple[int, list[int]]] = pool
+            if isinstance(first, str):
+                texts = filter(pool.is_new_context, packed(config, tokenizer, pool, split))
+            yield split, _draw(config, split, amount, texts, pools, prefix, skip)
+
+    return splits(), revision
 
 
 def check_dataset(config: RunConfig) -> None:
@@ -131,13 +167,15 @@ class _Unseen:
     """Iterates over (index, tokens) of documents, leaving out those that an earlier split has.
 
     Attributes:
-        seen: keys of the text and the tokens of all documents yielded.
+        seen: keys of the text and the tokens of all documents yielded; none without `remember`, as for the last split.
         left_out: number of documents left out.
         documents, tokens: number of documents and of tokens read.
     """
 
-    def __init__(self, stream: Iterator[Document], encode: Callable[[Content], list[int]], taken: set[bytes]):
-        self.stream, self.encode, self.taken = stream, encode, taken
+    def __init__(
+        self, stream: Iterator[Document], encode: Callable[[Content], list[int]], taken: set[bytes], remember: bool
+    ):
+        self.stream, self.encode, self.taken, self.remember = stream, encode, taken, remember
         self.seen: set[bytes] = set()
         self.left_out = self.documents = self.tokens = 0
 
@@ -158,7 +196,8 @@ class _Unseen:
         if keys & self.taken:
             self.left_out += 1
             return False
-        self.seen |= keys
+        if self.remember:
+            self.seen |= keys
         return True
 
 
@@ -180,9 +219,8 @@ def _draw(
     pools: dict[str, _Unseen],
     prefix: int,
     skip: set[int],
-) -> list[Prompt]:
+) -> Iterator[Prompt]:
     """Prompts for at least `amount` rows (training, validation), or `amount` prompts (evaluation)."""
-    prompts: list[Prompt] = []
     same: dict[int, int] = {}  # equal token ids share one object
     have = 0
     for index, tokens in texts:
@@ -190,10 +228,10 @@ def _draw(
         prompt = Prompt([same.setdefault(token, token) for token in tokens], index, prefix, skipped=skipped)
         if not prompt.positions:
             continue
-        prompts.append(prompt)
+        yield prompt
         have += 1 if split == "eval" else len(prompt.positions)
         if have >= amount:
-            return prompts
+            return
     parameter = "eval_prompts" if split == "eval" else f"{split}_tokens"
     left_out = pools[split].left_out
     also = f" ({left_out} prompts left out, as another split has the same)" if left_out else ""
@@ -204,13 +242,11 @@ def _draw(
     )
 
 
-def _cut(prompts: list[Prompt], rows: int) -> list[Prompt]:
+def _cut(prompts: Iterable[Prompt], rows: int) -> Iterator[Prompt]:
     """The first prompts with exactly `rows` positions in total; the last one is truncated."""
-    kept: list[Prompt] = []
     for prompt in prompts:
         if rows <= 0:
-            break
+            return
         positions = prompt.positions[:rows]
-        kept.append(replace(prompt, tokens=prompt.tokens[: positions[-1] + 1]))
+        yield replace(prompt, tokens=prompt.tokens[: positions[-1] + 1])
         rows -= len(positions)
-    return kept

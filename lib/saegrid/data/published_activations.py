@@ -7,6 +7,7 @@ An unsplit `{stage}_layer{layer}.pt` is split as by the code that made the publi
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def published_files(config: RunConfig) -> tuple[dict[str, Path], str]:
     from huggingface_hub import HfApi, hf_hub_download
 
     with hub_errors("activations", config.activations, config.activations_revision):
-        facts = HfApi().dataset_info(config.activations, revision=config.activations_revision or None)
+        facts: Any = HfApi().dataset_info(config.activations, revision=config.activations_revision or None)
         chosen = _match(config, sorted(file.rfilename for file in facts.siblings))
         get = {"repo_type": "dataset", "revision": facts.sha}
         return {

@@ -44,9 +44,9 @@ def local_sources(config: RunConfig) -> dict[str, str]:
     elif folder := _folder("model", config):
         found["model"] = files_sha256(weight_files(folder))
         patterns = [*HUB_FILES, "additional_chat_templates/*.jinja"]
-        paths = {path for pattern in patterns if pattern != "*.safetensors" for path in folder.glob(pattern)}
-        paths -= {folder / "generation_config.json"}  # sampling settings
-        found |= _each("model", folder, sorted(paths))
+        others = {path for pattern in patterns if pattern != "*.safetensors" for path in folder.glob(pattern)}
+        others -= {folder / "generation_config.json"}  # sampling settings
+        found |= _each("model", folder, sorted(others))
     if config.dataset.startswith("embedded:"):
         found["dataset"] = embedded_identity(config.dataset)
     else:

@@ -163,7 +163,18 @@ class Store:
             keep: maps float32 rows (N, d_in) on the CPU to a mask (N,) of those to return.
         """
         batches = self._batches(split, batch_size, seed, epoch, start, buffer_shards)
-        return received(_prefetched(sent(batches, device, keep)))
+        return received(prefetched(sent(batches, device, keep)))
+
+    @property
+    def epoch_rows(self) -> int:
+        """Rows that a run trains on in one epoch."""
+        return self.n_train
+
+    def epoch(
+        self, batch_size: int, seed: int, epoch: int, start: int, device: str, keep: Callable[[Tensor], Tensor] | None
+    ) -> Iterator[Tensor]:
+        """The shuffled batches of one epoch of training, from batch `start` on; arguments as for `batches`."""
+        return self.batches("train", batch_size, seed, epoch, start, device=device, keep=keep)
 
     def rows(self, split: str) -> Tensor:
         """All rows of a split in the stored order, float32 (n, d_in). For small stores."""
@@ -177,12 +188,12 @@ class Store:
     def _batches(self, split, batch_size, seed, epoch, start, buffer_shards) -> Iterator[Tensor]:
         shards = list(self.manifest["shards"][split])
         if seed is not None:
-            order = torch.randperm(len(shards), generator=_generator(seed, epoch, "shards"))
+            order = torch.randperm(len(shards), generator=seeded(seed, epoch, "shards"))
             shards = [shards[index] for index in order]
         ends = list(itertools.accumulate(shard["rows"] for shard in shards))
         per_group = max(1, buffer_shards * max(shard["rows"] for shard in shards) // batch_size)  # batches
         first_group, skip = divmod(start, per_group)
-        last: tuple[int, Tensor | None] = (-1, None)  # the shard that may straddle two groups
+        last = (-1, torch.empty(0))  # the shard that may straddle two groups
         for group in range(first_group, -(-ends[-1] // (per_group * batch_size))):
             low = group * per_group * batch_size
             high = min(low + per_group * batch_size, ends[-1])
@@ -197,7 +208,7 @@ class Store:
                 buffer[max(begin - low, 0) :][: len(part)] = part
             rows = torch.arange(high - low)
             if seed is not None:
-                rows = torch.randperm(high - low, generator=_generator(seed, epoch, group))
+                rows = torch.randperm(high - low, generator=seeded(seed, epoch, group))
             for chosen in rows.split(batch_size)[skip:]:
                 yield buffer[chosen]
             skip = 0
@@ -223,7 +234,7 @@ class Store:
         except Exception as error:  # SafetensorError, or torch's error for a dtype that it lacks
             raise StoreError(f"{path}: damaged ({error})", MEND) from None
         stored = getattr(torch, self.manifest["act_dtype"])
-        wanted = {"mean": ((self.d_in,), torch.float32)}
+        wanted: dict[str, Any] = {"mean": ((self.d_in,), torch.float32)}
         if "rows" in entry:
             wanted = {"acts": ((entry["rows"], self.d_in), stored)}
             wanted |= dict.fromkeys(META, ((entry["rows"],), torch.int32))
@@ -232,14 +243,14 @@ class Store:
         return tensors
 
 
-def _generator(*key: Any) -> torch.Generator:
+def seeded(*key: Any) -> torch.Generator:
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def _prefetched(batches: Iterator[Any]) -> Iterator[Any]:
+def prefetched(batches: Iterator[Any], ahead: int = PREFETCH) -> Iterator[Any]:
     """The same batches, prepared ahead on a thread, which ends with the iterator; its errors are raised here."""
-    ready: queue.Queue = queue.Queue(maxsize=PREFETCH)
+    ready: queue.Queue = queue.Queue(maxsize=ahead)
     dropped = threading.Event()
 
     def put(item: Any) -> None:

@@ -69,7 +69,7 @@ def load_run(run_dir: str | Path, run_id: str = "") -> dict[str, Any]:
             a hash is invalid, the results are another run's, or a file has changed since the run.
     """
     path = Path(run_dir) / "metrics.json"
-    row = YOUNGER | dict.fromkeys(YOUNGER_NUMBERS) | _read_json(path)
+    row: dict[str, Any] = YOUNGER | dict.fromkeys(YOUNGER_NUMBERS) | _read_json(path)
     missing = [name for name in TIDY if name not in row]
     if missing:
         raise ResultsError(f"{path}: lacks {', '.join(missing)}; delete the folder and run it again")

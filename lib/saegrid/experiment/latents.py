@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from saegrid.config import settings
 from saegrid.core.metrics import is_sink, sink_norm
 from saegrid.core.sae import SAE
 from saegrid.data.collect import open_store
@@ -67,9 +68,14 @@ def describe(run_dir: Path, store_dir: Path, size: int = SAMPLE, other_seeds: Se
             | {"found_again": again, "match_cosine": cosine}
             | {"neighbours": [[other, round(near_cosine, 3), int(fired[other])] for other, near_cosine in near[n]]}
         )
-    names = ("run_id", "name", "model", "layer", "sinks", "d_sae", "n_val_rows", "dead_pct")
-    kept = {name: facts[name] for name in names}
-    counts = {"n_alive": int((fired > 0).sum()), "n_sink_rows": int(sinks.sum()), "other_seeds": len(other_seeds)}
+    names = ("run_id", "name", "arch", "model", "layer", "sinks", "d_sae", "n_val_rows", "dead_pct")
+    kept = {name: facts[name] for name in names} | {"label": settings.label(facts)}
+    counts = {
+        "all_fired": fired.tolist(),
+        "n_alive": int((fired > 0).sum()),
+        "n_sink_rows": int(sinks.sum()),
+        "other_seeds": len(other_seeds),
+    }
     return kept | counts | {"tokens_known": bool((meta["token_ids"] >= 0).all()), "latents": entries}
 
 

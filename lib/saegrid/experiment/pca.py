@@ -42,7 +42,8 @@ def make(config: RunConfig, store: Store) -> None:
 
 def principal(store: Store) -> tuple[Tensor, Tensor]:
     """The training rows' mean (d_in,) and principal directions (d_in, d_in), one per row, largest variance first."""
-    total, products = 0.0, 0.0
+    total: Any = 0.0
+    products: Any = 0.0
     for x in store.batches("train", BATCH):
         x = x.double()
         total, products = total + x.sum(0), products + x.T @ x
@@ -66,7 +67,9 @@ def _measured(config: RunConfig, store: Store, mean: Tensor, directions: Tensor)
         ordinary.add(x[keep])
         errors += torch.stack([error.sum(), error[keep].sum()])
     lm = load_lm(pinned(config, store.manifest))
-    sums = evaluate(lm, load_baseline(store.folder, store.data_sha256), config.layer, replace, config.site)
+    baseline = load_baseline(store.folder, store.data_sha256)
+    assert baseline is not None  # `prepare_store` made it
+    sums = evaluate(lm, baseline, config.layer, replace, config.site)
     found = splice_metrics(**mean_losses(sums))
     found |= {"fvu": errors[0].item() / every.centred, "fvu_no_sink": errors[1].item() / ordinary.centred}
     return {"store_id": config.store_id, "components": len(directions), **{name: found[name] for name in MEASURES}}

@@ -60,8 +60,10 @@ def needed(config: RunConfig, d_in: int) -> int:
     weights = 4 * (2 * d_sae * d_in + d_sae + 2 * d_in)
     stored = {"float16": 2, "float32": 4}[config.act_dtype]
     rows = (
-        min(config.train_tokens, BUFFER_SHARDS * SHARD_ROWS) if not config.activations else BUFFER_SHARDS * SHARD_ROWS
+        min(config.stored_tokens, BUFFER_SHARDS * SHARD_ROWS) if not config.activations else BUFFER_SHARDS * SHARD_ROWS
     )
+    if config.rows == "streamed":
+        rows = max(rows, 2 * min(config.shuffle_rows, config.train_tokens))  # being trained on, and being made
     buffer = (rows + 3 * SHARD_ROWS) * d_in * stored
     batch = 4 * config.batch_size * (ROW_VALUES * d_sae + 8 * d_in)
     return int(BASE + STATES * weights + buffer + batch)

@@ -113,7 +113,7 @@ class Run:
         self.config = self._resolved(config)
         self.times: dict[str, float] = {}
         self.finished = self.finished and self._is_of_its_store(was_aside)
-        self.sae: SAE | None = None
+        self.sae: SAE = None  # type: ignore[assignment]  # until `train`
         self.best_epoch = -1
 
     def close(self) -> None:
@@ -200,7 +200,7 @@ class Run:
         if self.finished:
             self.sae = load_folder(self.folder).to(self.device)
             return self.sae
-        rows = self.config.epochs * self.store.n_train  # a missing store is collected here, and timed separately
+        rows = self.config.epochs * self.store.epoch_rows  # a missing store is collected here, and timed separately
         with tqdm(total=rows, unit="row", unit_scale=True, desc=self.config.name, mininterval=1.0) as bar:
             self.sae, progress = train(
                 self.config, self.store, self.kernel, self.folder, self.config.matmul, bar.update, self.device
@@ -248,7 +248,7 @@ class Run:
         best = curve[curve["epoch"] == self.best_epoch].iloc[0]
         sparsity = {"k": config.k or None, "threshold": config.threshold or None}
         row = {"run_id": self.run_id, "name": config.name, **config.identity(), **sparsity}
-        row |= {"d_in": sae.d_in, "d_sae": sae.d_sae, "n_train_rows": self.store.n_train}
+        row |= {"d_in": sae.d_in, "d_sae": sae.d_sae, "n_train_rows": self.store.epoch_rows}
         row |= {"n_val_rows": self.store.n_val, "n_eval_prompts": len(sums), "n_eval_tokens": int(sums.n_tokens.sum())}
         row |= {"steps": int(curve["step"].max()), "best_epoch": self.best_epoch}
         row |= {"inference_threshold": sae.inference_threshold, "theta_over_rms": None}

@@ -42,9 +42,9 @@ def make(grid: Grid, store_id: str, root: str | Path = ".") -> None:
 def _known(path: Path, data_sha256: str) -> dict[tuple[str, str], dict[str, Any]]:
     """Records of an earlier call, by the hashes of the two runs' weights; none if they are damaged or older."""
     try:
-        made = read_sealed(path) if path.exists() else {"records": [], "data_sha256": data_sha256}
+        made: dict[str, Any] = read_sealed(path) if path.exists() else {"records": [], "data_sha256": data_sha256}
         whole = (record for record in made["records"] if set(STABILITY_MEASURES) <= set(record))
-        records = {tuple(record["weights_sha256"]): record for record in whole}
+        records: dict[Any, Any] = {tuple(record["weights_sha256"]): record for record in whole}
         return records if made["data_sha256"] == data_sha256 else {}
     except (DamagedError, KeyError) as error:
         print(f"{error}; it is made again", flush=True)
@@ -94,7 +94,8 @@ def _start(run: RunConfig, sae: SAE) -> SAE:
 def again(run_dir: Path, other_dirs: list[Path], store: Store, config: RunConfig) -> dict[int, tuple[int, float]]:
     """{matched latent of a run: (number of other seeds with which it is stable, mean cosine of its matches)}."""
     sae = load_folder(run_dir)
-    acts, counts = activity(sae, ordinary_rows(store)), {}
+    acts = activity(sae, ordinary_rows(store))
+    counts: dict[int, tuple[int, float]] = {}
     for other in map(load_folder, other_dirs):
         found = matched(sae, other, acts, activity(other, ordinary_rows(store)), given(config, sae))
         for latent, stable, cosine in zip(

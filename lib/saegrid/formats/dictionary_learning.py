@@ -48,7 +48,7 @@ INERT = exchange.names(
 
 
 class _Trainer(exchange.Cfg):
-    dict_class: Literal[*SHAPES]
+    dict_class: Literal[*SHAPES]  # type: ignore[valid-type]
     k: int | None = None
     d_in: int | None = Field(None, alias="activation_dim")
     d_sae: int | None = Field(None, alias="dict_size")
@@ -87,14 +87,12 @@ def read_dictionary(folder: Path) -> SAE:
     check_sizes(trainer, sizes, path)
     weights = _plain(name, state)
     if name == "GatedAutoEncoder":
-        sae = exchange.gated(weights, state["r_mag"], state["mag_bias"], True, weights_path)
-    elif name == "JumpReluAutoEncoder":
-        sae = exchange.filled(exchange.jumprelu(state["threshold"], sizes["d_in"]), weights, centred=False)
-    elif name == "AutoEncoder":
-        sae = _relu(weights, weights_path)
-    else:
-        sae = exchange.filled(_cut_by_k(trainer, buffers, sizes, folder), weights, centred=True)
-    return sae
+        return exchange.gated(weights, state["r_mag"], state["mag_bias"], True, weights_path)
+    if name == "JumpReluAutoEncoder":
+        return exchange.filled(exchange.jumprelu(state["threshold"], sizes["d_in"]), weights, centred=False)
+    if name == "AutoEncoder":
+        return _relu(weights, weights_path)
+    return exchange.filled(_cut_by_k(trainer, buffers, sizes, folder), weights, centred=True)
 
 
 def _plain(name: str, state: dict[str, Tensor]) -> exchange.Plain:
@@ -128,13 +126,13 @@ def _cut_by_k(trainer: _Trainer, buffers: dict[str, Any], sizes: dict[str, int],
     path, weights_path, name = folder / "config.json", folder / "ae.pt", trainer.dict_class
     if "k" not in buffers and (trainer.k is None or name != "AutoEncoderTopK"):
         raise SaeFileError(f"{weights_path}: k is missing")
-    k = number(buffers["k"], "k", weights_path) if "k" in buffers else trainer.k
+    k: Any = number(buffers["k"], "k", weights_path) if "k" in buffers else trainer.k
     if k != int(k):
         raise SaeFileError(f"{weights_path}: k = {k}: must be a whole number")
     k = int(k)
     if trainer.k not in (None, k):
         raise SaeFileError(f"{path}: k = {trainer.k}, but ae.pt has {k}")
-    shape = {"d_in": sizes["d_in"], "d_sae": sizes["d_sae"], "k": exchange.check_k(k, sizes["d_sae"], weights_path)}
+    shape: dict[str, Any] = sizes | {"k": exchange.check_k(k, sizes["d_sae"], weights_path)}
     if name == "AutoEncoderTopK":  # its `encode` uses the threshold only on request
         return TopK(**shape)
     for key in BUFFERS[name]:

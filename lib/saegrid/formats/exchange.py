@@ -81,7 +81,7 @@ def gated(weights: Plain, r_mag: Tensor, b_mag: Tensor, centred: bool, where: Pa
     return sae
 
 
-def gate_bias(sae: Gated, weights: Plain) -> Tensor:
+def gate_bias(sae: SAE, weights: Plain) -> Tensor:
     """Gate bias (d_sae,) for which the gate opens where pre > theta, with r_mag = 0 and b_mag = `weights.b_enc`."""
     return (weights.b_enc.double() - sae.theta.data.double()).float()
 
@@ -99,8 +99,8 @@ def thresholds(sae: SAE, format: str) -> Tensor:
     return torch.full((sae.d_sae,), float(theta))
 
 
-def check_k(k: int, d_sae: int, where: Path) -> int:
-    if not 1 <= k <= d_sae:
+def check_k(k: int | None, d_sae: int, where: Path) -> int:
+    if k is None or not 1 <= k <= d_sae:
         raise SaeFileError(f"{where}: k = {k}: must be from 1 to d_sae = {d_sae}")
     return k
 

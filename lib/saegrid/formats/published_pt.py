@@ -82,7 +82,7 @@ def given_by(arch: str, k: int, threshold: float) -> Told:
     """What the caller states; "" and 0 mean "not given". Raises `SaeFileError` for an impossible value."""
     if arch and arch not in ARCHITECTURES:
         raise SaeFileError(f"arch = {arch!r}: must be one of {', '.join(SAE_CLASSES)}")
-    if not isinstance(k, int) or k < 0:
+    if not isinstance(k, int) or k < 0:  # type: ignore[redundant-expr]
         raise SaeFileError(f"k = {k!r}: must be a whole number of at least 1")
     if not (threshold >= 0 and math.isfinite(threshold)):
         raise SaeFileError(f"threshold = {threshold!r}: must be a number above 0")
@@ -120,7 +120,8 @@ def agree(where: Path, told: list[Told]) -> Told:
         says = [(source.who, getattr(source, field)) for source in told if getattr(source, field) is not None]
         first_who, first = says[0] if says else ("", None)
         for who, value in says[1:]:
-            if value != first and not (field == "threshold" and math.isclose(value, first, rel_tol=SAME_THRESHOLD)):
+            close = field == "threshold" and math.isclose(value, first or 0.0, rel_tol=SAME_THRESHOLD)
+            if value != first and not close:
                 raise SaeFileError(f"{where}: {field} is {first} by {first_who}, but {value} by {who}")
         agreed[field] = first
     return Told("all", **agreed)

@@ -113,7 +113,7 @@ def load_folder(folder: str | Path) -> SAE:
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()
         tensors = load_file(weights)
         sae = SAE_CLASSES[cfg["arch"]](
-            *(cfg[name] for name in ("d_in", "d_sae", "k", "threshold", "inference_threshold")),
+            **{name: cfg[name] for name in ("d_in", "d_sae", "k", "threshold", "inference_threshold")},
             theta=torch.zeros(cfg["d_sae"]) if "theta" in tensors else None,
         )
         expected = cfg["weights_sha256"]

@@ -65,10 +65,7 @@ OLD_NAMES = {
     "hook_point_layer": "hook_layer",
 }
 
-Dtype = Literal[
-    *("float32", "float64", "float16", "bfloat16"),
-    *("torch.float32", "torch.float64", "torch.float16", "torch.bfloat16"),
-]
+DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 class _Metadata(BaseModel):
@@ -83,7 +80,7 @@ class _Cfg(exchange.Cfg):
     architecture: Literal["standard", "topk", "jumprelu", "gated"]
     d_in: int
     d_sae: int
-    dtype: Dtype
+    dtype: Literal[*DTYPES, *(f"torch.{name}" for name in DTYPES)]  # type: ignore[valid-type]
     apply_b_dec_to_input: bool
     normalize_activations: Literal["none"]
     finetuning_scaling_factor: Literal[False, None] = None  # True comes with a tensor, which is refused too
@@ -166,9 +163,10 @@ def _old_cfg(content: dict[str, Any], path: Path) -> _OldCfg:
     cfg = exchange.read_cfg(_OldCfg, renamed, OLD_INERT, path)
     if cfg.hook_name.endswith("_z") or "hook_z" in cfg.hook_name:
         raise SaeFileError(f"{path}: hook_name = {cfg.hook_name!r:.80}: SAEs of attention heads can't be read")
-    found = {k for k in (cfg.k, cfg.activation_fn_kwargs and cfg.activation_fn_kwargs.k) if k is not None}
+    inner = cfg.activation_fn_kwargs.k if cfg.activation_fn_kwargs else None
+    found = {k for k in (cfg.k, inner) if k is not None}
     if len(found) > 1:
-        raise SaeFileError(f"{path}: k = {cfg.k}, but activation_fn_kwargs.k = {cfg.activation_fn_kwargs.k}")
+        raise SaeFileError(f"{path}: k = {cfg.k}, but activation_fn_kwargs.k = {inner}")
     topk = cfg.activation_fn == "topk"
     if cfg.architecture not in (("standard", "topk") if topk else ("standard", "jumprelu", "gated")):
         raise SaeFileError(f"{path}: activation_fn = {cfg.activation_fn!r}: does not fit {cfg.architecture}")
@@ -202,8 +200,8 @@ def write_saelens(sae: SAE, folder: Path, facts: dict[str, Any]) -> None:
     the encoder is plain, decoder rows are unchanged."""
     weights, known = exchange.folded(sae, centred=False), exchange.Facts.model_validate(facts)
     tensors = {**weights._asdict(), "W_enc": weights.W_enc.T.contiguous()}
-    kinds = ((TopK, "topk"), (ReLU, "standard"), (Gated, "gated"), (SAE, "jumprelu"))
-    architecture = next(name for kind, name in kinds if isinstance(sae, kind))
+    kinds = {TopK: "topk", ReLU: "standard", Gated: "gated"}
+    architecture = kinds.get(type(sae), "jumprelu")
     if architecture == "jumprelu":
         tensors["threshold"] = exchange.thresholds(sae, "SAELens")
     if architecture == "gated":

@@ -61,7 +61,7 @@ def _settle_cache() -> None:
     if not can_write(Path(place)):
         import numba
 
-        numba.config.CACHE_DIR = str(own_cache_dir() / "numba")  # type: ignore[attr-defined]
+        numba.config.CACHE_DIR = str(own_cache_dir() / "numba")
 
 
 def choose_device(device: str = "auto") -> str:

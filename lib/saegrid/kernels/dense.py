@@ -58,7 +58,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     work = state.workspace.setdefault("dense", {})
     if "l1" not in work:
         work["l1"] = torch.tensor(state.l1, device=x.device)
-        state.l1 = work["l1"]  # type: ignore[assignment]  # a number again in checkpoints
+        state.l1 = work["l1"]  # a number again in checkpoints
     step = work.get(key) or work.setdefault(key, _Step(state, rows, x, rule.kind, settings))
     return step(x, rule, settings)
 
@@ -267,8 +267,9 @@ def _kept(batch: _Batch, kind: str, numbers: Numbers, settings: StepSettings, l1
         x_hat = x_hat + batch.product(codes[:, start:end], batch.W_dec[start:end])
         errors.append(batch.error(x_hat))
     slopes = [batch.slope(error) / len(ends) for error in errors]
-    bias = sum(slope.sum(0) for slope in slopes)
-    d_z, d_dec = [], []
+    bias: Any = sum(slope.sum(0) for slope in slopes)
+    d_z: list[Tensor] = []
+    d_dec: list[Tensor] = []
     onwards: Any = 0.0
     for (start, end), slope in zip(reversed(blocks), reversed(slopes), strict=True):
         onwards = onwards + slope
@@ -365,7 +366,7 @@ def _smallest_kept(pre: Tensor, count: Tensor | int, by_row: bool) -> Tensor:
         reached = [(bits >= cut + (digit << low)).sum(1, dtype=torch.int32) for digit in digits]  # each (N,)
         if not by_row:
             reached = [counts.sum(0, keepdim=True) for counts in reached]
-        digit = sum((counts >= count).to(torch.int32) for counts in reached)
+        digit: Any = sum((counts >= count).to(torch.int32) for counts in reached)
         cut = cut + (digit << low)[:, None]
     return cut.view(torch.float32)
 

@@ -259,15 +259,16 @@ def hold_and_tie(params: Params, settings: StepSettings, tie_share: float | Tens
     w whose cosine with its initial value s is below c becomes c s + sqrt(1 - c²) u, where u is the direction of w's
     part orthogonal to s.
     """
-    if settings.freeze == "decoder":
-        params.W_dec.copy_(settings.start)
-    elif settings.freeze == "soft":
-        cosine = (params.W_dec * settings.start).sum(1, keepdim=True)
-        apart = torch.nn.functional.normalize(params.W_dec - cosine * settings.start)
-        held = SOFT_COSINE * settings.start + (1 - SOFT_COSINE**2) ** 0.5 * apart
+    start = settings.start
+    if start is not None and settings.freeze == "decoder":
+        params.W_dec.copy_(start)
+    elif start is not None and settings.freeze == "soft":
+        cosine = (params.W_dec * start).sum(1, keepdim=True)
+        apart = torch.nn.functional.normalize(params.W_dec - cosine * start)
+        held = SOFT_COSINE * start + (1 - SOFT_COSINE**2) ** 0.5 * apart
         params.W_dec.copy_(torch.where(cosine < SOFT_COSINE, torch.nn.functional.normalize(held), params.W_dec))
-    if settings.freeze == "encoder":
-        params.W_enc.copy_(settings.start)
+    if start is not None and settings.freeze == "encoder":
+        params.W_enc.copy_(start)
     elif settings.tie:
         params.W_enc.lerp_(params.W_dec, tie_share)
 

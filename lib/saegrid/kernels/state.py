@@ -99,12 +99,12 @@ class TrainState:
     m: Params
     v: Params
     step: int = 0
-    quiet: Tensor | None = None  # (d_sae,) int64: rows since a latent fired; counted only for AuxK
+    quiet: Tensor = NONE  # (d_sae,) int64: rows since a latent fired; counted only for AuxK
     l1: float = 1.0  # L1's weight / its initial value
     workspace: dict[str, Any] = field(default_factory=dict, repr=False)  # a kernel's own buffers; never saved
 
     def __post_init__(self) -> None:
-        if self.quiet is None:
+        if self.quiet is NONE:
             self.quiet = torch.zeros_like(self.params.b_enc, dtype=torch.int64)
 
     @classmethod

@@ -13,11 +13,11 @@ import pandas as pd
 
 from saegrid.analysis import published_sweep, selection
 from saegrid.analysis.budget import BUDGETS, Choice, Price, by_budget
-from saegrid.analysis.numbers import COLUMNS, bounds, change, counted, number, signed
+from saegrid.analysis.numbers import COLUMNS, MEANINGS, bounds, change, counted, number, signed
 from saegrid.config import settings
 from saegrid.config.architectures import ARCHITECTURES
 from saegrid.config.grid import L0_BUDGET
-from saegrid.report.tables import Markdown, best_values, cells, from_template, headers, markdown
+from saegrid.report.tables import Markdown, best_values, cells, folded, from_template, headers, markdown
 
 AS_PUBLISHED = {
     "val_mse": "Val MSE",
@@ -133,7 +133,7 @@ def _result_table(
 ) -> Markdown:
     own = [name for name in OWN if name in df and df[name].notna().any()]
     columns = [*given, *AS_PUBLISHED, *own]
-    heads = [({**SETTINGS, **AS_PUBLISHED, **OWN}[name], "") for name in columns]
+    heads = [({**SETTINGS, **AS_PUBLISHED, **OWN}[name], "", MEANINGS.get(name, "")) for name in columns]
     small = {
         (n, name): format(theirs.loc[run_id, name], PRINTED[name]).replace("-", "−")
         for n, run_id in enumerate(df["run_id"])
@@ -158,7 +158,7 @@ def _result_table(
         groups=[("", 1 + len(given)), ("As the published card", len(AS_PUBLISHED)), ("What the field trusts", len(own))]
         if own
         else [],
-        heads=[("SAE", ""), *heads],
+        heads=[("SAE", "", ""), *heads],
         rows=list(zip(titles, body, strict=True)),
     )
 
@@ -172,8 +172,10 @@ def architecture_text(df: pd.DataFrame) -> Markdown:
     return markdown(
         "pre = encoder(x − b_pre); x_hat = decoder(z) + b_pre; decoder rows of unit norm. What z keeps of pre:",
         "\n".join(f"- **{arch.name}**: {arch.kept}" for arch in used),
-        "The classes, from `lib/saegrid/core/sae.py` (of the base class, the methods that make a reconstruction):",
-        f"```py\n{class_source([arch.name for arch in used])}\n```",
+        folded(
+            "The classes, from lib/saegrid/core/sae.py (of the base class, the methods that make a reconstruction)",
+            f"```py\n{class_source([arch.name for arch in used])}\n```",
+        ),
     )
 
 

@@ -6,20 +6,18 @@ import re
 from typing import Any
 
 import pandas as pd
-from matplotlib.axes import Axes
 
 from saegrid.analysis import published_sweep, selection
 from saegrid.analysis.budget import by_budget
 from saegrid.analysis.findings import FAILS, HOLDS, NOT_TESTABLE, Finding, all_findings
-from saegrid.analysis.numbers import COLUMNS, change, counted, header, number, signed
+from saegrid.analysis.numbers import COLUMNS, change, number, signed
 from saegrid.analysis.origins import headlines as claims
 from saegrid.analysis.origins.headlines import NOT_SHOWN, Headline, Held, findings_by_origin, headlines
-from saegrid.analysis.origins.layers import hardest, over_layers
+from saegrid.analysis.origins.layers import hardest
 from saegrid.analysis.scaling import MEASURES
 from saegrid.config import settings
 from saegrid.config.grid import L0_BUDGET
-from saegrid.report.figures import plots
-from saegrid.report.figures.style import ABOVE, INK, MARKERS, PALETTE, WIDE, styled
+from saegrid.report.figures import over_layers
 from saegrid.report.pages import findings_page
 from saegrid.report.pages.findings_page import CLAIMS, SIGNS
 from saegrid.report.tables import Markdown, from_template, markdown
@@ -37,35 +35,40 @@ def words(df: pd.DataFrame) -> str:
     """What varies between the origins of these rows: `layer and text`."""
     names = {"dataset": "text", "activations": "text", "text": "text form", "layer": "layer", "site": "site"}
     varied = [names.get(name, name.replace("_", " ")) for name in settings.varying(df.to_dict("records"))]
-    *most, last = dict.fromkeys(varied)
+    *most, last = dict.fromkeys(varied or ["layer"])
     return f"{', '.join(most)} and {last}" if most else last
 
 
 def section(df: pd.DataFrame, prompts: pd.DataFrame, pages: str = "") -> Markdown:
     """All parts: the headlines in words, claims by origin, the hardest layers, and each measure over layers."""
     found = headlines(df, prompts)
-    parts = [verdict(found), claims_table(df, prompts, found, pages)]
+    parts = [verdict(found, df), claims_table(df, prompts, found, pages)]
     if df["layer"].nunique() > 1:
-        parts += ["### Which layer is hardest?", hardest_text(df), "### Over layers", *figures(df)]
+        parts += ["### Which layer is hardest?", hardest_text(df), "### Over layers", *over_layers.figures(df)]
     return markdown(*filter(None, parts))
 
 
 # --- the headlines
 
 
-def verdict(found: list[Headline]) -> str:
-    """At how many origins each headline holds, and where it does not, one line per headline that can be tested."""
+def verdict(found: list[Headline], df: pd.DataFrame, numbers: bool = True) -> str:
+    """At how many origins each headline holds, and where it does not, one line per headline that can be tested.
+
+    With `numbers`, also by how much there.
+    """
     told = []
     for headline in found:
         known = [origin for origin, held in headline.held.items() if held.verdict != NOT_TESTABLE]
         if not known:
             continue
         parts = [f"holds at {len(headline.where(HOLDS))} of {len(known)}"]
-        for word, there in ((NOT_SHOWN, headline.where(NOT_SHOWN)), (FAILS, headline.where(FAILS))):
-            parts += (
-                [f"{word} at {'; '.join(f'{origin} ({_told(headline, origin)})' for origin in there)}"] if there else []
-            )
-        told.append(f"- **{TITLES[headline.name]}**: {', '.join(parts)}.")
+        for word in (NOT_SHOWN, FAILS):
+            there = [origin for origin in by_text(df) if origin in headline.where(word)]
+            if there and numbers:
+                parts.append(f"{word} at {'; '.join(f'{origin}: {_told(headline, origin)}' for origin in there)}")
+            elif there:
+                parts.append(f"{word} at {len(there)}")
+        told.append(f"- **{TITLES[headline.name]}**: {'; '.join(parts)}.")
     return "\n".join(told)
 
 
@@ -145,12 +148,12 @@ def _heads(df: pd.DataFrame, pages: str) -> tuple[list[tuple[str, int]], list[di
     layered = df["layer"].nunique() > 1 and len(texts) > 1
     heads = [
         {
-            "text": f"layer {rows['layer'].iloc[0]}" if layered else name,
+            "text": str(rows["layer"].iloc[0]) if layered else name,
             "href": f"{pages}{slug(name)}.html" if pages else "",
         }
         for name, rows in by_text(df).items()
     ]
-    return list(texts.items()) if layered else [], heads
+    return [(f"{name}: layer", n) for name, n in texts.items()] if layered else [], heads
 
 
 def slug(origin: str) -> str:
@@ -162,10 +165,18 @@ def slug(origin: str) -> str:
 
 
 def findings_overview(own: dict[str, list[Finding]], df: pd.DataFrame, prompts: pd.DataFrame | None) -> Markdown:
-    """Verdicts on this grid's rows: the table of the five findings, or of all claims by origin if there are several."""
+    """Verdicts on this grid's rows: a figure of the five findings, or all claims by origin if there are several."""
     if len(own) == 1:
-        return findings_page.findings_table(own[""], all_findings(published_sweep.rows()), page="")
+        return findings_page.figure(own[""], all_findings(published_sweep.rows()))
     return claims_table(df, prompts, headlines(df, prompts), "layers/")
+
+
+def finding_sections(own: dict[str, list[Finding]], links: str = "") -> Markdown:
+    """All findings in full, each under its heading."""
+    parts = []
+    for n, claim in CLAIMS.items():
+        parts += [f"### Finding {n}: {claim.title} {{#finding-{n}}}", finding_section(own, n, links)]
+    return markdown(*parts)
 
 
 def finding_section(own: dict[str, list[Finding]], n: int, links: str = "") -> Markdown:
@@ -199,6 +210,7 @@ def recommended(
 ) -> Markdown:
     """The recommended run at each origin within an L0 budget: its cost, and how many settings are as good."""
     measure, rows = selection.cost(df), []
+    sizes = len(df[["expansion", "k", "threshold"]].drop_duplicates()) > 1
     for origin, those in by_text(df).items():
         best = selection.recommend(those, budget)
         choice = next((c for c in by_budget(those, prompts, (budget,)) if c.best["run_id"] == best["run_id"]), None)
@@ -207,7 +219,11 @@ def recommended(
             cost += f" [{number(choice.interval[0], measure)}, {number(choice.interval[1], measure)}]"
         names = ("l0", "delta_loss", "loss_recovered_mean", "dead_pct")
         rows.append(
-            {"origin": origin, "href": f"{pages}{slug(origin)}.html" if pages else "", "run": settings.label(best)}
+            {
+                "origin": origin,
+                "href": f"{pages}{slug(origin)}.html" if pages else "",
+                "run": settings.label(best, sizes),
+            }
             | {"run_href": f"{runs}{best['run_id']}.html" if runs else "", "cost": cost}
             | {"values": [number(best[name], name) for name in names if name != measure]}
             | {"alike": "" if choice is None or choice.interval is None else f"{len(choice.alike)} of {choice.others}"}
@@ -230,7 +246,7 @@ def hardest_text(df: pd.DataFrame) -> str:
     told = []
     for (measure, text), rows in hardest(df).groupby(["measure", "text"], sort=False):
         layers = [
-            f"layer {layer} for {', '.join(those['line'])} ({number(those['mean'].min(), measure)}"
+            f"layer {layer} for {_listed(those['line'], rows['line'])} ({number(those['mean'].min(), measure)}"
             + (f" to {number(those['mean'].max(), measure)})" if len(those) > 1 else ")")
             for layer, those in rows.groupby("layer", sort=True)
         ]
@@ -239,68 +255,8 @@ def hardest_text(df: pd.DataFrame) -> str:
     return "\n".join(told)
 
 
-def figures(df: pd.DataFrame) -> list[Markdown]:
-    """One row of panels per measure: a panel per text, a line per architecture and recipe."""
-    table, found = over_layers(df), []
-    seeds = table["seeds"].max()
-    for measure, rows in table.groupby("measure", sort=False):
-        limits = _limits(rows)
-        panels = []
-        for text, those in rows.groupby("text", sort=False):
-            caption = f"{header(measure)} over layers{f' on {text}' if text else ''}."
-            if seeds > 1:
-                caption += f" Means over {counted(seeds, 'seed')}"
-                caption += "; bars: 95% t intervals over seeds." if seeds > 2 else "."
-            panels.append(
-                plots.figure(curves(those, y=measure, limits=limits), alt=_alt(those, measure), caption=caption)
-            )
-        found.append(plots.side_by_side(panels))
-    return found
-
-
-def _alt(rows: pd.DataFrame, measure: str) -> str:
-    ends = []
-    for line, those in rows.groupby("line", sort=False):
-        values = ", ".join(f"{number(row.mean, measure)} at {row.layer}" for row in those.itertuples())
-        ends.append(f"{line}: {values}")
-    return f"{header(measure)} by layer. {'; '.join(ends)}."
-
-
-def _limits(rows: pd.DataFrame) -> tuple[bool, float, float]:
-    """Whether the axis is logarithmic, and its ends, the same for all panels of a measure."""
-    low, high = rows["mean"].min(), rows["mean"].max()
-    if low > 0 and high / low > WIDE / 5:
-        return True, low / 1.6, high * 1.6
-    ends = pd.concat([rows["low"], rows["high"], rows["mean"]])
-    room = 0.06 * (ends.max() - ends.min() or 1.0)
-    return False, min(ends.min() - room, 0.0 if low >= 0 else ends.min() - room), ends.max() + room
-
-
-@styled
-def curves(df: pd.DataFrame, *, y: str, limits: tuple[bool, float, float], ax: Axes | None = None) -> Axes:
-    """A measure over layers (`over_layers`, one measure and text), a line per setting with its intervals over seeds.
-
-    The published recipe has open markers and dashes.
-    """
-    logarithmic, bottom, top = limits
-    for n, (line, rows) in enumerate(df.groupby("line", sort=False)):
-        rows, first = rows.sort_values("layer"), rows.iloc[0]
-        color, published = PALETTE.get(first["arch"], INK), first["recipe"] == "published"
-        ax.errorbar(
-            rows["layer"], rows["mean"],
-            yerr=[(rows["mean"] - rows["low"]).fillna(0.0), (rows["high"] - rows["mean"]).fillna(0.0)],
-            color=color, marker=MARKERS.get(first["arch"], "o"), markerfacecolor="none" if published else color,
-            linestyle="--" if published else "-", capsize=3, elinewidth=1, label=line, zorder=2 + n,
-        )  # fmt: skip
-    ax.set_yscale("log" if logarithmic else "linear")
-    ax.set_ylim(bottom, top)
-    if logarithmic:
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.set_xticks(sorted(df["layer"].unique()))
-    ax.set_xlabel("Layer")
-    ax.set_ylabel(f"{header(y)}, log scale" if logarithmic else header(y))
-    ax.legend(ncols=2, **ABOVE)
-    return ax
+def _listed(some: pd.Series, every: pd.Series) -> str:
+    return "each architecture and recipe" if len(some) == len(every) > 1 else ", ".join(some)
 
 
 def overview(
@@ -312,5 +268,6 @@ def overview(
         f"## At each {words(df)}",
         "Each is judged by itself: no ranking, mean or interval goes across.",
         "### Recommendation", recommended(df, prompts, budget, pages, runs),
-        "### What holds where", *filter(None, [verdict(found)]), claims_table(df, prompts, found, pages),
+        "### What holds where", *filter(None, [verdict(found, df, numbers=False)]),
+        claims_table(df, prompts, found, pages),
     )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from saegrid.config.architectures import ARCHITECTURES
+from saegrid.config.architectures import ARCHITECTURES, KEEPS
 from saegrid.config.run_config import SITES
 from saegrid.report.tables import TEMPLATES, Markdown, markdown
 
@@ -41,8 +41,14 @@ def from_release(best: pd.Series, file: str, repo: str = "") -> Markdown:
 
 
 def _code(how: str, best: pd.Series, **values: Any) -> str:
-    """A code block from a template; `cut` is what decides whether a pre-activation is kept."""
+    """A code block from a template."""
     arch, has_k = ARCHITECTURES[best["arch"]], not pd.isna(best["k"])
-    known = {"cut": arch.cut(has_k), "batch_cut": arch.batch_cut, "rows": SITES[best["site"]].format(best["layer"])}
+    cut = arch.cut(has_k)
+    known = {
+        "cut": cut,
+        "keeps": KEEPS[cut],
+        "batch_cut": arch.batch_cut,
+        "rows": SITES[best["site"]].format(best["layer"]),
+    }
     code = CODE.get_template(f"load_{how}.py.jinja").render(**best.to_dict() | known | values)
     return f"```python\n{code}\n```"

@@ -11,10 +11,12 @@ import re
 import shutil
 import subprocess
 import sys
+from datetime import date
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from saegrid import __version__
 from saegrid.errors import SaegridError
 
 HOME = (
@@ -30,6 +32,7 @@ This part of the report comes from the runs of a grid, and there are none yet, o
 `make report` trains the quick grid, writes the tables and renders this site again.
 :::
 """
+FOOTER = "report/footer.html"
 OLD = 1.0
 """Modification time of placeholders (1970), so that every workflow considers them out of date."""
 _PAGE = re.compile(r"^ *- \{text: (.+), href: (.+)\}$", re.M)
@@ -63,11 +66,13 @@ def pages(root: str | Path = ".") -> dict[str, str]:
 
 
 def prepare(root: str | Path = ".") -> list[str]:
-    """Write a placeholder for every missing page. Returns the pages that it wrote.
+    """Write the pages' footer, and a placeholder for every missing page. Returns the placeholders.
 
     They are whole pages: Quarto expands includes before its pre-render step, so whatever a committed page includes must
     be committed too.
     """
+    (Path(root) / "report").mkdir(exist_ok=True)
+    (Path(root) / FOOTER).write_text(footer(root), encoding="utf-8")
     written = []
     for name, title in pages(root).items():
         path = Path(root) / name
@@ -82,6 +87,18 @@ def prepare(root: str | Path = ".") -> list[str]:
         os.utime(path, (OLD, OLD))
         written.append(name)
     return written
+
+
+def footer(root: str | Path) -> str:
+    """What closes each page: version, commit, the day of rendering, licence."""
+    made = [f"saegrid {__version__}"]
+    try:
+        command = ["git", "-C", str(root), "rev-parse", "--short=10", "HEAD"]
+        made += [f"commit {subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}"]
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        pass
+    made += [f"rendered {date.today().isoformat()}", "MIT licence"]
+    return f'<footer class="made">{" · ".join(made)}</footer>\n'
 
 
 def front_matter(title: str, description: str = "") -> str:
@@ -111,11 +128,20 @@ def render(root: str | Path = ".") -> str:
     if done.returncode:
         last = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()][-1:]
         raise SiteError(f"{name} ended with code {done.returncode}: {' '.join(last)}")
+    _write_search_script(root / "_site")
     problems = check(root / "_site")
     if problems:
         raise SiteError(f"_site: {problems[0]}{_more(problems)}")
     pages = len(list((root / "_site").rglob("*.html")))
     return f"rendered {pages} pages to _site/index.html with {name}"
+
+
+def _write_search_script(folder: Path) -> None:
+    """The search index as a script: browsers fetch no JSON from `file://` (the theme's links.html reads this)."""
+    index = folder / "search.json"
+    if index.exists():
+        script = f"window.saegridSearch = {index.read_text(encoding='utf-8')};\n"
+        index.with_suffix(".js").write_text(script, encoding="utf-8")
 
 
 def check_sources(root: str | Path) -> list[str]:
@@ -139,7 +165,7 @@ def check_sources(root: str | Path) -> list[str]:
 
 def _faults(text: str, path: Path) -> list[str]:
     """Faults in the Markdown of a page or cell at `path`."""
-    faults, divs, fence = [], [], ""
+    faults, divs, fence = list[str](), list[int](), ""
     for n, line in enumerate(text.splitlines(), 1):
         code = re.match(r" {0,3}(`{3,}|~{3,})", line)
         if fence:

@@ -8,21 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
+from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from saegrid.analysis.numbers import COLUMNS, MISSING, Column, aligned, counted, number
+from saegrid.analysis.numbers import COLUMNS, MEANINGS, MISSING, Column, aligned, counted, number
 from saegrid.analysis.selection import DENSE_SHARE_PCT, by_origin, candidates
 from saegrid.config import settings
+from saegrid.config.architectures import ARCHITECTURES
 
 TEMPLATES = Environment(loader=PackageLoader("saegrid.report"), autoescape=True, undefined=StrictUndefined)
+
+SWEPT = ("seed", "recipe")
+"""Columns that distinguish runs and say nothing else."""
 
 
 class Markdown(str):
     """Text that a notebook shows as Markdown."""
+
+    html = ""
+    """What a raw block holds (`html_block`)."""
 
     def _repr_markdown_(self) -> str:
         return str(self)
@@ -39,29 +48,62 @@ def html_table(
     links: str = "",
     mark_best: bool = True,
     tools: str = "",
+    curves: pd.DataFrame | None = None,
 ) -> Markdown:
     """An accessible HTML table: one row per run; the first column is the row header.
 
     Args:
         df: tidy rows.
-        columns: which columns, in order; empty columns are left out.
+        columns: which columns, in order; empty ones are left out, and those of `SWEPT` if all runs are alike in them.
         caption: what the table shows.
         links: folder of the run pages relative to the page, such as `runs/`; empty: no links.
         mark_best: star the best value of each column with a direction, among the sparse runs
             (`selection.candidates`).
         tools: name of the CSV file; if given, readers with scripts can sort, filter and download the table.
+        curves: learning curves (`finished_run.load_curves`); if given, the last column draws each run's.
     """
     columns = [name for name in columns if name in df and df[name].notna().any()]
+    columns = [name for name in columns if name not in SWEPT or len(df) == 1 or df[name].nunique() > 1]
     best, note = best_values(df, columns) if mark_best else ({}, "")
+    heads, body = [head(name) for name in columns], cells(df, columns[1:], best)
+    if curves is not None:
+        heads.append(
+            (
+                "Learning curve",
+                "validation MSE",
+                "Validation MSE after each epoch, logarithmic, each run on its own scale.",
+            )
+        )
+        for row, drawn in zip(body, sparks(df, curves), strict=True):
+            row.append(drawn)
     return from_template(
         "table.html",
         caption=caption,
         note=note,
         tools=tools if len(df) > 1 else "",
         groups=[],
-        heads=[(COLUMNS.get(name, Column(name)).title, _unit(name)) for name in columns],
-        rows=list(zip(headers(df, columns[0], links), cells(df, columns[1:], best), strict=True)),
+        heads=heads,
+        rows=list(zip(headers(df, columns[0], links), body, strict=True)),
     )
+
+
+def head(name: str) -> tuple[str, str, str]:
+    """Title, unit and meaning of a column."""
+    return COLUMNS.get(name, Column(name)).title, _unit(name), MEANINGS.get(name, "")
+
+
+def sparks(df: pd.DataFrame, curves: pd.DataFrame) -> list[dict[str, Any]]:
+    """A cell per run with its small learning curve, logarithmic and on a scale of its own."""
+    found = []
+    for row in df.to_dict("records"):
+        losses = curves.loc[curves["run_id"] == row["run_id"], "val_mse"].to_numpy()
+        level = np.log(losses.clip(1e-12))
+        down = 24 * (level.max() - level) / (np.ptp(level) or 1.0)
+        right = np.linspace(0, 100, len(level))
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(right, down, strict=True))
+        color = ARCHITECTURES[row["arch"]].color
+        found.append({"column": "curve", "words": False, "points": points, "value": float(losses[-1]), "color": color})
+    return found
 
 
 def best_values(df: pd.DataFrame, columns: Sequence[str]) -> tuple[dict[str, set], str]:
@@ -129,7 +171,7 @@ def cells(
     ]
 
 
-def from_template(name: str, **values: Any) -> Markdown:
+def from_template(name: str, /, **values: Any) -> Markdown:
     """A template of `report/templates`, filled in, as a raw block. Blank lines would end HTML in a model card."""
     lines = TEMPLATES.get_template(name).render(**values).splitlines()
     return html_block("\n".join(line.strip() for line in lines if line.strip()))
@@ -170,7 +212,14 @@ def pipe_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Markdow
 
 def html_block(html: str) -> Markdown:
     """HTML as a raw block of Markdown, which both renderers leave unchanged."""
-    return Markdown(f"```{{=html}}\n{html}\n```\n")
+    block = Markdown(f"```{{=html}}\n{html}\n```\n")
+    block.html = html
+    return block
+
+
+def folded(summary: str, content: str) -> Markdown:
+    """Content that opens on a click on its summary."""
+    return markdown(html_block(f"<details>\n<summary>{escape(summary)}</summary>"), content, html_block("</details>"))
 
 
 def markdown(*parts: str) -> Markdown:

@@ -34,7 +34,7 @@ def replacing(path: str | Path, needs: int = 0) -> Iterator[Path]:
         DiskError: the disk is full, a file-size limit is hit, or the folder can't be written to.
     """
     path = Path(path)
-    temporary = None
+    temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
@@ -52,7 +52,7 @@ def replacing(path: str | Path, needs: int = 0) -> Iterator[Path]:
             raise
         raise DiskError(disk_message(path, code, needs)) from None
     finally:
-        if temporary:
+        if temporary is not None:
             with contextlib.suppress(OSError):  # a folder that became read-only keeps the file
                 temporary.unlink(missing_ok=True)
 
@@ -94,7 +94,7 @@ def disk_message(path: Path, code: int, needs: int = 0) -> str:
     with contextlib.suppress(OSError):
         existing = next(folder for folder in path.absolute().parents if folder.is_dir())
         facts.append(f"{shutil.disk_usage(existing).free:,} bytes are free")
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0] if resource and code == errno.EFBIG else -1
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0] if resource and code == errno.EFBIG else -1  # type: ignore[truthy-bool]
     if limit >= 0:
         facts.append(f"the file-size limit is {limit:,}")
     return f"{path}: can't be written: {os.strerror(code)} ({', '.join(facts)}); what was there is unchanged"

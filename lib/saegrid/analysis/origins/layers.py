@@ -9,7 +9,7 @@ from saegrid.analysis.selection import by_origin, cost, without_controls
 from saegrid.config import settings
 from saegrid.config.recipes import described
 
-MEASURES = ("kl", "delta_loss", "loss_recovered_mean", "fvu_no_sink", "dead_pct", "l0", "stable_pct")
+MEASURES = ("kl", "delta_loss", "loss_recovered_mean", "fvu_no_sink", "dead_pct", "stable_pct")
 """Measures that are drawn over layers, where the runs have them."""
 
 
@@ -34,13 +34,16 @@ def over_layers(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def lines(df: pd.DataFrame) -> list[str]:
-    """Each row's setting in words but for its origin and seed: size and K only where they vary."""
+    """Each row's setting in words but for its origin and seed: `TopK (improved)`, size and K only where they vary."""
     rows = df.to_dict("records")
     also = [name for name in settings.unusual(rows) if name not in settings.ORIGIN]
     sizes = len({tuple(settings.axes(row).get(name) for name in ("expansion", "k", "threshold")) for row in rows}) > 1
-    return [
-        ", ".join([settings.label(row | {"seed": 0}, sizes), *(f"{name} {row[name]}" for name in also)]) for row in rows
-    ]
+    found = []
+    for row in rows:
+        name, _, rest = settings.label(row | {"seed": 0}, sizes).partition(", ")
+        more = [*filter(None, [rest]), *(f"{axis} {row[axis]}" for axis in also)]
+        found.append(f"{name} ({', '.join(more)})" if more else name)
+    return found
 
 
 def hardest(df: pd.DataFrame) -> pd.DataFrame:

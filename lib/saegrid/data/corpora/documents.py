@@ -17,7 +17,7 @@ FEW, PART = 100, 10_000
 
 
 class Document(NamedTuple):
-    index: int
+    index: int  # type: ignore[assignment]
     """Its problem template if there is one, else its own number: the unit that splits do not share."""
     content: Content
 

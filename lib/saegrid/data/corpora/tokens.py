@@ -118,7 +118,7 @@ def _marks(tokenizer: Any) -> tuple[list[int], list[int]]:
     begins = start is not None and list(tokenizer("a")["input_ids"])[:1] == [start]
     known = next((token for token in (end, start) if token is not None), None)
     separator = [known] if known is not None else list(tokenizer("\n\n", add_special_tokens=False)["input_ids"])
-    return [start] if begins else [], separator
+    return [start] if start is not None and begins else [], separator
 
 
 def skipped_ids(config: RunConfig, tokenizer: Any) -> set[int]:

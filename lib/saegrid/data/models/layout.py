@@ -54,7 +54,8 @@ def find_part(model: nn.Module, block: nn.Module, site: str) -> nn.Module:
         block.register_forward_hook(lambda module, args, output: ends.append(first(output))),
     ]
     try:
-        whole(model, [], *short_text(model))
+        ids, mask = short_text(model)
+        whole(model, [], ids[:1], mask[:1])
     finally:
         for hook in hooks:
             hook.remove()

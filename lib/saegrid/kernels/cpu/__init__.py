@@ -15,6 +15,7 @@ by the number of threads, and sums that cross chunks are kept per chunk.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ def decode(params: Params, codes: Codes) -> Tensor:
 def gradients(params: Params, x: Tensor, codes: Codes, push: float = 0.0) -> tuple[float, Params]:
     """Loss and its dense gradient through the active pairs; theta's and gain's are 0. See `reference.gradients`."""
     grads = Params(*map(torch.zeros_like, params))
-    x, workspace = x.contiguous(), {}
+    x, workspace = x.contiguous(), dict[str, Tensor]()
     loss, d_hat = _error(params, x, codes, torch.empty_like(x), workspace)
     torch.sum(d_hat, 0, out=grads.b_dec)
     none = np.empty(0, np.float32)
@@ -86,12 +87,9 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
         codes, d_hat = _with_gate(params, x, gate, codes, d_hat, workspace)
     vectors = tuple(buffer(workspace, f"grad {name}", getattr(params, name).shape) for name in ("theta", "gain"))
     pull = l0_pull(active, len(x), rule.k, settings.l0_coef) if rule.kind == "jumprelu" else 0.0
-    slopes = pairs.Slopes(
-        *arrays((params.theta, vectors[0], params.gain, vectors[1])),
-        *map(np.float32, (settings.bandwidth / 2, pull, push)),
-        n_rows=len(x),
-        gate_rows=gate_rows,
-    )
+    numbers = map(np.float32, (settings.bandwidth / 2, pull, push))
+    parts: Any = (*arrays((params.theta, vectors[0], params.gain, vectors[1])), *numbers, len(x), gate_rows)
+    slopes = pairs.Slopes(*parts)
     if settings.sink is not None:  # W_enc's gradient is a sum of these rows
         centred.addr_(centred @ settings.sink, settings.sink, alpha=-1)
     if settings.grad_clip or settings.frozen or _is_dense(codes, params):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -52,7 +54,7 @@ def _select(
     if narrow:
         w_enc = buffer(workspace, "W_enc bf16", w_enc.shape, torch.bfloat16).copy_(w_enc)
 
-    def listed(bound: np.float32 | None) -> tuple[np.float32, list[tuple[np.ndarray, ...]]]:
+    def listed(bound: np.float32 | None) -> tuple[Any, list[Any]]:
         """The bound (None: estimated from a sample of the first block), and each block's lists above it."""
         parts = []
         for rows in centred.split(size):

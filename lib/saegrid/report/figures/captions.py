@@ -105,9 +105,7 @@ def dead_text(df: pd.DataFrame) -> str:
 
 def heatmaps(df: pd.DataFrame, metrics: list[str]) -> Markdown:
     """One heat map per measure."""
-    texts = [heatmap_alt(df, metric) for metric in metrics]
-    axes = [plots.heatmap(df, metric=metric) for metric in metrics]
-    return plots.side_by_side(plots.figure(ax, alt=text, caption=text) for ax, text in zip(axes, texts, strict=True))
+    return plots.side_by_side((plots.heatmap(df, metric=metric), heatmap_alt(df, metric)) for metric in metrics)
 
 
 def dead_figure(df: pd.DataFrame) -> Markdown:

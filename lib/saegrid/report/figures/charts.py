@@ -7,6 +7,7 @@ Vega-Lite and Vega-Embed: nothing is fetched, and the repository has no minified
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,11 +15,11 @@ import altair as alt
 import pandas as pd
 
 from saegrid.analysis import selection
-from saegrid.analysis.numbers import COLUMNS, header, number
+from saegrid.analysis.numbers import COLUMNS, MEANINGS, header, number
 from saegrid.analysis.selection import candidates
 from saegrid.report.figures import captions, plots
 from saegrid.report.figures.style import MARKERS, PALE, PALETTE
-from saegrid.report.tables import Markdown
+from saegrid.report.tables import Markdown, from_template
 from saegrid.storage.atomic import write_text
 
 LIBRARY = "scripts/vega.js"
@@ -44,25 +45,32 @@ def write_library(folder: str | Path) -> None:
     write_text(path, head + vl_convert.javascript_bundle())
 
 
+def frontier_figures(
+    df: pd.DataFrame, measures: Sequence[str], *, links: str = "runs/", baseline: pd.DataFrame | None = None
+) -> Markdown:
+    """The frontier of each measure that all runs have; with scripts, one at a time and interactive."""
+    shown = [name for name in measures if df[name].notna().all()]
+    figures = [frontier_figure(df, y, links=links, baseline=baseline).html for y in shown]
+    return from_template("chooser.html", label="Measure", figures=figures)
+
+
 def frontier_figure(
-    df: pd.DataFrame,
-    y: str,
-    *,
-    lower_is_better: bool = True,
-    links: str = "runs/",
-    baseline: pd.DataFrame | None = None,
+    df: pd.DataFrame, y: str, *, links: str = "runs/", baseline: pd.DataFrame | None = None
 ) -> Markdown:
     """The frontier of `y` as a figure: interactive if scripts run, else the static picture."""
-    told = {"lower_is_better": lower_is_better, "links": links, "baseline": baseline}
+    lower = COLUMNS[y].best == "min"
+    told = {"lower_is_better": lower, "links": links, "baseline": baseline}
     content = frontier(df, y, **told).to_dict()
     content["config"]["legend"]["layout"] = LEGENDS
     spec = json.dumps(content).replace("</", "<\\/")  # no text in the data can close the element
     above = f'<div class="chart" data-library="{LIBRARY}"><script type="application/json">{spec}</script></div>'
+    meaning = f"{COLUMNS[y].title}: {MEANINGS[y]} "
     return plots.figure(
         plots.frontier(df, y=y, **told),
-        alt=captions.frontier_alt(df, y, lower_is_better),
-        caption=captions.frontier_caption(df, y, lower_is_better, baseline),
+        alt=captions.frontier_alt(df, y, lower),
+        caption=meaning + captions.frontier_caption(df, y, lower, baseline),
         above=above,
+        name=COLUMNS[y].title,
     )
 
 
@@ -113,7 +121,11 @@ def frontier(
     arches = [arch for arch in PALETTE if arch in set(df["arch"])]
     marks = alt.Chart(rows, name="runs").mark_point(filled=True, opacity=1, strokeWidth=1.5, cursor="pointer")
     marks = marks.encode(
-        color=alt.Color("arch:N", title=None, scale=alt.Scale(domain=arches, range=[PALETTE[a] for a in arches])),
+        color=alt.Color(
+            "arch:N",
+            legend=alt.Legend(title=None, columns=3),  # a phone is three wide
+            scale=alt.Scale(domain=arches, range=[PALETTE[a] for a in arches]),
+        ),
         stroke=alt.Stroke("arch:N", title=None, scale=alt.Scale(domain=arches, range=[PALETTE[a] for a in arches])),
         shape=alt.Shape(
             "arch:N", title=None, scale=alt.Scale(domain=arches, range=[SHAPES[MARKERS[a]] for a in arches])

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Mapping
-from html import escape
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from saegrid.analysis import selection
 from saegrid.analysis.numbers import header, number
 from saegrid.analysis.selection import DENSE_SHARE_PCT, candidates, pareto
-from saegrid.report.figures.style import ABOVE, INK, MARKERS, PALE, PALETTE, STYLE, WIDE, styled
+from saegrid.report.figures.style import ABOVE, INK, MARKERS, PALE, PALETTE, PANEL, STYLE, WIDE, Look, styled
 from saegrid.report.figures.svg import page_svg
-from saegrid.report.tables import Markdown, html_block
+from saegrid.report.tables import Markdown, from_template
 
 
 @styled
@@ -96,7 +96,8 @@ def heatmap(df: pd.DataFrame, *, metric: str = "delta_loss", ax: Axes | None = N
     table = rows.pivot_table(index="setting", columns="expansion", values=metric, sort=False)
     table = table.reindex(index=order, columns=sorted(table.columns))
     labels = table.map(lambda value: number(value, metric))
-    sns.heatmap(table, annot=labels, fmt="", cmap="cividis", ax=ax, cbar_kws={"label": header(metric)})
+    sns.heatmap(table, annot=labels, fmt="", cmap="cividis", ax=ax, cbar=False)
+    ax.set_title(header(metric))
     ax.grid(False)
     ax.set_xticklabels([f"{size}x" for size in table.columns])
     ax.tick_params(axis="y", rotation=0)
@@ -171,13 +172,16 @@ def firing_histogram(df: pd.DataFrame, *, n_rows: int = 0, ax: Axes | None = Non
         groups = [rates[run.index] for _, run in runs.groupby("run_id")]
         shares = np.array([100 * np.histogram(group.dropna(), bins)[0] / len(group) for group in groups])
         color, marker = PALETTE.get(arch, INK), MARKERS.get(arch, "o")
+        if df["run_id"].nunique() == 1:
+            ax.stairs(shares[0], bins, color=color, alpha=0.85, fill=True)
+            continue
         ax.plot(centres, shares.mean(0), color=color, marker=marker, markersize=3.5, label=arch)
         ax.fill_between(centres, shares.min(0), shares.max(0), color=color, alpha=0.15, linewidth=0)
     ax.set_ylim(bottom=0)
     ax.xaxis.set_major_formatter(lambda value, _: f"{float(f'{100 * 10**value:.2g}'):g}%")
     ax.set_xlabel("Share of validation rows on which a latent fires (log scale)")
     ax.set_ylabel("Latents (% of d_sae)")
-    if df["arch"].any():
+    if ax.get_legend_handles_labels()[0]:
         ax.legend()
     return ax
 
@@ -250,37 +254,58 @@ def recipes_differ(df: pd.DataFrame) -> bool:
     return "recipe" in df and "published" in set(df["recipe"]) and df["recipe"].nunique() > 1
 
 
-def figure(ax: Axes, *, alt: str, caption: str, above: str = "") -> Markdown:
+def figure(ax: Axes, *, alt: str, caption: str, above: str = "", name: str = "") -> Markdown:
     """An Axes as a figure of a page: inline SVG in the page's text colour, with a text alternative.
 
-    `above` is HTML placed above the picture, such as its interactive form. Markers keep their links and get their
-    names as tooltips; no script is needed.
+    `above` is HTML placed above the picture, such as its interactive form; `name` is what a chooser calls it. Markers
+    keep their links and get their names as tooltips; no script is needed.
     """
     with plt.rc_context(STYLE):
         buffer = io.StringIO()
         ax.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     plt.close(ax.figure)  # or the notebook shows it again
     svg = page_svg(buffer.getvalue(), INK, alt)
-    parts = [*([above] if above else []), svg, f"<figcaption>{escape(caption)}</figcaption>"]
-    return html_block('<figure class="plot">\n' + "\n".join(parts) + "\n</figure>")
+    return from_template("figure.html", above=above, svg=svg, caption=caption, title=name)
 
 
 def by_origin(df: pd.DataFrame, draw: Callable[[pd.DataFrame], Markdown]) -> Markdown:
-    """What `draw` makes of the rows; of several origins, one such figure for each, in two columns if there is room."""
+    """What `draw` makes of the rows; of several origins, one such figure for each, below its name."""
     parts = selection.by_origin(df)
     if len(parts) == 1:
         return draw(df)
-    found = []
-    for name, rows in parts.items():
-        inner = draw(rows).removeprefix("```{=html}\n").removesuffix("\n```\n")
-        found.append(html_block(f'<div><p class="origin">{escape(name.capitalize())}</p>\n{inner}\n</div>'))
-    return side_by_side(found)
+    return from_template("origins.html", parts=[(name.capitalize(), draw(rows).html) for name, rows in parts.items()])
 
 
-def side_by_side(figures: Iterable[Markdown]) -> Markdown:
-    """Figures in two columns if there is room."""
-    parts = [figure.removeprefix("```{=html}\n").removesuffix("\n```\n") for figure in figures]
-    return html_block('<div class="figures">\n' + "\n".join(parts) + "\n</div>")
+def side_by_side(panels: Iterable[tuple[Axes, str] | tuple[Axes, str, str]]) -> Markdown:
+    """Axes with caption, and a text alternative if that is another one, in two columns if there is room.
+
+    They have one legend if theirs are the same.
+    """
+    panels = list(panels)
+    legends = [_looks(ax) for ax, *_ in panels]
+    shared = legends[0] if len(panels) > 1 and all(looks == legends[0] for looks in legends) else []
+    title = panels[0][0].get_legend().get_title().get_text() if shared else ""
+    figures = []
+    for ax, caption, *alt in panels:
+        if shared:
+            ax.get_legend().remove()
+        ax.figure.set_size_inches(PANEL)
+        figures.append(figure(ax, alt=alt[0] if alt else caption, caption=caption).html)
+    return from_template("panels.html", looks=shared, title=title, figures=figures)
+
+
+def _looks(ax: Axes) -> list[Look]:
+    """The entries of an Axes' legend."""
+    if ax.get_legend() is None:
+        return []
+    dashes = {"-": "none", "--": "6 3", ":": "1.6 2.4", "-.": "6 2.4 1.6 2.4"}
+    looks = []
+    for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+        line = handle.lines[0] if isinstance(handle, ErrorbarContainer) else handle
+        hollow = line.get_markerfacecolor() == "none"
+        style = {"line": dashes[line.get_linestyle()], "hollow": hollow, "opacity": line.get_alpha() or 1}
+        looks.append(Look(label, line.get_color(), line.get_marker(), **style))
+    return looks
 
 
 def standalone_svg(ax: Axes) -> str:

@@ -23,9 +23,9 @@ def page_svg(svg: str, ink: str, alt: str) -> str:
     svg = re.sub(r"(<g><title>([^<]*)</title>(?:(?!</?g>).)*?<a )xlink:", r'\1aria-label="\2" ', svg, flags=re.S)
     svg = re.sub(r"\n\s*\n", "\n", svg.replace(' target="_blank"', ""))
     role = "group" if "<a " in svg else "img"
-    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0]
     svg = re.sub(r'^<svg [^>]*?viewBox="[^"]*"[^>]*>', "", svg, count=1)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="0 0 {size[1]} {size[2]}" role="{role}" aria-label="{escape(alt)}">{svg}'
+        f'viewBox="0 0 {width} {height}" role="{role}" aria-label="{escape(alt)}">{svg}'
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pandas as pd
-from matplotlib.axes import Axes
 
 from saegrid.analysis.ablation import LEVEL, MEANS, by_recipe, setting
 from saegrid.analysis.numbers import COLUMNS, bounds, change
 from saegrid.analysis.selection import cost
-from saegrid.report.figures.style import INK, styled
-from saegrid.report.tables import html_table, markdown
+from saegrid.report.figures.strips import Look, Mark, Row, strips
+from saegrid.report.tables import Markdown, html_table, markdown
+
+SWITCHED = Look("one choice switched")
 
 UNCERTAIN = ["kl_interval", "kl_range", "delta_loss_interval", "delta_loss_range"]
 """Uncertainty of a mean cost: its interval if there are per-prompt sums, else its range over the seeds."""
@@ -24,7 +25,9 @@ def verdict(found: pd.DataFrame) -> str:
         if rows.any():
             lines.append(f"- {words} with {_told(found[rows])} nats/token.")
     if not shown.all():
-        lines.append(f"- Not shown to differ from the full recipe, within these intervals: {_told(found[~shown])}.")
+        names = ", ".join(f"`{choice}`" for choice in found["choice"][~shown])
+        within = "within the intervals of [the figure](#fig-choices){.ref}"
+        lines.append(f"- Not shown to differ from the full recipe, {within}: {names}.")
     return "\n".join(
         [*lines, "", f"Verdicts hold together: corrected for {len(found)} comparisons (Holm, {LEVEL:.0%})."]
     )
@@ -34,17 +37,16 @@ def _told(rows: pd.DataFrame) -> str:
     return ", ".join(f"`{row.choice}` ({change(row.more, row.low, row.high)})" for row in rows.itertuples())
 
 
-@styled
-def forest(found: pd.DataFrame, *, measure: str = "delta_loss", ax: Axes | None = None) -> Axes:
+def forest(found: pd.DataFrame, *, measure: str = "delta_loss") -> Markdown:
     """Change of a measure when each choice is switched (`beside`), with intervals; one row per choice."""
-    rows = found.iloc[::-1]
-    beyond = [(rows["more"] - rows["low"]).clip(lower=0), (rows["high"] - rows["more"]).clip(lower=0)]
-    ax.errorbar(rows["more"], range(len(rows)), xerr=beyond, fmt="o", color=INK, capsize=3)
-    ax.axvline(0.0, color=INK, linewidth=0.8, linestyle="--")
-    ax.set_yticks(range(len(rows)), rows["choice"])
-    ax.set_xlabel(f"{COLUMNS[measure].title} more than the whole recipe's ({COLUMNS[measure].unit})")
-    ax.grid(visible=False, axis="y")
-    return ax
+    rows = [
+        Row(row.choice, [Mark(SWITCHED, row.more, (row.low, row.high))], change(row.more, row.low, row.high))
+        for row in found.itertuples()
+    ]
+    title, unit = COLUMNS[measure].title, COLUMNS[measure].unit
+    caption = f"{title} with one choice of the recipe switched, minus that of the whole recipe; 95% intervals of each."
+    axis = f"{title} more than the whole recipe's ({unit})"
+    return strips(rows, axis=axis, caption=caption, origin=0.0, name="fig-choices")
 
 
 def recipe_means(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> pd.DataFrame:

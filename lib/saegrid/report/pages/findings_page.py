@@ -13,8 +13,10 @@ from saegrid.analysis.findings import Finding
 from saegrid.analysis.numbers import between, change, counted, number, signed
 from saegrid.analysis.origins.headlines import NOT_SHOWN
 from saegrid.config import settings
+from saegrid.report.figures.strips import Look, Mark, Row, strips
 from saegrid.report.tables import Markdown, from_template, html_table, markdown
 
+HERE, THERE = Look("this grid"), Look("published rows", shape="D", hollow=True)
 SIGNS = {
     findings.HOLDS: ("✓", "holds"),
     findings.FAILS: ("✗", "fails"),
@@ -240,22 +242,30 @@ def _shown(own: Finding, published: Finding, page: str | None) -> dict[str, Any]
 
 
 def key_findings(own: list[Finding], published: list[Finding], page: str | None = None) -> Markdown:
-    """One bullet per finding: verdict, numbers, and the same on the published rows. `page` as in `findings_table`."""
+    """One bullet per finding: verdict, numbers, and the same on the published rows.
+
+    `page` is the path of the findings page relative to this one; None: no links.
+    """
     both = zip(own, published, strict=True)
     return from_template("key_findings.html", findings=[_shown(ours, theirs, page) for ours, theirs in both])
 
 
-def findings_table(own: list[Finding], published: list[Finding], page: str | None = None) -> Markdown:
-    """One row per finding: the claim, verdict and effect on our rows, the verdict on the published rows.
-
-    `page` is the path of the findings page relative to this one, "" for this one; None: no links.
-    """
+def figure(own: list[Finding], published: list[Finding]) -> Markdown:
+    """Effect and verdict of every finding, on our rows and on the published ones; each leads to its section."""
+    rows = []
+    for ours, theirs in zip(own, published, strict=True):
+        marks = [] if ours.effect is None else [Mark(HERE, ours.effect, ours.interval)]
+        marks += [] if theirs.effect is None else [Mark(THERE, theirs.effect)]
+        shown = _shown(ours, theirs, "")
+        there = f"published: {SIGNS[theirs.verdict][0]} {shown['their_effect'] or theirs.verdict}"
+        rows.append(
+            Row(shown["title"], marks, shown["effect"], shown["effect_name"], there, shown["href"], shown["own"])
+        )
     caption = (
-        "Verdicts on this grid's rows and on the published ones. 95% t intervals over templates, of each "
-        f"effect; the published rows allow none. {steps_text(own)}"
+        "Effect of each finding, with its 95% t interval over problem templates; the published rows allow none. A gap "
+        f"below 0 is less loss. {verdicts_text(own)} {steps_text(own)}"
     )
-    shown = [_shown(ours, theirs, page) for ours, theirs in zip(own, published, strict=True)]
-    return from_template("findings_table.html", caption=caption, findings=shown)
+    return strips(rows, axis="Delta loss, or a difference of two (nats/token)", caption=caption, origin=0.0)
 
 
 def verdict(finding: Finding) -> dict[str, str]:

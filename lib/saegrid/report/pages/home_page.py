@@ -23,7 +23,7 @@ from saegrid.report import card, layers, loading
 from saegrid.report.figures import captions, plots
 from saegrid.report.pages import findings_page, trust_section
 from saegrid.report.pages.ablation_section import recipe_section
-from saegrid.report.tables import Markdown, from_template, html_table, markdown, pipe_table
+from saegrid.report.tables import Markdown, folded, from_template, html_table, markdown, pipe_table
 from saegrid.storage.hub_access import HUB_ID
 
 BASE_MODELS = {EMBEDDED_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -181,7 +181,7 @@ def swept_text(df: pd.DataFrame) -> str:
         [*([f"K of {by_k}"] if by_k != MISSING else []), *([f"θ of {theta}"] if theta != MISSING else [])]
     )
     layer = f"layer {_values(df, 'layer')}"
-    texts = df["dataset"].map(dataset).drop_duplicates()
+    texts = list(selection.by_origin(df, "layer"))
     layer += f" on {escape(' and '.join(texts), quote=False)}" if len(texts) > 1 else ""
     return (
         f"{len(df)} runs, {_listed(df, 'arch')} at {_values(df, 'expansion', '{}x')} with {sparsity}, each trained on "
@@ -320,14 +320,14 @@ def published_note() -> Markdown:
 
 def setting_note(df: pd.DataFrame, timing: pd.DataFrame) -> Markdown:
     """Hardware, time, versions and hashes of the runs on the site."""
-    machine = [("processor", ", ".join(timing["cpu"].unique())), ("threads a run", _values(timing, "threads"))]
+    machine = [("processor", ", ".join(timing["cpu"].unique())), ("threads per run", _values(timing, "threads"))]
     machine += [("training, all runs", f"{timing['train_seconds'].sum() / 60:.1f} minutes, one run after another")]
     versions = [(n.replace("_", " "), _values(df, n)) for n in ("code_version", "torch_version", "kernel", "matmul")]
     hashes = [(n.replace("_", " "), _values(df, n, "`{}`")) for n in ("store_id", "data_sha256", "model_sha256")]
     columns = ["name", "train_seconds", "train_rows_per_second", "eval_seconds"]
     return markdown(
         pipe_table(["What", "Value"], machine + versions + hashes),
-        html_table(timing, columns, caption="Time of each run.", mark_best=False),
+        folded("Time of each run", html_table(timing, columns, caption="Time of each run.", mark_best=False)),
     )
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from saegrid.analysis import selection
 from saegrid.analysis.numbers import counted, number
@@ -18,7 +19,8 @@ from saegrid.config.grid import Grid
 from saegrid.errors import SaegridError
 from saegrid.experiment import results
 from saegrid.experiment.latents import describe
-from saegrid.report.tables import Markdown, html_block, markdown
+from saegrid.report.figures import plots
+from saegrid.report.tables import Markdown, from_template, html_block, markdown
 from saegrid.storage.atomic import write_json, write_text
 
 CHUNK = 20
@@ -57,7 +59,7 @@ def introduction(data: Mapping[str, Any], runs: str) -> Markdown:
     """Which run, how many latents, and how they were sampled; `runs` is the folder of run pages."""
     share = 100 * data["n_alive"] / data["d_sae"]
     return Markdown(
-        f"[{data['name']}]({runs}{data['run_id']}.ipynb), the recommended run, has {data['d_sae']:,} latents. "
+        f"[{data['label']}]({runs}{data['run_id']}.ipynb), the recommended run, has {data['d_sae']:,} latents. "
         f"{data['n_alive']:,} of them ({share:.0f}%) fire on at least one of {data['n_val_rows']:,} validation rows. "
         f"Here are **{len(data['latents'])}**, spread evenly over the range from the rarest to the most frequent.\n"
     )
@@ -90,6 +92,20 @@ def how(data: Mapping[str, Any]) -> Markdown:
     )
 
 
+def firing(data: Mapping[str, Any]) -> Markdown:
+    """A histogram of how often the run's latents fire; empty for data without their counts."""
+    if not data.get("all_fired"):
+        return Markdown("")
+    counts = pd.DataFrame({"fired": data["all_fired"], "run_id": data["run_id"], "arch": data["arch"]})
+    alive = counts["fired"][counts["fired"] > 0]
+    dead = data["d_sae"] - len(alive)
+    text = (
+        f"How often the latents fire: the median live latent on {_percent(100 * alive.median() / data['n_val_rows'])}% "
+        f"of the validation rows. {dead:,} of {data['d_sae']:,} are dead and left out."
+    )
+    return plots.figure(plots.firing_histogram(counts, n_rows=data["n_val_rows"]), alt=text, caption=text)
+
+
 def browser(data: Mapping[str, Any], chunks: str) -> Markdown:
     """The table of all sampled latents next to the card of the chosen one.
 
@@ -99,31 +115,16 @@ def browser(data: Mapping[str, Any], chunks: str) -> Markdown:
     for n, entry in enumerate(data["latents"]):
         peaks = _unique(context["tokens"][context["peak"]] for context in entry["contexts"])
         promoted, demoted = ([token for token, _ in entry[name]] for name in ("promoted", "demoted"))
-        words = " ".join(_unique([*peaks, *promoted, *demoted]))
         share = 100 * entry["fired"] / data["n_val_rows"]
         rows.append(
-            f'<tr data-latent="{entry["latent"]}" data-chunk="{n // CHUNK:02d}" data-search="{escape(words)}">'
-            f'<th scope="row" data-value="{entry["latent"]}">{entry["latent"]}</th>'
-            f'<td data-value="{share!r}">{_percent(share)}</td>'
-            f'<td data-value="{entry["max_act"]!r}">{number(entry["max_act"], "max_act")}</td>'
-            f'<td class="text">{_tokens(peaks[:SHOWN_TOKENS])}</td>'
-            f'<td class="text">{_tokens(promoted[:SHOWN_TOKENS])}</td>{_again(entry, data)}</tr>'
+            {"latent": entry["latent"], "chunk": f"{n // CHUNK:02d}", "share": repr(share), "percent": _percent(share)}
+            | {"max_act": repr(entry["max_act"]), "largest": number(entry["max_act"], "max_act")}
+            | {"search": " ".join(_unique([*peaks, *promoted, *demoted])), "found": entry.get("found_again")}
+            | {"peaks": _tokens(peaks[:SHOWN_TOKENS]), "promoted": _tokens(promoted[:SHOWN_TOKENS])}
         )
-    heads = ['<th scope="col">Latent</th>', '<th scope="col">Fires on <span class="unit">% of rows</span></th>']
-    heads += ['<th scope="col">Largest <span class="unit">act</span></th>']
-    heads += [f'<th scope="col" class="text">{title}</th>' for title in ("Fires most on", "Promotes")]
-    if data.get("other_seeds"):
-        heads += ['<th scope="col">Found again <span class="unit">other seeds</span></th>']
-    caption = f"{len(data['latents'])} latents of {data['name']}, from rare to frequent."
-    return html_block(
-        f'<div class="latents" data-chunks="{escape(chunks)}">\n'
-        '<div class="latent-list">\n'
-        f'<div class="table-scroll" role="region" tabindex="0" aria-label="{escape(caption)}">\n'
-        '<table class="table table-sm results" data-quarto-disable-processing="true" data-tools="latents" '
-        f'data-filter-label="Search tokens">\n<caption>{escape(caption)}</caption>\n'
-        f"<thead><tr>{''.join(heads)}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody></table></div></div>\n"
-        '<div class="latent-shown"></div>\n</div>'
-    )
+    caption = f"{len(data['latents'])} latents of {data['label']}, from rare to frequent."
+    seeds = data.get("other_seeds", 0)
+    return from_template("latents.html", chunks=chunks, caption=caption, seeds=seeds, rows=rows)
 
 
 def gallery(data: Mapping[str, Any], size: int = GALLERY) -> Markdown:
@@ -138,8 +139,7 @@ def card(entry: Mapping[str, Any], data: Mapping[str, Any], known: set[int] | No
 
     `known`, if given, are the latents that the page can show: neighbours among them get links.
     """
-    share = 100 * entry["fired"] / data["n_val_rows"]
-    facts = f"Fires on <strong>{_percent(share)}%</strong> of {data['n_val_rows']:,} validation rows"
+    facts = f"of {data['n_val_rows']:,} validation rows"
     if entry["fired_on_sinks"]:
         facts += f", {entry['fired_on_sinks']:,} of them attention sinks"
     if entry["max_act"] > 0:
@@ -149,73 +149,43 @@ def card(entry: Mapping[str, Any], data: Mapping[str, Any], known: set[int] | No
         facts += f" · found again with {entry['found_again']} of {counted(data['other_seeds'], 'other seed')}"
         if entry["match_cosine"] is not None:
             facts += f" (cosine with its match {number(entry['match_cosine'], 'cosine')})"
-    near = []
-    for other, cosine, fired in entry["neighbours"]:
-        name = f'<a href="#latent-{other}">{other}</a>' if known and other in known else str(other)
-        dead = "" if fired else ", dead"
-        near.append(f"{name} <small>({number(cosine, 'cosine')}{dead})</small>")
-    return (
-        f'<article class="latent" aria-label="Latent {entry["latent"]}">\n'
-        f'<h3 tabindex="-1">Latent {entry["latent"]}</h3>\n<p class="latent-facts">{facts}.</p>\n'
-        f"{_contexts(entry, data)}\n<dl>\n"
-        f"<dt>Promotes</dt><dd>{_weighted(entry['promoted'])}</dd>\n"
-        f"<dt>Demotes</dt><dd>{_weighted(entry['demoted'])}</dd>\n"
-        f"<dt>Nearest directions</dt><dd>{', '.join(near)}</dd>\n</dl>\n</article>"
-    )
+    none = "" if entry["contexts"] else "It fires on attention sinks only, the first tokens of the prompts."
+    shown = {
+        "latent": entry["latent"],
+        "share": _percent(100 * entry["fired"] / data["n_val_rows"]),
+        "facts": facts,
+        "none": none if data["tokens_known"] else UNKNOWN.capitalize(),
+        "contexts": [_context(context, entry["max_act"]) for context in entry["contexts"]],
+        "near": [
+            {"latent": other, "cosine": number(cosine, "cosine"), "dead": not fired}
+            | {"href": f"#latent-{other}" if known and other in known else ""}
+            for other, cosine, fired in entry["neighbours"]
+        ],
+    }
+    for name in ("promoted", "demoted"):
+        effects = [f"{value:+.1f}".replace("-", "−") for _, value in entry[name]]
+        shown[name] = list(zip(_tokens([token for token, _ in entry[name]]), effects, strict=True))
+    return from_template("latent.html", c=shown).html
 
 
-def _again(entry: Mapping[str, Any], data: Mapping[str, Any]) -> str:
-    """The cell that says with how many other seeds a latent was found; empty if there is one seed."""
-    if not data.get("other_seeds"):
-        return ""
-    sign = "✓ " if entry["found_again"] else ""
-    return f'<td data-value="{entry["found_again"]}">{sign}{entry["found_again"]} of {data["other_seeds"]}</td>'
-
-
-def _contexts(entry: Mapping[str, Any], data: Mapping[str, Any]) -> str:
-    if not data["tokens_known"]:
-        return f'<p class="latent-none">{UNKNOWN.capitalize()}</p>'
-    if not entry["contexts"]:
-        return '<p class="latent-none">It fires on attention sinks only, the first tokens of the prompts.</p>'
-    lines = [f"<li>{_context(context, entry['max_act'])}</li>" for context in entry["contexts"]]
-    return f'<ol class="contexts">\n{"".join(lines)}\n</ol>'
-
-
-def _context(context: Mapping[str, Any], most: float) -> str:
+def _context(context: Mapping[str, Any], most: float) -> dict[str, Any]:
     """Consecutive tokens, shaded by the latent's activation where it fires, the largest one framed and numbered."""
-    parts = [] if context["whole"] else ["… "]
-    for n, (token, act) in enumerate(zip(context["tokens"], context["acts"], strict=True)):
-        text = escape(_visible(token))
-        if act > 0:
-            shade = f'style="--a:{act / most:.2f}" title="{number(act, "max_act")}"'
-            tag = "strong" if n == context["peak"] else "mark"
-            text = f"<{tag} {shade}>{text}</{tag}>"
-        parts.append(text)
-    value = number(context["acts"][context["peak"]], "max_act")
-    return f'<span class="context">{"".join(parts)}</span> <span class="act">{value}</span>'
+    pieces = [
+        {"text": _visible(token), "act": number(act, "max_act") if act > 0 else "", "peak": n == context["peak"]}
+        | {"level": f"{act / most:.2f}" if act > 0 else ""}
+        for n, (token, act) in enumerate(zip(context["tokens"], context["acts"], strict=True))
+    ]
+    return {"whole": context["whole"], "pieces": pieces, "act": pieces[context["peak"]]["act"]}
 
 
-def _weighted(pairs: Sequence[Sequence[Any]]) -> str:
-    return " ".join(f"{_token(token)}<small>{signed}</small>" for token, signed in ((t, _signed(v)) for t, v in pairs))
-
-
-def _tokens(tokens: Sequence[str]) -> str:
-    return " ".join(map(_token, tokens)) or "–"
-
-
-def _token(token: str) -> str:
-    """A single token: a leading space becomes a middle dot, to make it visible."""
-    text = _visible(token)
-    text = f"·{text[1:]}" if text.startswith(" ") else text
-    return f'<code class="token">{escape(text) or "∅"}</code>'
+def _tokens(tokens: Sequence[str]) -> list[str]:
+    """Single tokens: a leading space becomes a middle dot, to make it visible."""
+    visible = map(_visible, tokens)
+    return [(f"·{text[1:]}" if text.startswith(" ") else text) or "∅" for text in visible]
 
 
 def _visible(token: str) -> str:
     return token.replace("\r", "␍").replace("\n", "↵").replace("\t", "⇥")
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "−")
 
 
 def _percent(share: float) -> str:

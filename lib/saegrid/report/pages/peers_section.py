@@ -9,22 +9,16 @@ from saegrid.analysis.ablation import LEVEL
 from saegrid.analysis.numbers import between, change, counted, header, number, signed
 from saegrid.analysis.peers import COMPARED, against_best
 from saegrid.analysis.scaling import MEASURES
-from saegrid.report.figures.style import ABOVE, log_axes, styled
+from saegrid.report.figures.style import ABOVE, LIBRARIES, MARKERS, log_axes, styled
 from saegrid.report.tables import Markdown, html_table
 
-LOOKS = {
-    ("saegrid", "BatchTopK"): ("#d55e00", "o", "-"),
-    ("saegrid", "JumpReLU"): ("#009e73", "^", "-"),
-    ("saegrid", "Matryoshka"): ("#8d5a2b", "D", "-"),
-    ("sae-lens", "BatchTopK"): ("#3a86c8", "o", "--"),
-    ("sae-lens", "TopK"): ("#3a86c8", "s", ":"),
-    ("sae-lens", "Matryoshka"): ("#3a86c8", "D", "-."),
-    ("dictionary_learning", "BatchTopK"): ("#b5609a", "o", "--"),
-    ("dictionary_learning", "TopK"): ("#b5609a", "s", ":"),
-    ("dictionary_learning", "Matryoshka"): ("#b5609a", "D", "-."),
-    ("sparsify", "TopK"): ("#7b7f87", "s", ":"),
-}
-"""Colour by library, marker by architecture."""
+LINES = {"BatchTopK": "--", "TopK": ":", "Matryoshka": "-."}
+CONTENDERS = [
+    *(("saegrid", arch) for arch in ("BatchTopK", "JumpReLU", "Matryoshka")),
+    *((peer, arch) for peer in ("sae-lens", "dictionary_learning") for arch in LINES),
+    ("sparsify", "TopK"),
+]
+"""Colour is the library, marker the architecture; this project has whole lines."""
 
 
 def rules(found: pd.DataFrame) -> str:
@@ -81,7 +75,9 @@ def verdict(found: pd.DataFrame) -> str:
         ]
         lines.append(f"- K = {k}, {rows['arch'].iloc[0]}: {'; '.join(told)}.")
         group = found[found["k"] == k]
-        absent = [" ".join(name) for name in LOOKS if name not in set(zip(group["peer"], group["arch"], strict=True))]
+        absent = [
+            " ".join(name) for name in CONTENDERS if name not in set(zip(group["peer"], group["arch"], strict=True))
+        ]
         if absent:
             lines[-1] += f" Not run: {', '.join(absent)}."
     return "\n".join([*lines, "", _stand(table)]) if lines else ""
@@ -108,10 +104,12 @@ def _bounds(more: tuple[float, float, float, float]) -> str:
 @styled
 def curves(found: pd.DataFrame, *, y: str, ax: Axes | None = None) -> Axes:
     """A measure over the measured L0, one line per contender, both axes logarithmic."""
-    for contender, (color, marker, line) in LOOKS.items():
-        rows = found[(found["peer"] == contender[0]) & (found["arch"] == contender[1])].sort_values("l0_no_sink")
+    for peer, arch in CONTENDERS:
+        rows = found[(found["peer"] == peer) & (found["arch"] == arch)].sort_values("l0_no_sink")
+        look = {"color": LIBRARIES[peer], "marker": MARKERS[arch], "label": f"{peer} {arch}"}
+        look |= {"linestyle": "-" if peer == "saegrid" else LINES[arch]}
         if len(rows):
-            ax.plot(rows["l0_no_sink"], rows[y], color=color, marker=marker, linestyle=line, label=" ".join(contender))
+            ax.plot(rows["l0_no_sink"], rows[y], **look)
     log_axes(ax, sorted(found["k"].unique()))
     ax.set_xlabel(header("l0_no_sink"))
     ax.set_ylabel(header(y))

@@ -10,7 +10,8 @@ from pathlib import Path
 import pandas as pd
 
 from saegrid.analysis import ablation, intervals, peers, scaling, selection
-from saegrid.analysis.numbers import COLUMNS, change, counted, header, number
+from saegrid.analysis.numbers import change, counted, header, number
+from saegrid.analysis.origins.headlines import headlines
 from saegrid.analysis.scaling import MEASURES
 from saegrid.experiment import pca_table, results
 from saegrid.report import layers
@@ -18,13 +19,14 @@ from saegrid.report.figures import plots
 from saegrid.report.pages import ablation_section, peers_section, scaling_section, trust_section
 from saegrid.report.tables import Markdown, html_table, markdown
 
-GRIDS = {
-    "recipes": "Two recipes",
-    "ablation": "What each choice buys",
-    "scaling": "Scaling",
-    "layers": "Other layers, other text",
+SECTIONS = {
+    "recipes": ("Two recipes", "two-recipes", "recipes"),
+    "ablation": ("What each choice buys", "choices", "ablation"),
+    "scaling": ("Scaling", "scaling", "scaling"),
+    "layers": ("Other layers, other text", "layers", "layers"),
+    "peers": ("Beside other libraries", "libraries", "peer-quality"),
 }
-"""Folders under `results/`, made by the grid files of the same names, and the titles of their sections."""
+"""Folders under `results/`: title and anchor of their section, and the make target of their tables."""
 
 MEASURED = {
     "Known directions": ("ground_truth", "ground-truth", trust_section.known_directions),
@@ -40,89 +42,102 @@ SEEDS = "Intervals: 95%, t intervals over prompt templates and seeds, paired."
 
 
 def page(root: str | Path = ".") -> Markdown:
-    """All sections; a section without its tables says which command makes them."""
-    sections = []
-    for name, title in GRIDS.items():
-        folder, made = Path(root) / "results" / name, f"Not measured yet: `make {name}` does it."
-        measured = (folder / "results_tidy.csv").exists()
-        if name == "layers" and not measured:  # it takes hours, and the other sections stand without it
+    """A short answer per section, then all sections; one without its tables says which command makes them."""
+    short, sections = [], []
+    for name, (title, anchor, made_by) in SECTIONS.items():
+        folder, answer = Path(root) / "results" / name, ""
+        body = f"Not measured yet: `make {made_by}` does it."
+        made = (folder / ("runs.csv" if name == "peers" else "results_tidy.csv")).exists()
+        if name == "layers" and not made:  # it takes hours, and the other sections stand without it
             continue
-        if measured:
-            of_its_own = {"scaling": _scaling, "layers": _layers}
-            made = of_its_own[name](folder) if name in of_its_own else _comparison(folder, name)
-        sections += [f"## {title}", made]
-    made = "Not measured yet: `make peer-quality` does it."
-    folder = Path(root) / "results/peers"
-    sections += ["## Beside other libraries", _peers(folder) if (folder / "runs.csv").exists() else made]
+        if made:
+            answer, body = MADE[name](folder)
+        short += [f"- {answer} [More](#{anchor})"] if answer else []
+        sections += [f"## {title} {{#{anchor}}}", body]
     for title, (name, target, section) in MEASURED.items():
         path = Path(root) / "results" / name
         sections += [f"## {title}", section(path) if path.exists() else f"Not measured yet: `make {target}` does it."]
-    return markdown(*sections)
+    return markdown(*(["## In short", "\n".join(short)] if short else []), *sections)
 
 
-def _peers(folder: Path) -> str:
+def _peers(folder: Path) -> tuple[str, str]:
     runs, prompts = peers.read(folder)
     found = peers.compared(runs, prompts)
-    figures = []
-    for y in (selection.cost(found), "fvu_no_sink"):
-        text = f"{header(y)} over the realised L0, a line for each library and architecture; lower is better."
-        figures.append(plots.figure(peers_section.curves(found, y=y), alt=text, caption=text))
-    return markdown(
-        peers_section.rules(found),
-        peers_section.verdict(found),
-        plots.side_by_side(figures),
-        peers_section.table(found),
-    )
+    panels = [
+        (peers_section.curves(found, y=y), f"{header(y)} over the realised L0; lower is better.")
+        for y in (selection.cost(found), "fvu_no_sink")
+    ]
+    verdict = peers_section.verdict(found)
+    body = [peers_section.rules(found), verdict, plots.side_by_side(panels), peers_section.table(found)]
+    stand = verdict.splitlines()[-1] if verdict else ""
+    return stand and f"**Other libraries**: {stand[0].lower()}{stand[1:]}", markdown(*body)
 
 
-def _scaling(folder: Path) -> str:
+def _scaling(folder: Path) -> tuple[str, str]:
     df = selection.without_controls(results.read_tidy(folder))
     measure = selection.cost(df)
-    panels = [("fvu_no_sink", "d_sae", "k"), (measure, "d_sae", "k")]
-    panels += [(measure, "k", "n_train_rows"), ("dead_pct", "d_sae", "k")]
-    figures = []
-    for y, x, by in panels:
-        text = f"{header(y)} over {header(x)}, a line for each {header(by)}; means over the other sizes."
-        figures.append(plots.figure(scaling_section.curves(df, y=y, x=x, by=by), alt=text, caption=text))
+    panels = [("fvu_no_sink", "d_sae"), (measure, "d_sae"), (measure, "n_train_rows"), ("dead_pct", "d_sae")]
+    figures = [
+        (scaling_section.curves(df, y=y, x=x, by="k"), f"{header(y)} over {header(x)}; means over the other sizes.")
+        for y, x in panels
+    ]
     found, steps = scaling.exponents(df), scaling.steps(df)
     tables = [scaling_section.exponent_table(found, len(df)), scaling_section.step_table(steps)]
-    return markdown(_what(df), scaling_section.verdict(found, steps), plots.side_by_side(figures), *tables)
+    body = [_what(df), scaling_section.verdict(found, steps), plots.side_by_side(figures), *tables]
+    factors = [
+        f"{scaling.SIZES[row.size]} by {2**row.slope:.2f}" for row in found[found["measure"] == measure].itertuples()
+    ]
+    return f"**Size**: twice as much multiplies {MEASURES[measure]}: {', '.join(factors)}.", markdown(*body)
 
 
-def _layers(folder: Path) -> str:
+def _layers(folder: Path) -> tuple[str, str]:
     df, prompts = selection.without_controls(results.read_tidy(folder)), results.read_prompts(folder)
     where = f"{counted(df['layer'].nunique(), 'layer')} and {counted(df['dataset'].nunique(), 'text')}"
     text = f"Do this project's headlines hold elsewhere? {_what(df)} Each of {where} is judged by itself."
-    return markdown(text, layers.section(df, prompts))
+    told = layers.verdict(headlines(df, prompts), df).splitlines()
+    short = " ".join(line.removeprefix("- ") for line in told)
+    return short and f"Elsewhere ({where}): {short}", markdown(text, layers.section(df, prompts))
 
 
-def _comparison(folder: Path, name: str) -> str:
+def _recipes(folder: Path) -> tuple[str, str]:
     df, prompts = selection.without_controls(results.read_tidy(folder)), results.read_prompts(folder)
-    caption = f"Means over {df['seed'].nunique()} seeds, from make {name}"
-    if (ablation.named(df)["switched"] != "").any():
-        return markdown(_what(df), *_switched(df, prompts, caption))
     table = ablation_section.recipe_means(df, prompts)
     keys = [key for key in ablation.setting(df) if table[key].nunique() > 1]
     columns = [*(["arch"] if "arch" in keys else []), "recipe", "seeds", *ablation.MEANS, *ablation_section.UNCERTAIN]
     said = [_what(df), claim(df, prompts), _beside_pca(table, pca_table.read(folder))]
-    return markdown(*filter(None, said), html_table(table, columns, caption=f"{caption}."))
+    caption = f"Means over {df['seed'].nunique()} seeds, from make recipes."
+    body = markdown(*filter(None, said), html_table(table, columns, caption=caption))
+    measure = selection.cost(table)
+    best = table.loc[table[measure].idxmin()]
+    answer = f"**Take `{best['recipe']}` with {best['arch']}**: the lowest {MEASURES[measure]} of all, "
+    answer += f"{number(best[measure], measure)} nats/token"
+    same = table[(table["arch"] == best["arch"]) & (table["recipe"] != best["recipe"])]
+    told = [f"{number(row[measure], measure)} with `{row['recipe']}`" for row in same.to_dict("records")]
+    return f"{answer} ({'; '.join(told)})." if told else f"{answer}.", body
 
 
-def _switched(df: pd.DataFrame, prompts: pd.DataFrame, caption: str) -> list[str]:
+def _switched(folder: Path) -> tuple[str, str]:
     """The gain from each choice of a recipe: in words, as a figure, and with the means in a table."""
+    df, prompts = selection.without_controls(results.read_tidy(folder)), results.read_prompts(folder)
     found, measure = ablation.beside(df, prompts), selection.cost(df)
-    text = f"{COLUMNS[measure].title} with one choice of the recipe switched, less that of the whole recipe; bars are "
-    text += "95% intervals of each."
     changes = [change(row.more, row.low, row.high) for row in found.itertuples()]
-    changed = found[["recipe"]].assign(change=changes)
-    table = ablation.by_recipe(df).merge(changed, how="left")
+    table = ablation.by_recipe(df).merge(found[["recipe"]].assign(change=changes), how="left")
     means = [name for name in ablation.MEANS if name != "dead_pct_no_sink"]  # the column of changes needs the room
-    columns = ["recipe", *means, "change"]
-    return [
+    caption = f"Means over {df['seed'].nunique()} seeds, from make ablation; “but” names the choice that differs."
+    body = [
+        _what(df),
         ablation_section.verdict(found),
-        plots.figure(ablation_section.forest(found, measure=measure), alt=text, caption=text),
-        html_table(table, columns, caption=f"{caption}; “but” names the choice that differs."),
+        ablation_section.forest(found, measure=measure),
+        html_table(table, ["recipe", *means, "change"], caption=caption),
     ]
+    shown = [f"`{choice}`" for choice in found["choice"][found["p"] < ablation.LEVEL]]
+    changed = f"only {' and '.join(shown)}" if shown else "none"
+    answer = f"**Choices**: of {len(found)} switches, {changed} changes {MEASURES[measure]} measurably."
+    return answer, markdown(*body)
+
+
+MADE = {"recipes": _recipes, "ablation": _switched, "scaling": _scaling, "layers": _layers, "peers": _peers}
+"""What makes the short answer and the body of each section."""
 
 
 def _what(df: pd.DataFrame) -> str:

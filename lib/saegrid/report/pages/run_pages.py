@@ -20,7 +20,7 @@ from saegrid.config import settings
 from saegrid.config.recipes import described
 from saegrid.errors import DamagedError, ResultsError
 from saegrid.experiment import finished_run
-from saegrid.report import layers
+from saegrid.report import bibliography, layers
 from saegrid.report.figures.plots import setting
 from saegrid.report.pages import home_page, recipes_page
 from saegrid.report.site import front_matter
@@ -28,7 +28,7 @@ from saegrid.report.tables import Markdown, html_block, html_table, markdown
 from saegrid.storage.atomic import write_text
 from saegrid.storage.checksums import check_sum, read_json, sum_of
 
-INDEX_COLUMNS = ["name", "recipe", "seed", "l0", "fvu_no_sink", "dead_pct", "kl", "delta_loss", "frac_rec_pct"]
+INDEX_COLUMNS = ["name", "seed", "l0", "fvu_no_sink", "dead_pct", "kl", "delta_loss", "frac_rec_pct"]
 LAYERS = "Layers"
 """Title of the page about several layers, texts, sites or models."""
 LABELS = {"arch": "architecture", "k": "K"}
@@ -41,6 +41,8 @@ def write_committed_parts(root: str | Path) -> None:
     folder.mkdir(exist_ok=True)
     write_text(folder / "_published.md", home_page.published_note())
     write_text(folder / "_recipes.md", recipes_page.page(root))
+    if (papers := Path(root) / "references.bib").exists():
+        write_text(folder / "_references.md", bibliography.references(papers))
 
 
 def write_origin_pages(df: pd.DataFrame, prompts: pd.DataFrame, budget: int, report: Path, **beside: Any) -> None:
@@ -54,13 +56,13 @@ def write_origin_pages(df: pd.DataFrame, prompts: pd.DataFrame, budget: int, rep
     if len(origins) < 2:
         return
     (report / "layers").mkdir(parents=True)
-    what = layers.words(df).capitalize()
-    text = f"{what}: each is judged by itself. Controls are left out."
+    what = layers.words(df)
+    text = f"Each {what} is judged by itself; controls are left out."
     page = layers.section(selection.without_controls(df), prompts, pages="layers/")
     write_text(report / "layers.qmd", markdown(front_matter(LAYERS), text, page))
     for name, rows in layers.by_text(df).items():
         page = home_page.origin_page(rows, prompts, budget, "../", **beside)
-        links = f"[All of {what.lower()}](../layers.qmd)"
+        links = f"[Every {what}](../layers.qmd)"
         write_text(
             report / "layers" / f"{layers.slug(name)}.qmd", markdown(front_matter(name.capitalize()), links, page)
         )
@@ -69,9 +71,9 @@ def write_origin_pages(df: pd.DataFrame, prompts: pd.DataFrame, budget: int, rep
 def write_run_pages(df: pd.DataFrame, runs_dir: str | Path, folder: Path) -> None:
     """Write every run's executed notebook as a page, and an index. Deletes the pages of other grids' runs."""
     folder.mkdir(parents=True, exist_ok=True)
-    for page in folder.glob("*.ipynb"):
-        if page.stem not in set(df["run_id"]):
-            page.unlink()
+    for old in folder.glob("*.ipynb"):
+        if old.stem not in set(df["run_id"]):
+            old.unlink()
     rows = df.to_dict("records")
     also = settings.unusual(rows)
     for n, row in enumerate(rows):
@@ -85,7 +87,8 @@ def write_run_pages(df: pd.DataFrame, runs_dir: str | Path, folder: Path) -> Non
         page = run_page(notebook, title(row, also), markdown(summary(row, df), navigation(rows, n)))
         page = nbformat.writes(nbformat.from_dict(page))  # cells as lists of lines: Quarto reads only those
         write_text(folder / f"{row['run_id']}.ipynb", page + "\n")
-    write_text(folder / "index.qmd", index_page(df, finished_run.load_timing(df, runs_dir)))
+    timing, curves = finished_run.load_timing(df, runs_dir), finished_run.load_curves(df, runs_dir)
+    write_text(folder / "index.qmd", index_page(df, timing, curves))
 
 
 def run_page(notebook: dict[str, Any], page_title: str, nav: str) -> dict[str, Any]:
@@ -168,7 +171,7 @@ def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:
         around.insert(0, f"← [{title(other, also)}]({other['run_id']}.ipynb)")
     for other in (rows[place] for place in here[here.index(n) + 1 :][:1]):
         around.append(f"[{title(other, also)}]({other['run_id']}.ipynb) →")
-    near = {}
+    near: dict[str, list[str]] = {}
     for other in rows:
         differing = settings.differing(rows[n], other)
         if len(differing) == 1:
@@ -177,12 +180,10 @@ def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:
     return markdown(" · ".join(around), *(["The same but for one axis:", "\n".join(lines)] if lines else []))
 
 
-def index_page(df: pd.DataFrame, timing: pd.DataFrame) -> Markdown:
-    """The list of all runs, and their hardware."""
-    df = df.assign(recipe=[described(row) for row in df.to_dict("records")])
-    table = html_table(
-        df, INDEX_COLUMNS, caption=f"{len(df)} runs; each leads to its executed notebook.", links="./", tools="runs"
-    )
+def index_page(df: pd.DataFrame, timing: pd.DataFrame, curves: pd.DataFrame) -> Markdown:
+    """The list of all runs with their learning curves, and their hardware."""
+    caption = f"{len(df)} runs; each leads to its executed notebook."
+    table = html_table(df, INDEX_COLUMNS, caption=caption, links="./", tools="runs", curves=curves)
     said = "One page per run: parameters, curves, numbers, files and hashes."
     machine = ["## Machine, time and versions", home_page.setting_note(df, timing)]
     return markdown(front_matter("Runs"), said, table, *machine)

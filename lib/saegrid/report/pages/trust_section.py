@@ -43,11 +43,12 @@ def stability(stable: pd.DataFrame) -> Markdown:
         )
         said = f"Found again with another seed:\n\n{said}"
         return markdown(said, html_table(table, columns, caption=caption, mark_best=False))
-    figures = []
-    for x in (name for name in SIZES if plain[name].nunique() > 1):
-        text = f"{header('stable_pct')} over {header(x)}, a line per architecture; means over the other settings."
-        figures.append(plots.figure(curves(plain, x=x), alt=text, caption=text))
-    drawn = [plots.side_by_side(figures)] if figures else []
+    panels = [
+        (curves(plain, x=x), f"{header('stable_pct')} over {header(x)}; means over the other settings.")
+        for x in SIZES
+        if plain[x].nunique() > 1
+    ]
+    drawn = [plots.side_by_side(panels)] if panels else []
     return markdown(verdict(plain), *drawn, html_table(table, columns, caption=caption, mark_best=False))
 
 
@@ -99,7 +100,7 @@ def in_short(best: pd.Series, df: pd.DataFrame, stable: pd.DataFrame, baseline: 
     beside = df[[settings.key(row, *CONTROLS) == settings.key(best, *CONTROLS) for row in df.to_dict("records")]]
     found = selection.beside_controls(beside, baseline)
     if len(found):
-        losses = found[(found["control"] != "") & ~found["control"].str.contains("model_init")]
+        losses = found[(found["control"] != "") & ~found["untrained"]]
         said, measure = reached_text(found), selection.cost(losses)
         for least in losses.nsmallest(1, measure).to_dict("records"):
             loss = f"{COLUMNS[measure].title} {number(least[measure], measure)} nats/token"
@@ -119,7 +120,7 @@ def controls(df: pd.DataFrame, baseline: pd.DataFrame | None = None) -> Markdown
         for name in reached:
             shown.loc[row, name] = f"{number(found.loc[row, name], name)} ≈"
     caption = "Settings beside their controls, means over seeds; ≈ marks what a control reaches."
-    if found["control"].str.contains("model_init").any():
+    if found["untrained"].any():
         caption += " An untrained language model has no loss to lose, so its losses are not compared."
     return markdown(
         reached_text(found),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -18,6 +19,7 @@ from saegrid.config.grid import L0_BUDGET
 from saegrid.experiment import finished_run
 from saegrid.report import loading
 from saegrid.report.figures import captions, plots
+from saegrid.report.figures.style import STYLE
 from saegrid.report.pages import home_page
 from saegrid.report.pages.home_page import dataset, hub_model
 from saegrid.report.tables import Markdown, markdown, pipe_table
@@ -157,9 +159,9 @@ def plain(text: str) -> str:
 def picture(df: pd.DataFrame) -> bytes:
     """The frontier as a PNG on white: Hub pages show no inline SVG."""
     buffer = io.BytesIO()
-    with plt.rc_context(plots.STYLE):
+    with plt.rc_context(STYLE):
         first = selection.without_controls(selection.first_origin(df))
-        figure = plots.frontier(first, y=selection.cost(first)).figure
+        figure: Any = plots.frontier(first, y=selection.cost(first)).figure
         figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
     plt.close(figure)
     return buffer.getvalue()
