@@ -17,37 +17,32 @@ from saegrid.errors import ConfigError, SaegridError
 from saegrid.experiment.preflight import check
 from saegrid.storage.hub_access import local_folder
 
+COMMANDS = {
+    "collect": "make an activation store of a grid",
+    "pca": "measure PCA, the baseline, on one store of a grid",
+    "stability": "match the latents of runs that differ in their seed, on one store",
+    "list": "the runs of a grid: id, store, and whether it has finished",
+    "tables": "write the CSV tables of a finished grid",
+    "latents": "describe the recommended run's latents, for the report",
+    "pages": "write the report's pages of a grid that has its tables",
+    "mend": "drop what is damaged, so that the next run makes it again",
+    "site": "render the website, after a grid's pages if one is named: Quarto where it is on PATH, else smalldocs",
+    "publish": "build a model repository of a finished grid, and upload it",
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = _Parser(prog="saegrid", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("collect", help="make an activation store of a grid")
-    command.add_argument("grid", type=Path)
-    command.add_argument("store_id", help="one of the grid's stores, as `list` shows them")
-    command = commands.add_parser("pca", help="measure PCA, the baseline, on one store of a grid")
-    command.add_argument("grid", type=Path)
-    command.add_argument("store_id", help="one of the grid's stores, as `list` shows them")
-    command = commands.add_parser("stability", help="match the latents of runs that differ in their seed, on one store")
-    command.add_argument("grid", type=Path)
-    command.add_argument("store_id", help="one of the grid's stores, as `list` shows them")
-    command = commands.add_parser("list", help="the runs of a grid: id, store, and whether it has finished")
-    command.add_argument("grid", type=Path)
-    command = commands.add_parser("tables", help="write the CSV tables of a finished grid")
-    command.add_argument("grid", type=Path)
-    command = commands.add_parser("latents", help="describe the recommended run's latents, for the report")
-    command.add_argument("grid", type=Path)
-    command = commands.add_parser("pages", help="write the report's pages of a grid that has its tables")
-    command.add_argument("grid", type=Path)
-    command = commands.add_parser("mend", help="drop what is damaged, so that the next run makes it again")
-    command.add_argument("grid", type=Path)
-    command = commands.add_parser("site", help="render the website: Quarto where it is on PATH, else smalldocs")
-    command.add_argument("grid", type=Path, nargs="?", help="write this grid's pages first")
-    command = commands.add_parser("publish", help="build a model repository of a finished grid, and upload it")
-    command.add_argument("grid", type=Path)
-    command.add_argument("--repo", default="", metavar="ORG/NAME", help="model repository on the Hub")
-    command.add_argument("--space", default="", metavar="ORG/NAME", help="static Space on the Hub, for the site")
-    command.add_argument("--folder", default="", metavar="DIR", help="where to build; default: published/<grid's name>")
-    command.add_argument("--dry-run", action="store_true", help="build and show what would go where, and send nothing")
+    for name, help in COMMANDS.items():
+        commands.add_parser(name, help=help).add_argument("grid", type=Path, nargs="?" if name == "site" else None)
+    for name in ("collect", "pca", "stability"):
+        commands.choices[name].add_argument("store_id", help="one of the grid's stores, as `list` shows them")
+    publish = commands.choices["publish"]
+    publish.add_argument("--repo", default="", metavar="ORG/NAME", help="model repository on the Hub")
+    publish.add_argument("--space", default="", metavar="ORG/NAME", help="static Space on the Hub, for the site")
+    publish.add_argument("--folder", default="", metavar="DIR", help="where to build; default: published/<grid's name>")
+    publish.add_argument("--dry-run", action="store_true", help="build and show what would go where, and send nothing")
     for name in ("stability", "tables", "latents", "pages", "site"):
         help = "leave out runs that have not finished: a report before the grid's end"
         commands.choices[name].add_argument("--finished", action="store_true", help=help)
