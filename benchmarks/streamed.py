@@ -102,7 +102,7 @@ def measured(parameters: dict, folder: Path) -> dict:
         "train_seconds": round(marks["trained"] - marks["training"]),
         **memory,
         "disk_mb": round(stored / 1e6),
-        **{name: metrics[name] for name in ("val_mse", "fvu_no_sink", "l0", "delta_loss")},
+        **{name: metrics[name] for name in ("val_mse", "fvu_no_sink", "l0")},
     }
 
 
