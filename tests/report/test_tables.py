@@ -72,6 +72,13 @@ def test_columns_that_hold_nothing_are_left_out():
     assert len(table.findall(".//thead/tr/th")) == 2
 
 
+def test_rows_beside_published_ones_name_no_origin(fake_grid, fake_runs):
+    same, _ = selection.same_settings(results.tidy(fake_grid, fake_runs / "runs"), published_sweep.rows())
+    assert len(same) > 2
+    heads = [head["text"] for head in tables.headers(same)]
+    assert heads == [settings.label(row) for row in same.to_dict("records")]
+
+
 def test_names_lead_to_their_runs_and_cells_carry_full_precision(fake_grid, fake_runs):
     df = results.tidy(fake_grid, fake_runs / "runs")
     table = parse(tables.html_table(df, ["name", "delta_loss"], caption="c", links="runs/"))

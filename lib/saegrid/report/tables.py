@@ -128,11 +128,13 @@ def best_values(df: pd.DataFrame, columns: Sequence[str]) -> tuple[dict[str, set
 def headers(df: pd.DataFrame, name: str = "name", links: str = "") -> list[dict[str, str]]:
     """Row headers: a run by its setting, its name in small type, both leading to its page if there are links."""
     rows, found = df.to_dict("records"), []
-    origins = settings.origins(rows)
+    origins = settings.origins([row for row in rows if isinstance(row.get("model"), str)])  # published rows name none
     for row in rows:
         is_run = name == "name" and not pd.isna(row.get("arch")) and not pd.isna(row.get("expansion"))
         text, run_id = (
-            (_named(row, origins[settings.origin(row)]), row["name"]) if is_run else (number(row[name], name), "")
+            (_named(row, origins.get(settings.origin(row), "")), row["name"])
+            if is_run
+            else (number(row[name], name), "")
         )
         href = f"{links}{row['run_id']}.html" if links and isinstance(row.get("run_id"), str) else ""
         found.append({"text": text, "id": run_id, "href": href})
