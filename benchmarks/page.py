@@ -176,6 +176,11 @@ def _range(values: list[float]) -> str:
     return " to ".join(dict.fromkeys(f"{value:.1f}" for value in (min(values), max(values))))
 
 
+def _of(caption: str, records: list[dict[str, Any]]) -> str:
+    """A caption with the machine of the records."""
+    return f"{caption}: {records[0]['machine']}" if records else caption
+
+
 def ratio_table(races: list[dict[str, Any]]) -> str:
     rows = []
     for race in races:
@@ -184,7 +189,7 @@ def ratio_table(races: list[dict[str, Any]]) -> str:
         ratios = text(race.get("ratio_default"), ".1f"), text(race.get("ratio"), ".1f")
         rows.append((shape_of(race), NAMES[race["peer"]], *times, setting, *ratios))
     heads = "This project (ms)", "Default (ms)", "Fastest (ms)", "Fastest setting", "Default / ours", "Fastest / ours"
-    return fold("Every race", ["Shape", "Peer", *heads], rows)
+    return fold(_of("Every race", races), ["Shape", "Peer", *heads], rows)
 
 
 def details(results: dict[str, Any]) -> str:
@@ -214,7 +219,7 @@ def floor_table(floors: list[dict[str, Any]]) -> str:
         for record in floors
     ]
     heads = "Step (ms)", "Step, fp32 product (ms)", "Product (ms)", "Memory (ms)", "Floor (ms)", "Bandwidth (GB/s)"
-    return fold("The floor in its parts", ["Shape", *heads, "Step / floor"], rows)
+    return fold(_of("The floor in its parts", floors), ["Shape", *heads, "Step / floor"], rows)
 
 
 def splice_table(results: dict[str, Any]) -> str:
@@ -307,7 +312,11 @@ def memory_table(results: dict[str, Any]) -> str:
                 numbers = (text(value, ",.0f") for value in (step, c["peak_rss_mib"], c["imported_rss_mib"]))
                 rows.append((shape_of(race), NAMES[c["contender"]], c["setting"], *numbers))
     heads = "Peak above the imports (MiB)", "Peak of the process (MiB)", "After its imports (MiB)"
-    return fold("Memory of every contender", ["Shape", "Contender", "Setting", *heads], rows) if rows else ""
+    return (
+        fold(_of("Memory of every contender", results["races"]), ["Shape", "Contender", "Setting", *heads], rows)
+        if rows
+        else ""
+    )
 
 
 TEXT = ("Peer", "Fastest setting", "Contender", "Setting", "Sizes")

@@ -13,7 +13,9 @@ own. Thresholds are calibrated to K on held-out rows. All SAEs are exported to S
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
 import subprocess
 import tempfile
@@ -52,14 +54,21 @@ JUDGED = ("explained_variance", "mcc", "uniqueness", "sae_l0", "true_l0", "dead_
 CLASSIFIED = ("f1_score", "precision", "recall")
 
 
+def done(process: subprocess.Popen) -> None:
+    """Wait for a process to end. Raises `SystemExit` if it failed."""
+    if process.wait():
+        raise SystemExit(f"{' '.join(process.args[1:3])}: ended with {process.returncode}")
+
+
 class Bench:
     """The rows, and what trains and judges on them."""
 
-    def __init__(self, folder: Path, python: Path, k: int):
-        self.folder, self.python, self.k = folder, python, k
-        self.ask("synth_world.py", "rows", str(folder), train_rows=TRAIN_ROWS, val_rows=VAL_ROWS)
+    def __init__(self, folder: Path, python: Path, k: int, seeds: int):
+        self.folder, self.python, self.k, self.seeds = folder, python, k, seeds
+        if not (folder / "rows.safetensors").exists():
+            done(self.ask("rows", part=PART, train_rows=TRAIN_ROWS, val_rows=VAL_ROWS))
         made = load_file(folder / "rows.safetensors")
-        (folder / "rows").mkdir()
+        (folder / "rows").mkdir(exist_ok=True)
         for split in ("train", "val"):
             torch.save(made[split], folder / f"rows/instruct_base_layer12_{split}.pt")
         save_file({"x": made["train"].float()}, folder / "x.safetensors")
@@ -67,18 +76,19 @@ class Bench:
         self.course = Course(told, made["directions"], made["fires"])
         self.store: Store = prepare_store(make_config(**told, k=k))
 
-    def ask(self, script: str, *arguments: str, **told: Any) -> str:
-        """Run a script in the peers' environment."""
+    def ask(self, command: str, **told: Any) -> subprocess.Popen:
+        """Start `synth_world.py` in the peers' environment."""
         quiet = {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [str(self.python), str(ROOT / "benchmarks" / script), *arguments, json.dumps(told | {"part": PART})]
-        return subprocess.run(command, env=os.environ | quiet, stdout=subprocess.PIPE, text=True, check=True).stdout
+        script = [str(self.python), str(ROOT / "benchmarks/synth_world.py")]
+        words = [*script, command, str(self.folder), json.dumps(told)]
+        return subprocess.Popen(words, env=os.environ | quiet, stdout=subprocess.DEVNULL)
 
-    def their_specs(self, contender: Contender, lr: float) -> list[dict[str, Any]]:
-        """What `peer_train.py` is told for each seed."""
+    def their_spec(self, contender: Contender, lr: float, seed: int) -> dict[str, Any]:
+        """What `peer_train.py` is told."""
         peer, _, arch = contender
         shared = {"peer": peer, "arch": arch, "k": self.k, "batch": BATCH, "epochs": EPOCHS, "threads": 1, "lr": lr}
         shared |= {"rows": str(self.folder / "x.safetensors"), "d_sae": EXPANSION * self.store.d_in}
-        return [shared | {"seed": seed, "out": str(self.theirs(contender, seed))} for seed in range(SEEDS)]
+        return shared | {"seed": seed, "out": str(self.theirs(contender, seed))}
 
     def theirs(self, contender: Contender, seed: int) -> Path:
         return self.folder / "theirs" / f"{contender[0]}-{contender[2]}-{seed}"
@@ -95,16 +105,16 @@ class Bench:
 
     def judged(self, contender: Contender, lr: float) -> list[dict[str, Any]]:
         """One row per seed, by our measures; the SAEs are left in `saes/` for SAELens' evaluation."""
-        saes = [self.trained(contender, lr, seed) for seed in range(SEEDS)]
+        saes = [self.trained(contender, lr, seed) for seed in range(self.seeds)]
         config = make_config(arch="TopK", k=self.k)  # no latents are given: these rows have no sinks
-        (pair,) = compared(saes, [config] * SEEDS, self.store).values()
-        records = []
+        pairs = [pair["stable_pct"] for pair in compared(saes, [config] * len(saes), self.store).values()]
+        stable, records = sum(pairs) / len(pairs) if pairs else math.nan, []
         for seed, sae in enumerate(saes):
             name = f"{'-'.join(filter(None, contender))}-{seed}"
             export(sae, self.folder / "saes" / name, "saelens")
             record = dict(zip(("peer", "recipe", "arch"), contender, strict=True)) | {"seed": seed, "lr": lr}
             record |= {"name": name, **judged(sae, self.store, self.course)}
-            records.append(record | {"stable_pct": pair["stable_pct"]})
+            records.append(record | {"stable_pct": stable})
         return records
 
 
@@ -121,21 +131,26 @@ def learning_rate(contender: Contender, default: float, d_sae: int, peers: Path 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--k", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--folder", type=Path, help="keeps rows and SAEs, so that a stopped call goes on")
     parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers/bin/python")
     parser.add_argument("--out", type=Path, default=ROOT / "results/ground_truth")
     options = parser.parse_args()
     set_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        bench, records = Bench(Path(name), options.peers_python, options.k), []
+    with tempfile.TemporaryDirectory() as temporary:
+        bench, records = Bench(options.folder or Path(temporary), options.peers_python, options.k, options.seeds), []
         d_sae = EXPANSION * bench.store.d_in
         rates = {one: learning_rate(one, default, d_sae) for one, default in (OWN | THEIRS).items()}
-        specs = [spec for contender in THEIRS for spec in bench.their_specs(contender, rates[contender])]
-        bench.ask("synth_world.py", "train", name, specs=specs)
+        runs = itertools.product(range(options.seeds), THEIRS)
+        specs = [bench.their_spec(contender, rates[contender], seed) for seed, contender in runs]
+        training = bench.ask("train", specs=[spec for spec in specs if not Path(spec["out"]).exists()])
         for contender, lr in rates.items():
+            if contender in THEIRS:
+                done(training)
             records += bench.judged(contender, lr)
-            print(pd.DataFrame(records[-SEEDS:]).round(4).to_string(index=False), flush=True)
-        bench.ask("synth_world.py", "judge", name, rows=JUDGED_ROWS)
-        theirs = json.loads((Path(name) / "judged.json").read_text())
+            print(pd.DataFrame(records[-options.seeds :]).round(4).to_string(index=False), flush=True)
+        done(bench.ask("judge", rows=JUDGED_ROWS))
+        theirs = json.loads((bench.folder / "judged.json").read_text())
     for record in records:
         found = theirs[record.pop("name")]
         record |= {f"saelens_{n}": found[n] for n in JUDGED}

@@ -2,12 +2,12 @@
 
     python synth_world.py rows FOLDER '{"part": 4, "train_rows": 200000, "val_rows": 10000}'
     python synth_world.py train FOLDER '{"specs": [...]}'
-    python synth_world.py judge FOLDER '{"part": 4, "rows": 20000}'
+    python synth_world.py judge FOLDER '{"rows": 20000}'
 
 The model has the documented parameters of SynthSAEBench-16k (arXiv:2602.14687), its sizes divided by `part`. `rows`
-writes `rows.safetensors`: float16 rows `train` and `val`, the directions, and which of them is in which row of `val`.
-`train` trains the peers' SAEs of several calls of `peer_train.py` in one. `judge` writes `judged.json`: the result of
-SAELens' evaluation for each SAE in `saes/`, on the same fresh rows.
+writes it as `world/`, and `rows.safetensors`: float16 rows `train` and `val`, the directions, and which of them is in
+which row of `val`. `train` trains the peers' SAEs of several calls of `peer_train.py` in one. `judge` writes
+`judged.json`: the result of SAELens' evaluation for each SAE in `saes/`, on the same fresh rows.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def model(part: int) -> SyntheticModel:
 
 def rows(folder: Path, told: dict[str, Any]) -> None:
     source = model(told["part"])
+    source.save(folder / "world")
     torch.set_grad_enabled(False)  # only from here: the model is made by gradient steps
     torch.manual_seed(0)
     tensors = {"directions": source.feature_dict.feature_vectors.detach().contiguous()}
@@ -83,7 +84,7 @@ def train(folder: Path, told: dict[str, Any]) -> None:
 
 
 def judge(folder: Path, told: dict[str, Any]) -> None:
-    source, found = model(told["part"]), {}
+    source, found = SyntheticModel.load_from_disk(folder / "world"), {}
     for path in sorted((folder / "saes").iterdir()):
         torch.manual_seed(1)  # the same rows for all
         sae = SAE.load_from_disk(path)

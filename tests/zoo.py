@@ -193,7 +193,7 @@ Python code of its own (`trust_remote_code` is off, and there is no option for i
 | `mlp_out` | what the block's MLP adds to the residual stream | `blocks.L.hook_mlp_out` |
 | `attn_out` | what its attention adds | `blocks.L.hook_attn_out` |
 
-Attention and MLP are found by running a short text: they are the first two of the block's modules whose outputs and the
+Attention and MLP are found by running a short text: they are the two of the block's modules whose outputs and the
 block's input sum to the block's output. In Gemma 2 these are the norms after attention and MLP. A block in which no two
 modules do, or in which `attn_out` would be something else (a state space, a convolution), is refused in one line; its
 residual stream can still be read. The last column of the table is for block 1 of these models; in a hybrid model other

@@ -98,7 +98,7 @@ def test_other_recipes_are_tested_beside_the_published_one():
     assert first.effect == pytest.approx(0.1) and first.others["improved"].effect == pytest.approx(-0.1)
     assert second.others == {}  # no larger K
     text = findings_page.finding_section(first, findings.all_findings(published_sweep.rows())[0])
-    assert "**Other recipes.** With the recipe `improved` it holds. Of 1 matched settings BatchTopK has" in text
+    assert "**Other recipes.** With the recipe `improved` it holds. Of 1 matched setting BatchTopK has" in text
     assert "With the recipe improved it holds." in findings_page.key_findings([first], [first])
 
 

@@ -90,10 +90,11 @@ def test_each_origin_has_its_own_verdict(grid):
     df, prompts = made(grid, kl)
     assert verdicts(df, prompts)["topk_loses_less"] == [HOLDS, HOLDS, HOLDS, FAILS]
     assert verdicts(df, prompts)["improved_is_far_better"] == [HOLDS, FAILS, HOLDS, HOLDS]
-    text = layers.verdict(headlines(df, prompts), df)
-    assert "holds at 3 of 4; fails at layer 12, python_docs: +0.5" in text
-    assert "fails at layer 6, python_docs: 15.0% of the KL [" in text
-    assert "holds at 3 of 4; fails at 1." in layers.verdict(headlines(df, prompts), df, numbers=False)
+    found = headlines(df, prompts)
+    assert layers.verdict(found).count(": holds at 3 of 4, fails at 1.") == 2
+    table = layers.exceptions(found, df)
+    assert "| layer 12, python_docs | fails | +0.5" in table and len(table.splitlines()) == 2 + 2
+    assert "| layer 6, python_docs | fails | 15.0% of the KL [" in table
 
 
 def test_what_chance_may_do_is_not_shown_and_dead_latents_count(grid):

@@ -86,7 +86,7 @@ def test_a_setting_is_trained_and_judged_and_the_usual_evaluation_takes_the_rows
 
 def test_the_plan_has_every_recipe_architecture_and_control(bench):
     plan = pd.DataFrame([setting | {"seeds": seeds} for setting, seeds in bench.plan({100: (10, 3), 200: (5, 2)})])
-    assert plan[plan["epochs"] == bench.LONG]["arch"].tolist() == ["BatchTopK", "TopK"]
+    assert plan[plan["epochs"] == bench.LONG]["arch"].tolist() == ["BatchTopK"]
     plan = plan[plan["epochs"] < bench.LONG]
     sweep = plan[plan["seeds"] == 1]
     assert sweep["k"].tolist() == [k for k in bench.KS if k != 12] and set(sweep["rows"]) == {200}
@@ -107,7 +107,8 @@ def test_the_section_names_the_best_setting_chance_and_where_coherence_is_lowest
     text = trust_section.known_directions(tmp_path)
     assert "gives 0.300" in text and "Best is BatchTopK, improved on 200 rows, with 0.676 and 20.00%" in text
     assert "lowest at K = 48, not at the true 12.1; MCC is highest at K = 12" in text
-    assert "frozen decoder" in text
+    assert "frozen decoder" in text and "Uniqueness: reached by the frozen decoder" in text
+    assert "F1 of firing: reached" not in text
 
 
 def test_the_synthetic_benchmark_takes_the_learning_rates_that_the_peers_table_found(bench, tmp_path):

@@ -13,7 +13,8 @@ from saegrid.analysis import selection
 from saegrid.config.grid import Grid
 from saegrid.experiment import finished_run, results
 from saegrid.report import assemble, layers
-from saegrid.report.pages import home_page, run_pages
+from saegrid.report.pages import home_page, run_pages, trust_section
+from saegrid.report.publish import model_card
 
 ROOT = Path.cwd()
 ORIGINS = ["layer 6, gsm_symbolic", "layer 6, python_docs", "layer 12, gsm_symbolic", "layer 12, python_docs"]
@@ -110,6 +111,19 @@ def test_stars_are_given_within_an_origin(made):
     assert f"TopK 1x, K = 64, {ORIGINS[1]}" in text
 
 
+def test_stability_and_the_released_card_are_by_origin(made):
+    _, df, prompts = made
+    seeds = df[df["seed"] == 0].assign(seeds=2, pairs=1, stable_energy_pct=1.0, matched_cosine=0.3, random_cosine=0.1)
+    seeds = seeds.assign(start_cosine=0.5, stable_pct=seeds["layer"] / 10.0)
+    seeds = seeds.assign(**{f"stable_pct_{end}": float("nan") for end in ("low", "high")})
+    text = trust_section.stability(seeds)
+    assert "- **Layer 6, gsm_symbolic**: 0.60% of the live latents" in text
+    assert "- **Layer 12, python_docs**: 1.20% of the live latents" in text and "<figure" not in text
+    files = {run_id: f"seed/{run_id}" for run_id in df["run_id"]}
+    card = model_card.readme(df, prompts, files, "Two layers")
+    assert "## At each layer and text" in card and card.count('<tr><th scope="row">layer') == 4
+
+
 @pytest.mark.parametrize("name", ["findings", "frontier", "results"])
 def test_the_notebooks_take_several_origins(made, grid, name, monkeypatch):
     """Their cells, run in this process, on two of the origins. Each figure and list has both."""
@@ -131,4 +145,4 @@ def test_the_notebooks_take_several_origins(made, grid, name, monkeypatch):
     text = "\n".join(shown)
     for origin in ("Layer 6", "Layer 12"):
         assert text.count(f'<p class="origin">{origin}</p>') == {"findings": 0, "frontier": 6, "results": 1}[name]
-        assert text.count(f"- **{origin}**: ") == (5 if name == "findings" else 0)
+    assert text.count("- **Everywhere**: ") == (5 if name == "findings" else 0)  # the rows are alike

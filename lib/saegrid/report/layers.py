@@ -10,7 +10,7 @@ import pandas as pd
 from saegrid.analysis import published_sweep, selection
 from saegrid.analysis.budget import by_budget
 from saegrid.analysis.findings import FAILS, HOLDS, NOT_TESTABLE, Finding, all_findings
-from saegrid.analysis.numbers import COLUMNS, change, number, signed
+from saegrid.analysis.numbers import COLUMNS, bounds, change, number, signed
 from saegrid.analysis.origins import headlines as claims
 from saegrid.analysis.origins.headlines import NOT_SHOWN, Headline, Held, findings_by_origin, headlines
 from saegrid.analysis.origins.layers import hardest
@@ -20,7 +20,7 @@ from saegrid.config.grid import L0_BUDGET
 from saegrid.report.figures import over_layers
 from saegrid.report.pages import findings_page
 from saegrid.report.pages.findings_page import CLAIMS, SIGNS
-from saegrid.report.tables import Markdown, from_template, markdown
+from saegrid.report.tables import Markdown, from_template, markdown, pipe_table
 
 TITLES = {
     "topk_loses_less": "With the published recipe, TopK loses less than BatchTopK",
@@ -42,7 +42,7 @@ def words(df: pd.DataFrame) -> str:
 def section(df: pd.DataFrame, prompts: pd.DataFrame, pages: str = "") -> Markdown:
     """All parts: the headlines in words, claims by origin, the hardest layers, and each measure over layers."""
     found = headlines(df, prompts)
-    parts = [verdict(found, df), claims_table(df, prompts, found, pages)]
+    parts = [verdict(found), claims_table(df, prompts, found, pages), exceptions(found, df)]
     if df["layer"].nunique() > 1:
         parts += ["### Which layer is hardest?", hardest_text(df), "### Over layers", *over_layers.figures(df)]
     return markdown(*filter(None, parts))
@@ -51,25 +51,27 @@ def section(df: pd.DataFrame, prompts: pd.DataFrame, pages: str = "") -> Markdow
 # --- the headlines
 
 
-def verdict(found: list[Headline], df: pd.DataFrame, numbers: bool = True) -> str:
-    """At how many origins each headline holds, and where it does not, one line per headline that can be tested.
-
-    With `numbers`, also by how much there.
-    """
+def verdict(found: list[Headline]) -> str:
+    """At how many origins each headline holds, is not shown and fails, one line per headline that can be tested."""
     told = []
     for headline in found:
-        known = [origin for origin, held in headline.held.items() if held.verdict != NOT_TESTABLE]
-        if not known:
-            continue
-        parts = [f"holds at {len(headline.where(HOLDS))} of {len(known)}"]
-        for word in (NOT_SHOWN, FAILS):
-            there = [origin for origin in by_text(df) if origin in headline.where(word)]
-            if there and numbers:
-                parts.append(f"{word} at {'; '.join(f'{origin}: {_told(headline, origin)}' for origin in there)}")
-            elif there:
-                parts.append(f"{word} at {len(there)}")
-        told.append(f"- **{TITLES[headline.name]}**: {'; '.join(parts)}.")
+        counts = {word: len(headline.where(word)) for word in (HOLDS, NOT_SHOWN, FAILS)}
+        if known := sum(counts.values()):
+            parts = [f"holds at {counts[HOLDS]} of {known}"]
+            parts += [f"{word} at {counts[word]}" for word in (NOT_SHOWN, FAILS) if counts[word]]
+            told.append(f"- **{TITLES[headline.name]}**: {', '.join(parts)}.")
     return "\n".join(told)
+
+
+def exceptions(found: list[Headline], df: pd.DataFrame) -> str:
+    """Where a headline is not shown or fails, with the number behind it; empty if all hold."""
+    rows = [
+        (TITLES[headline.name], origin, headline.held[origin].verdict, _told(headline, origin))
+        for headline in found
+        for origin in by_text(df)
+        if headline.held[origin].verdict in (NOT_SHOWN, FAILS)
+    ]
+    return pipe_table(["Headline", "Where", "Verdict", "By how much, with its own 95% interval"], rows) if rows else ""
 
 
 def _told(headline: Headline, origin: str) -> str:
@@ -105,10 +107,10 @@ def claims_table(df: pd.DataFrame, prompts: pd.DataFrame | None, found: list[Hea
     untested = [row["title"] for row in rows if not row["of"]]
     cost = COLUMNS[selection.cost(df)].title
     caption = (
-        f"Which claim holds at which {words(df)}. In small type: the effect in nats/token, of delta loss for a finding "
-        f"and of {cost} for a headline; for the improved recipe, its share of the published one's {cost}. The "
-        f"comparisons of a headline are corrected for all columns (Holm, {claims.LEVEL:.0%}); “not shown” points the "
-        "headline's way, but may be chance."
+        f"Which claim holds at which {words(df)}: ✓ holds, ~ not shown, ✗ fails, ○ not testable. In small type: the "
+        f"effect in nats/token, of delta loss for a finding and of {cost} for a headline; for the improved recipe, its "
+        f"share of the published one's {cost}. The comparisons of a headline are corrected for all columns (Holm, "
+        f"{claims.LEVEL:.0%}); “not shown” points the headline's way, but may be chance."
     )
     caption += f" These runs do not test: {'; '.join(untested)}." if untested else ""
     groups, heads = _heads(df, pages)
@@ -168,7 +170,8 @@ def findings_overview(own: dict[str, list[Finding]], df: pd.DataFrame, prompts: 
     """Verdicts on this grid's rows: a figure of the five findings, or all claims by origin if there are several."""
     if len(own) == 1:
         return findings_page.figure(own[""], all_findings(published_sweep.rows()))
-    return claims_table(df, prompts, headlines(df, prompts), "layers/")
+    more = "[How each measure moves](layers.qmd), and which layer is hardest."
+    return markdown(claims_table(df, prompts, headlines(df, prompts), "layers/"), more)
 
 
 def finding_sections(own: dict[str, list[Finding]], links: str = "") -> Markdown:
@@ -184,7 +187,7 @@ def finding_section(own: dict[str, list[Finding]], n: int, links: str = "") -> M
     published = all_findings(published_sweep.rows())[n - 1]
     if len(own) == 1:
         return findings_page.finding_section(own[""][n - 1], published, links)
-    lines = []
+    alike: dict[str, list[str]] = {}
     for origin, those in own.items():
         finding = those[n - 1]
         parts = [f"{SIGNS[finding.verdict][0]} {finding.verdict}.", findings_page.sentence(finding)]
@@ -192,7 +195,8 @@ def finding_section(own: dict[str, list[Finding]], n: int, links: str = "") -> M
             effect = findings_page.effect_text(finding)
             parts.append(f"{findings_page.effect_name(finding)}: **{effect}** nats/token.")
         parts.append(findings_page.others_text(finding))
-        lines.append(f"- **{origin.capitalize()}**: {' '.join(filter(None, parts))}")
+        alike.setdefault(" ".join(filter(None, parts)), []).append(origin.capitalize())
+    lines = [f"- **{'Everywhere' if len(alike) == 1 else '; '.join(where)}**: {text}" for text, where in alike.items()]
     return markdown(
         f"> {CLAIMS[n].text}",
         f"*Rule, fixed before the results.* {CLAIMS[n].rule}",
@@ -214,9 +218,7 @@ def recommended(
     for origin, those in by_text(df).items():
         best = selection.recommend(those, budget)
         choice = next((c for c in by_budget(those, prompts, (budget,)) if c.best["run_id"] == best["run_id"]), None)
-        cost = number(best[measure], measure)
-        if choice is not None and choice.interval:
-            cost += f" [{number(choice.interval[0], measure)}, {number(choice.interval[1], measure)}]"
+        interval = "" if choice is None or not choice.interval else bounds(*choice.interval, measure)
         names = ("l0", "delta_loss", "loss_recovered_mean", "dead_pct")
         rows.append(
             {
@@ -224,8 +226,8 @@ def recommended(
                 "href": f"{pages}{slug(origin)}.html" if pages else "",
                 "run": settings.label(best, sizes),
             }
-            | {"run_href": f"{runs}{best['run_id']}.html" if runs else "", "cost": cost}
-            | {"values": [number(best[name], name) for name in names if name != measure]}
+            | {"run_href": f"{runs}{best['run_id']}.html" if runs else "", "cost": number(best[measure], measure)}
+            | {"interval": interval, "values": [number(best[name], name) for name in names if name != measure]}
             | {"alike": "" if choice is None or choice.interval is None else f"{len(choice.alike)} of {choice.others}"}
         )
     heads = [COLUMNS[name] for name in ("l0", "delta_loss", "loss_recovered_mean", "dead_pct") if name != measure]
@@ -268,6 +270,6 @@ def overview(
         f"## At each {words(df)}",
         "Each is judged by itself: no ranking, mean or interval goes across.",
         "### Recommendation", recommended(df, prompts, budget, pages, runs),
-        "### What holds where", *filter(None, [verdict(found, df, numbers=False)]),
+        "### What holds where", *filter(None, [verdict(found)]),
         claims_table(df, prompts, found, pages),
     )  # fmt: skip

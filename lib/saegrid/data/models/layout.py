@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from saegrid.errors import ConfigError, SaegridError
@@ -35,11 +36,13 @@ def find_blocks(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
 def find_part(model: nn.Module, block: nn.Module, site: str) -> nn.Module:
     """The module whose output is what a block's attention ("attn_out") or MLP ("mlp_out") adds to the residual stream.
 
-    It is found by running a short text: of the block's modules, attention and MLP are the first two whose outputs and
-    the block's input sum to the block's output. Where a norm follows attention and MLP, these are the norms.
+    It is found by running a short text: of the block's modules, attention and MLP are the two whose outputs and the
+    block's input sum to the block's output. Where a norm follows attention and MLP, these are the norms.
 
     Raises `ConfigError` if there are no such two, or the first is not an attention.
     """
+    import torch
+
     outputs: dict[str, list[Tensor]] = {}  # in order of completion
     ends: list[Tensor] = []  # the block's input and output
 
@@ -59,16 +62,17 @@ def find_part(model: nn.Module, block: nn.Module, site: str) -> nn.Module:
     finally:
         for hook in hooks:
             hook.remove()
-    added = ends[1] - ends[0]
-    once = {name: some[0] for name, some in outputs.items() if len(some) == 1 and some[0].numel() == added.numel()}
-    once = {name: output.reshape(added.shape) for name, output in once.items()}
-    names, tolerance = list(once), TOLERANCE[str(model.dtype).removeprefix("torch.")]
-    for attention, mlp in ((one, other) for n, one in enumerate(names) for other in names[n + 1 :]):
-        error = once[attention] + once[mlp] - added
-        if not (error.norm(dim=-1) / added.norm(dim=-1)).median() < tolerance:
-            continue
-        if site == "attn_out" and "att" not in attention:
-            break
+    before, after = (end.float() for end in ends)
+    once = {name: some[0] for name, some in outputs.items() if len(some) == 1 and some[0].numel() == after.numel()}
+    once = {name: output.float().reshape(after.shape) for name, output in once.items()}
+    rounding = torch.finfo(model.dtype).eps * (before.norm(dim=-1) + after.norm(dim=-1))
+    room = TOLERANCE[str(model.dtype).removeprefix("torch.")] * (after - before).norm(dim=-1) + rounding
+    errors = {
+        (one, other): ((before + once[one] + once[other] - after).norm(dim=-1) / room).median().item()
+        for one, other in itertools.combinations(once, 2)
+    }
+    attention, mlp = min(errors, key=lambda pair: errors[pair], default=("", ""))
+    if errors.get((attention, mlp), 1) < 1 and (site == "mlp_out" or "att" in attention):
         return block.get_submodule(attention if site == "attn_out" else mlp)
     raise ConfigError(
         f"site = {site!r}: {type(model).__name__} has no known place for it in {type(block).__name__}, whose modules "

@@ -45,8 +45,8 @@ def _pairs(finding: Finding) -> str:
     if not facts["pairs"]:
         return "These rows hold no pair of BatchTopK and TopK at the same setting."
     return (
-        f"Of {facts['pairs']} matched settings BatchTopK has the lower MSE in {facts['val_mse']}, no more dead latents "
-        f"in {facts['dead_pct']} and the lower delta loss in {facts['delta_loss']}: on average "
+        f"Of {counted(facts['pairs'], 'matched setting')} BatchTopK has the lower MSE in {facts['val_mse']}, no more "
+        f"dead latents in {facts['dead_pct']} and the lower delta loss in {facts['delta_loss']}: on average "
         f"{signed(finding.effect)} nats/token against TopK."
     )
 

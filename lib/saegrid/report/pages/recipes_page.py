@@ -94,7 +94,7 @@ def _layers(folder: Path) -> tuple[str, str]:
     df, prompts = selection.without_controls(results.read_tidy(folder)), results.read_prompts(folder)
     where = f"{counted(df['layer'].nunique(), 'layer')} and {counted(df['dataset'].nunique(), 'text')}"
     text = f"Do this project's headlines hold elsewhere? {_what(df)} Each of {where} is judged by itself."
-    told = layers.verdict(headlines(df, prompts), df).splitlines()
+    told = layers.verdict(headlines(df, prompts)).splitlines()
     short = " ".join(line.removeprefix("- ") for line in told)
     return short and f"Elsewhere ({where}): {short}", markdown(text, layers.section(df, prompts))
 
@@ -131,8 +131,8 @@ def _switched(folder: Path) -> tuple[str, str]:
         html_table(table, ["recipe", *means, "change"], caption=caption),
     ]
     shown = [f"`{choice}`" for choice in found["choice"][found["p"] < ablation.LEVEL]]
-    changed = f"only {' and '.join(shown)}" if shown else "none"
-    answer = f"**Choices**: of {len(found)} switches, {changed} changes {MEASURES[measure]} measurably."
+    changed = f"only {' and '.join(shown)} {'change' if len(shown) > 1 else 'changes'}" if shown else "none changes"
+    answer = f"**Choices**: of {len(found)} switches, {changed} {MEASURES[measure]} measurably."
     return answer, markdown(*body)
 
 

@@ -222,6 +222,13 @@ def recovery_text(table: pd.DataFrame, true_l0: float, k: int) -> str:
     """Which setting finds most of the known directions, against the control."""
     trained, frozen = (table[(table["freeze"] == "none") == plain] for plain in (True, False))
     best, chance = trained.loc[trained["mcc"].idxmax()], frozen["mcc"].mean()
+    reached = [
+        COLUMNS[name].title
+        for name in ("mcc", "f1", "uniqueness")
+        if frozen[frozen["recipe"] == best["recipe"]][name].max()
+        >= trained[trained["recipe"] == best["recipe"]][name].min()
+    ]
+    nothing = f" {', '.join(reached)}: reached by the frozen decoder, so it tells nothing here." if reached else ""
     most = trained[trained["rows"] == trained["rows"].max()].sort_values("mcc", ascending=False)
     short = ", ".join(
         f"{row['Setting']} ({row['epochs']} epochs) {number(row['mcc'], 'mcc')}" for row in most.to_dict("records")
@@ -232,7 +239,7 @@ def recovery_text(table: pd.DataFrame, true_l0: float, k: int) -> str:
         f"|cosine| of decoder rows and true directions, matched one to one; chance (a frozen decoder) gives "
         f"{number(chance, 'mcc')}. Best is {best['Setting']} on {best['rows']:,} rows, with "
         f"{number(best['mcc'], 'mcc')} and {number(best['stable_pct'], 'stable_pct')}% of latents stable. "
-        f"On the most rows: {short}."
+        f"On the most rows: {short}.{nothing}"
     )
 
 
