@@ -49,7 +49,7 @@ def _held_out_values(sae: SAE, store: Store, batch_size: int, kernel: Kernel, k:
 
 
 def calibrated_factor(
-    params: Params, k: int, store: Store, batch_size: int, kernel: Kernel, scale: float = 1.0, matmul: str = "fp32"
+    params: Params, k: int, store: Store, batch_size: int, kernel: Kernel, scale: float = 1.0
 ) -> float:
     """Factor on all thetas that makes `k` latents per row active, averaged over validation rows.
 
@@ -58,7 +58,6 @@ def calibrated_factor(
 
     Args:
         scale: the weights are for rows x / scale.
-        matmul: precision of the product by which pairs are selected.
     """
     share = 1.0
     while True:
@@ -66,7 +65,7 @@ def calibrated_factor(
         ratios, rows, always = [], 0, 0
         for x in store.batches("val", batch_size, device=params.theta.device.type):
             x = x[: CALIBRATION_ROWS - rows]
-            codes = kernel.encode(lower, x / scale if scale != 1 else x, Rule("jumprelu", k=k), matmul)
+            codes = kernel.encode(lower, x / scale if scale != 1 else x, Rule("jumprelu", k=k))
             theta = params.theta[codes.latents.long()]
             always += int((theta == 0).sum())
             ratios.append((codes.values / theta)[theta > 0])

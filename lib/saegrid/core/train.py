@@ -76,11 +76,6 @@ class _Run:
     def steps(self) -> int:
         return self.config.epochs * math.ceil(self.store.epoch_rows / self.config.batch_size)
 
-    @property
-    def selection(self) -> str:
-        """Precision of the product by which codes of validation rows are selected; their values are in float32."""
-        return self.matmul if self.config.kernel == "cpu" else "fp32"
-
 
 def train(
     config: RunConfig,
@@ -247,13 +242,13 @@ def _validate(run: _Run, progress: Progress) -> None:
     config, store, kernel, sae, scale = run.config, run.store, run.kernel, run.sae, run.found.scale
     params, rule = sae.trained_form(progress.state.params)
     if config.trains_theta:
-        factor = calibrated_factor(params, config.k, store, config.batch_size, kernel, scale, run.selection)
+        factor = calibrated_factor(params, config.k, store, config.batch_size, kernel, scale)
         params = params._replace(theta=params.theta * factor)
     sq_error, active = 0.0, 0
     fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.device)
     for x in store.batches("val", config.batch_size, device=sae.device):
         x = x / scale if scale != 1 else x
-        codes = kernel.encode(params, x, rule, run.selection)
+        codes = kernel.encode(params, x, rule)
         sq_error += (kernel.decode(params, codes) - x).double().square().sum().item() * scale**2
         active += len(codes.values)
         fired[codes.latents.long()] = True

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 class Kernel(Protocol):
     """Interface of each kernel's module. `reference` is the definition; a test checks the others against it."""
 
-    def encode(self, params: Params, x: Tensor, rule: Rule, matmul: str = "fp32") -> Codes:
+    def encode(self, params: Params, x: Tensor, rule: Rule) -> Codes:
         """Sparse codes of the rows x (N, d_in)."""
 
     def decode(self, params: Params, codes: Codes) -> Tensor:
