@@ -273,7 +273,7 @@ def test_fvu_on_the_prompts_leaves_sinks_out_and_l0_does_not(kernel):
 
 
 def test_bf16_products_change_the_losses_little():
-    """On the embedded model: cross-entropy moves by less than 5e-4 nats/token and KL by less than 1%, but they move."""
+    """On the embedded model: cross-entropy moves by less than 2e-3 nats/token and KL by less than 1%, but they move."""
     config = make_config(k=64, train_tokens=10, val_tokens=10, eval_prompts=4)
     lm = load_lm(config)
     baseline = make_baseline(lm, make_prompts(config, lm.tokenizer)["eval"], 12, torch.zeros(lm.d_in))
@@ -284,6 +284,6 @@ def test_bf16_products_change_the_losses_little():
     exact = mean_losses(evaluate(lm, baseline, 12, halved))
     narrow_products(lm, 12)
     narrow = mean_losses(evaluate(lm, baseline, 12, halved))
-    assert 0 < abs(narrow["spliced"] - exact["spliced"]) < 5e-4 and exact["kl"] > 0.05
+    assert 0 < abs(narrow["spliced"] - exact["spliced"]) < 2e-3 and exact["kl"] > 0.05
     assert narrow["kl"] == pytest.approx(exact["kl"], rel=0.01)
     assert narrow["clean"] == exact["clean"]
