@@ -24,7 +24,7 @@ from saegrid.config.run_config import make_config
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ["lib", "benchmarks", "notebooks", "workflow"]
-SOURCES += ["_quarto.yml", *(path.name for path in ROOT.glob("*.qmd"))]
+SOURCES += ["_quarto.yml", "references.bib", *(path.name for path in ROOT.glob("*.qmd"))]
 VICTIMS = {"snakemake": "snakemake", "papermill": "papermill", "kernel": "ipykernel_launcher"}
 ORPHAN_SECONDS = 30.0
 """A child of a killed workflow must have ended by then."""

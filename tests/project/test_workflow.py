@@ -16,8 +16,8 @@ from huggingface_hub import ModelCard
 from saegrid.config.grid import load_grid
 
 ROOT = Path.cwd()
-SOURCES = ["lib", "benchmarks", "notebooks", "params", "workflow"]
-SOURCES += ["_quarto.yml", *(path.name for path in ROOT.glob("*.qmd"))]
+SOURCES = ["lib", "benchmarks", "docs", "notebooks", "params", "workflow"]
+SOURCES += ["_quarto.yml", "references.bib", *(path.name for path in ROOT.glob("*.qmd"))]
 GRID = load_grid("params/smoke.yaml")
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 

@@ -206,7 +206,8 @@ def read_stability(results_dir: str | Path) -> pd.DataFrame:
         with advising("make it again with `python -m saegrid tables`"):
             check_sums(path.parent, [path.name])
     try:
-        df = pd.read_csv(path, dtype=dict.fromkeys(texts, str))[STABILITY]
+        df = pd.read_csv(path, dtype=dict.fromkeys(texts, str))
+        df = df.assign(**{name: value for name, value in YOUNGER.items() if name not in df})[STABILITY]
     except (KeyError, ValueError, pd.errors.ParserError) as error:
         raise ResultsError(f"{path}: not a table of stability: {error}") from None
     df[sorted(texts)] = df[sorted(texts)].fillna("")
