@@ -38,7 +38,7 @@ from saegrid.config.run_config import RunConfig
 from saegrid.storage.atomic import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ["lib", "benchmarks", "notebooks", "params", "workflow", "_quarto.yml"]
+SOURCES = ["lib", "benchmarks", "notebooks", "params", "workflow", "_quarto.yml", "references.bib"]
 PRESET = "params/qwen05b.yaml"
 RUNS = ["TopK_exp4x_k64", "BatchTopK_exp4x_k64", "JumpReLU_exp4x_t0.5"]
 """The quickest run of each architecture."""

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from saegrid.__main__ import main
 from saegrid.config.grid import Grid
 from saegrid.config.run_config import SITES, make_config
-from saegrid.data import collect as collect_module
+from saegrid.data import stream
 from saegrid.data.collect import collect, open_store, store_folder
 from saegrid.data.language_model import weight_files
 from saegrid.data.prompts import make_prompts
@@ -110,10 +110,8 @@ def test_one_pass_for_several_points_gives_the_bytes_of_a_pass_each(sources, tmp
     ]
     other = config_for(sources, tmp_path / "one", text=text, layer=0, train_tokens=800)
     passes = []
-    real = collect_module.hidden_at_points
-    monkeypatch.setattr(
-        collect_module, "hidden_at_points", lambda lm, *rest: passes.append(rest[-1]) or real(lm, *rest)
-    )
+    real = stream.hidden_at_points
+    monkeypatch.setattr(stream, "hidden_at_points", lambda lm, *rest: passes.append(rest[-1]) or real(lm, *rest))
     collect(points[1], device="cpu", shard_rows=SHARD_ROWS, also=[*points, other])
     assert {frozenset(of_pass) for of_pass in passes} == {frozenset(wanted)} and not store_folder(other).exists()
     for config in points:

@@ -7,13 +7,12 @@ import pytest
 
 from saegrid.report.figures.strips import Mark, Row, strips
 from saegrid.report.figures.style import Look
-from saegrid.report.tables import raw
 
 OURS, THEIRS = Look("ours", "#d55e00"), Look("theirs", shape="D", hollow=True)
 
 
 def parse(figure):
-    return ElementTree.fromstring(raw(figure))
+    return ElementTree.fromstring(figure.html)
 
 
 def test_marks_lie_where_their_values_are_and_intervals_around_them():

@@ -29,14 +29,11 @@ SECTIONS = {
 """Folders under `results/`: title and anchor of their section, and the make target of their tables."""
 
 MEASURED = {
-    "Known directions": ("ground_truth", "ground-truth", trust_section.known_directions),
-    "SAELens' synthetic benchmark": (
-        *("ground_truth/synthsaebench.csv", "synth-bench"),
-        trust_section.synthetic_benchmark,
-    ),
-    "Sparse probes": ("probes/probes.csv", "probes", trust_section.probes),
+    "Known directions": ("ground_truth", trust_section.known_directions),
+    "SAELens' synthetic benchmark": ("ground_truth/synthsaebench.csv", trust_section.synthetic_benchmark),
+    "Sparse probes": ("probes/probes.csv", trust_section.probes),
 }
-"""Titles of sections from other tables: file or folder under `results/`, the make target, what makes the section."""
+"""Titles of sections that are there once their table is: file or folder under `results/`, what makes the section."""
 VARIED = ("n_train_rows", "expansion", "k")
 SEEDS = "Intervals: 95%, t intervals over prompt templates and seeds, paired."
 
@@ -54,9 +51,9 @@ def page(root: str | Path = ".") -> Markdown:
             answer, body = MADE[name](folder)
         short += [f"- {answer} [More](#{anchor})"] if answer else []
         sections += [f"## {title} {{#{anchor}}}", body]
-    for title, (name, target, section) in MEASURED.items():
-        path = Path(root) / "results" / name
-        sections += [f"## {title}", section(path) if path.exists() else f"Not measured yet: `make {target}` does it."]
+    for title, (name, section) in MEASURED.items():
+        if (path := Path(root) / "results" / name).exists():
+            sections += [f"## {title}", section(path)]
     return markdown(*(["## In short", "\n".join(short)] if short else []), *sections)
 
 
