@@ -1,4 +1,4 @@
-# make report · test · lint · coverage · bench · peers · gpu · full · recipes · ablation · scaling · layers · rates · peer-quality · ground-truth · synth-bench · probes · rehearse · chaos · fuzz · clean — each sets up what it needs.
+# make report · test · lint · coverage · bench · peers · gpu · full · recipes · ablation · scaling · layers · stability · rates · peer-quality · ground-truth · synth-bench · probes · rehearse · chaos · fuzz · clean — each sets up what it needs.
 PYTHON ?= python3
 CORES ?= all
 FUZZ ?= activation_file dictionary_folder grid published_sae run_files sae_folder store
@@ -17,7 +17,7 @@ export USER ?= $(or $(shell getent passwd "$$(id -u)" | cut -d: -f1),uid$(shell 
 SNAKEMAKE = snakemake -s workflow/Snakefile --cores $(CORES) --rerun-incomplete --quiet rules
 
 .DEFAULT_GOAL := report
-.PHONY: report full recipes ablation scaling layers rates peer-quality ground-truth synth-bench probes test lint coverage bench peers gpu rehearse chaos fuzz clean setup
+.PHONY: report full recipes ablation scaling layers stability rates peer-quality ground-truth synth-bench probes test lint coverage bench peers gpu rehearse chaos fuzz clean setup
 
 setup: $(VENV)/.ready
 
@@ -45,6 +45,9 @@ scaling: setup  ## how loss follows dictionary size, K and tokens: results/scali
 
 layers: setup  ## both recipes at six layers and on two texts (hours): results/layers
 	$(SNAKEMAKE) --config grid=params/layers.yaml -- results/layers/results_tidy.csv
+
+stability: setup  ## what decides whether another seed finds the same latents: results/stability
+	$(SNAKEMAKE) --config grid=params/stability.yaml -- results/stability/results_tidy.csv
 
 rates: setup  ## both recipes at other learning rates: results/rates
 	$(SNAKEMAKE) --config grid=params/rates.yaml -- results/rates/results_tidy.csv

@@ -6,12 +6,14 @@ import re
 import subprocess
 from pathlib import Path
 
-from saegrid.analysis import findings, peers, selection
-from saegrid.analysis.ablation import by_recipe
+import pandas as pd
+
+from saegrid.analysis import peers
+from saegrid.config.grid import load_grid
 from saegrid.experiment import results
-from saegrid.report.pages import findings_page
 
 README = Path("README.md").read_text()
+TEXT = " ".join(README.split())
 LIB = Path("lib/saegrid")
 
 
@@ -51,23 +53,32 @@ def test_the_make_targets_exist():
 
 
 def test_the_readmes_numbers_are_those_of_the_committed_table():
-    df = results.read_tidy("results/full")
-    best = selection.recommend(df, math.inf)
-    first = findings.batchtopk_beats_topk(df)
-    verdicts = [finding.verdict for finding in findings.all_findings(df)]
-    text = " ".join(README.split())
-    assert f"**{best['name']} costs the model least, {best['delta_loss']:.3f} nats/token**" in text
-    assert f"({len(df)} runs, {df['n_train_rows'].max():,} tokens, {df['epochs'].max()} epochs" in text
-    assert f"by {first.effect:.3f} nats/token on average" in text
-    assert "lower delta loss in 0" in findings_page.sentence(first) and "in all 9 settings" in text
-    assert (verdicts.count("holds"), verdicts.count("fails")) == (1, 4)
+    df, stable = results.read_tidy("results/full"), results.read_stability("results/full")
+    assert f"the first {len(df)} of the 64 runs" in TEXT and len(load_grid("params/full.yaml").runs()) == 64
+    assert (df["n_train_rows"] == 285_000).all() and (df["steps"] == 5_570).all()
+    at_64 = df[(df["expansion"] == 8) & (df["k"] == 64)].groupby(["arch", "recipe", "freeze"])
+    for (arch, recipe, freeze), rows in at_64:
+        cells = [f"{rows['delta_loss'].mean():.3f}", f"{rows['kl'].mean():.3f}", f"{rows['dead_pct'].mean():.1f}%"]
+        again = stable[(stable["arch"] == arch) & (stable["recipe"] == recipe)]["stable_pct"].item()
+        name, last = (
+            (f"{arch}, `{recipe}`", f"{again:.2f}% |") if freeze == "none" else (f"{arch}, `{recipe}`, frozen", "")
+        )
+        assert name in README and f"{' | '.join(cells)} | {last}" in README
+    assert f"at most {stable['stable_pct'].max():.1f}% are found again" in TEXT
+    loss = df[(df["recipe"] == "published") & (df["seed"] == 0) & (df["freeze"] == "none")]
+    loss = loss.set_index(["arch", "expansion", "k"])["delta_loss"]
+    for arch in ("TopK", "BatchTopK"):
+        more = loss[arch, 16, 64] - loss[arch, 8, 64]
+        assert f"{more:+.3f} ({arch})".replace("-", "−") in TEXT
+    sweet = df[(df["arch"] == "BatchTopK") & (df["expansion"] == 4) & (df["k"] == 220)]["frac_rec_pct"].item()
+    assert f"has a frac_rec of {sweet:.1f}%" in TEXT
 
 
-def test_the_readmes_recipes_are_those_of_the_committed_table():
-    table = by_recipe(results.read_tidy("results/recipes")).set_index(["arch", "recipe"])
-    loss = table["delta_loss"].map("{:.3f}".format)
-    told = f"from {loss['BatchTopK', 'published']} to {loss['BatchTopK', 'improved']} nats/token"
-    assert f"{told}, and Matryoshka loses {loss['Matryoshka', 'improved']} " in " ".join(README.split())
+def test_the_readmes_known_directions_are_those_of_the_committed_table():
+    mcc = pd.read_csv("results/ground_truth/runs.csv").groupby(["recipe", "freeze", "arch", "rows"])["mcc"].mean()
+    assert f"(MCC {mcc['published'].mean():.2f}, chance;" in TEXT
+    improved = mcc["improved", "none"]
+    assert f"`improved` {improved.min():.2f} to {improved.max():.2f}," in TEXT
 
 
 def test_the_readmes_peers_are_those_of_the_committed_tables():

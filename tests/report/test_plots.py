@@ -140,14 +140,6 @@ def test_texts_for_those_who_do_not_see_the_figure(df):
     assert f"{worst['dead_pct']:.1f} for {worst['name']}" in captions.heatmap_alt(df, "dead_pct")
 
 
-def test_a_file_of_its_own_has_a_background_and_ink(df):
-    svg = plots.standalone_svg(plots.frontier(df))
-    root = ElementTree.fromstring(svg[svg.index("<svg") :])
-    assert root.tag.endswith("svg")
-    assert plots.INK in svg
-    assert "fill: #ffffff" in svg
-
-
 def test_the_interactive_frontier_has_the_same_marks_line_and_links(df):
     figure = charts.frontier_figure(df, "delta_loss")
     spec = charts.spec_of(figure)

@@ -308,14 +308,6 @@ def _looks(ax: Axes) -> list[Look]:
     return looks
 
 
-def standalone_svg(ax: Axes) -> str:
-    """An Axes as an SVG file with a white background and dark ink, for use outside a page."""
-    with plt.rc_context(STYLE | {"svg.fonttype": "path"}):
-        buffer = io.StringIO()
-        ax.figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
-
-
 def _size(expansion: float) -> float:
     return 26.0 * np.sqrt(expansion)
 
