@@ -17,7 +17,7 @@ from saegrid.storage.atomic import write_json
 ROOT = Path(__file__).parents[1]
 PAGES = site.pages(ROOT)
 SOURCES = ["_quarto.yml", *(page for page in PAGES if "/" not in page and page != "index.qmd"), "notebooks", "lib"]
-SOURCES += ["references.bib", "docs/home-light.webp", "benchmarks/_speed.md"]
+SOURCES += ["references.bib", "docs/home-light.webp", "benchmarks/_speed.md", "results/ablation"]
 SOURCES += [f"results/_{name}.md" for name in ("published", "recipes", "references")]
 NOTEBOOKS = [Path(page).stem for page in PAGES if page.endswith(".ipynb")]
 HOSTILE = ["$x$", "{{< include gone.md >}}", "</script><script>document.title='broken'</script>", '"><b>', "&lt;"]
