@@ -55,7 +55,7 @@ CHILDREN = 3
 SPREAD, NOISE, OFFSET = 0.3, 0.1, 1.5
 """Standard deviation of log magnitudes; norms of noise and common offset, where a direction's magnitude is 1."""
 SINK_EVERY, SINK_RATIO, UNIT = 200, 170.0, 18.0
-"""One row in so many is a sink, of so many times an ordinary norm; a direction's magnitude in the rows' unit."""
+"""One row in `SINK_EVERY` is a sink, with `SINK_RATIO` times an ordinary norm. All rows are multiplied by `UNIT`."""
 ROWS = {40_000: (10, 3), 160_000: (3, 2)}
 """Numbers of training rows, each with its epochs and the number of seeds of each setting on them."""
 LONG = 12
@@ -92,7 +92,7 @@ def make_world(d_in: int = D_IN, n: int = DIRECTIONS, l0: float = L0, seed: int 
 
 
 def firing(world: World, rows: int, generator: torch.Generator) -> Tensor:
-    """Which direction is in which row, (rows, n) bool: correlated within topics (Gaussian copula), children last."""
+    """Active directions of each row, (rows, n) bool. Topics correlate them (Gaussian copula); children come last."""
     n = len(world.directions)
     own, topics = torch.randn(rows, n, generator=generator), torch.randn(rows, TOPICS, generator=generator)
     level = TOGETHER**0.5 * topics[:, world.topic] + (1 - TOGETHER) ** 0.5 * own
@@ -105,7 +105,7 @@ def firing(world: World, rows: int, generator: torch.Generator) -> Tensor:
 
 
 def sample(world: World, rows: int, generator: torch.Generator, chunk: int = 8192) -> Iterator[tuple[Tensor, Tensor]]:
-    """Chunks of rows (N, d_in), each with which direction is in which row, (N, n) bool."""
+    """Chunks of rows (N, d_in), each with the directions active in each row, (N, n) bool."""
     d_in, left = world.directions.shape[1], rows
     while left > 0:
         fires = firing(world, min(chunk, left), generator)
@@ -131,7 +131,7 @@ def write_rows(folder: Path, world: World, train_rows: int, val_rows: int, layer
 
 
 class Course(NamedTuple):
-    """What the runs of one number of rows share."""
+    """What all runs on the same training rows share."""
 
     places: dict[str, str]  # parameters of a run
     directions: Tensor  # (n, d_in)

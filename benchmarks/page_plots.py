@@ -26,7 +26,7 @@ LOOKS = {
     "torch": Look("plain torch loop", LIBRARIES["torch"], "v"),
     "saegrid": Look("this project", LIBRARIES["saegrid"]),
 }
-"""Contenders of the charts, told apart by shape as well as by colour."""
+"""How the charts draw each contender: every one has its own colour and its own marker."""
 NAMES = {name: look.name for name, look in LOOKS.items()}
 
 

@@ -1,4 +1,4 @@
-"""Are latents useful? Sparse probing: a logistic regression on the few latents that tell most of a concept.
+"""Are latents useful? Sparse probing: a logistic regression on the few latents most correlated with a concept.
 
     python benchmarks/probes.py runs/RUN_ID [runs/RUN_ID ...]     # runs on one activation store
 
@@ -45,7 +45,7 @@ from saegrid.storage.atomic import write_text
 ROOT = Path(__file__).resolve().parents[1]
 KS = (1, 5, 16)
 DRAWS, TOKENS_EACH = 3, 2000
-"""Draws of the training tokens; most tokens with and without the concept in each."""
+"""Number of draws of training tokens, and the most tokens with, and without, the concept in each draw."""
 LEAST = 50
 """A concept with fewer held-out tokens with it, or without it, is left out."""
 NUMBER, SENTENCE, WORD = r"\d[\d,]*(?:\.\d+)?", r"[^.?!\n]+[.?!\n]*", r"[A-Za-z]{3,}"

@@ -84,7 +84,7 @@ class Bench:
         return subprocess.Popen(words, env=os.environ | quiet, stdout=subprocess.DEVNULL)
 
     def their_spec(self, contender: Contender, lr: float, seed: int) -> dict[str, Any]:
-        """What `peer_train.py` is told."""
+        """The arguments of `peer_train.py`."""
         peer, _, arch = contender
         shared = {"peer": peer, "arch": arch, "k": self.k, "batch": BATCH, "epochs": EPOCHS, "threads": 1, "lr": lr}
         shared |= {"rows": str(self.folder / "x.safetensors"), "d_sae": EXPANSION * self.store.d_in}

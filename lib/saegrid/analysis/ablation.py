@@ -11,8 +11,6 @@ from saegrid.config.recipes import described, switched
 from saegrid.errors import ResultsError
 
 MEANS = ["l0", "fvu_no_sink", "dead_pct", "dead_pct_no_sink", "kl", "delta_loss"]
-LEVEL = 0.05
-"""Family-wise error rate of the comparisons."""
 
 
 def named(df: pd.DataFrame) -> pd.DataFrame:

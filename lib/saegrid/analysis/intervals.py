@@ -107,6 +107,10 @@ def ratio(found: Measured, runs: pd.DataFrame, base: pd.DataFrame) -> Estimate:
     return _estimate(value, parts, seeds)
 
 
+LEVEL = 0.05
+"""Family-wise error rate of every family of comparisons. Fixed before the results."""
+
+
 def holm(ps: Sequence[float]) -> list[float]:
     """The p of a family of comparisons, adjusted (Holm 1979).
 

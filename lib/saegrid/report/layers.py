@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from saegrid.analysis import published_sweep, selection
+from saegrid.analysis import intervals, published_sweep, selection
 from saegrid.analysis.budget import by_budget
 from saegrid.analysis.findings import FAILS, HOLDS, NOT_TESTABLE, Finding, all_findings
 from saegrid.analysis.numbers import COLUMNS, bounds, change, number, signed
@@ -110,7 +110,7 @@ def claims_table(df: pd.DataFrame, prompts: pd.DataFrame | None, found: list[Hea
         f"Which claim holds at which {words(df)}: ✓ holds, ~ not shown, ✗ fails, ○ not testable. In small type: the "
         f"effect in nats/token, of delta loss for a finding and of {cost} for a headline; for the improved recipe, its "
         f"share of the published one's {cost}. The comparisons of a headline are corrected for all columns (Holm, "
-        f"{claims.LEVEL:.0%}); “not shown” points the headline's way, but may be chance."
+        f"{intervals.LEVEL:.0%}); “not shown” points the headline's way, but may be chance."
     )
     caption += f" These runs do not test: {'; '.join(untested)}." if untested else ""
     groups, heads = _heads(df, pages)

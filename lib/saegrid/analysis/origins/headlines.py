@@ -20,9 +20,7 @@ from saegrid.config import settings
 from saegrid.config.recipes import switched
 
 NOT_SHOWN = "not shown"
-LEVEL = 0.05
-"""Family-wise error rate of a headline's comparisons. Fixed before the results, like the two numbers below."""
-FEW_DEAD_PCT, PART = 1.0, 0.1  # "less than 1% dead and a tenth of the loss"
+FEW_DEAD_PCT, PART = 1.0, 0.1  # fixed before the results: "less than 1% dead and a tenth of the loss"
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ def _pairs(df: pd.DataFrame, ours: pd.Series, theirs: pd.Series, *axes: str) -> 
 
 
 def _most(estimates: list[Estimate]) -> Estimate | None:
-    """The highest of several estimates: the one that speaks most against a claim that all are low."""
+    """The highest estimate: the strongest evidence against a claim that all are low."""
     return max(estimates, key=lambda one: one.value, default=None)
 
 
@@ -143,7 +141,7 @@ def _verdicts(tests: dict[str, _Test]) -> dict[str, Held]:
     found = {}
     for n, (origin, test) in enumerate(tests.items()):
         below = all(one.value < 0 for one in test.comparisons)
-        shown = all(p < LEVEL for p in adjusted[ends[n] : ends[n + 1]])
+        shown = all(p < intervals.LEVEL for p in adjusted[ends[n] : ends[n + 1]])
         verdict = FAILS if not (below and test.others) else HOLDS if shown else NOT_SHOWN
         found[origin] = Held(verdict if test.comparisons else NOT_TESTABLE, test.told, test.facts)
     return found

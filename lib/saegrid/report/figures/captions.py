@@ -110,12 +110,14 @@ def heatmaps(df: pd.DataFrame, metrics: list[str]) -> Markdown:
 
 def dead_figure(df: pd.DataFrame) -> Markdown:
     """Dead latents over K."""
-    return _figure(plots.dead_latents(df), dead_text(df), "One line an architecture and expansion.")
+    return _figure(plots.dead_latents(df), dead_text(df), "One line per architecture and expansion.")
 
 
 def curves_figure(curves: pd.DataFrame) -> Markdown:
     """Learning curves (`finished_run.load_curves`)."""
-    return _figure(plots.learning_curves(curves), curves_text(curves), "One line a run; BatchTopK with the batch cut.")
+    return _figure(
+        plots.learning_curves(curves), curves_text(curves), "One line per run; BatchTopK with the batch cut."
+    )
 
 
 def firing_figure(latents: pd.DataFrame) -> Markdown:
@@ -133,7 +135,7 @@ def position_figure(positions: pd.DataFrame) -> Markdown:
 def against_published_figure(own: pd.DataFrame, published: pd.DataFrame) -> Markdown:
     """Delta loss of own runs beside the published rows."""
     ax = plots.against_published(pd.concat([own, published], ignore_index=True), metric="delta_loss")
-    alt = f"Delta loss of {len(own)} own runs and {len(published)} published rows, one line a setting."
+    alt = f"Delta loss of {len(own)} own runs and {len(published)} published rows, one line per setting."
     caption = "Delta loss at each setting: ours filled, the published rows open. The models differ."
     return plots.figure(ax, alt=alt, caption=caption)
 

@@ -123,7 +123,7 @@ def frontier(
     marks = marks.encode(
         color=alt.Color(
             "arch:N",
-            legend=alt.Legend(title=None, columns=3),  # a phone is three wide
+            legend=alt.Legend(title=None, columns=3),  # three columns fit a phone
             scale=alt.Scale(domain=arches, range=[PALETTE[a] for a in arches]),
         ),
         stroke=alt.Stroke("arch:N", title=None, scale=alt.Scale(domain=arches, range=[PALETTE[a] for a in arches])),

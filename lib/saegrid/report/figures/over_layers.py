@@ -40,7 +40,7 @@ def _alt(rows: pd.DataFrame, measure: str) -> str:
 def _limits(rows: pd.DataFrame, near_0: bool) -> tuple[bool, float, float]:
     """Whether the axis is logarithmic, and its ends, the same for all panels of a measure.
 
-    `near_0`: whether values near 0 are the good ones, which a logarithmic axis tells apart.
+    `near_0`: whether lower is better: a logarithmic axis then separates the best values.
     """
     low, high = rows["mean"].min(), rows["mean"].max()
     if near_0 and low > 0 and high / low > WIDE / 5:

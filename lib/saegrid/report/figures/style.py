@@ -42,7 +42,7 @@ SHAPES = {
 ABOVE = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "columnspacing": 1.4, "handletextpad": 0.3}
 """A legend above the plot: it hides nothing, and the plot keeps a phone's whole width."""
 FULL, PANEL = (9.6, 4.6), (5.6, 3.7)
-"""Inches of a figure of the page's width, and of one of two beside each other: their letters look alike."""
+"""Figure sizes in inches: the page's width, and half of it. Text has the same size on the page in both."""
 PALE = 0.55
 """Opacity of de-emphasised markers."""
 WIDE = 50.0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from saegrid.analysis.ablation import LEVEL, MEANS, by_recipe, setting
+from saegrid.analysis.ablation import MEANS, by_recipe, setting
+from saegrid.analysis.intervals import LEVEL
 from saegrid.analysis.numbers import COLUMNS, bounds, change
 from saegrid.analysis.selection import cost
 from saegrid.report.figures.strips import Look, Mark, Row, strips

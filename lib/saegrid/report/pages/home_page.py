@@ -285,7 +285,7 @@ def limits_text(df: pd.DataFrame) -> Markdown:
     seeds, origins = df["seed"].nunique(), len(selection.by_origin(df))
     read = f"{origins} sources of rows, each judged by itself" if origins > 1 else "One layer of one model"
     return Markdown(
-        f"{read}; {counted(seeds, 'seed')} a setting, so differences between single "
+        f"{read}; {counted(seeds, 'seed')} per setting, so differences between single "
         f"runs may be chance; {_values(df, 'n_eval_prompts')} prompts for the losses. The intervals of single runs "
         "generalise over problem templates, not over seeds, and each stands for itself, not for all at once. frac_rec "
         "has the published meaning, CE clean / CE spliced, which is not the field's fraction of loss recovered.\n"

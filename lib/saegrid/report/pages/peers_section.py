@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 
-from saegrid.analysis.ablation import LEVEL
+from saegrid.analysis.intervals import LEVEL
 from saegrid.analysis.numbers import between, change, counted, header, number, signed
 from saegrid.analysis.peers import COMPARED, against_best
 from saegrid.analysis.scaling import MEASURES
@@ -18,7 +18,7 @@ CONTENDERS = [
     *((peer, arch) for peer in ("sae-lens", "dictionary_learning") for arch in LINES),
     ("sparsify", "TopK"),
 ]
-"""Colour is the library, marker the architecture; this project has whole lines."""
+"""Colour is the library, marker the architecture; this project has solid lines."""
 
 
 def rules(found: pd.DataFrame) -> str:

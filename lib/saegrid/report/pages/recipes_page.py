@@ -127,7 +127,7 @@ def _switched(folder: Path) -> tuple[str, str]:
         ablation_section.forest(found, measure=measure),
         html_table(table, ["recipe", *means, "change"], caption=caption),
     ]
-    shown = [f"`{choice}`" for choice in found["choice"][found["p"] < ablation.LEVEL]]
+    shown = [f"`{choice}`" for choice in found["choice"][found["p"] < intervals.LEVEL]]
     changed = f"only {' and '.join(shown)} {'change' if len(shown) > 1 else 'changes'}" if shown else "none changes"
     answer = f"**Choices**: of {len(found)} switches, {changed} {MEASURES[measure]} measurably."
     return answer, markdown(*body)

@@ -9,8 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from saegrid.analysis import scaling, selection
-from saegrid.analysis.ablation import LEVEL
-from saegrid.analysis.intervals import holm, t_interval
+from saegrid.analysis.intervals import LEVEL, holm, t_interval
 from saegrid.analysis.numbers import COLUMNS, MISSING, bounds, change, counted, header, number
 from saegrid.config import settings
 from saegrid.config.settings import CONTROLS
