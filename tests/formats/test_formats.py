@@ -21,7 +21,7 @@ from saegrid.config.architectures import ARCHITECTURES
 from saegrid.core.sae import SAE, SAE_CLASSES, JumpReLU
 from saegrid.errors import SaeFileError
 from saegrid.formats import export, load_sae
-from saegrid.formats.run_folder import save_sae
+from saegrid.formats.run_folder import load_folder, save_sae
 
 D_IN, D_SAE, K = 24, 96, 7
 TRAINED = "JumpReLU, a theta for each latent"
@@ -93,11 +93,28 @@ def test_out_and_back(arch, format, back_as, tmp_path):
 @pytest.mark.parametrize("arch", ["BatchTopK", "Matryoshka", TRAINED, "ReLU", "Gated"])
 def test_a_run_folder_and_each_of_its_files(arch, tmp_path):
     sae = make(arch)
-    save_sae(sae, tmp_path, f"{sae.arch}_exp4x_k7", {"expansion": 4})
+    for folder in (tmp_path, tmp_path / "again"):
+        save_sae(sae, folder, f"{sae.arch}_exp4x_k7", {"expansion": 4})
     for source in (tmp_path, tmp_path / "sae.safetensors", tmp_path / f"{sae.arch}_exp4x_k7.pt"):
         back = load_sae(str(source))
         assert (back.arch, back.k, back.inference_threshold) == (sae.arch, K, sae.inference_threshold)
         assert all(torch.equal(a, b) for a, b in zip(back.params, sae.params, strict=True))
+    assert json.loads((tmp_path / "cfg.json").read_text())["expansion"] == 4
+    for path in (tmp_path / "again").iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+
+
+def test_a_changed_byte_of_a_run_folder_is_found(tmp_path):
+    save_sae(make("TopK"), tmp_path, "name", {})
+    weights = tmp_path / "sae.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(SaeFileError, match="SHA-256"):
+        load_folder(tmp_path)
+    weights.unlink()
+    with pytest.raises(SaeFileError, match="No such file"):
+        load_folder(tmp_path)
 
 
 @pytest.mark.parametrize("arch", CLASSES)
