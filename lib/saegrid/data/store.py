@@ -11,10 +11,9 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +161,12 @@ class Store:
             buffer_shards: bounds the memory to this many shards plus one that straddles two groups.
             keep: maps float32 rows (N, d_in) on the CPU to a mask (N,) of those to return.
         """
-        batches = self._batches(split, batch_size, seed, epoch, start, buffer_shards)
+        shards, key = list(self.manifest["shards"][split]), None
+        if seed is not None:
+            order, key = torch.randperm(len(shards), generator=seeded(seed, epoch, "shards")), (seed, epoch)
+            shards = [shards[index] for index in order]
+        together = buffer_shards * max(shard["rows"] for shard in shards)
+        batches = shuffled(lambda first: self._parts(shards, first), together, batch_size, start, key)
         return received(prefetched(sent(batches, device, keep)))
 
     @property
@@ -185,33 +189,12 @@ class Store:
         shards = [self._read(shard) for shard in self.manifest["shards"][split]]
         return {name: torch.cat([shard[name] for shard in shards]) for name in META}
 
-    def _batches(self, split, batch_size, seed, epoch, start, buffer_shards) -> Iterator[Tensor]:
-        shards = list(self.manifest["shards"][split])
-        if seed is not None:
-            order = torch.randperm(len(shards), generator=seeded(seed, epoch, "shards"))
-            shards = [shards[index] for index in order]
-        ends = list(itertools.accumulate(shard["rows"] for shard in shards))
-        per_group = max(1, buffer_shards * max(shard["rows"] for shard in shards) // batch_size)  # batches
-        first_group, skip = divmod(start, per_group)
-        last = (-1, torch.empty(0))  # the shard that may straddle two groups
-        for group in range(first_group, -(-ends[-1] // (per_group * batch_size))):
-            low = group * per_group * batch_size
-            high = min(low + per_group * batch_size, ends[-1])
-            buffer = torch.empty(high - low, self.d_in, dtype=getattr(torch, self.manifest["act_dtype"]))
-            for index, (shard, end) in enumerate(zip(shards, ends, strict=True)):
-                begin = end - shard["rows"]
-                if begin >= high or end <= low:
-                    continue
-                acts = last[1] if last[0] == index else self._read(shard)["acts"]
-                last = (index, acts)
-                part = acts[max(low - begin, 0) : high - begin]
-                buffer[max(begin - low, 0) :][: len(part)] = part
-            rows = torch.arange(high - low)
-            if seed is not None:
-                rows = torch.randperm(high - low, generator=seeded(seed, epoch, group))
-            for chosen in rows.split(batch_size)[skip:]:
-                yield buffer[chosen]
-            skip = 0
+    def _parts(self, shards: list[dict[str, Any]], first: int) -> Iterator[Tensor]:
+        """The rows of some shards from row `first` on, in their stored dtype; shards before it are not read."""
+        for shard in shards:
+            if first < shard["rows"]:
+                yield self._read(shard)["acts"][first:]
+            first = max(0, first - shard["rows"])
 
     def _read(self, entry: dict[str, Any]) -> dict[str, Tensor]:
         """Tensors of one of the store's files, its hash checked on first read."""
@@ -246,6 +229,41 @@ class Store:
 def seeded(*key: Any) -> torch.Generator:
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def shuffled(
+    parts: Callable[[int], Iterable[Tensor]], together: int, batch_size: int, start: int, key: tuple[Any, ...] | None
+) -> Iterator[Tensor]:
+    """Batches of rows that are shuffled in groups of about `together` rows, from batch `start` on.
+
+    Args:
+        parts: the rows from a row on, in parts of any size.
+        key: seed of the shuffle, to which each group's number is added; None: the order of `parts`.
+    """
+    per_group = max(1, together // batch_size)  # batches
+    group, skip = divmod(start, per_group)
+    size = per_group * batch_size
+    for n, rows in enumerate(_gathered(parts(group * size), size), group):
+        order = torch.arange(len(rows)) if key is None else torch.randperm(len(rows), generator=seeded(*key, n))
+        for chosen in order.split(batch_size)[skip:]:
+            yield rows[chosen]
+        skip = 0
+
+
+def _gathered(parts: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """The rows of `parts`, `size` at a time, in one tensor that is overwritten; the last may have fewer."""
+    buffer, have = torch.empty(0), 0
+    for part in parts:
+        buffer = buffer if len(buffer) else part.new_empty(size, part.shape[1])
+        while len(part):
+            taken, part = part[: size - have], part[size - have :]
+            buffer[have : have + len(taken)] = taken
+            have += len(taken)
+            if have == size:
+                yield buffer
+                have = 0
+    if have:
+        yield buffer[:have]
 
 
 def prefetched(batches: Iterator[Any], ahead: int = PREFETCH) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from saegrid.config.run_config import RunConfig
 from saegrid.data.language_model import LM, Point, hidden_at_points, load_lm, padded_batches
 from saegrid.data.prompts import Prompt, streamed_prompts
 from saegrid.data.sources import pinned
-from saegrid.data.store import ShardWriter, Store, prefetched, received, seeded, sent
+from saegrid.data.store import ShardWriter, Store, prefetched, received, sent, shuffled
 
 BATCH_TOKENS = 2048
 """Padded tokens per pass of the model."""
@@ -63,35 +63,15 @@ class Stream(Store):
 
         With a `start`, the text is read again, and the model runs from the rows that were shuffled with that batch.
         """
-        return received(prefetched(sent(self._shuffled(batch_size, seed, epoch, start), device, keep)))
+        together = self.config.shuffle_rows
 
-    def _shuffled(self, batch_size: int, seed: int, epoch: int, start: int) -> Iterator[Tensor]:
-        per_group = max(1, self.config.shuffle_rows // batch_size)  # batches
-        group, skip = divmod(start, per_group)
-        size = per_group * batch_size
-        parts = prefetched(self._parts(group * size), max(1, size // PART_ROWS))
-        for n, buffer in enumerate(self._buffers(parts, size), group):
-            order = torch.randperm(len(buffer), generator=seeded(seed, epoch, "streamed", n))
-            for chosen in order.split(batch_size)[skip:]:
-                yield buffer[chosen]
-            skip = 0
+        def parts(first: int) -> Iterator[Tensor]:
+            return prefetched(self._streamed(first), max(1, together // PART_ROWS))
 
-    def _buffers(self, parts: Iterable[Tensor], size: int) -> Iterator[Tensor]:
-        """The rows of `parts`, `size` at a time, in one tensor that is overwritten; the last may have fewer."""
-        buffer = torch.empty(size, self.d_in, dtype=getattr(torch, self.config.act_dtype))
-        have = 0
-        for part in parts:
-            while len(part):
-                taken, part = part[: size - have], part[size - have :]
-                buffer[have : have + len(taken)] = taken
-                have += len(taken)
-                if have == size:
-                    yield buffer
-                    have = 0
-        if have:
-            yield buffer[:have]
+        batches = shuffled(parts, together, batch_size, start, (seed, epoch, "streamed"))
+        return received(prefetched(sent(batches, device, keep)))
 
-    def _parts(self, first: int) -> Iterator[Tensor]:
+    def _streamed(self, first: int) -> Iterator[Tensor]:
         """The rows from row `first` on, in the order of the text."""
         lm = load_lm(pinned(self.config, self.manifest))
         writer = ShardWriter(self.folder, "train", self.d_in, getattr(torch, self.config.act_dtype), PART_ROWS)
