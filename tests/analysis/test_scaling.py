@@ -16,7 +16,7 @@ def runs():
     noise = np.exp(0.05 * np.random.default_rng(0).standard_normal((2, len(df))))
     df["fvu_no_sink"] = 8.0 * df["d_sae"] ** -0.25 * df["k"] ** -0.5 * noise[0]
     df["delta_loss"] = 50.0 * df["k"] ** -1.0 * df["n_train_rows"] ** -0.3 * noise[1]
-    return df.astype({"k": "Int64"})
+    return df.assign(expansion=df["d_sae"] // 512, train_tokens=df["n_train_rows"]).astype({"k": "Int64"})
 
 
 def test_exponents_are_those_that_the_runs_follow(runs):
@@ -63,6 +63,7 @@ def test_a_step_that_goes_the_other_way_is_told():
     loss = {1152: 1.0, 2304: 0.9, 4608: 1.08}
     points = [(d, k, n, loss[d] * 64 / k) for d in loss for k in (32, 64) for n in (100, 400)]
     df = pd.DataFrame(points, columns=["d_sae", "k", "n_train_rows", "delta_loss"])
+    df = df.assign(expansion=df["d_sae"] // 576, train_tokens=df["n_train_rows"])
     df["fvu_no_sink"] = 1000 / df["d_sae"] / df["k"]
     df["fvu_no_sink"] *= np.where(df["k"] == 32, 1.0, np.where(df["d_sae"] == 2304, 1.1, 1.0))
     steps = scaling.steps(df).set_index(["measure", "size", "small"])

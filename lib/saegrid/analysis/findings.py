@@ -14,8 +14,7 @@ from typing import Any
 import pandas as pd
 
 from saegrid.analysis import intervals
-from saegrid.analysis.selection import DENSE_SHARE_PCT, without_controls
-from saegrid.config import settings
+from saegrid.analysis.selection import DENSE_SHARE_PCT, matched, without_controls
 
 HOLDS, FAILS, NOT_TESTABLE = "holds", "fails", "not testable here"
 
@@ -82,17 +81,16 @@ def batchtopk_beats_topk(df: pd.DataFrame, measured: intervals.Measured | None =
 
     Facts: `pairs`, their number; in how many BatchTopK has lower `val_mse`, lower `delta_loss`, no higher `dead_pct`.
     """
-    pairs = _pairs(df, "arch", ("TopK", "_top"), ("BatchTopK", "_batch"))
-    n = len(pairs)
+    batch, top = matched(df[df["arch"] == "BatchTopK"], df[df["arch"] == "TopK"], "arch")
+    n = len(batch)
     if not n:
         return Finding(1, NOT_TESTABLE, None, None, df.iloc[:0], {"pairs": 0})
-    facts = {name: int((pairs[f"{name}_batch"] < pairs[f"{name}_top"]).sum()) for name in ("val_mse", "delta_loss")}
-    facts |= {"pairs": n, "dead_pct": int((pairs["dead_pct_batch"] <= pairs["dead_pct_top"]).sum())}
+    facts = {name: int((batch[name] < top[name]).sum()) for name in ("val_mse", "delta_loss")}
+    facts |= {"pairs": n, "dead_pct": int((batch["dead_pct"] <= top["dead_pct"]).sum())}
     verdict = HOLDS if facts["val_mse"] == n and facts["dead_pct"] == n else FAILS
-    gap = pairs["delta_loss_batch"] - pairs["delta_loss_top"]
-    weights = _weights(pairs, "run_id_batch", 1 / n) | _weights(pairs, "run_id_top", -1 / n)
+    effect, interval = _difference(batch, top, measured)
     evidence = df[df["arch"].isin(["BatchTopK", "TopK"])].sort_values(["expansion", "k", "arch"])
-    return Finding(1, verdict, float(gap.mean()), _interval(measured, weights), evidence, facts)
+    return Finding(1, verdict, effect, interval, evidence, facts)
 
 
 def small_k_dies(df: pd.DataFrame, measured: intervals.Measured | None = None) -> Finding:
@@ -141,7 +139,7 @@ def jumprelu_is_dense(df: pd.DataFrame, measured: intervals.Measured | None = No
         perfect = (lowest["frac_rec_pct"] >= NEAR_PERFECT_FRAC_REC_PCT).all()
         verdict = HOLDS if perfect and (share >= DENSE_SHARE_PCT).all() else FAILS
         effect = float(lowest["delta_loss"].mean())
-        interval = _interval(measured, _weights(lowest, "run_id", 1 / len(lowest)))
+        interval = _interval(measured, _weights(lowest, 1 / len(lowest)))
     evidence = rows.sort_values(["threshold", "expansion"])
     return Finding(4, verdict, effect, interval, evidence, {"lowest": lowest})
 
@@ -153,16 +151,22 @@ def large_adds_little(df: pd.DataFrame, measured: intervals.Measured | None = No
     two largest if the claim's are missing); and `by_arch`: for each architecture the `Gap` from small to large.
     """
     rows = df[df["arch"].isin(["BatchTopK", "TopK"])]
-    pairs = _pairs(rows, "expansion", (MEDIUM, "_small"), (LARGE, "_large"))
-    testable, small, large = len(pairs) > 0, MEDIUM, LARGE
-    sizes = sorted(rows["expansion"].unique())
+
+    def pairs(small: int, large: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+        return matched(rows[rows["expansion"] == large], rows[rows["expansion"] == small], "expansion")
+
+    small, large, sizes = MEDIUM, LARGE, sorted(rows["expansion"].unique())
+    wide, narrow = pairs(small, large)
+    testable = len(wide) > 0
     if not testable and len(sizes) > 1:
         small, large = sizes[-2:]
-        pairs = _pairs(rows, "expansion", (small, "_small"), (large, "_large"))
+        wide, narrow = pairs(small, large)
     facts: dict[str, Any] = {"small": small, "large": large, "arch": "", "by_arch": {}}
-    if pairs.empty:
+    if wide.empty:
         return Finding(5, NOT_TESTABLE, None, None, rows.iloc[:0], facts)
-    by_arch = {str(arch): _gap(those, measured) for arch, those in pairs.groupby("arch_large", sort=False)}
+    by_arch = {
+        str(arch): _gap(those, narrow.loc[those.index], measured) for arch, those in wide.groupby("arch", sort=False)
+    }
     most = min(by_arch, key=lambda arch: by_arch[arch].mean)
     little = all(-gap.mean <= LITTLE_NATS for gap in by_arch.values())
     verdict = NOT_TESTABLE if not testable else HOLDS if little else FAILS
@@ -185,30 +189,19 @@ class Gap:
         return sum(self.gaps) / len(self.gaps)
 
 
-def _gap(pairs: pd.DataFrame, measured: intervals.Measured | None) -> Gap:
-    weights = _weights(pairs, "run_id_large", 1 / len(pairs)) | _weights(pairs, "run_id_small", -1 / len(pairs))
-    gaps = pairs["delta_loss_large"] - pairs["delta_loss_small"]
-    return Gap(gaps.tolist(), _interval(measured, weights))
-
-
-def _pairs(rows: pd.DataFrame, axis: str, base: tuple[Any, str], other: tuple[Any, str]) -> pd.DataFrame:
-    """Pairs of rows that differ only along `axis`; `other` and `base` are (value, column suffix)."""
-    rest = [settings.key(row, axis) for row in rows.to_dict("records")]
-    rows = rows.assign(rest=pd.Series(rest, index=rows.index, dtype=object))
-    left, right = (rows[rows[axis] == value] for value, _ in (other, base))
-    keys = ["rest", *(["seed"] if "seed" in rows else [])]
-    return left.merge(right, on=keys, suffixes=(other[1], base[1]))
+def _gap(wide: pd.DataFrame, narrow: pd.DataFrame, measured: intervals.Measured | None) -> Gap:
+    return Gap((wide["delta_loss"] - narrow["delta_loss"]).tolist(), _difference(wide, narrow, measured)[1])
 
 
 def _difference(
     a: pd.DataFrame, b: pd.DataFrame, measured: intervals.Measured | None
 ) -> tuple[float, tuple[float, float] | None]:
-    weights = _weights(a, "run_id", 1 / len(a)) | _weights(b, "run_id", -1 / len(b))
+    weights = _weights(a, 1 / len(a)) | _weights(b, -1 / len(b))
     return float(a["delta_loss"].mean() - b["delta_loss"].mean()), _interval(measured, weights)
 
 
-def _weights(rows: pd.DataFrame, name: str, weight: float) -> dict[str, float]:
-    return dict.fromkeys(rows[name], weight) if name in rows else {}
+def _weights(rows: pd.DataFrame, weight: float) -> dict[str, float]:
+    return dict.fromkeys(rows["run_id"], weight) if "run_id" in rows else {}
 
 
 def _interval(measured: intervals.Measured | None, weights: Mapping[str, float]) -> tuple[float, float] | None:

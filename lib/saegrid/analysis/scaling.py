@@ -8,12 +8,14 @@ import numpy as np
 import pandas as pd
 
 from saegrid.analysis.intervals import t_interval
-from saegrid.analysis.selection import cost, without_controls
+from saegrid.analysis.selection import cost, matched, without_controls
 from saegrid.config import settings
 
 SIZES = {"d_sae": "latents", "k": "K", "n_train_rows": "training tokens"}
 MEASURES = {"fvu_no_sink": "FVU without sinks", "kl": "KL", "delta_loss": "delta loss"}
 """Measures and their names; KL only if all runs have it."""
+AXES = {"d_sae": "expansion", "k": "k", "n_train_rows": "train_tokens"}
+"""The parameter that sets each size."""
 
 
 def exponents(df: pd.DataFrame) -> pd.DataFrame:
@@ -26,7 +28,7 @@ def exponents(df: pd.DataFrame) -> pd.DataFrame:
         ValueError: fewer than two runs per fitted parameter, or a measure that is not above 0.
     """
     sizes = [name for name in SIZES if df[name].nunique() > 1]
-    measures = [name for name in MEASURES if name != "kl" or cost(df) == "kl"]
+    measures = _measures(df)
     if len(df) < 2 * (len(sizes) + 1) or not (df[measures] > 0).all(axis=None):
         raise ValueError("scaling: too few runs, or a measure that is not above 0")
     x = np.column_stack([np.ones(len(df)), *(np.log(df[name].astype(float)) for name in sizes)])
@@ -50,16 +52,12 @@ def steps(df: pd.DataFrame) -> pd.DataFrame:
     divided by that at `small`; `low` and `high` bound its 95% t interval over the pairs (NaN for one pair). Measures
     must be above 0, as in `exponents`.
     """
-    rest = [name for name in (*SIZES, "arch", "recipe", "seed") if name in df]
-    measures = [name for name in MEASURES if name != "kl" or cost(df) == "kl"]
     rows = []
     for size in (name for name in SIZES if df[name].nunique() > 1):
-        values = sorted(df[size].unique())
-        for small, large in itertools.pairwise(values):
-            ends = (df[df[size] == value] for value in (small, large))
-            pairs = pd.merge(*ends, on=[name for name in rest if name != size], suffixes=("_small", "_large"))
-            for measure in measures:
-                logs = np.log((pairs[f"{measure}_large"] / pairs[f"{measure}_small"]).to_numpy(float))
+        for small, large in itertools.pairwise(sorted(df[size].unique())):
+            pairs = matched(df[df[size] == large], df[df[size] == small], AXES[size])
+            for measure in _measures(df):
+                logs = np.log(pairs[0][measure].to_numpy(float) / pairs[1][measure].to_numpy(float))
                 if len(logs):
                     error = float(logs.std(ddof=1) / np.sqrt(len(logs))) if len(logs) > 1 else 0.0
                     bounds = np.exp(t_interval(float(logs.mean()), error, len(logs) - 1)[:3])
@@ -86,3 +84,7 @@ def coherence_over_k(df: pd.DataFrame) -> pd.DataFrame:
             means = group.astype({"k": int}).groupby("k")["decoder_coherence"].mean()
             found += [(label, k, value) for k, value in means.items()]
     return pd.DataFrame(found, columns=columns)
+
+
+def _measures(df: pd.DataFrame) -> list[str]:
+    return [name for name in MEASURES if name != "kl" or cost(df) == "kl"]

@@ -143,6 +143,21 @@ def same_settings(own: pd.DataFrame, other: pd.DataFrame) -> tuple[pd.DataFrame,
     return both, other[[key not in shared for key in other_keys]]
 
 
+def matched(ours: pd.DataFrame, theirs: pd.DataFrame, *axes: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows of both that differ from each other along `axes` alone: each of ours, and in the same place its match.
+
+    The column `rest` is their setting without these axes; rows of different seeds do not match.
+    """
+    sides = []
+    for df in (ours.reset_index(drop=True), theirs.reset_index(drop=True)):
+        keys = [settings.key(row, *axes) for row in df.to_dict("records")]
+        sides.append(df.assign(rest=pd.Series(keys, index=df.index, dtype=object)))
+    on = ["rest", "seed"] if "seed" in ours else ["rest"]
+    both = sides[0][on].reset_index().merge(sides[1][on].reset_index(), on=on)
+    left, right = (side.loc[both[f"index_{n}"]].reset_index(drop=True) for side, n in zip(sides, "xy", strict=True))
+    return left, right
+
+
 def published_beside(own: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     """The published row of each own run whose setting both tables have (`same_settings`), by run id."""
     both, _ = same_settings(own, other)

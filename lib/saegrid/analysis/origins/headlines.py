@@ -15,7 +15,7 @@ import pandas as pd
 from saegrid.analysis import intervals
 from saegrid.analysis.findings import FAILS, HOLDS, NOT_TESTABLE, Finding, all_findings
 from saegrid.analysis.intervals import Estimate, Measured
-from saegrid.analysis.selection import by_origin, cost, without_controls
+from saegrid.analysis.selection import by_origin, cost, matched, without_controls
 from saegrid.config import settings
 from saegrid.config.recipes import switched
 
@@ -119,14 +119,8 @@ def matryoshka_loses_least(df: pd.DataFrame, found: Measured) -> _Test:
 
 def _pairs(df: pd.DataFrame, ours: pd.Series, theirs: pd.Series, *axes: str) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
     """Our runs and theirs at each setting (but for `axes`) that both have, with the seeds that both have."""
-    keys = [settings.key(row, *axes) for row in df.to_dict("records")]
-    found = []
-    for key in dict.fromkeys(keys):
-        here = pd.Series([one == key for one in keys], index=df.index)
-        left, right = df[here & ours], df[here & theirs]
-        if seeds := set(left["seed"]) & set(right["seed"]):
-            found.append((left[left["seed"].isin(seeds)], right[right["seed"].isin(seeds)]))
-    return found
+    left, right = matched(df[ours], df[theirs], *axes)
+    return [(runs, right.loc[runs.index]) for _, runs in left.groupby("rest", sort=False)]
 
 
 def _most(estimates: list[Estimate]) -> Estimate | None:
