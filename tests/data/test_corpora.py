@@ -239,8 +239,9 @@ def test_a_corpus_that_is_too_small_says_how_much_it_has(tmp_path):
     total = sum(len(text_of(number)) for number in range(10))
     assert f"train_tokens = 10000: {folder} has only" in str(error.value) and "\n" not in str(error.value)
     assert str(error.value).endswith(f"read so far: 10 documents with {total} tokens")
-    with pytest.raises(ConfigError, match=r"eval_prompts = 100: .* has only \d+ left for it"):
-        make_prompts(config_for(folder, eval_prompts=100), tiny_tokenizer())
+    for name, amount in (("eval_prompts", 100), ("val_tokens", 10_000)):
+        with pytest.raises(ConfigError, match=rf"{name} = {amount}: .* has only \d+ left for it"):
+            make_prompts(config_for(folder, **{name: amount}), tiny_tokenizer())
 
 
 # --- messages ---
@@ -408,6 +409,8 @@ USER = {"role": "user", "content": "a"}
 MALFORMED = {
     "empty folder": (nothing, {}, "no .jsonl, .parquet, .txt or .md file in this folder"),
     "no such file": (lambda folder: folder / "a.txt", {}, "no such file"),
+    "no such folder": (lambda folder: folder / "nowhere", {}, "no such folder"),
+    "no such embedded text": (lambda folder: "embedded:other", {}, "there are embedded:gsm_symbolic, embedded:py"),
     "another kind of file": (raw("a.csv", b"a,b\n"), {}, "a file; must be a folder, a .jsonl, .parquet, "),
     "empty file": (raw("a.txt", b""), {}, "no text in it"),
     "only white space": (raw("a.md", b" \n\t\n"), {}, "no text in it"),

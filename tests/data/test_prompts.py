@@ -1,5 +1,6 @@
 """Prompts: splits that share nothing, exact row counts, the shared chat prefix, and datasets that do not fit."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from saegrid.config.run_config import make_config
 from saegrid.data.corpora.embedded_text import gsm_symbolic, split_templates
-from saegrid.data.prompts import Prompt, make_prompts
+from saegrid.data.prompts import Prompt, draw_prompts, make_prompts
 from saegrid.errors import ConfigError
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
@@ -77,6 +78,32 @@ def test_local_dataset_splits_share_no_prompt(tmp_path):
     assert not {p.template for p in prompts["train"]} & {p.template for p in prompts["val"]}
 
 
+NUMBERS = [f"{i:03d}" for i in range(60)]
+TWINS = {
+    "same text": (["{} is a question", "{} is a question"], ["{} is a question"]),
+    "other white space": (["{} is a question ", "{}  is a question ", "{}\nis a question "], ["{}\tis a question"]),
+    "same tokens": (
+        ["{} is a question of x", "{} is a question of xx"],
+        ["{} is a question of y"],
+    ),  # within max_tokens
+}
+
+
+@pytest.mark.parametrize("kind", TWINS)
+def test_no_split_has_a_prompt_of_another(tmp_path, kind):
+    for split, forms in zip(("train", "test"), TWINS[kind], strict=True):
+        questions = [form.format(number) for number in NUMBERS for form in forms]
+        lines = [json.dumps({"question": question, "answer": "an answer"}) + "\n" for question in questions]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    config = config_for(dataset=str(tmp_path), train_tokens=200, val_tokens=100, max_tokens=16)
+    tokenizer = tiny_tokenizer()
+    prompts, facts = draw_prompts(config, tokenizer)
+    whole = {split: some if split == "eval" else some[:-1] for split, some in prompts.items()}  # the last one is cut
+    texts = {split: {" ".join(tokenizer.decode(p.tokens).split()) for p in some} for split, some in whole.items()}
+    assert all(texts[a].isdisjoint(texts[b]) for a, b in itertools.combinations(texts, 2))
+    assert sum(facts["left_out"].values()) > 0 and facts["left_out"]["eval"] == 0
+
+
 def test_a_prompt_is_cut_behind_max_tokens(tmp_path):
     config = config_for(dataset=save_dataset(tmp_path), train_tokens=100, val_tokens=50, max_tokens=9)
     prompts = make_prompts(config, tiny_tokenizer())
@@ -134,40 +161,10 @@ def test_a_tokenizer_without_special_tokens_will_do_and_one_without_vocabulary_w
         make_prompts(config, empty)
 
 
-@pytest.mark.parametrize(
-    ("parameters", "message"),
-    [
-        ({"train_tokens": 10_000}, "train_tokens = 10000: .* has only"),
-        ({"val_tokens": 10_000}, "val_tokens = 10000: .* has only"),
-        ({"eval_prompts": 11}, "eval_prompts = 11: .* has only 10 left"),
-    ],
-)
-def test_a_dataset_that_is_too_small_names_the_parameter(tmp_path, parameters, message):
-    config = config_for(dataset=save_dataset(tmp_path), **{"train_tokens": 300, "val_tokens": 100, **parameters})
-    with pytest.raises(ConfigError, match=message):
-        make_prompts(config, tiny_tokenizer())
-
-
 def test_published_activations_need_evaluation_prompts_only(tmp_path):
     config = config_for(dataset=save_dataset(tmp_path), activations="some/files", train_tokens=10**9)
     prompts = make_prompts(config, tiny_tokenizer())
     assert (prompts["train"], prompts["val"], len(prompts["eval"])) == ([], [], 6)
-
-
-def test_a_dataset_of_another_form_is_one_line(tmp_path):
-    def message(dataset):
-        with pytest.raises(ConfigError) as error:
-            make_prompts(config_for(dataset=dataset), tiny_tokenizer())
-        assert repr(dataset) in str(error.value) and "\n" not in str(error.value)
-        return str(error.value)
-
-    folder = Path(save_dataset(tmp_path / "data"))
-    assert "no such folder" in message(str(tmp_path / "nowhere"))
-    assert "no such embedded dataset; there are embedded:gsm_symbolic, embedded:py" in message("embedded:other")
-    (folder / "test.jsonl").write_text('{"prompt": "a"}\n')
-    assert "needs text, messages, or question and answer" in message(str(folder))
-    (folder / "test.jsonl").write_text("no json\n")
-    assert "test.jsonl: line 1: not JSON: " in message(str(folder))
 
 
 @pytest.mark.skipif(not GSM8K.is_dir(), reason=f"GSM8K's own files are not beside the checkout ({GSM8K})")

@@ -19,7 +19,6 @@ from saegrid.config.run_config import make_config
 from saegrid.core.splice import load_baseline
 from saegrid.core.train import CHECKPOINT
 from saegrid.data.collect import collect, open_store, store_folder
-from saegrid.data.prompts import draw_prompts
 from saegrid.data.sources import pinned
 from saegrid.errors import StoreError
 from saegrid.experiment import finished_run, pca, results
@@ -166,17 +165,6 @@ def test_prompts_that_come_out_otherwise_are_refused(config, tmp_path):
         prepare_store(config)
 
 
-# --- splits ---
-
-
-def write_rows(folder, **splits):
-    folder.mkdir(exist_ok=True)
-    for split, texts in splits.items():
-        lines = [json.dumps({"question": text, "answer": "an answer"}) + "\n" for text in texts]
-        (folder / f"{split}.jsonl").write_text("".join(lines))
-    return str(folder)
-
-
 # --- a finished run ---
 
 
@@ -254,29 +242,6 @@ def test_a_checkpoint_on_other_rows_is_not_gone_on_from(config, tmp_path, capsys
     assert "a checkpoint on other rows than the store has now; the run starts again" in capsys.readouterr().out
     shutil.rmtree(run.folder)
     assert finished(config)["weights_sha256"] == row["weights_sha256"]
-
-
-@pytest.mark.parametrize("kind", ["same text", "other white space", "same tokens"])
-def test_no_split_has_a_prompt_of_another(tmp_path, kind):
-    from tiny import tiny_tokenizer
-
-    numbers = [f"{i:03d}" for i in range(60)]
-    if kind == "same text":
-        train, test = [f"{n} is a question" for n in [*numbers, *numbers]], [f"{n} is a question" for n in numbers[:30]]
-    elif kind == "other white space":
-        train = [f"{n}{space}is a question " for n in numbers for space in (" ", "  ", "\n")]
-        test = [f"{n}\tis a question" for n in numbers[:30]]
-    else:  # within max_tokens
-        train, test = [f"{n} is a question of {'x' * i}" for i, n in enumerate([*numbers, *numbers])], numbers
-        test = [f"{n} is a question of {'y' * i}" for i, n in enumerate(numbers[:30])]
-    data = write_rows(tmp_path / "data", train=train, test=test)
-    parameters = {"dataset": data, "train_tokens": 200, "val_tokens": 100, "eval_prompts": 6, "max_tokens": 16}
-    tokenizer = tiny_tokenizer()
-    prompts, facts = draw_prompts(make_config(k=4, **parameters), tokenizer)
-    whole = {split: some if split == "eval" else some[:-1] for split, some in prompts.items()}  # the last one is cut
-    texts = {split: {" ".join(tokenizer.decode(p.tokens).split()) for p in some} for split, some in whole.items()}
-    assert all(texts[a].isdisjoint(texts[b]) for a, b in (("train", "val"), ("train", "eval"), ("val", "eval")))
-    assert sum(facts["left_out"].values()) > 0 and facts["left_out"]["eval"] == 0
 
 
 def test_the_workflow_plans_what_depends_on_changed_data(config, tmp_path):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from saegrid.errors import DamagedError, StoreError, explain
-from saegrid.storage.checksums import read_json, read_sealed
+from saegrid.storage.checksums import read_sealed
 
 FORMAT = 3
 """3: `sources` also names the model's other files, the text and the code."""
@@ -39,13 +39,6 @@ class _Shards(BaseModel):
 
 class _Model(BaseModel):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-    @field_validator("sha256", mode="before")
-    @classmethod
-    def _recorded(cls, value: Any) -> Any:
-        if value is None:
-            raise ValueError("older versions did not record which language model the splice takes")
-        return value
 
 
 class _Data(BaseModel):
@@ -84,7 +77,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = read_sealed(path)
         if manifest.get("format") != FORMAT:
-            raise StoreError(of_format(path, manifest.get("format")), MEND)
+            found = manifest.get("format")
+            raise StoreError(f"{path}: a store of format {found!r}, where this version reads {FORMAT}", MEND)
         _Manifest.model_validate(manifest)
         for entry in [*manifest["shards"]["train"], *manifest["shards"]["val"], manifest["mean"]]:
             size = (folder / entry["file"]).stat().st_size
@@ -93,21 +87,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise StoreError(f"{error.filename}: {error.strerror}", MEND) from None
     except DamagedError as error:
-        raise StoreError(_older(path) or str(error), MEND) from None
+        raise StoreError(str(error), MEND) from None
     except ValidationError as error:
         raise StoreError(f"{path}: damaged ({explain(error)})", MEND) from None
     return manifest
-
-
-def _older(path: Path) -> str:
-    """Message for a store made before manifests were sealed; empty for any other."""
-    try:
-        found = read_json(path).get("format")
-    except DamagedError:
-        return ""
-    return of_format(path, found) if isinstance(found, int) and 0 < found < FORMAT else ""
-
-
-def of_format(path: Path, found: Any) -> str:
-    """Message for a store of another format."""
-    return f"{path}: a store of format {found!r}, where this version reads {FORMAT}"

@@ -18,7 +18,7 @@ from saegrid.config.run_config import RunConfig
 from saegrid.data.corpora.embedded_text import embedded_identity
 from saegrid.data.corpora.files import corpus_files, local_corpus
 from saegrid.data.language_model import HUB_FILES, weight_files
-from saegrid.data.manifest import FORMAT, MEND, of_format
+from saegrid.data.manifest import MEND
 from saegrid.data.models import embedded
 from saegrid.errors import ConfigError, DamagedError, StoreError
 from saegrid.storage.checksums import read_json, read_sealed
@@ -85,9 +85,7 @@ def check_sources(config: RunConfig, folder: Path, manifest: dict[str, Any]) -> 
 
     A parameter's folder that no longer exists is not compared.
     """
-    if manifest.get("format") != FORMAT:
-        raise StoreError(of_format(folder / "manifest.json", manifest.get("format")), MEND)
-    sources: dict[str, str] = manifest["sources"]
+    sources: dict[str, str] = manifest.get("sources", {})
     now = local_sources(config)
     parameters = {name.split("/")[0] for name in now}
     made = {name: digest for name, digest in sources.items() if name.split("/")[0] in parameters}
