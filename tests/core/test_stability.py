@@ -8,9 +8,9 @@ import torch
 
 from saegrid.config.run_config import make_config
 from saegrid.core.sae import JumpReLU, TopK, initial_sae
-from saegrid.core.stability import activity, coherence, compare, matched, movement, random_cosine, recovered
+from saegrid.core.stability import activity, coherence, matched, movement, random_cosine, recovered
 from saegrid.errors import ConfigError
-from saegrid.kernels import cpu
+from saegrid.kernels import cpu, reference
 
 pytest.importorskip("scipy")
 
@@ -20,6 +20,10 @@ def sae_of(W_enc, W_dec, arch=JumpReLU, k=0):
     sae = arch(W_dec.shape[1], len(W_dec), k=k)
     sae.W_enc.data, sae.W_dec.data = W_enc.clone(), W_dec.clone()
     return sae
+
+
+def compare(one, other, rows, kernel=reference, given=()):
+    return matched(one, other, activity(one, rows, kernel), activity(other, rows, kernel), given)
 
 
 def test_by_hand():

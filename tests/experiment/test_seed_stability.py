@@ -10,7 +10,7 @@ from tiny import save_dataset, save_model
 from saegrid.analysis import findings, selection
 from saegrid.config.grid import Grid
 from saegrid.core.metrics import SINK_RATIO
-from saegrid.core.stability import compare
+from saegrid.core.stability import activity, matched
 from saegrid.data.collect import open_store
 from saegrid.errors import ResultsError
 from saegrid.experiment import latents, results, stability
@@ -64,7 +64,8 @@ def test_the_table_is_the_mean_over_pairs(made):
     rows = rows[rows.norm(dim=1) <= SINK_RATIO * rows.norm(dim=1).median()]
     saes = [load_folder(root / "runs" / run.run_id) for run in free]
     given = stability.given(free[0], saes[0])
-    found = [compare(saes[i], saes[j], [rows], given=given) for i, j in ((0, 1), (0, 2), (1, 2))]
+    acts = [activity(sae, [rows]) for sae in saes]
+    found = [matched(saes[i], saes[j], acts[i], acts[j], given) for i, j in ((0, 1), (0, 2), (1, 2))]
     for name in ("stable_pct", "stable_energy_pct", "matched_cosine", "random_cosine"):
         assert table[name][0] == pytest.approx(sum(getattr(pair, name) for pair in found) / 3)
     low, high = table["matched_cosine_low"][0], table["matched_cosine_high"][0]
@@ -177,7 +178,8 @@ def test_latents_say_with_how_many_seeds_they_are_found_again(made):
     store = open_store(run)
     saes = [load_folder(folder) for folder in (root / "runs" / run.run_id, *others)]
     given, rows = stability.given(run, saes[0]), list(stability.ordinary_rows(store))
-    pairs = [compare(saes[0], sae, rows, given=given) for sae in saes[1:]]
+    acts = [activity(sae, rows) for sae in saes]
+    pairs = [matched(saes[0], saes[n], acts[0], acts[n], given) for n in range(1, len(saes))]
     for entry in data["latents"]:
         again = sum(int(p.stable[p.latents[:, 0] == entry["latent"]].sum()) for p in pairs)
         assert entry["found_again"] == again

@@ -397,11 +397,11 @@ REFUSED = {
         "not finite",
     ),
     # configurations
-    "cfg of another type": (content("cfg.json", lambda _: b"[1]"), "holds a list, not an object"),
+    "cfg of another type": (content("cfg.json", lambda _: b"[1]"), "not a JSON object"),
     "cfg not JSON": (content("cfg.json", lambda _: b"{"), "not JSON"),
     "cfg not text": (content("cfg.json", lambda _: b"\xff\xfe"), "not JSON"),
     "cfg nested without end": (content("cfg.json", lambda _: b'{"a":' * 100_000), "nested too deeply"),
-    "cfg too large": (content("cfg.json", lambda _: b" " * (1 << 23)), "8388608 bytes"),
+    "cfg too large": (content("cfg.json", lambda _: b" " * (1 << 23)), "8,388,608 bytes"),
     "architecture standard": (edited_cfg(lambda c: c.update(architecture="standard")), "k = 7: standard takes none"),
     "architecture not said": (edited_cfg(lambda c: c.pop("architecture")), "architecture is missing"),
     "normalised activations": (edited_cfg(lambda c: c.update(normalize_activations="layer_norm")), "normalize_act"),

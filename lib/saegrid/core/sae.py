@@ -206,12 +206,7 @@ def initial_sae(config: RunConfig, d_in: int, mean: Tensor, sink: Tensor | None 
     if config.arch == "Gated":
         sae.gain.data = torch.zeros(d_sae)
     generator = torch.Generator().manual_seed(config.seed)
-    for tensor, fan_in in (
-        (sae.W_enc, d_in),
-        (sae.b_enc, d_in),
-        (sae.W_dec, d_sae),
-        (sae.b_dec, d_sae),
-    ):
+    for tensor, fan_in in ((sae.W_enc, d_in), (sae.b_enc, d_in), (sae.W_dec, d_sae), (sae.b_dec, d_sae)):
         bound = 1 / math.sqrt(fan_in)
         tensor.data.uniform_(-bound, bound, generator=generator)
     sae.W_dec.data.div_(sae.W_dec.norm(dim=1, keepdim=True))

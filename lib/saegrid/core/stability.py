@@ -42,18 +42,6 @@ class Stability(NamedTuple):
         return (self.decoder > SAME) & (self.encoder > SAME)
 
 
-def compare(
-    one: SAE, other: SAE, rows: Iterable[Tensor], kernel: Kernel = reference, given: tuple[int, ...] = ()
-) -> Stability:
-    """Match the latents of two SAEs that fire on held-out rows; see `matched`.
-
-    Args:
-        rows: batches (N, d_in). Leave attention sinks out: they would be nearly all of the energy.
-    """
-    batches = list(rows)
-    return matched(one, other, activity(one, batches, kernel), activity(other, batches, kernel), given)
-
-
 def activity(sae: SAE, rows: Iterable[Tensor], kernel: Kernel = reference) -> Activity:
     """How often and how strongly each latent fires on the batches of rows (N, d_in), by the inference rule."""
     fired, squares = torch.zeros(sae.d_sae, dtype=torch.int64), torch.zeros(sae.d_sae, dtype=torch.float64)
@@ -72,6 +60,8 @@ def matched(one: SAE, other: SAE, its: Activity, others: Activity, given: tuple[
     Shares are of both SAEs' live latents: of their number (`stable_pct`), of their energy (`stable_energy_pct`).
 
     Args:
+        its, others: what the first and the second SAE do on the same held-out rows. Leave attention sinks out: they
+            would be nearly all of the energy.
         given: latents that are set, not trained (those of the attention sinks): neither matched nor counted.
 
     Raises:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,9 @@ def calibrated_threshold(sae: SAE, store: Store, batch_size: int, kernel: Kernel
     """
     spare = 2  # a batch's own cut must lie below the cut over all batches
     while True:
-        batches = _held_out_values(sae, store, batch_size, kernel, spare * sae.k)
+        rule = Rule("batchtopk", k=min(spare * sae.k, sae.d_sae))
+        rows = _held_out(store, batch_size, sae.device)
+        batches = [(len(x), kernel.encode(sae.params, x, rule).values) for x in rows]
         count = sum(rows for rows, _ in batches) * sae.k
         values = torch.cat([values for _, values in batches])
         if count >= len(values):
@@ -36,16 +40,14 @@ def calibrated_threshold(sae: SAE, store: Store, batch_size: int, kernel: Kernel
         spare *= 2
 
 
-def _held_out_values(sae: SAE, store: Store, batch_size: int, kernel: Kernel, k: int) -> list[tuple[int, Tensor]]:
-    """(row count, kept pre-activations) of each validation batch, which keeps `k` per row on average."""
-    kept, rows = [], 0
-    for x in store.batches("val", batch_size, device=sae.device):
-        x = x[: CALIBRATION_ROWS - rows]
-        kept.append((len(x), kernel.encode(sae.params, x, Rule("batchtopk", k=min(k, sae.d_sae))).values))
+def _held_out(store: Store, batch_size: int, device: str) -> Iterator[Tensor]:
+    """Batches of validation rows, `CALIBRATION_ROWS` in all at most."""
+    rows = 0
+    for x in store.batches("val", batch_size, device=device):
+        yield x[: CALIBRATION_ROWS - rows]
         rows += len(x)
         if rows >= CALIBRATION_ROWS:
-            break
-    return kept
+            return
 
 
 def calibrated_factor(
@@ -63,15 +65,12 @@ def calibrated_factor(
     while True:
         lower = params._replace(theta=params.theta * share)
         ratios, rows, always = [], 0, 0
-        for x in store.batches("val", batch_size, device=params.theta.device.type):
-            x = x[: CALIBRATION_ROWS - rows]
+        for x in _held_out(store, batch_size, params.theta.device.type):
             codes = kernel.encode(lower, x / scale if scale != 1 else x, Rule("jumprelu", k=k))
             theta = params.theta[codes.latents.long()]
             always += int((theta == 0).sum())
             ratios.append((codes.values / theta)[theta > 0])
             rows += len(x)
-            if rows >= CALIBRATION_ROWS:
-                break
         ratio, count = torch.cat(ratios), rows * k - always
         if count <= 0:
             return 1.0

@@ -32,10 +32,10 @@ from saegrid.data.manifest import FORMAT, MEND, SHARD_ROWS
 from saegrid.data.prompts import Prompt, draw_prompts, streamed_prompts
 from saegrid.data.published_activations import add_published, published_files
 from saegrid.data.sources import check_sources, hub_sources, local_sources
-from saegrid.data.store import ShardWriter, Store
+from saegrid.data.store import ShardWriter, Store, written
 from saegrid.data.stream import Stream, site_rows
 from saegrid.errors import StoreError
-from saegrid.storage.atomic import write_bytes, write_json
+from saegrid.storage.atomic import write_json
 from saegrid.storage.checksums import write_sealed
 from saegrid.storage.hub_access import files_sha256
 from saegrid.storage.locks import replacing_folder, waiting_lock
@@ -137,8 +137,7 @@ def _finish(
 ) -> None:
     """Write the last shards, the mean, the time that the pass took, and the manifest."""
     shards = {split: writer.close() for split, writer in writers.items()}
-    mean = save({"mean": writers["train"].mean})
-    write_bytes(folder / "mean.safetensors", mean)
+    mean = written(folder / "mean.safetensors", save({"mean": writers["train"].mean}))
     digest = hashlib.sha256("".join(shard["sha256"] for split in shards for shard in shards[split]).encode())
     rows = sum(writer.rows for writer in writers.values())
     write_json(folder / "timing.json", {"collect_seconds": round(seconds, 3), "rows_per_second": round(rows / seconds)})
@@ -149,7 +148,7 @@ def _finish(
         "d_in": writers["train"].d_in,
         "act_dtype": config.act_dtype,
         "shards": shards,
-        "mean": _entry("mean.safetensors", mean),
+        "mean": mean,
         "data_sha256": digest.hexdigest(),
         "statistics": {split: writer.statistics() for split, writer in writers.items()},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -218,13 +217,10 @@ def check_prompts(store: Store, prompts: dict[str, list[Prompt]]) -> None:
 
 def _identity(prompts: dict[str, list[Prompt]]) -> str:
     """SHA-256 of all prompts as one JSON text, hashed in pieces."""
-    digest = hashlib.sha256(b"{")
-    for n, (split, some) in enumerate(prompts.items()):
-        digest.update(f"{', ' if n else ''}{json.dumps(split)}: [".encode())
-        for i, prompt in enumerate(some):
-            digest.update(f"{', ' if i else ''}{json.dumps(prompt.record())}".encode())
-        digest.update(b"]")
-    digest.update(b"}")
+    records = {split: [prompt.record() for prompt in some] for split, some in prompts.items()}
+    digest = hashlib.sha256()
+    for piece in json.JSONEncoder().iterencode(records):
+        digest.update(piece.encode())
     return digest.hexdigest()
 
 
@@ -241,7 +237,3 @@ def _add_published(config: RunConfig, writers: Writers, device: str | None) -> d
     data["note"] = "all rows of the published files: train_tokens and val_tokens do not apply"
     data["sha256"] = files_sha256(list(files.values()))
     return {"model": model, "data": data}
-
-
-def _entry(name: str, content: bytes) -> dict[str, Any]:
-    return {"file": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

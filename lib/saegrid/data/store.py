@@ -104,9 +104,7 @@ class ShardWriter:
         whole = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
         content = save({name: tensor[:rows].contiguous() for name, tensor in whole.items()})
         name = f"{self.split}-{len(self.shards):05d}.safetensors"
-        write_bytes(self.folder / name, content)
-        digest = hashlib.sha256(content).hexdigest()
-        self.shards.append({"file": name, "rows": rows, "bytes": len(content), "sha256": digest})
+        self.shards.append(written(self.folder / name, content, rows=rows))
         self._parts = [{name: tensor[rows:].clone() for name, tensor in whole.items()}]
         self._pending -= rows
 
@@ -116,6 +114,12 @@ class ShardWriter:
         name, limit = str(self.dtype).removeprefix("torch."), torch.finfo(self.dtype).max
         largest = acts.abs().max().item()
         raise StoreError(f"act_dtype = {name!r}: an activation of {largest:.4g} is above its {limit:g}; take 'float32'")
+
+
+def written(path: Path, content: bytes, **facts: int) -> dict[str, Any]:
+    """Write a file of a store. Returns its entry in the manifest."""
+    write_bytes(path, content)
+    return {"file": path.name, **facts, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 class Store:

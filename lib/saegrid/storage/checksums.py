@@ -44,9 +44,9 @@ def read_sealed(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `DamagedError`."""
-    content = _parsed(path, read_bytes(path, MAX_JSON_BYTES))
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The object in a JSON file of at most `limit` bytes. Raises `DamagedError`."""
+    content = _parsed(path, read_bytes(path, limit))
     if not isinstance(content, dict):
         raise DamagedError(f"{path}: not a JSON object")
     return content

