@@ -20,6 +20,13 @@ def called(arguments, **options):
     return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+def papermill(notebook, output, *parameters, **options):
+    """(process, seconds) of a notebook executed with parameters of the form `name=value`."""
+    words = [word for parameter in parameters for word in ("-p", *parameter.split("=", 1))]
+    files = [f"notebooks/{notebook}.ipynb", str(output)]
+    return called([sys.executable, "-m", "papermill", *files, *words, "--no-progress-bar"], **options)
+
+
 def in_another_process(environment, code):
     """Run code with other environment variables, which the Hub's client reads at import."""
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN")

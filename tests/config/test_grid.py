@@ -64,12 +64,8 @@ def test_blocks_are_products_and_the_grid_is_their_union():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, "No such file"),
-        ("{", "not YAML"),
-        ("- 1", "needs name"),
         ("name: g\ntitle: t\naxes: [{arch: [TopK], k: [4]}]\nseeds: [1]", "seeds"),
         ("name: g\ntitle: t\naxes: []", "axes"),
-        ("name: ../g\ntitle: t\naxes: [{k: [4]}]", "name"),
         ("name: g\ntitle: t\naxes: [{arch: [TopK], k: [4, 4]}]", "twice"),
         ("name: g\ntitle: t\nconstants: {k: 4}\naxes: [{k: [4]}]", "both a constant and an axis"),
         ("name: g\ntitle: t\naxes: [{k: [4], kk: [4]}]", "kk = 4: no such parameter"),
@@ -78,8 +74,7 @@ def test_blocks_are_products_and_the_grid_is_their_union():
 )
 def test_a_bad_grid_file_is_one_line(tmp_path, text, words):
     path = tmp_path / "grid.yaml"
-    if text is not None:
-        path.write_text(text)
+    path.write_text(text)
     with pytest.raises(ConfigError) as error:
         load_grid(path).runs()
     assert words in str(error.value) and "\n" not in str(error.value)

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from processes import called
+from processes import called, papermill
 
 from saegrid.config.grid import load_grid
 from saegrid.config.run_config import RunConfig
@@ -29,7 +29,7 @@ POINTS = [
     ({"arch": "Relu"}, ["arch = 'Relu'", "'TopK', 'BatchTopK', 'JumpReLU', 'Matryoshka', 'ReLU' or 'Gated'"]),
     ({"threshold": 0.5}, ["threshold = 0.5", "not a parameter of TopK"]),
     ({"arch": "BatchTopK", "threshold": 0.5}, ["threshold = 0.5", "not a parameter of BatchTopK"]),
-    ({"arch": "JumpReLU"}, ["k = 4", "act_scale = 'unit'"]),
+    ({"arch": "JumpReLU"}, ["k = 4", "act_scale = 'unit'", "recipe = 'improved'"]),
     ({"arch": "JumpReLU", "threshold": 0.5}, ["k = 4", "a fixed threshold"]),
     ({"arch": "JumpReLU", "k": 0}, ["threshold = 0.0", "above 0"]),
     ({"arch": "JumpReLU", "k": 0, "threshold": -0.5}, ["threshold = -0.5", "greater than or equal to 0"]),
@@ -129,6 +129,7 @@ COMMANDS = [
     (["collect", "params/smoke.yaml", "layer9_0"], ["store_id = 'layer9_0'", "layer12_"]),
     (["tables", "params/qwen05b.yaml"], ["metrics.json", "not finished"]),
     (["pages", "params/qwen05b.yaml"], ["results/qwen05b", "make report"]),
+    (["pages", "no.yaml"], ["no.yaml", "No such file"]),
     (["publish", "params/qwen05b.yaml", "--repo", "no/id/x"], ["repo = 'no/id/x'", "namespace/repo_name"]),
 ]
 
@@ -180,36 +181,29 @@ def test_the_workflow_tells_a_bad_grid_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("parameters", "words"),
+    ("notebook", "parameters", "words"),
     [
-        (["k=4", "batch_size=600", "train_tokens=500"], ["batch_size = 600", "at most train_tokens = 500"]),
-        (["k=4", "expansion=1024", "batch_size=100000"], ["expansion = 1024", "GB of memory", "are free"]),
-        (["k=4", "activations=notebooks"], ["activations = 'notebooks'", "needs instruct_base_layer12_train.pt"]),
+        ("train", "k=-4", ["k = -4", "greater than or equal to 0"]),
+        ("train", "k=4 kk=4", ["kk = 4", "no such parameter"]),
+        ("train", "k=many", ["k = 'many'", "integer"]),
+        ("train", "k=600 expansion=1", ["k = 600", "at most d_sae"]),
+        ("train", "k=4 layer=30", ["layer = 30", "0 to 29"]),
+        ("train", "k=4 model=/no/such/folder", ["model", "/no/such/folder"]),
+        ("train", "k=4 batch_size=600 train_tokens=500", ["batch_size = 600", "at most train_tokens = 500"]),
+        ("train", "k=4 expansion=1024 batch_size=100000", ["expansion = 1024", "GB of memory", "are free"]),
+        ("train", "k=4 activations=notebooks", ["activations = 'notebooks'", "needs instruct_base_layer12_train.pt"]),
+        ("findings", "run_dir=x", ["run_dir = 'x': no such parameter; known are"]),
+        ("latents", "run_dir=x", ["run_dir = 'x': no such parameter; known are"]),
     ],
 )
-def test_papermill(tmp_path, parameters, words):
-    """Besides the cases of `test_notebooks.py`: what only the run's second cell can know."""
-    options = [word for pair in parameters for word in ("-p", *pair.split("=", 1))]
-    options += ["-p", "runs_dir", f"{tmp_path}/runs", "-p", "store_dir", f"{tmp_path}/activations"]
-    command = [sys.executable, "-m", "papermill", "notebooks/train.ipynb", str(tmp_path / "out.ipynb"), *options]
-    done, seconds = called([*command, "--no-progress-bar"], env=ENVIRONMENT)
+def test_a_mistake_stops_a_notebook_at_once_in_one_line(tmp_path, notebook, parameters, words):
+    places = [f"runs_dir={tmp_path}/runs", f"store_dir={tmp_path}/activations"] if notebook == "train" else []
+    done, seconds = papermill(notebook, tmp_path / "out.ipynb", *parameters.split(), *places, env=ENVIRONMENT)
     last = [line for line in done.stderr.splitlines() if line.strip()][-1]
     assert done.returncode != 0 and all(word in last for word in words), done.stderr[-2000:]
     outputs = [o for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in cell.get("outputs", [])]
     assert [output["traceback"] for output in outputs if output.output_type == "error"] == [[last]]
     assert not (tmp_path / "runs").exists() and not (tmp_path / "activations").exists()
-    assert seconds < PAPERMILL_SECONDS
-
-
-@pytest.mark.parametrize("name", ["findings", "latents"])
-def test_a_page_of_the_report_refuses_what_it_does_not_know(tmp_path, name):
-    out = tmp_path / "out.ipynb"
-    command = [sys.executable, "-m", "papermill", f"notebooks/{name}.ipynb", str(out), "-p", "run_dir", "x"]
-    done, seconds = called([*command, "--no-progress-bar"], env=ENVIRONMENT)
-    last = [line for line in done.stderr.splitlines() if line.strip()][-1]
-    assert done.returncode != 0 and "run_dir = 'x': no such parameter; known are" in last, done.stderr[-2000:]
-    outputs = [o for cell in nbformat.read(out, 4).cells for o in cell.get("outputs", [])]
-    assert [output["traceback"] for output in outputs if output.output_type == "error"] == [[last]]
     assert seconds < PAPERMILL_SECONDS
 
 

@@ -29,17 +29,8 @@ def test_a_published_state_dict_gives_the_published_outputs(arch):
         x = rows(32)
         torch.testing.assert_close(ours.encode(x), theirs.encode(x), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
-    assert (ours.encode(x) > 0).any() and not (ours.encode(x) > 0).all()
-
-
-@pytest.mark.parametrize("arch", IN_USE)
-def test_our_state_dict_loads_into_the_published_class(arch):
-    ours = initial_sae(make_config(arch=arch, expansion=3, **SPARSITY[arch]), 16, torch.zeros(16))
-    theirs = published(arch)
     theirs.load_state_dict(published_state_dict(ours))
-    x = rows(32)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    assert (ours.encode(x) > 0).any() and not (ours.encode(x) > 0).all()
 
 
 def test_a_calibrated_batchtopk_gives_a_row_the_same_code_in_any_batch():

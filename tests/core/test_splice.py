@@ -100,12 +100,7 @@ def test_agrees_with_the_direct_computation(lm, layer, prefix, site):
     prompts = [prompt for prompt in some_prompts(prefix) if len(prompt.tokens) > prefix + 1]
     mean = torch.linspace(-1, 1, 24)
     sums = evaluate(lm, make_baseline(lm, prompts, layer, mean, site), layer, shift, site)
-    passes = {
-        "clean": lambda x: x,
-        "spliced": shift,
-        "zero": torch.zeros_like,
-        "mean": lambda x: mean.expand_as(x),
-    }
+    passes = {"clean": lambda x: x, "spliced": shift, "zero": torch.zeros_like, "mean": lambda x: mean.expand_as(x)}
     for name, replace in passes.items():
         expected = [direct(lm, prompt, layer, replace, site) for prompt in prompts]
         assert sums[f"ce_{name}_sum"].tolist() == pytest.approx(expected, abs=1e-4), name

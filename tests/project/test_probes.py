@@ -23,25 +23,7 @@ def bench():
 
 
 def test_labels_by_hand(bench):
-    pieces = [
-        "Ann",
-        " has",
-        " ",
-        "1",
-        "2",
-        "0",
-        " pears",
-        ".",
-        " Has",
-        " Bob",
-        "?",
-        "\n",
-        "120",
-        " has",
-        " (",
-        "7",
-        ")",
-    ]
+    pieces = ["Ann", " has", " ", *"120", " pears", ".", " Has", " Bob", "?", "\n", "120", " has", " (", "7", ")"]
     labels = bench.labelled(pieces)
     where = {name: np.flatnonzero(has).tolist() for name, has in labels.items()}
     assert where["digit"] == [3, 4, 5, 12, 15]
@@ -71,13 +53,6 @@ def test_the_most_telling_columns_against_a_slow_computation(bench):
 
 def test_auc_of_a_column_that_is_the_label_and_of_one_that_is_noise(bench):
     rng = np.random.default_rng(0)
-    has, test_has = (
-        rng.random(
-            2,
-        ).argsort()
-        > 0,
-        None,
-    )
     has, test_has = rng.random(400) < 0.5, rng.random(300) < 0.2
     train, test = (np.column_stack([y, rng.random(len(y))]).astype(float) for y in (has, test_has))
     assert bench.auc(train, has, test, test_has, 1) == 1.0

@@ -112,17 +112,6 @@ def test_the_slurm_profile_plans_the_grid(tmp_path):
     assert f"train {len(GRID.runs())} " in " ".join(plan.split()) + " "
 
 
-def test_a_bad_grid_is_one_line(tmp_path):
-    bad = tmp_path / "bad.yaml"
-    bad.write_text("name: bad\ntitle: t\naxes: [{arch: [TopK], kk: [4]}]\n")
-    for command in ("list", "tables", "pages"):
-        done = subprocess.run(
-            [sys.executable, "-m", "saegrid", command, str(bad)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 2
-        assert len(done.stderr.strip().splitlines()) == 1 and "kk = 4" in done.stderr
-
-
 def test_list_says_what_is_to_do(smoke):
     done = subprocess.run(
         [sys.executable, "-m", "saegrid", "list", "params/smoke.yaml"],

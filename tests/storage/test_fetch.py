@@ -1,8 +1,6 @@
 """Reading from the Hub, with the Hub's own client against a small server of its form, and without any network."""
 
-import hashlib
 import io
-import os
 
 import pandas as pd
 import pytest
@@ -12,7 +10,7 @@ from processes import in_another_process
 from tiny import D_IN, save_dataset, save_model
 
 from saegrid.errors import ConfigError
-from saegrid.storage.hub_access import files_sha256, local_folder
+from saegrid.storage.hub_access import local_folder
 from saegrid.storage.locks import replacing_folder
 
 
@@ -159,18 +157,6 @@ def test_a_path_is_not_taken_for_a_hub_id(tmp_path):
     for name in ("./name", "../org/name", "a/b/c", "/no/where", "two words"):
         with pytest.raises(ConfigError, match=r"model = .*: no such folder"):
             local_folder("model", name)
-
-
-def test_hash_of_files_is_that_of_their_contents_and_follows_a_change(tmp_path, monkeypatch):
-    monkeypatch.setenv("SAEGRID_CACHE", str(tmp_path / "cache"))
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.write_bytes(b"ab")
-    two.write_bytes(b"c")
-    for _ in range(2):  # reckoned, then remembered
-        assert files_sha256([one, two]) == hashlib.sha256(b"abc").hexdigest()
-    os.utime(two, ns=(0, 0))
-    two.write_bytes(b"d")
-    assert files_sha256([one, two]) == hashlib.sha256(b"abd").hexdigest()
 
 
 def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):

@@ -1,5 +1,6 @@
 """Folders by name: `~`, names that look like patterns, and users without a home, a writable checkout or a cache."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -126,7 +127,8 @@ def test_a_folders_name_is_no_pattern(tmp_path, name):
 
 def test_files_are_hashed_each_time_but_large_ones_that_nobody_touched(tmp_path, monkeypatch):
     monkeypatch.setenv("SAEGRID_CACHE", str(tmp_path / "cache"))
-    path = tmp_path / "file"
+    path, other = tmp_path / "file", tmp_path / "other"
+    other.write_bytes(b"more")
     for limit in (10, 1):
         monkeypatch.setattr(hub_access, "SMALL", limit)
         hashes = set()
@@ -134,6 +136,8 @@ def test_files_are_hashed_each_time_but_large_ones_that_nobody_touched(tmp_path,
             path.write_bytes(content)
             os.utime(path, (1e9, 1e9))
             hashes |= {files_sha256([path]), files_sha256([path])}
+            for _ in range(2):  # computed, then remembered
+                assert files_sha256([path, other]) == hashlib.sha256(content + b"more").hexdigest()
         assert len(hashes) == 3
     (memory,) = [each for each in (tmp_path / "cache" / "hashes").iterdir() if each.read_text() == files_sha256([path])]
     memory.write_text("f" * 64)
