@@ -32,7 +32,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from tiny import save_dataset, save_model
+from tiny import finished, save_dataset, save_model
 from tqdm.auto import tqdm
 
 from saegrid.config import run_config
@@ -42,7 +42,6 @@ from saegrid.data import stream
 from saegrid.errors import SaegridError
 from saegrid.experiment import finished_run, results
 from saegrid.experiment.mend import mend
-from saegrid.experiment.run import Run
 
 DEADLINE = 120
 """Seconds after which a run counts as hanging."""
@@ -78,14 +77,14 @@ class Bench(Sources):
         super().__init__(root)
         self.parameters |= changes
         self.other = {**self.parameters, "seed": 1, "data_seed": 1}
-        _work(self.config(root / "warm"))  # imports and compiles everything before the first fork
+        finished(self.config(root / "warm"))  # imports and compiles everything before the first fork
         for name, parameters in (("whole", self.parameters), ("other", self.other)):
-            outcome = run(lambda parameters=parameters, name=name: _work(self.config(root / name, parameters)))
+            outcome = run(lambda parameters=parameters, name=name: finished(self.config(root / name, parameters)))
             assert outcome.code == 0, outcome.line
         self.files = contents(root / "whole")
-        self.operations = _count_operations(lambda: _work(self.config(root / "counted")), root / "counted")
+        self.operations = _count_operations(lambda: finished(self.config(root / "counted")), root / "counted")
         started = time.perf_counter()
-        run(lambda: _work(self.config(root / "timed")))
+        run(lambda: finished(self.config(root / "timed")))
         self.seconds = time.perf_counter() - started
 
     @functools.cached_property
@@ -108,10 +107,10 @@ class Bench(Sources):
 
     def finish(self, place: Path) -> str:
         """Start the run again, as a user would. Returns "survived", or what went wrong."""
-        outcome = run(lambda: _work(self.config(place)))
+        outcome = run(lambda: finished(self.config(place)))
         if outcome.code == 2:  # refused: do what the line says, then try again
             mend(self.grid(place))
-            outcome = run(lambda: _work(self.config(place)))
+            outcome = run(lambda: finished(self.config(place)))
         if outcome.code != 0:
             return f"lost: {outcome.code} {outcome.line}"
         return self.compare(place)
@@ -139,14 +138,6 @@ class Bench(Sources):
 
 
 # --- processes ---
-
-
-def _work(config: RunConfig) -> None:
-    """Do what the notebook does."""
-    task = Run(config)
-    task.train()
-    task.evaluate()
-    task.close()
 
 
 def start(task: Callable[[], None]) -> tuple[int, int]:
@@ -241,7 +232,7 @@ def kill_at_operation(bench: Bench, place: Path, dice: random.Random) -> tuple[s
 
         def task(strike: int = strike) -> None:
             _on_operation(place, lambda count: os.kill(os.getpid(), signal.SIGKILL) if count == strike else None)
-            _work(bench.config(place))
+            finished(bench.config(place))
 
         run(task)
         phase = phase or bench.phase(place)
@@ -249,7 +240,7 @@ def kill_at_operation(bench: Bench, place: Path, dice: random.Random) -> tuple[s
 
 
 def kill_at_time(bench: Bench, place: Path, dice: random.Random) -> tuple[str, str]:
-    process = start(lambda: _work(bench.config(place)))
+    process = start(lambda: finished(bench.config(place)))
     time.sleep(dice.uniform(0, 0.7 * bench.seconds))
     with contextlib.suppress(ProcessLookupError):
         os.kill(process[0], signal.SIGKILL)
@@ -268,9 +259,9 @@ def kill_streamed(bench: Bench, place: Path, dice: random.Random) -> tuple[str, 
 
 def twins(bench: Bench, place: Path, dice: random.Random) -> tuple[str, str]:
     """The same run twice at once; sometimes one of them is killed."""
-    first = start(lambda: _work(bench.config(place)))
+    first = start(lambda: finished(bench.config(place)))
     time.sleep(dice.uniform(0, bench.seconds / 2))
-    second = start(lambda: _work(bench.config(place)))
+    second = start(lambda: finished(bench.config(place)))
     phase, killed = bench.phase(place), dice.random() < 0.4
     if killed:
         time.sleep(dice.uniform(0, bench.seconds / 2))
@@ -291,7 +282,7 @@ def file_size_limit(bench: Bench, place: Path, dice: random.Random) -> tuple[str
 
     def task() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        _work(bench.config(place))
+        finished(bench.config(place))
 
     outcome = run(task)
     return bench.phase(place), _told(outcome, place) or bench.finish(place)
@@ -305,7 +296,7 @@ def full_disk(bench: Bench, place: Path, dice: random.Random) -> tuple[str, str]
         used = shutil.disk_usage(place).used
         size = used + 150_000 * dice.random() if given else stored * dice.uniform(0.05, 1)
         subprocess.run(["mount", "-o", f"remount,size={int(size) // 4096 * 4096 + 4096}", place], check=True)
-        outcome = run(lambda: _work(bench.config(place)))
+        outcome = run(lambda: finished(bench.config(place)))
         phase, told = bench.phase(place), _told(outcome, place)
         subprocess.run(["mount", "-o", "remount,size=64m", place], check=True)
         return phase, told or bench.finish(place)
@@ -314,13 +305,13 @@ def full_disk(bench: Bench, place: Path, dice: random.Random) -> tuple[str, str]
 def read_only(bench: Bench, place: Path, dice: random.Random) -> tuple[str, str]:
     """The disk turns read-only after a random part of the run."""
     with mounted(place, 16384):
-        process = start(lambda: _work(bench.config(place)))
+        process = start(lambda: finished(bench.config(place)))
         time.sleep(dice.uniform(0, 0.7 * bench.seconds))
         os.kill(process[0], signal.SIGKILL)
         ended(process)
         phase = bench.phase(place)
         subprocess.run(["mount", "-o", "remount,ro", place], check=True)
-        outcome = run(lambda: _work(bench.config(place)))
+        outcome = run(lambda: finished(bench.config(place)))
         told = "" if phase == "done" and outcome.code == 0 else _told(outcome, place)
         subprocess.run(["mount", "-o", "remount,rw", place], check=True)
         return phase, told or bench.finish(place)
@@ -344,7 +335,7 @@ def _kill_in_training(config: RunConfig, dice: random.Random, within: int = 40) 
                 os.kill(os.getpid(), signal.SIGKILL)
 
         _on_operation(folder, act)
-        _work(config)
+        finished(config)
 
     run(task)
 

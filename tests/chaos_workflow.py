@@ -17,35 +17,21 @@ import time
 from pathlib import Path
 
 import chaos
-import yaml
+from processes import checkout
 
 from saegrid.config.grid import load_grid
 from saegrid.config.run_config import make_config
 
-ROOT = Path(__file__).parent.parent
-SOURCES = ["lib", "benchmarks", "notebooks", "workflow"]
-SOURCES += ["_quarto.yml", "references.bib", *(path.name for path in ROOT.glob("*.qmd"))]
 VICTIMS = {"snakemake": "snakemake", "papermill": "papermill", "kernel": "ipykernel_launcher"}
 ORPHAN_SECONDS = 30.0
 """A child of a killed workflow must have ended by then."""
 
 
-def checkout(folder: Path, parameters: dict) -> Path:
-    """Copy the sources and a grid of two tiny runs."""
-    folder.mkdir()
-    for name in SOURCES:
-        source = ROOT / name
-        (shutil.copytree if source.is_dir() else shutil.copy2)(source, folder / name)
+def two_runs(parameters: dict) -> dict:
+    """A grid of two tiny runs."""
     constants = {name: value for name, value in parameters.items() if name not in ("arch", "k")}
-    grid = {
-        "name": "chaos",
-        "title": "Chaos",
-        "constants": constants,
-        "axes": [{"arch": ["BatchTopK", "TopK"], "k": [3]}],
-    }
-    (folder / "params").mkdir()
-    (folder / "params" / "chaos.yaml").write_text(yaml.safe_dump(grid))
-    return folder
+    axes = [{"arch": ["BatchTopK", "TopK"], "k": [3]}]
+    return {"name": "chaos", "title": "Chaos", "constants": constants, "axes": axes}
 
 
 def snakemake(folder: Path, *targets: str) -> subprocess.Popen:
@@ -107,7 +93,7 @@ def run(kills: int, seed: int, root: Path) -> collections.Counter:
     """Counts by (fault, phase, verdict), as in `chaos.chaos`."""
     dice = random.Random(seed)
     bench = chaos.Sources(root)
-    folder = checkout(root / "checkout", bench.parameters)
+    folder = checkout(root / "checkout", chaos=two_runs(bench.parameters))
     struck: list[str] = []
     faults: list[str] = []
     for number in range(kills):
@@ -140,7 +126,7 @@ def compare(bench: chaos.Sources, folder: Path) -> str:
         place = bench.root / "single" / config.run_id
         places = {"runs_dir": f"{place}/runs", "store_dir": f"{place}/activations"}
         alone = make_config(**config.model_dump() | places)
-        outcome = chaos.run(lambda alone=alone: chaos._work(alone))
+        outcome = chaos.run(lambda alone=alone: chaos.finished(alone))
         if outcome.code:
             return f"lost: {outcome.line}"
         expected, found = chaos.contents(place / "runs"), chaos.contents(folder / "runs")

@@ -3,13 +3,28 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
+SOURCES = ["lib", "benchmarks", "docs", "notebooks", "params", "workflow", "_quarto.yml", "references.bib"]
+SOURCES += [path.name for path in ROOT.glob("*.qmd")]
+"""What the workflow reads."""
+
+
+def checkout(folder, **grids):
+    """The sources in a folder of their own, with further grids in `params/`."""
+    folder.mkdir(exist_ok=True)
+    for name in SOURCES:
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy2)(ROOT / name, folder / name)
+    for name, grid in grids.items():
+        (folder / "params" / f"{name}.yaml").write_text(yaml.safe_dump(grid))
+    return folder
 
 
 def called(arguments, **options):

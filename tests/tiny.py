@@ -16,6 +16,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from saegrid.experiment.run import Run
+
 VOCAB, D_IN, N_LAYERS = 260, 16, 3
 SMALL = {"vocab_size": VOCAB, "hidden_size": D_IN, "num_hidden_layers": N_LAYERS, "num_attention_heads": 2}
 LLAMA = {**SMALL, "intermediate_size": 32, "num_key_value_heads": 1, "max_position_embeddings": 256}
@@ -81,3 +83,12 @@ def save_dataset(folder, train=40, test=10):
         ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(folder)
+
+
+def finished(config):
+    """A run that is trained and evaluated."""
+    run = Run(config)
+    run.train()
+    run.evaluate()
+    run.close()
+    return run

@@ -13,6 +13,7 @@ import chaos
 import chaos_workflow
 import pytest
 import torch
+from processes import checkout
 
 from saegrid.core import checkpoint
 from saegrid.errors import DamagedError, DiskError
@@ -50,7 +51,8 @@ def test_chaos_finds_what_it_looks_for(tmp_path):
 
 def test_a_killed_workflow_leaves_no_lock_and_no_orphan(tmp_path):
     """Snakemake is killed while it collects; the same command then just works."""
-    folder = chaos_workflow.checkout(tmp_path / "checkout", chaos.Sources(tmp_path).parameters)
+    grid = chaos_workflow.two_runs(chaos.Sources(tmp_path).parameters)
+    folder = checkout(tmp_path / "checkout", chaos=grid)
     (run, *_) = chaos_workflow.load_grid(folder / "params" / "chaos.yaml").runs()
     target = f"activations/{run.store_id}/baseline.json"
     first = chaos_workflow.snakemake(folder, target)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from tiny import D_IN, save_dataset, save_model
+from tiny import D_IN, finished, save_dataset, save_model
 
 from saegrid.config.run_config import make_config
 from saegrid.data.language_model import load_lm
@@ -37,14 +37,6 @@ def config(sources, tmp_path):
     return make
 
 
-def finish(config):
-    run = Run(config)
-    run.train()
-    run.evaluate()
-    run.close()
-    return run
-
-
 def acts(folder, train, val):
     folder.mkdir()
     torch.save(train, folder / "instruct_base_layer1_train.pt")
@@ -70,14 +62,14 @@ def test_rows_that_can_not_be_used_stop_the_run_in_one_line(config, tmp_path, ca
     train, val, words = BAD[case]
     bad = config(activations=acts(tmp_path / "files", train, val))
     with pytest.raises(SaegridError, match=words) as error:
-        finish(bad)
+        finished(bad)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "runs" / bad.run_id / "metrics.json").exists()
 
 
 def test_a_run_on_published_files_ends_and_is_found_finished_without_them(config, sources, tmp_path):
     own = config(activations=acts(tmp_path / "files", GOOD.half(), GOOD[:200].half()))
-    run = finish(own)
+    run = finished(own)
     row = finished_run.load_run(run.folder, run.run_id)
     assert row["model_sha256"] == load_lm(own).identity["sha256"]
     assert captions.position_alt(run.positions) == "The rows come from published files, whose positions are not known."
@@ -98,18 +90,18 @@ def test_a_baseline_of_an_older_form_is_made_again(config, tmp_path, capsys):
 
 def test_one_validation_row_is_refused(config):
     with pytest.raises(StoreError, match="val_tokens = 1: the 1 val rows are all the same"):
-        finish(config(val_tokens=1))
+        finished(config(val_tokens=1))
 
 
 def test_a_loss_that_diverges_stops_the_run(config, tmp_path):
     with pytest.raises(SaegridError, match=r"lr = 1e\+20: the (validation )?loss is (nan|inf) at step \d+"):
-        finish(config(lr=1e20, arch="JumpReLU", k=0, threshold=1e-6))
+        finished(config(lr=1e20, arch="JumpReLU", k=0, threshold=1e-6))
     assert not list((tmp_path / "runs").glob("*/metrics.json"))
 
 
 @pytest.mark.parametrize("kernel", ["reference", "cpu"])
 def test_an_sae_of_dead_latents_has_finite_metrics(config, kernel):
-    run = finish(config(arch="JumpReLU", k=0, threshold=1e9, kernel=kernel))
+    run = finished(config(arch="JumpReLU", k=0, threshold=1e9, kernel=kernel))
     row = finished_run.load_run(run.folder, run.run_id)
     assert row["l0"] == row["l0_eval"] == 0.0 and row["dead_pct"] == 100.0
     assert row["nmse"] > 0 and row["delta_loss"] == row["delta_loss"]
@@ -125,7 +117,7 @@ def test_an_sae_of_dead_latents_has_finite_metrics(config, kernel):
 def test_the_same_run_twice_has_the_same_bytes(config, tmp_path, kernel, arch):
     made = []
     for name in ("first", "second"):
-        run = finish(config(**arch, kernel=kernel, runs_dir=str(tmp_path / name)))
+        run = finished(config(**arch, kernel=kernel, runs_dir=str(tmp_path / name)))
         made.append({p.name: p.read_bytes() for p in run.folder.iterdir() if p.name not in ("timing.json", ".lock")})
     assert made[0] == made[1] and len(made[0]) == 10
 
@@ -133,7 +125,7 @@ def test_the_same_run_twice_has_the_same_bytes(config, tmp_path, kernel, arch):
 @pytest.mark.parametrize("kernel", ["reference", "cpu"])
 def test_thread_counts_agree(config, kernel):
     """To 1e-4 of each metric after 20 steps: sums in another order; the cpu kernel's own loops have none."""
-    rows = [finished_run.load_run(finish(config(kernel=kernel, threads=threads)).folder) for threads in (1, 2)]
+    rows = [finished_run.load_run(finished(config(kernel=kernel, threads=threads)).folder) for threads in (1, 2)]
     for name in finished_run.METRICS:
         assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-4, abs=1e-6), name
 
@@ -151,14 +143,14 @@ def test_a_run_that_does_not_fit_says_so_with_the_numbers():
 
 
 def test_a_finished_run_with_a_number_changed_by_hand_is_made_again(config):
-    run = finish(config())
+    run = finished(config())
     path = run.folder / "metrics.json"
     before = path.read_bytes()
     path.write_text(json.dumps(json.loads(before) | {"delta_loss": -1.0}))
     with pytest.raises(results.ResultsError, match=r"metrics\.json: damaged .*mend GRID"):
         results.tidy([run.run_id], run.folder.parent)
     assert not Run(config()).finished
-    assert finish(config()).finished and path.read_bytes() == before
+    assert finished(config()).finished and path.read_bytes() == before
 
 
 def test_a_missing_chat_template_is_told_before_the_model_is_loaded(tmp_path):

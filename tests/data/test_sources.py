@@ -11,8 +11,9 @@ from pathlib import Path
 import chaos_workflow
 import pytest
 import transformers.utils.chat_template_utils as chat_templates
+from processes import checkout
 from safetensors.torch import load_file, save_file
-from tiny import save_dataset, save_model
+from tiny import finished, save_dataset, save_model
 
 from saegrid.config.grid import Grid
 from saegrid.config.run_config import make_config
@@ -168,13 +169,6 @@ def test_prompts_that_come_out_otherwise_are_refused(config, tmp_path):
 # --- a finished run ---
 
 
-def finished(config):
-    with contextlib.closing(Run(config)) as run:
-        run.train()
-        row = run.evaluate()
-    return row
-
-
 def grid_of(config, tmp_path):
     constants = {name: value for name, value in config.model_dump(exclude_defaults=True).items() if name != "k"}
     return Grid(name="g", title="G", results_dir=str(tmp_path / "tables"), constants=constants, axes=[{"k": [4]}])
@@ -186,7 +180,7 @@ def contents(*folders):
 
 def test_a_finished_grid_is_made_again_where_its_data_changed_and_taken_back_where_they_return(config, tmp_path):
     grid = grid_of(config, tmp_path)
-    first = finished(config)
+    first = finished(config).metrics
     results.make(grid)
     folder, run_dir = store_folder(config), tmp_path / "runs" / config.run_id
     before = {path: content for path, content in contents(folder, run_dir).items() if path.name != "timing.json"}
@@ -200,12 +194,12 @@ def test_a_finished_grid_is_made_again_where_its_data_changed_and_taken_back_whe
     assert len(lines) == 2 and "SHA256SUMS: the tables of runs that are made again" in lines[1]
     gone = [folder / "manifest.json", folder / "baseline.json", run_dir / "metrics.json"]
     assert not any(path.exists() for path in [*gone, tmp_path / "tables" / "results_tidy.csv"])
-    second = finished(config)
+    second = finished(config).metrics
     assert second["data_sha256"] != first["data_sha256"]
     assert second["data_sha256"] == read_sealed(folder / "manifest.json")["data_sha256"]
     replaced(tmp_path / "data" / "train.jsonl", "other ", "train ")
     mend(grid)
-    assert finished(config)["data_sha256"] == first["data_sha256"]
+    assert finished(config).metrics["data_sha256"] == first["data_sha256"]
     after = {path: content for path, content in contents(folder, run_dir).items() if path in before}
     assert after == before
     (run_dir / "metrics.json").touch()
@@ -219,13 +213,13 @@ def test_a_finished_grid_is_made_again_where_its_data_changed_and_taken_back_whe
 
 
 def test_a_run_is_made_again_where_only_its_evaluation_prompts_changed(config, tmp_path, capsys):
-    first = finished(config)
+    first = finished(config).metrics
     replaced(tmp_path / "data" / "test.jsonl", "test ", "tset ")
     shutil.rmtree(store_folder(config))  # by hand, as the error says
     prepare_store(config)
     grid = grid_of(config, tmp_path)
     assert "measured on other prompts than those now in its store" in "".join(mend(grid))
-    second = finished(config)
+    second = finished(config).metrics
     assert "measured on other prompts" in capsys.readouterr().out
     assert (second["data_sha256"], second["weights_sha256"]) == (first["data_sha256"], first["weights_sha256"])
     assert second["ce_clean"] != first["ce_clean"]
@@ -238,14 +232,14 @@ def test_a_checkpoint_on_other_rows_is_not_gone_on_from(config, tmp_path, capsys
     replaced(tmp_path / "data" / "train.jsonl", "train ", "other ")
     mend(grid_of(config, tmp_path))
     (run.folder / CHECKPOINT).write_bytes(kept)
-    row = finished(config)
+    row = finished(config).metrics
     assert "a checkpoint on other rows than the store has now; the run starts again" in capsys.readouterr().out
     shutil.rmtree(run.folder)
-    assert finished(config)["weights_sha256"] == row["weights_sha256"]
+    assert finished(config).metrics["weights_sha256"] == row["weights_sha256"]
 
 
 def test_the_workflow_plans_what_depends_on_changed_data(config, tmp_path):
-    folder = chaos_workflow.checkout(tmp_path / "checkout", {})
+    folder = checkout(tmp_path / "checkout")
     places = {"runs_dir": str(folder / "runs"), "store_dir": str(folder / "activations")}
     config = make_config(**config.model_dump() | places)
     grid = grid_of(config, folder)

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import D_IN, save_dataset, save_model
+from tiny import D_IN, finished, save_dataset, save_model
 
 from saegrid.config import run_config
 from saegrid.config.run_config import make_config
 from saegrid.data import stream as stream_module
 from saegrid.data.collect import collect, open_store, store_folder
 from saegrid.errors import ConfigError
-from saegrid.experiment.run import Run
 
 ROWS, GROUP, BATCH = 1500, 256, 64
 
@@ -88,19 +87,11 @@ def test_a_stream_that_is_dropped_ends_its_threads(sources, tmp_path):
     assert threading.active_count() == before
 
 
-def trained(config):
-    """(weights, metrics) of a run."""
-    run = Run(config)
-    run.train()
-    row = run.evaluate()
-    run.close()
-    return (run.folder / "sae.safetensors").read_bytes(), row
-
-
 def test_a_streamed_run_learns_what_a_stored_one_does_and_resumes_to_the_same_bytes(sources, tmp_path, monkeypatch):
-    _, stored = trained(config_for(sources, tmp_path, rows="stored", recipe="improved"))
+    stored = finished(config_for(sources, tmp_path, rows="stored", recipe="improved")).metrics
     config = config_for(sources, tmp_path, recipe="improved")
-    weights, streamed = trained(config)
+    run = finished(config)
+    weights, streamed = (run.folder / "sae.safetensors").read_bytes(), run.metrics
     assert (streamed["n_train_rows"], streamed["steps"]) == (ROWS, stored["steps"])
     assert streamed["val_mse"] == pytest.approx(stored["val_mse"], rel=0.05)
     again = config.model_copy(update={"runs_dir": f"{tmp_path}/again"})
@@ -114,9 +105,9 @@ def test_a_streamed_run_learns_what_a_stored_one_does_and_resumes_to_the_same_by
     with monkeypatch.context() as patch:
         patch.setattr("tqdm.std.tqdm.update", stop)
         with pytest.raises(KeyboardInterrupt):
-            trained(again)
+            finished(again)
     assert (Path(again.runs_dir) / again.run_id / "checkpoint.safetensors").exists()
-    assert trained(again)[0] == weights
+    assert (finished(again).folder / "sae.safetensors").read_bytes() == weights
 
 
 def test_a_text_that_is_too_small_is_told_before_training(sources, tmp_path):

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 import torch
-from tiny import save_dataset, save_model
 from torch.nn import functional as F
 
 from saegrid.config.run_config import make_config
@@ -17,7 +17,6 @@ from saegrid.data.collect import open_store
 from saegrid.data.language_model import load_lm
 from saegrid.errors import SaegridError
 from saegrid.experiment import latents
-from saegrid.experiment.run import Run
 from saegrid.formats.run_folder import load_folder
 from saegrid.report import loading
 from saegrid.report.pages import latents_page
@@ -30,9 +29,9 @@ SPARSITY |= {arch: {"k": 4, "recipe": "improved"} for arch in ("ReLU", "Gated")}
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("latents")
-    save_dataset(root / "data")
+    tiny.save_dataset(root / "data")
     for layout in ("llama", "gpt2"):
-        save_model(root / layout, layout)
+        tiny.save_model(root / layout, layout)
     return root
 
 
@@ -43,11 +42,7 @@ def finished(root, layout, arch):
         **{"arch": arch, "expansion": 4, "seed": 1, **SPARSITY[arch]},
         **{"runs_dir": str(root / "runs"), "store_dir": str(root / "stores")},
     )
-    run = Run(config)
-    run.train()
-    run.evaluate()
-    run.close()
-    return run.folder, config
+    return tiny.finished(config).folder, config
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])

@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 import torch
-from tiny import save_dataset, save_model
+from tiny import finished, save_dataset, save_model
 
 from saegrid.analysis import findings, selection
 from saegrid.config.grid import Grid
@@ -15,7 +15,6 @@ from saegrid.data.collect import open_store
 from saegrid.errors import ResultsError
 from saegrid.experiment import latents, results, stability
 from saegrid.experiment.mend import mend
-from saegrid.experiment.run import Run
 from saegrid.formats.run_folder import load_folder
 from saegrid.report.pages import latents_page, trust_section
 
@@ -37,10 +36,7 @@ def made(tmp_path_factory):
     ]
     grid = Grid(name="seeds", title="Seeds", results_dir="results", constants=constants, axes=axes)
     for config in grid.runs():
-        run = Run(config)
-        run.train()
-        run.evaluate()
-        run.close()
+        finished(config)
     stability.make(grid, grid.runs()[0].store_id, root)
     results.make(grid, root)
     return grid, root

@@ -18,7 +18,6 @@ from saegrid.core.sae import Gated, JumpReLU, ReLU
 from saegrid.data.collect import _starts_alike, collect, open_store
 from saegrid.data.prompts import Prompt
 from saegrid.errors import SaeFileError
-from saegrid.experiment.run import Run
 from saegrid.formats import dictionary_learning, export, load_sae, saelens, sparsify
 from saegrid.formats.run_folder import save_sae
 from saegrid.report.publish import upload
@@ -471,10 +470,7 @@ def small_run(tmp_path: Path, start: str):
 
 
 def test_a_runs_export_tells_how_its_rows_were_made(tmp_path):
-    run = Run(small_run(tmp_path, "<end>"))
-    run.train()
-    run.evaluate()
-    run.close()
+    run = tiny.finished(small_run(tmp_path, "<end>"))
     cfg = json.loads((run.folder / "cfg.json").read_text())
     longest = int(run.store.meta("train")["positions"].max()) + 1
     assert (cfg["prepend_bos"], cfg["context_size"]) == (True, longest) and longest < 64

@@ -3,7 +3,6 @@
 import contextlib
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +11,7 @@ from pathlib import Path
 import chaos
 import pytest
 import slurm_cluster
-import yaml
-from chaos_workflow import ROOT, SOURCES
+from processes import checkout
 from tiny import save_dataset, save_model
 
 from saegrid.config.grid import load_grid
@@ -34,16 +32,6 @@ def cluster(tmp_path_factory):
     yield cluster
     cluster.stop()
     assert cluster.processes() == {}
-
-
-def checkout(folder, grid):
-    folder.mkdir()
-    for name in SOURCES:
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy2)(ROOT / name, folder / name)
-    path = folder / GRID_FILE
-    path.parent.mkdir()
-    path.write_text(yaml.safe_dump(grid))
-    return folder
 
 
 def results(place):
@@ -69,7 +57,7 @@ def test_the_documented_command_survives_scancel_kill_and_interrupt(cluster, tmp
     places = {"model": save_model(tmp_path / "model"), "dataset": save_dataset(tmp_path / "data", train=60, test=20)}
     axes = [{"arch": ["BatchTopK", "TopK"], "k": [3]}]
     grid = {"name": "small", "title": "A small grid", "constants": CONSTANTS | places, "axes": axes}
-    folder, alone = checkout(tmp_path / "slurm", grid), checkout(tmp_path / "local", grid)
+    folder, alone = (checkout(tmp_path / name, **{Path(GRID_FILE).stem: grid}) for name in ("slurm", "local"))
     runs = [folder / "runs" / run.run_id for run in load_grid(folder / GRID_FILE).runs()]
     jobs = {}
 

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +11,10 @@ import pandas as pd
 import pytest
 from hub_server import ORGANISATION, client_environment, python_blocks, serve
 from huggingface_hub import ModelCard
+from processes import ROOT, checkout
 
 from saegrid.config.grid import load_grid
 
-ROOT = Path.cwd()
-SOURCES = ["lib", "benchmarks", "docs", "notebooks", "params", "workflow"]
-SOURCES += ["_quarto.yml", "references.bib", *(path.name for path in ROOT.glob("*.qmd"))]
 GRID = load_grid("params/smoke.yaml")
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
@@ -25,13 +22,6 @@ ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}
 def snakemake(folder, *options, grid="params/smoke.yaml"):
     command = [sys.executable, "-m", "snakemake", "-s", "workflow/Snakefile", *options, "--config", f"grid={grid}"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=ENVIRONMENT)
-
-
-def checkout(folder):
-    for name in SOURCES:
-        copy = shutil.copytree if Path(name).is_dir() else shutil.copy2
-        copy(name, folder / name)
-    return folder
 
 
 @pytest.fixture(scope="session")
