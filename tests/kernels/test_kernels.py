@@ -313,17 +313,19 @@ def test_a_gated_sae_is_a_jumprelu(kernel):
 # --- the cpu kernel against the definition ---
 
 
-def stepped(params: Params, rule: Rule, told: StepSettings) -> tuple[TrainState, TrainState]:
-    """States of the reference and of the cpu kernel behind three steps, each held to agree.
+def stepped(
+    params: Params, rule: Rule, told: StepSettings, rows: int = 100, sinks: int = 0, dead: bool = True
+) -> tuple[TrainState, TrainState]:
+    """States of the reference and of the cpu kernel after three steps, each checked to agree; the last batch is small.
 
-    A third of the latents is dead at the start, more die on the way; the last batch is a partial one.
+    `dead`: a third of the latents is dead at the start; more die on the way.
     """
     expected, actual = start(params), start(params)
-    for state in (expected, actual):
+    for state in (expected, actual) if dead else ():
         state.quiet[::3] = 150
         state.params.b_enc[::3] = -100.0  # they fire on no row, or hardly any
-    for step, n in enumerate([100, 100, 37]):
-        x = make_rows(n, step)
+    for step, n in enumerate([rows, rows, 37]):
+        x = make_rows(n, step, sinks=sinks)
         loss, active = reference.train_step(expected, x, rule, told)
         actual_loss, actual_active = cpu.train_step(actual, x, rule, told)
         assert actual_loss == pytest.approx(loss, rel=1e-4)
@@ -354,13 +356,12 @@ def test_cpu_train_step_with_frozen_weights(grad_clip, project_grad, freeze, pre
     params = make_params()
     begin = params.W_enc if freeze == "encoder" else params.W_dec
     told = StepSettings(1e-2, grad_clip, project_grad, "fp32", 1 / 32, 20, 150, tie=3.0, prefixes=prefixes)
-    expected, actual = stepped(params, Rule("batchtopk", 9), told._replace(freeze=freeze, start=begin.clone()))
+    told = told._replace(freeze=freeze, start=begin.clone())
+    expected, actual = stepped(params, Rule("batchtopk", 9), told)
     for mine, theirs in zip(actual.params, expected.params, strict=True):
         assert torch.equal(mine, theirs)  # as `stepped` leaves them
-    cpu.train_step(actual, make_rows(100, 9), Rule("batchtopk", 9), told._replace(freeze=freeze, start=begin.clone()))
-    reference.train_step(
-        expected, make_rows(100, 9), Rule("batchtopk", 9), told._replace(freeze=freeze, start=begin.clone())
-    )
+    for kernel, state in ((cpu, actual), (reference, expected)):
+        kernel.train_step(state, make_rows(100, 9), Rule("batchtopk", 9), told)
     for name, mine, theirs in zip(Params._fields, actual.params, expected.params, strict=True):
         assert apart(mine, theirs) < 1e-3, name
 
@@ -485,20 +486,8 @@ def test_cpu_gradients_sparse_and_dense(share):
 )
 def test_cpu_train_step(rule, grad_clip, project_grad):
     """Several steps, the last batch a partial one, sinks included: weights and both moments."""
-    step_settings = StepSettings(1e-2, grad_clip, project_grad)
-    expected, actual = start(make_params()), start(make_params())
-    for step, n in enumerate([200, 200, 37]):
-        x = make_rows(n, step, sinks=1)
-        loss, active = reference.train_step(expected, x, rule, step_settings)
-        actual_loss, actual_active = cpu.train_step(actual, x, rule, step_settings)
-        assert actual_loss == pytest.approx(loss, rel=1e-4)
-        assert abs(actual_active - active) <= 1 + 2e-3 * active
-        actual.params = Params(*(p.clone() for p in expected.params))  # no near-tie that one step turns is passed on
-        for moments in ("m", "v"):
-            for name, mine, theirs in zip(
-                Params._fields, getattr(actual, moments), getattr(expected, moments), strict=True
-            ):
-                assert apart(mine, theirs) < 1e-3, (moments, name)
+    told = StepSettings(1e-2, grad_clip, project_grad)
+    expected, actual = stepped(make_params(), rule, told, rows=200, sinks=1, dead=False)
     assert actual.step == expected.step == 3
 
 

@@ -20,14 +20,7 @@ from safetensors.torch import save
 from tqdm.auto import tqdm
 
 from saegrid.config.run_config import RunConfig
-from saegrid.data.language_model import (
-    LM,
-    Point,
-    check_tokens,
-    lm_shape,
-    load_lm,
-    take_apart,
-)
+from saegrid.data.language_model import LM, Point, check_tokens, lm_shape, load_lm, take_apart
 from saegrid.data.manifest import FORMAT, MEND, SHARD_ROWS
 from saegrid.data.prompts import Prompt, draw_prompts, streamed_prompts
 from saegrid.data.published_activations import add_published, published_files
@@ -119,17 +112,14 @@ def _make(stores: dict[Path, RunConfig], device: str | None, shard_rows: int) ->
         one.check_shape(d_in, n_layers)
     dtype = getattr(torch, config.act_dtype)
     writers = {
-        (one.layer, one.site): {
-            split: ShardWriter(folder, split, d_in, dtype, shard_rows) for split in ("train", "val")
-        }
+        (one.layer, one.site): {s: ShardWriter(folder, s, d_in, dtype, shard_rows) for s in ("train", "val")}
         for folder, one in stores.items()
     }
     source = (_add_published if config.activations else _add_collected)(config, writers, device)
     sources |= hub_sources(config, "" if config.activations else source["data"]["revision"])
+    source |= {"sources": sources}
     for folder, one in stores.items():
-        _finish(
-            one, folder, writers[one.layer, one.site], {**source, "sources": sources}, time.perf_counter() - started
-        )
+        _finish(one, folder, writers[one.layer, one.site], source, time.perf_counter() - started)
 
 
 def _finish(

@@ -193,11 +193,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def take_apart(
-    model: nn.Module,
-    tokenizer: Any,
-    identity: dict[str, Any],
-    layer: int | None = None,
-    site: Site = "resid_post",
+    model: nn.Module, tokenizer: Any, identity: dict[str, Any], layer: int | None = None, site: Site = "resid_post"
 ) -> LM:
     """An `LM` of a loaded model.
 
@@ -213,8 +209,7 @@ def take_apart(
     name = type(model).__name__
     model.eval()
     try:
-        decoder, blocks = find_blocks(model)
-        return _checked(model, tokenizer, identity, decoder, blocks, len(blocks) // 2 if layer is None else layer, site)
+        return _checked(model, tokenizer, identity, layer, site)
     except SaegridError:
         raise
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ImportError) as error:
@@ -222,17 +217,11 @@ def take_apart(
         raise SaegridError(f"{name}: unknown layout; it can't be split at a block ({reason})") from None
 
 
-def _checked(
-    model: nn.Module,
-    tokenizer: Any,
-    identity: dict[str, Any],
-    decoder: nn.Module,
-    blocks: list[nn.Module],
-    layer: int,
-    site: Site,
-) -> LM:
-    """The `LM` of these parts, checked by running a text with and without padding through the whole and the parts."""
+def _checked(model: nn.Module, tokenizer: Any, identity: dict[str, Any], layer: int | None, site: Site) -> LM:
+    """The model's `LM`, checked by running a text with and without padding through the whole and the parts."""
     name, text = type(model).__name__, model.config.get_text_config()
+    decoder, blocks = find_blocks(model)
+    layer = len(blocks) // 2 if layer is None else layer
     ids, mask = short_text(model)
     long, short = ids.shape[1], int(mask[1].sum())
     (alone,) = whole(model, [], ids[:1, :short], mask[:1, :short])
