@@ -29,8 +29,10 @@ from saegrid.kernels.state import L1_RATE, THETA_RATE, UNDER_L1, Codes, Params, 
 
 logger = logging.getLogger(__name__)
 
-DIGIT = 2
-"""Bits of a cut that one pass over the pre-activations determines."""
+DIGIT = 3
+"""Bits of a batch's cut that one pass over the pre-activations determines."""
+ROW_DIGIT = 2
+"""The same for a cut of each row: all passes over a row are one GPU kernel."""
 ROUGH = 11
 """Last bits of a cut that stay 0 with bf16 products: it is lower by less than 1/4000 of itself."""
 LOOK_AHEAD = 32
@@ -383,8 +385,9 @@ def _smallest_kept(pre: Tensor, count: Tensor | int, by_row: bool, rough: int = 
     """
     bits = pre.clamp_min(0.0).view(torch.int32)
     cut = torch.zeros(len(pre) if by_row else 1, 1, dtype=torch.int32, device=pre.device)
-    for high in range(31, rough, -DIGIT):
-        low = max(high - DIGIT, rough)
+    step = ROW_DIGIT if by_row else DIGIT
+    for high in range(31, rough, -step):
+        low = max(high - step, rough)
         digits = range(1, 2 ** (high - low))
         reached = [(bits >= cut + (digit << low)).sum(1, dtype=torch.int32) for digit in digits]  # each (N,)
         if not by_row:
