@@ -9,8 +9,8 @@ part if they are installed. Without a GPU the same script runs on the CPU with s
     quality    validation error after a short training: the device in bf16 against the reference in fp32
     runs       whole runs of a tiny language model, on the device and on the CPU
 
-Each part, and each shape of `steps`, runs in a process of its own, so that one failure does not take the others along;
-code is compiled beforehand by several processes at a time.
+Each part, and each contender of `steps`, runs in a process of its own, so that one failure does not take the others
+along. On a GPU all contenders are compiled first, several at a time; then each is timed alone.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,8 @@ from saegrid.kernels import dense, reference  # noqa: E402
 from saegrid.kernels.state import Params, Rule, StepSettings, TrainState  # noqa: E402
 
 MARK = "RESULT "
+PROCESSES = max(1, min(8, (os.cpu_count() or 1) // 2))
+"""Processes at a time, as long as nothing is timed."""
 PATIENCE = 240.0
 """Seconds that one process may take."""
 IMPROVED = StepSettings(1e-3, 1.0, True, aux_coef=1 / 32, dead_after=1_000_000, tie=3.0, l0_coef=0.1, bandwidth=0.3,
@@ -150,25 +153,34 @@ def never_waiting(device: str):
 # --- steps ---
 
 
-def steps(device: str, spec: dict[str, Any], compile_only: bool) -> dict[str, Any]:
-    """Milliseconds per step of one contender at one shape."""
+def steps(device: str, spec: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds per step of one contender at one shape, after a line of input."""
     d_in, _, _, batch = spec["shape"]
     x = [row_like(batch, d_in, seed).to(device) for seed in range(4)]
-    step = (ours if spec["who"] == "saegrid" else theirs)(device, spec)
     started = time.perf_counter()
-    for _ in range(3):
-        step(x[0])
-    settle(device)
-    if compile_only:
-        return {"compile_s": time.perf_counter() - started}
-    turn = iter(range(10**9))
+
+    def warm() -> Callable[[Tensor], Any]:
+        step = (ours if spec["who"] == "saegrid" else theirs)(device, spec)
+        for _ in range(3):
+            step(x[0])
+        settle(device)
+        return step
+
+    if device == "cuda":
+        warm()  # compiles, then gives its memory back to the others
+        torch.cuda.empty_cache()
+    compile_s = time.perf_counter() - started
+    print("ready", flush=True)
+    sys.stdin.readline()
+    step, turn = warm(), iter(range(10**9))
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     found = per_call(lambda: step(x[next(turn) % 4]), device)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
     if spec["who"] == "saegrid" and device == "cuda" and dense.compiles is bool(spec.get("eager")):
         raise RuntimeError("torch.compile failed")
-    return {"ms": 1e3 * found["s"], "min_ms": 1e3 * found["min_s"], "max_ms": 1e3 * found["max_s"], "peak_bytes": peak}
+    times = {f"{name}ms": 1e3 * found[f"{name}s"] for name in ("", "min_", "max_")}
+    return times | {"peak_bytes": peak, "compile_s": round(compile_s, 1)}
 
 
 def row_like(n: int, d_in: int, seed: int) -> Tensor:
@@ -237,15 +249,11 @@ def contenders(shapes: tuple, device: str) -> list[dict[str, Any]]:
             arch = "TopK" if who == "sparsify" else "BatchTopK"
             found.append({"who": who, "setting": "default", "arch": arch, "shape": main})
     if device == "cuda":
-        for digit in (2, 3):
+        for digit in (1, 2):
             found.append({"who": "saegrid", "recipe": "published", "arch": "BatchTopK", "shape": main, "digit": digit})
     for shape in shapes[2:]:
         found.append({"who": "saegrid", "recipe": "published", "arch": "BatchTopK", "shape": shape})
     return found
-
-
-def may_compile(spec: dict[str, Any]) -> bool:
-    return not spec.get("eager") and (spec["who"] == "saegrid" or "compile" in spec["setting"])
 
 
 def installed(module: str) -> bool:
@@ -317,25 +325,48 @@ def runs(device: str) -> dict[str, Any]:
 PARTS: dict[str, Callable[[str], dict[str, Any]]] = {"facts": facts, "rules": rules, "quality": quality, "runs": runs}
 
 
-def in_own_process(device: str, part: str, spec: dict[str, Any] | None = None, compile_only: bool = False) -> dict:
-    """A part's result, or {"error": last line}."""
+def begun(device: str, part: str, spec: dict[str, Any] | None = None) -> subprocess.Popen[str]:
+    """A process that makes one part; one of `steps` waits for a line of input before it is timed."""
     command = [sys.executable, __file__, "--device", device, "--part", part]
     command += ["--spec", json.dumps(spec)] if spec else []
-    command += ["--compile-only"] if compile_only else []
     uncompiled = part == "rules" or (spec is not None and spec.get("eager", False))  # compiling all rules takes minutes
-    threads = str(max(1, (os.cpu_count() or 1) // 6))  # else every process takes all cores, and all of them starve
+    threads = str(max(1, (os.cpu_count() or 1) // PROCESSES))  # else every process takes all cores, and all starve
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads}
     if uncompiled:
         environment["TORCH_COMPILE_DISABLE"] = "1"
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - belongs to the process
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+    )
+    process.log = log  # type: ignore[attr-defined]
+    return process
+
+
+def ended(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """The result of a process, or {"error": last line}."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment, check=False)
+        out, _ = process.communicate("go\n", timeout=PATIENCE)
     except subprocess.TimeoutExpired:
+        process.kill()
         return {"error": f"took more than {PATIENCE:.0f} s"}
-    for line in done.stdout.splitlines():
+    for line in out.splitlines():
         if line.startswith(MARK):
             return json.loads(line[len(MARK) :])
-    sys.stderr.write(done.stderr[-3000:])
-    return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
+    process.log.seek(0)  # type: ignore[attr-defined]
+    told = process.log.read()  # type: ignore[attr-defined]
+    sys.stderr.write(told[:4000] + "\n...\n" + told[-2000:])
+    return {"error": (told.strip().splitlines() or ["no output"])[-1][:300]}
+
+
+def prepared(device: str, spec: dict[str, Any]) -> subprocess.Popen[str]:
+    """A process of `steps` that has compiled and waits."""
+    process = begun(device, "steps", spec)
+    assert process.stdout
+    timer = threading.Timer(PATIENCE, process.kill)
+    timer.start()
+    process.stdout.readline()
+    timer.cancel()
+    return process
 
 
 def main() -> None:
@@ -343,21 +374,19 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--minutes", type=float, default=9.0, help="no further contender is timed after this")
     parser.add_argument("--out", type=Path, help="default: benchmarks/gpu.json on a GPU, none on a CPU")
-    parser.add_argument("--processes", type=int, default=max(1, min(6, (os.cpu_count() or 1) // 2)))
     parser.add_argument("--part", choices=(*PARTS, "steps"), help=argparse.SUPPRESS)
     parser.add_argument("--spec", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
     told = parser.parse_args()
     if told.part:
         with torch.no_grad() if told.part != "steps" else contextlib.nullcontext():
-            own = partial(steps, spec=told.spec, compile_only=told.compile_only) if told.spec else PARTS[told.part]
+            own = partial(steps, spec=told.spec) if told.spec else PARTS[told.part]
             found = own(told.device)
         print(MARK + json.dumps(found), flush=True)
         os._exit(0)  # CUDA graphs and compile workers need no orderly end
-    sys.exit(measure(told.device, 60 * told.minutes, told.processes, told.out))
+    sys.exit(measure(told.device, 60 * told.minutes, told.out))
 
 
-def measure(device: str, seconds: float, processes: int, out: Path | None) -> int:
+def measure(device: str, seconds: float, out: Path | None) -> int:
     """Run all parts; print them as they come, and write them after each. Returns 1 if any part failed."""
     started = time.perf_counter()
     found: dict[str, Any] = {"date": datetime.date.today().isoformat()}
@@ -370,24 +399,29 @@ def measure(device: str, seconds: float, processes: int, out: Path | None) -> in
         if out:
             out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
-    keep("facts", in_own_process(device, "facts"))
+    keep("facts", ended(begun(device, "facts")))
     listed = contenders(SHAPES if device == "cuda" else SMALL, device)
-    with ThreadPoolExecutor(processes) as pool:  # compiles ahead; the results lie in torch's cache
-        ahead = [pool.submit(in_own_process, device, "steps", spec, True) for spec in listed if may_compile(spec)]
-        keep("compile_s", [round(future.result().get("compile_s", 0.0), 1) for future in ahead])
+    with ThreadPoolExecutor(PROCESSES) as pool:  # nothing is timed while anything else runs
+        parts = {
+            name: pool.submit(lambda name=name: ended(begun(device, name))) for name in ("runs", "rules", "quality")
+        }
+        ready = [pool.submit(prepared, device, spec) for spec in listed] if device == "cuda" else []
+    for name, future in parts.items():
+        keep(name, future.result())
     rows: list[dict[str, Any]] = []
     for spec in listed:
+        process = ready[len(rows)].result() if ready else begun(device, "steps", spec)
         if time.perf_counter() - started > seconds:
             keep("left_out", listed[len(rows) :])
             break
-        row = spec | in_own_process(device, "steps", spec)
+        row = spec | ended(process)
         if "ms" in row and "error" not in found["facts"]:
             row["floor_ms"] = floor_ms(found["facts"], *spec["shape"][:2], spec["shape"][3])
         rows.append(row)
         print(f"[{time.perf_counter() - started:.0f} s] {json.dumps(row)}", flush=True)
         keep("steps", rows)
-    for name in ("rules", "runs", "quality"):
-        keep(name, in_own_process(device, name))
+    for future in ready[len(rows) :]:
+        future.result().kill()
     keep("minutes", (time.perf_counter() - started) / 60)
     failed = [
         name

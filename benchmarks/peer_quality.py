@@ -2,6 +2,7 @@
 
     python benchmarks/peer_quality.py                     # hours on two cores; stopped, it goes on where it was
     python benchmarks/peer_quality.py --ks 64 --rates 1
+    python benchmarks/peer_quality.py --ks 64 --layer 24 --archs Matryoshka --out results/peers_24
 
 This project's metrics judge every SAE on the same held-out rows and prompts, without attention sinks: no contender
 trains on sinks (this project's recipe drops them, the other libraries get rows without them), thresholds are calibrated
@@ -71,8 +72,6 @@ SCALED = ("dictionary_learning", "sparsify")
 ON_ROWS = ["l0_no_sink", "fvu_no_sink", "dead_pct_no_sink"]
 ON_PROMPTS = ["fvu_eval", "kl", "delta_loss", "loss_recovered_mean", "ce_spliced"]
 BETWEEN_SEEDS = ["stable_pct", "matched_cosine"]
-KEPT = ROOT / "runs/peers"
-"""The SAE of each contender and seed at its best learning rate, to match its latents with another seed's."""
 
 
 class Course(NamedTuple):
@@ -91,12 +90,16 @@ def main() -> None:
     parser.add_argument("--rates", type=int, default=len(LADDER) + 1, help="learning rates of each contender, at most")
     parser.add_argument("--seeds", type=int, default=3, help="of each contender: 0 chooses the rate that all take")
     parser.add_argument("--peers", default=",".join(dict.fromkeys(peer for peer, _ in CONTENDERS)))
+    parser.add_argument("--archs", default=",".join(dict.fromkeys(arch for _, arch in CONTENDERS)))
+    parser.add_argument("--layer", type=int, default=RunConfig.model_fields["layer"].default)
+    parser.add_argument("--dataset", default=RunConfig.model_fields["dataset"].default)
     parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers/bin/python")
     parser.add_argument("--out", type=Path, default=ROOT / "results/peers")
     options = parser.parse_args()
     base = make_config(
-        k=1, expansion=EXPANSION, train_tokens=TRAIN_TOKENS, val_tokens=VAL_TOKENS, epochs=EPOCHS, batch_size=BATCH
-    )
+        k=1, expansion=EXPANSION, train_tokens=TRAIN_TOKENS, val_tokens=VAL_TOKENS, epochs=EPOCHS, batch_size=BATCH,
+        layer=options.layer, dataset=options.dataset,
+    )  # fmt: skip
     threads = kernels.choose("auto", "auto", 0).threads
     kernels.set_threads(threads)
     store = prepare_store(base)
@@ -106,7 +109,7 @@ def main() -> None:
         course = Course(base, store, folder, options.peers_python, threads)
         for k in map(int, options.ks.split(",")):
             for (peer, arch), default in CONTENDERS.items():
-                if peer in options.peers.split(","):
+                if peer in options.peers.split(",") and arch in options.archs.split(","):
                     scale = (EXPANSION * store.d_in / 2**14) ** -0.5 if peer in SCALED else 1.0
                     compete({"peer": peer, "arch": arch, "k": k}, default * scale, options, course)
 
@@ -123,7 +126,7 @@ def compete(contender: dict[str, Any], default: float, options: argparse.Namespa
             rows = {tried: row for tried, row in rows.items() if tried == rate}
             following = functools.partial(only, rate)
         if following(losses(rows)) is not None:
-            add(options.out, one, *measured(one, default, rows, following, course))
+            add(options.out, one, *measured(one, default, rows, following, options.out, course))
     replicated(options.out, contender, course)
 
 
@@ -132,6 +135,7 @@ def measured(
     default: float,
     rows: dict[float, dict],
     following: Callable[[dict[float, float]], float | None],
+    out: Path,
     course: Course,
 ) -> tuple[pd.DataFrame, pd.DataFrame | None]:
     """A contender's rows, one per learning rate tried, and the per-prompt losses of the best, which others do not have.
@@ -156,7 +160,7 @@ def measured(
         return pd.DataFrame(rows.values()), None
     if best not in saes:
         try_rate(best)
-    export(saes[best], kept(rows[best]), "saelens")
+    export(saes[best], kept(out, rows[best]), "saelens")
     sums = spliced(course.base, course.store, saes[best], kernel, leave_sinks=True)
     found = on_prompts(sums)
     rows = {rate: {name: row[name] for name in row if name not in ON_PROMPTS} for rate, row in rows.items()}
@@ -164,9 +168,9 @@ def measured(
     return pd.DataFrame(rows.values()), sums.assign(**{name: rows[best][name] for name in KEYS})
 
 
-def kept(row: dict[str, Any]) -> Path:
-    """Folder of a contender's SAE with one seed."""
-    return KEPT / "-".join(str(row[name]) for name in KEYS)
+def kept(out: Path, row: dict[str, Any]) -> Path:
+    """Folder of a contender's SAE with one seed at its best rate, to match its latents with another seed's."""
+    return ROOT / "runs" / out.name / "-".join(str(row[name]) for name in KEYS)
 
 
 def replicated(out: Path, contender: dict[str, Any], course: Course) -> None:
@@ -175,10 +179,10 @@ def replicated(out: Path, contender: dict[str, Any], course: Course) -> None:
     if runs.empty:
         return
     runs = runs.assign(**{name: runs.get(name, math.nan) for name in BETWEEN_SEEDS})
-    rows = {n: row for n, row in runs[is_of(runs, contender)].iterrows() if kept(row).exists()}
+    rows = {n: row for n, row in runs[is_of(runs, contender)].iterrows() if kept(out, row).exists()}
     if len(rows) < 2 or runs.loc[[*rows], BETWEEN_SEEDS].notna().all(axis=None):
         return
-    rows_of, saes = OrdinaryRows(course.store), {n: load_sae(kept(row)) for n, row in rows.items()}
+    rows_of, saes = OrdinaryRows(course.store), {n: load_sae(kept(out, row)) for n, row in rows.items()}
     acts = {n: activity(sae, rows_of.batches("val", BATCH, "cpu"), kernel) for n, sae in saes.items()}
     own = make_config(arch=contender["arch"], k=contender["k"], recipe="improved")  # a peer's SAE has no given latents
     pairs = {
@@ -224,7 +228,8 @@ def trained(spec: dict, course: Course) -> tuple[SAE, float]:
     """One contender's SAE, and the seconds that its training took."""
     if spec["peer"] == "saegrid":
         names = ("arch", "k", "lr", "seed", "threads")
-        shared = course.base.model_dump(include={"train_tokens", "val_tokens", "expansion", "epochs", "batch_size"})
+        shared = {"train_tokens", "val_tokens", "expansion", "epochs", "batch_size", "layer", "dataset"}
+        shared = course.base.model_dump(include=shared)
         told = shared | {name: spec[name] for name in names}
         run = Run(make_config(**told, recipe="improved", runs_dir=str(course.folder / "runs")))
         sae = run.train()

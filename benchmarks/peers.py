@@ -114,6 +114,7 @@ class SaeLens(Peer):
             train_batch_size_samples=self.spec["batch"],
             lr=LR,
             lr_end=LR,
+            device=self.device,
             autocast="bf16" in self.flags,
         )
         self.trainer = SAETrainer(cfg=config, sae=self.sae, data_provider=iter(()))

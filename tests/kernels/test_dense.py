@@ -76,12 +76,20 @@ def test_equal_values_at_the_cut_are_all_kept(value):
 @pytest.mark.parametrize("digit", [1, 2, 3, 4, 5])
 def test_the_cut_is_exact(monkeypatch, digit):
     monkeypatch.setattr(dense, "DIGIT", digit)
+    monkeypatch.setattr(dense, "ROW_DIGIT", digit)
     generator = torch.Generator().manual_seed(0)
     pre = torch.randn(30, 500, generator=generator).exp() * torch.randn(30, 500, generator=generator).sign()
     for k in (1, 17, 200):
         assert ((pre >= dense._smallest_kept(pre, k, True)).sum(1) == k).all()
         assert (pre >= dense._smallest_kept(pre, torch.tensor(30 * k - 7), False)).sum() == 30 * k - 7
     assert (dense._smallest_kept(pre, 400, True) == 0).all()  # fewer are positive
+
+
+def test_a_rough_cut_is_barely_lower():
+    pre = torch.randn(30, 500, generator=torch.Generator().manual_seed(0))
+    for by_row in (True, False):
+        exact, rough = (dense._smallest_kept(pre, 17, by_row, bits) for bits in (0, dense.ROUGH))
+        assert (rough <= exact).all() and (rough > exact * (1 - 1 / 4000)).all() and (rough != exact).any()
 
 
 @pytest.mark.parametrize(("rule", "settings"), [(RULES[1], MATRYOSHKA), (RULES[3], IMPROVED), (RULES[5], IMPROVED)])

@@ -197,7 +197,7 @@ def test_further_seeds_take_the_rate_that_the_first_one_chose(tmp_path, monkeypa
 
     asked = []
 
-    def measured(contender, default, rows, following, course):
+    def measured(contender, default, rows, following, out, course):
         rows = dict(rows)
         while rate := following(peer_quality.losses(rows)):
             asked.append((contender["seed"], rate))
@@ -226,14 +226,14 @@ def test_the_latents_of_a_contenders_seeds_are_matched(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import peer_quality
 
-    monkeypatch.setattr(peer_quality, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(peer_quality, "ROOT", tmp_path)
     contender, eye = {"peer": "sae-lens", "arch": "TopK", "k": 4}, torch.eye(8)
     rows = []
     for seed, weights in enumerate((eye, eye[[3, 2, 1, 0, 4, 5, 6, 7]], torch.cat([eye[:4], -eye[4:]]))):
         sae = TopK(8, 8, k=4)
         sae.W_enc.data, sae.W_dec.data = weights.clone(), weights.clone()
         rows.append(contender | {"rate": 3.0, "seed": seed, "fvu_no_sink": 0.1})
-        export(sae, peer_quality.kept(rows[-1]), "saelens")
+        export(sae, peer_quality.kept(tmp_path, rows[-1]), "saelens")
     rows.append(contender | {"rate": 1.0, "seed": 0, "fvu_no_sink": 0.2})
     pd.DataFrame(rows).to_csv(tmp_path / "runs.csv", index=False)
     x = torch.cat([eye, -eye])

@@ -11,6 +11,8 @@ On one kind of GPU, the same input gives the same bytes.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -27,8 +29,12 @@ from saegrid.kernels.state import L1_RATE, THETA_RATE, UNDER_L1, Codes, Params, 
 
 logger = logging.getLogger(__name__)
 
-DIGIT = 4
-"""Bits of a cut that one pass over the pre-activations determines."""
+DIGIT = 3
+"""Bits of a batch's cut that one pass over the pre-activations determines."""
+ROW_DIGIT = 2
+"""The same for a cut of each row: all passes over a row are one GPU kernel."""
+ROUGH = 11
+"""Last bits of a cut that stay 0 with bf16 products: it is lower by less than 1/4000 of itself."""
 LOOK_AHEAD = 32
 """Steps between two counts of the latents that AuxK may need."""
 compiles = os.environ.get("TORCH_COMPILE_DISABLE") != "1"
@@ -59,8 +65,8 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     if "l1" not in work:
         work["l1"] = torch.tensor(state.l1, device=x.device)
         state.l1 = work["l1"]  # a number again in checkpoints
-    step = work.get(key) or work.setdefault(key, _Step(state, rows, x, rule.kind, settings))
-    return step(x, rule, settings)
+    step = work.get(key) or work.setdefault(key, _Step(rows, x, rule.kind, settings))
+    return step(state, x, rule, settings)
 
 
 class Numbers(NamedTuple):
@@ -77,10 +83,13 @@ class Numbers(NamedTuple):
 
 
 class _Step:
-    """A step for one kind of rule, settings and batch size, with the buffers that hold its input."""
+    """A step for one kind of rule, settings and batch size, with the buffers that hold its input.
 
-    def __init__(self, state: TrainState, rows: int, x: Tensor, kind: str, settings: StepSettings):
-        self.state, self.kind, self.rows = state, kind, rows
+    It does not hold the state, which holds it: graphs are freed with their state, not whenever cycles are collected.
+    """
+
+    def __init__(self, rows: int, x: Tensor, kind: str, settings: StepSettings):
+        self.kind, self.rows = kind, rows
         self.settings = settings._replace(lr=0.0)  # each new number would be compiled again
         self.x = torch.zeros(rows, x.shape[1], device=x.device)
         self.numbers = Numbers(*(torch.zeros((), device=x.device) for _ in Numbers._fields))
@@ -88,8 +97,8 @@ class _Step:
         self.room = self.due = 0  # latents that AuxK may need, until step `due`
         self.counted: tuple[Tensor, torch.cuda.Event | None] | None = None
 
-    def __call__(self, x: Tensor, rule: Rule, told: StepSettings) -> tuple[Tensor, Tensor]:
-        state, settings = self.state, self.settings
+    def __call__(self, state: TrainState, x: Tensor, rule: Rule, told: StepSettings) -> tuple[Tensor, Tensor]:
+        settings = self.settings
         state.step += 1
         self.x[: len(x)].copy_(x)
         self.x[len(x) :].zero_()
@@ -97,7 +106,7 @@ class _Step:
         values = (len(x), told.lr / corrections[0], 1 / corrections[1], told.tie_share, told.theta_share)
         for tensor, value in zip(self.numbers, (*values, rule.k, rule.aim, rule.threshold), strict=True):
             tensor.fill_(value)  # the kernel's launch carries the number: nothing waits for a copy
-        room = self._room() if settings.aux_coef else 0
+        room = self._room(state) if settings.aux_coef else 0
         run = partial(_step if x.device.type == "cpu" else _compiled, state.params, state.m, state.v, state.quiet,
                       state.workspace["dense"]["l1"], self.x, self.numbers, self.kind, settings, room)  # fmt: skip
         loss, active = self._replayed(room, run) if x.is_cuda else run()
@@ -117,23 +126,23 @@ class _Step:
         if graph is None:
             graph = torch.cuda.CUDAGraph()
             # thread_local: the thread that sends batches may allocate meanwhile
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with _uncollected(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 found = run()
             self.graphs[room] = (graph, found)
         graph.replay()
         return found
 
-    def _room(self) -> int:
+    def _room(self, state: TrainState) -> int:
         """Upper bound on the latents that are dead in this step: 0, the most that AuxK uses per row, or d_sae.
 
         Counts are made on the device and read `LOOK_AHEAD` steps later, so each looks 2 * `LOOK_AHEAD` steps ahead.
         """
-        step, state, settings = self.state.step, self.state, self.settings
+        step, settings = state.step, self.settings
         if self.counted is not None and step < self.due:
             return self.room
         first = self.counted is None
         if not first:
-            self.room = self._read()
+            self.room = self._read(len(state.params.b_enc))
         soon = settings.dead_after - 2 * LOOK_AHEAD * self.rows
         count = (state.quiet >= soon).sum()
         self.counted = (count, None)
@@ -144,17 +153,29 @@ class _Step:
             event.record()
             self.counted = (pinned, event)
         if first:
-            self.room = self._read()
+            self.room = self._read(len(state.params.b_enc))
         self.due = step + LOOK_AHEAD
         return self.room
 
-    def _read(self) -> int:
+    def _read(self, d_sae: int) -> int:
         assert self.counted is not None
         count, event = self.counted
         if event is not None:
             event.synchronize()  # long past: it was recorded LOOK_AHEAD steps ago
-        dead, d_sae = int(count), len(self.state.params.b_enc)
+        dead = int(count)
         return 0 if not dead else min(d_sae, next(r for r in (self.settings.aux_k, d_sae) if dead <= r or r == d_sae))
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection: it may free another CUDA graph, which ends the capture of this one with an error."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _compiled(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -230,6 +251,9 @@ class _Batch:
             return torch.mm(a, b, out_dtype=torch.float32)
         return (a @ b).float()
 
+    def smallest_kept(self, pre: Tensor, count: Tensor | int, by_row: bool) -> Tensor:
+        return _smallest_kept(pre, count, by_row, ROUGH if self.bf16 else 0)
+
     def error(self, x_hat_part: Tensor) -> Tensor:
         """x_hat - x (N, d_in), given z W_dec."""
         return torch.where(self.live, x_hat_part + self.params.b_dec + self.params.b_pre - self.x, 0.0)
@@ -255,7 +279,7 @@ def _kept(batch: _Batch, kind: str, numbers: Numbers, settings: StepSettings, l1
     if kind in ("topk", "batchtopk"):
         by_row = kind == "topk"
         count = (numbers.k if by_row else numbers.k * numbers.rows).long()
-        z = torch.where(pre >= _smallest_kept(pre, count, by_row), pre, 0.0).clamp_min(0.0)
+        z = torch.where(pre >= batch.smallest_kept(pre, count, by_row), pre, 0.0).clamp_min(0.0)
     else:
         z = torch.where(pre > numbers.threshold, pre, 0.0).clamp_min(0.0)
     push = l1 * settings.l1_coef / batch.numel if kind in UNDER_L1 else 0.0
@@ -337,7 +361,7 @@ def _add_auxk(batch: _Batch, code: _Code, dead: Tensor, room: int, settings: Ste
     chosen: Any = dead.int().topk(room, sorted=False).indices if room < len(dead) else slice(None)
     pre = torch.where(dead[chosen], batch.pre[:, chosen], 0.0)  # (N, room)
     if room > settings.aux_k:
-        pre = torch.where(pre >= _smallest_kept(pre, settings.aux_k, by_row=True), pre, 0.0)
+        pre = torch.where(pre >= batch.smallest_kept(pre, settings.aux_k, by_row=True), pre, 0.0)
     z = pre.clamp_min(0.0)
     residual = -code.error  # 0 in rows of padding
     mean = residual.sum(0) / batch.rows
@@ -353,16 +377,18 @@ def _add_auxk(batch: _Batch, code: _Code, dead: Tensor, room: int, settings: Ste
     grads.b_pre.sub_(total @ params.W_enc[chosen])
 
 
-def _smallest_kept(pre: Tensor, count: Tensor | int, by_row: bool) -> Tensor:
+def _smallest_kept(pre: Tensor, count: Tensor | int, by_row: bool, rough: int = 0) -> Tensor:
     """The `count`-th largest value of pre (N, d_sae): of all, (1, 1), or of each row, (N, 1).
 
     Exact: positive floats have the order of their bits, and each pass counts how many values reach each possible next
-    digit. Equal values at the cut are all kept. 0 if fewer than `count` are positive.
+    digit. Equal values at the cut are all kept. 0 if fewer than `count` are positive. The last `rough` bits stay 0.
     """
     bits = pre.clamp_min(0.0).view(torch.int32)
     cut = torch.zeros(len(pre) if by_row else 1, 1, dtype=torch.int32, device=pre.device)
-    for low in range(30 // DIGIT * DIGIT, -1, -DIGIT):
-        digits = range(1, 2 ** min(DIGIT, 31 - low))
+    step = ROW_DIGIT if by_row else DIGIT
+    for high in range(31, rough, -step):
+        low = max(high - step, rough)
+        digits = range(1, 2 ** (high - low))
         reached = [(bits >= cut + (digit << low)).sum(1, dtype=torch.int32) for digit in digits]  # each (N,)
         if not by_row:
             reached = [counts.sum(0, keepdim=True) for counts in reached]
