@@ -16,12 +16,8 @@ def rows(*given):
         k, threshold = (None, sparsity) if arch == "JumpReLU" else (sparsity, None)
         row = {"run_id": f"run{n}", "arch": arch, "expansion": expansion, "k": k, "threshold": threshold, "seed": 0}
         row |= {"val_mse": mse, "nmse": mse / 50, "dead_pct": dead, "delta_loss": delta, "l0": float(k or 500)}
-        row |= {
-            "d_sae": 576 * expansion,
-            "frac_rec_pct": 100 * 2.3 / (2.3 + delta),
-            "name": f"{arch}_{expansion}_{sparsity}",
-        }
-        made.append(row)
+        row |= {"d_sae": 576 * expansion, "frac_rec_pct": 100 * 2.3 / (2.3 + delta)}
+        made.append(row | {"name": f"{arch}_{expansion}_{sparsity}"})
     return pd.DataFrame(made).astype({"k": "Int64", "threshold": float})
 
 

@@ -40,16 +40,8 @@ def made(grid, kl=KL, dead=0.5, noise=0.01):
             .assign(kl_sum=sums, ce_clean_sum=200.0, ce_spliced_sum=200.0 + sums)
         )  # fmt: skip
         row = run.model_dump() | {"run_id": run.run_id, "name": run.name, "dead_pct": dead, "kl": sums.sum() / 2000}
-        row |= {
-            "steps": 790,
-            "loss_recovered_mean": 0.9,
-            "d_sae": 4608,
-            "l0": 64.0,
-            "val_mse": value,
-            "nmse": value,
-            "frac_rec_pct": 50.0,
-            "threshold": np.nan,
-        }
+        row |= {"steps": 790, "loss_recovered_mean": 0.9, "frac_rec_pct": 50.0, "val_mse": value, "nmse": value}
+        row |= {"d_sae": 4608, "l0": 64.0, "threshold": np.nan}
         rows.append(row | {"delta_loss": row["kl"], "fvu_no_sink": row["kl"] / (1 + run.layer)})
     return pd.DataFrame(rows), pd.concat(prompts)
 
@@ -78,14 +70,9 @@ def test_each_origin_has_its_own_verdict(grid):
     """TopK loses more at layer 12 on one text; the improved recipe leaves too much at layer 6 there."""
 
     def kl(run):
-        here = run.dataset.endswith("docs")
-        if here and run.layer == 12 and run.arch == "TopK":
-            return 2.5
-        return (
-            0.3
-            if here and run.layer == 6 and (run.arch, run.recipe) == ("BatchTopK", "improved")
-            else KL[run.arch, run.recipe]
-        )
+        changed = {(12, "TopK", "published"): 2.5, (6, "BatchTopK", "improved"): 0.3}
+        here = changed if run.dataset.endswith("docs") else {}
+        return here.get((run.layer, run.arch, run.recipe), KL[run.arch, run.recipe])
 
     df, prompts = made(grid, kl)
     assert verdicts(df, prompts)["topk_loses_less"] == [HOLDS, HOLDS, HOLDS, FAILS]

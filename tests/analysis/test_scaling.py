@@ -82,15 +82,8 @@ def test_a_step_that_goes_the_other_way_is_told():
 
 def test_coherence_over_k_takes_settings_with_three_k():
     rows = [
-        {
-            "arch": arch,
-            "expansion": 8,
-            "recipe": "improved",
-            "k": k,
-            "seed": seed,
-            "decoder_coherence": value + seed,
-            "d_in": 576,
-        }
+        {"arch": arch, "expansion": 8, "recipe": "improved", "d_in": 576}
+        | {"k": k, "seed": seed, "decoder_coherence": value + seed}
         for arch, ks in (("TopK", {16: 3.0, 32: 1.0, 64: 2.0}), ("BatchTopK", {16: 1.0, 32: 2.0}))
         for k, value in ks.items()
         for seed in (0, 1)

@@ -147,7 +147,7 @@ def test_the_notebook_repeats_every_parameter_with_its_default():
         assert ast.literal_eval(parameter["default"]) == RunConfig.model_fields[name].default, name
 
 
-def test_the_config_is_built_right_behind_the_parameters():
+def test_the_config_is_built_right_after_the_parameters():
     cells = nbformat.read(NOTEBOOK, as_version=4).cells
     tagged = [index for index, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == 1

@@ -18,16 +18,8 @@ def test_a_seed_or_a_machine_makes_no_setting():
 
 
 def test_each_axis_makes_one():
-    changes = {
-        "layer": 6,
-        "expansion": 4,
-        "k": 128,
-        "train_tokens": 5000,
-        "recipe": "improved",
-        "lr": 1e-3,
-        "text": "chat",
-    }
-    for name, value in changes.items():
+    changes = {"layer": 6, "expansion": 4, "k": 128, "train_tokens": 5000, "recipe": "improved", "lr": 1e-3}
+    for name, value in (changes | {"text": "chat"}).items():
         axis = "recipe" if name == "lr" else name  # a recipe and its switched choices are one axis
         assert settings.differing(row(), row(**{name: value})) == [axis], name
         assert settings.key(row(), axis) == settings.key(row(**{name: value}), axis)

@@ -9,7 +9,7 @@ from saegrid.kernels.state import Codes
 X = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 3.0]])
 X_HAT = torch.tensor([[1.0, 1.0], [3.0, 0.0], [2.0, 1.0]])
 LATENTS, VALUES = torch.tensor([0, 2, 0], dtype=torch.int32), torch.tensor([1.0, 4.0, 2.0])
-OFFSETS = torch.tensor([0, 1, 2, 3])  # a latent a row
+OFFSETS = torch.tensor([0, 1, 2, 3])  # one latent per row
 
 
 def reconstruction(parts, **options):

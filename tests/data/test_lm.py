@@ -94,7 +94,7 @@ def test_unknown_layout_is_a_clear_error():
         take_apart(model, None, {})
 
 
-def test_a_layer_behind_which_blocks_look_back_past_it_is_an_error():
+def test_blocks_that_look_back_past_the_layer_are_an_error():
     """Gemma 4's last blocks take keys and values from the last block before them that makes its own."""
     shared = {"num_kv_shared_layers": 2, "layer_types": ["full_attention"] * zoo.N_LAYERS}
     model = zoo.zoo_model("gemma4_text", zoo.RIGHT["gemma4_text"] | shared)

@@ -104,7 +104,7 @@ def test_no_split_has_a_prompt_of_another(tmp_path, kind):
     assert sum(facts["left_out"].values()) > 0 and facts["left_out"]["eval"] == 0
 
 
-def test_a_prompt_is_cut_behind_max_tokens(tmp_path):
+def test_a_prompt_is_cut_at_max_tokens(tmp_path):
     config = config_for(dataset=save_dataset(tmp_path), train_tokens=100, val_tokens=50, max_tokens=9)
     prompts = make_prompts(config, tiny_tokenizer())
     assert {len(prompt.tokens) for prompt in prompts["eval"]} == {9}
@@ -124,7 +124,7 @@ def test_shared_chat_prefix_is_found_and_kept_only_at_position_0(tmp_path):
     assert (rows(prompts["train"]), rows(prompts["val"])) == (300, 100)
 
 
-def test_chat_needs_a_template_and_room_behind_its_prefix(tmp_path):
+def test_chat_needs_a_template_and_room_after_its_prefix(tmp_path):
     data = save_dataset(tmp_path / "data")
     with pytest.raises(ConfigError, match=r"text = 'chat': the tokenizer of .* has no chat template"):
         make_prompts(config_for(dataset=data, text="chat"), tiny_tokenizer())

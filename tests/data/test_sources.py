@@ -40,7 +40,7 @@ def config(tmp_path):
 
 @contextlib.contextmanager
 def unnoticed(path):
-    """Change a file inside this block; its time of change is set back behind it, and its size must be the same."""
+    """Change a file inside this block; then reset its time of change. Its size must stay the same."""
     before = path.stat()
     yield
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))

@@ -168,18 +168,8 @@ def data():
     context = {"tokens": ["<b>", " &amp", "\n"], "acts": [0.0, 2.0, 1.0], "peak": 1, "whole": False}
     entry = {"fired": 3, "fired_on_sinks": 1, "mean_act": 1.5, "max_act": 2.0, "contexts": [context]}
     entry |= {"promoted": [["<script>", 2.0]], "demoted": [['"x', -1.0]], "neighbours": [[1, 0.5, 3], [9, -0.2, 0]]}
-    facts = {
-        "name": "TopK_exp4x_k4",
-        "label": "TopK 4x, K = 4",
-        "arch": "TopK",
-        "run_id": "run",
-        "layer": 1,
-        "sinks": "apart",
-        "d_sae": 64,
-        "n_val_rows": 100,
-        "n_alive": 45,
-        "all_fired": [3] * 45 + [0] * 19,
-    }
+    facts = {"name": "TopK_exp4x_k4", "label": "TopK 4x, K = 4", "arch": "TopK", "run_id": "run", "layer": 1}
+    facts |= {"sinks": "apart", "d_sae": 64, "n_val_rows": 100, "n_alive": 45, "all_fired": [3] * 45 + [0] * 19}
     rows = [entry | {"latent": n} for n in range(45)]
     return facts | {"n_sink_rows": 2, "tokens_known": True, "latents": rows}
 

@@ -375,7 +375,7 @@ def test_the_encoder_goes_no_further_than_to_the_decoder(kernel):
 
 @pytest.mark.parametrize("kernel", [reference, cpu])
 def test_trained_thresholds_are_drawn_to_their_mean(kernel):
-    """By the tie's share of the distance, behind Adam's step, and never beyond the mean."""
+    """By the tie's share of the distance, after Adam's step, and never beyond the mean."""
     told = StepSettings(1e-2, bandwidth=3.0, l0_coef=500.0)
     x, thetas = make_rows(100), []
     for tie in (0.0, 2.0, 1e3):

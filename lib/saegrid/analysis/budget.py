@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pandas as pd
@@ -12,7 +13,6 @@ from saegrid.config import settings
 
 BUDGETS = (20, 32, 64, 128)
 """Most active latents per token that a reader may want."""
-ALPHA = 0.05
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Price:
     """nats/token."""
     interval: tuple[float, float] | None
     """95% interval of `more`; None without per-prompt sums."""
+    p: float
+    """Of no difference; NaN without per-prompt sums."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def by_budget(
         rows = within(df, budget)
         if rows.empty:
             continue
-        best = rows.nsmallest(1, measure).iloc[0]
+        best = lowest(rows, measure)
         prices = [_price(best, other, measure, found) for other in _others(rows, best, measure)]
         half = rows[(rows["d_sae"] <= best["d_sae"] / 2) & (rows["recipe"] == best["recipe"])]
         exact = rows.head(0) if best["arch"] == "TopK" else rows[rows["arch"] == "TopK"]
@@ -68,7 +70,7 @@ def by_budget(
                 best,
                 None if found is None else intervals.contrast(found, {best["run_id"]: 1.0})[1:3],
                 len(prices),
-                _alike(prices, best, found),
+                [] if found is None else _alike(prices),
                 None if before is None else _price(best, before, measure, found),
                 *(_price(best, lowest(r, measure), measure, found) if len(r) else None for r in (half, exact)),
             )
@@ -92,16 +94,14 @@ def _others(rows: pd.DataFrame, best: pd.Series, measure: str) -> list[pd.Series
     return found
 
 
-def _alike(prices: list[Price], best: pd.Series, found: intervals.Measured | None) -> list[Price]:
-    if found is None or not prices:
-        return []
-    apart = [intervals.contrast(found, {price.run["run_id"]: 1.0, best["run_id"]: -1.0}).p for price in prices]
-    return [price for price, p in zip(prices, intervals.holm(apart), strict=True) if not p < ALPHA]
+def _alike(prices: list[Price]) -> list[Price]:
+    adjusted = intervals.holm([price.p for price in prices])
+    return [price for price, p in zip(prices, adjusted, strict=True) if not p < intervals.LEVEL]
 
 
 def _price(best: pd.Series, other: pd.Series, measure: str, found: intervals.Measured | None) -> Price:
-    more, interval = float(other[measure] - best[measure]), None
-    if found is not None:
-        _, low, high, _ = intervals.contrast(found, {other["run_id"]: 1.0, best["run_id"]: -1.0})
-        interval = (low, high)
-    return Price(other, more, interval)
+    more = float(other[measure] - best[measure])
+    if found is None:
+        return Price(other, more, None, math.nan)
+    _, low, high, p = intervals.contrast(found, {other["run_id"]: 1.0, best["run_id"]: -1.0})
+    return Price(other, more, (low, high), p)

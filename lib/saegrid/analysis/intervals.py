@@ -19,7 +19,8 @@ from scipy.special import stdtr, stdtrit
 
 from saegrid.errors import ResultsError
 
-COVERAGE = 0.95
+LEVEL = 0.05
+"""Error rate of an interval, and of every family of comparisons. Fixed before the results."""
 MEASURES = {
     "kl": (["kl_sum"], "n_tokens"),
     "delta_loss": (["ce_spliced_sum", "ce_clean_sum"], "n_tokens"),
@@ -107,10 +108,6 @@ def ratio(found: Measured, runs: pd.DataFrame, base: pd.DataFrame) -> Estimate:
     return _estimate(value, parts, seeds)
 
 
-LEVEL = 0.05
-"""Family-wise error rate of every family of comparisons. Fixed before the results."""
-
-
 def holm(ps: Sequence[float]) -> list[float]:
     """The p of a family of comparisons, adjusted (Holm 1979).
 
@@ -159,4 +156,4 @@ def _tails(t: float, df: int) -> float:
 @functools.cache
 def _quantile(df: int) -> float:
     """The value that Student's |t| exceeds with a chance of 5%."""
-    return float(stdtrit(df, (1 + COVERAGE) / 2))
+    return float(stdtrit(df, 1 - LEVEL / 2))

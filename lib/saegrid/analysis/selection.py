@@ -83,16 +83,8 @@ def beside_controls(df: pd.DataFrame, baseline: pd.DataFrame | None = None) -> p
         if plain.empty or not len(kinds):
             continue
         own = plain[measures].mean()
-        found.append(
-            {
-                "name": plain["name"].iloc[0],
-                "control": "",
-                "untrained": False,
-                "seeds": len(plain),
-                **own,
-                "reached": (),
-            }
-        )
+        setting = {"name": plain["name"].iloc[0], "control": "", "untrained": False, "seeds": len(plain)}
+        found.append(setting | own.to_dict() | {"reached": ()})
         controls = []
         for values, runs in kinds:
             said = [f"{n} = {v}" for (n, usual), v in zip(CONTROLS.items(), values, strict=True) if v != usual]

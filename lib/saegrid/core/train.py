@@ -310,26 +310,24 @@ def load_checkpoint(path: Path, sae: SAE, run_id: str, data_sha256: str) -> Prog
             raise DamagedError(f"{path}: damaged checkpoint (of the run {facts['run_id']})")
         if facts["data_sha256"] != data_sha256:
             raise DamagedError(f"{path}: a checkpoint on other rows than the store has now")
-        targets = sae.params._asdict().items()
-        parts = {
-            part: Params(
-                **{
-                    name: tensors[f"{part}.{name}"].reshape(t.shape).to(t.device) if t.numel() else t.clone()
-                    for name, t in targets
-                }
-            )
+        weights, m, v, best = (
+            Params(*(_like(tensors, f"{part}.{name}", old) for name, old in sae.params._asdict().items()))
             for part in ("weights", "m", "v", "best")
-        }
+        )
         quiet = tensors["quiet"].reshape(sae.b_enc.shape).to(sae.device)
-        state = TrainState(sae.params, parts["m"], parts["v"], facts["step"], quiet, facts["l1"])
-        progress = Progress(state, parts["best"])
+        progress = Progress(TrainState(sae.params, m, v, facts["step"], quiet, facts["l1"]), best)
         for name in plain(progress):
             setattr(progress, name, facts["plain"][name])
     except (KeyError, TypeError, RuntimeError) as error:
         raise DamagedError(f"{path}: damaged checkpoint ({error!r})") from None
-    for target, saved in zip(sae.params, parts["weights"], strict=True):
+    for target, saved in zip(sae.params, weights, strict=True):
         target.copy_(saved)
     return progress
+
+
+def _like(tensors: dict[str, Tensor], name: str, old: Tensor) -> Tensor:
+    """A checkpoint's tensor in the shape and on the device of `old`; a copy of `old` if that is empty."""
+    return tensors[name].reshape(old.shape).to(old.device) if old.numel() else old.clone()
 
 
 def _copy(params: Params) -> Params:

@@ -18,7 +18,7 @@ import pandas as pd
 from saegrid.config.recipes import YOUNGER
 from saegrid.config.run_config import PLACES, RunConfig, make_config
 from saegrid.errors import DamagedError, ResultsError
-from saegrid.storage.checksums import check_sums, checked_bytes, read_json, read_json_lines, read_sealed
+from saegrid.storage.checksums import check_sums, checked_bytes, numbered_json_lines, read_json, read_sealed
 
 PARAMETERS = [name for name in RunConfig.model_fields if name not in PLACES]
 COUNTS = ["d_in", "d_sae", "n_train_rows", "n_val_rows", "n_eval_prompts", "n_eval_tokens", "steps", "best_epoch"]
@@ -125,7 +125,7 @@ def load_curves(df: pd.DataFrame, runs_dir: str | Path) -> pd.DataFrame:
     frames = []
     for run_id, path in _files(df, runs_dir, "metrics.jsonl"):
         with advising():
-            lines = read_json_lines(path, checked_bytes(path))
+            lines = [line for _, line in numbered_json_lines(path, checked_bytes(path))]
         frames.append(pd.DataFrame(lines).assign(run_id=run_id))
     return _with_axes(pd.concat(frames, ignore_index=True), df)
 

@@ -52,11 +52,6 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     return content
 
 
-def read_json_lines(path: Path, content: bytes) -> list[dict[str, Any]]:
-    """The objects in a file with one JSON object per line. Raises `DamagedError`."""
-    return [row for _, row in numbered_json_lines(path, content)]
-
-
 def numbered_json_lines(path: Path, content: bytes) -> list[tuple[int, dict[str, Any]]]:
     """(number of the line, object) of each line that is not blank. Raises `DamagedError`, which names the line."""
     lines = [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
