@@ -1,6 +1,5 @@
 """Any text: what a corpus may be, how it becomes prompts and contexts, and one clear line for a malformed one."""
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from tiny import save_dataset, save_model, tiny_tokenizer
+from tiny import finished, save_dataset, save_model, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from saegrid.config.run_config import make_config
@@ -21,7 +20,7 @@ from saegrid.data.corpora.documents import FEW, PART, documents
 from saegrid.data.corpora.tokens import EVAL_CONTEXTS
 from saegrid.data.prompts import Prompt, check_dataset, draw_prompts, make_prompts
 from saegrid.errors import ConfigError, StoreError
-from saegrid.experiment.run import Run, prepare_store
+from saegrid.experiment.run import prepare_store
 
 END = 0
 """The tiny tokenizer's end token; every other token is a byte."""
@@ -342,11 +341,10 @@ def test_a_run_on_any_text_has_all_metrics(tmp_path, kind):
         data = write_lines(tmp_path / "chats.jsonl", [{"messages": conversation(number)} for number in range(80)])
     small = {"arch": "TopK", "expansion": 2, "layer": 1, "epochs": 1, "batch_size": 64, "threads": 1, "max_tokens": 64}
     places = {"runs_dir": str(tmp_path / "runs"), "store_dir": str(tmp_path / "stores"), "kernel": "reference"}
-    with contextlib.closing(Run(config_for(data, model=model, **small, **places))) as run:
-        run.train()
-        row = run.evaluate()
+    run = finished(config_for(data, model=model, **small, **places))
+    row = run.metrics
     assert row["n_train_rows"] == 400 and row["n_eval_prompts"] == 4 and row["n_eval_tokens"] > 40
-    assert row["ce_spliced"] > 0 and row["dataset"] == str(data)
+    assert row["delta_loss"] == row["ce_spliced"] - row["ce_clean"] and row["dataset"] == str(data)
     manifest = open_store(run.config).manifest
     assert manifest["data"]["prompts"]["eval"] == 4
     assert ("dataset/chats.jsonl" in manifest["sources"]) == (kind == "messages")

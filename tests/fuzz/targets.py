@@ -63,7 +63,7 @@ def store(data: bytes, folder: Path) -> None:
             if "file" in entry:
                 entry |= facts if "rows" in entry else mean_facts
         _quietly(write_sealed, folder / "manifest.json", content)
-        _quietly(lambda: [list(Store(folder)._batches(split, 2, 0, 0, 0, 1)) for split in ("train", "val")])
+        _quietly(lambda: [list(Store(folder).batches(split, 2, 0, buffer_shards=1)) for split in ("train", "val")])
     if content := _object(baseline):
         _quietly(write_sealed, folder / "baseline.json", content | {"data_sha256": "0", "x_sha256": facts["sha256"]})
         _quietly(load_baseline, folder, "0")

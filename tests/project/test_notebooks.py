@@ -8,7 +8,6 @@ import pytest
 import torch
 from processes import papermill
 from published import BatchTopK
-from tiny import save_model
 
 from saegrid.formats.run_folder import load_folder
 
@@ -39,26 +38,6 @@ def test_one_papermill_line_leaves_everything(trained):
     assert metrics["d_sae"] == 576 and metrics["run_id"] == run_dir.name
     missing = [name for name, value in metrics.items() if value is None]
     assert missing == ["threshold", "theta_over_rms"]
-
-
-@pytest.mark.parametrize("kind", ["a folder of texts", "messages"])
-def test_one_papermill_line_takes_any_text(tmp_path, kind):
-    texts = [f"document {number} says {'so ' * (number % 9)}" for number in range(200)]
-    (data := tmp_path / "texts").mkdir()
-    for number, text in enumerate(texts):
-        (data / f"{number}.txt").write_text(text)
-    if kind == "messages":
-        chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}] for text in texts]
-        data = tmp_path / "chats.jsonl"
-        data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))
-    places = [f"runs_dir={tmp_path}/runs", f"store_dir={tmp_path}/stores", "max_tokens=128", "layer=1", "k=4"]
-    source = [f"dataset={data}", f"model={save_model(tmp_path / 'model', chat=True)}"]
-    done, _ = papermill("train", tmp_path / "mine.ipynb", *SMALL.split(), *places, *source)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (found,) = (tmp_path / "runs").glob("*/metrics.json")
-    metrics = json.loads(found.read_text())
-    assert (metrics["n_train_rows"], metrics["dataset"]) == (1500, str(data))
-    assert metrics["n_eval_prompts"] == 2 and metrics["delta_loss"] == metrics["ce_spliced"] - metrics["ce_clean"]
 
 
 def test_the_metrics_follow_from_the_files(trained):
