@@ -1,5 +1,6 @@
 """Tiny seeded language models of every known layout, a byte-level tokenizer, and small datasets."""
 
+import contextlib
 import json
 
 import torch
@@ -83,6 +84,24 @@ def save_dataset(folder, train=40, test=10):
         ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(folder)
+
+
+@contextlib.contextmanager
+def replacing(module, change, before=False):
+    """Inside this block, `change` maps the rows that a module returns or, `before`, those that it is called with."""
+
+    def hook(module, args, kwargs, output=None):
+        rows = output if output is not None else args or (kwargs["hidden_states"],)
+        several = not isinstance(rows, torch.Tensor)
+        rows = [change(rows[0]), *rows[1:]] if several else change(rows)
+        if output is not None:
+            return type(output)(rows) if several else rows
+        return (tuple(rows), kwargs) if args else ((), kwargs | {"hidden_states": rows[0]})
+
+    register = module.register_forward_pre_hook if before else module.register_forward_hook
+    handle = register(hook, with_kwargs=True)
+    yield
+    handle.remove()
 
 
 def finished(config):

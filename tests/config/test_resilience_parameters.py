@@ -146,9 +146,8 @@ def check(arguments, words, tmp_path):
 
 @pytest.mark.parametrize(("changes", "words"), POINTS, ids=[" ".join(map(str, c.items())) for c, _ in POINTS])
 def test_a_bad_point(tmp_path, changes, words):
-    grid = {"name": "g", "title": "t", "constants": {**TOPK, **changes}, "axes": [{"seed": [3]}]}
-    if "seed" in changes:
-        grid = {"name": "g", "title": "t", "constants": {**TOPK, **changes}, "axes": [{"layer": [3]}]}
+    axis = "layer" if "seed" in changes else "seed"
+    grid = {"name": "g", "title": "t", "constants": {**TOPK, **changes}, "axes": [{axis: [3]}]}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
     check(["list", str(tmp_path / "grid.yaml")], words, tmp_path)
 

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
+from tiny import replacing
 
 from saegrid.config.run_config import SITES, make_config
 from saegrid.core.evaluation import on_prompts, reconstructed
@@ -76,18 +77,10 @@ def predicted(lm, prompt, layer, replace, site="resid_post"):
         x[0, positions] = replace(x[0, positions]).to(x)
         return x
 
-    def hook(module, arguments, output):
-        return (replaced(output[0]), *output[1:]) if isinstance(output, tuple) else replaced(output)
-
-    block, name = lm.blocks[layer], type(lm.model).__name__
-    if site == "resid_pre":
-        handle = block.register_forward_pre_hook(lambda module, arguments: (replaced(arguments[0]), *arguments[1:]))
-    else:
-        module = {"resid_post": "", "mlp_out": "mlp", "attn_out": ATTENTION.get(name, "self_attn")}[site]
-        handle = block.get_submodule(module).register_forward_hook(hook)
-    with torch.no_grad():
+    name = {"mlp_out": "mlp", "attn_out": ATTENTION.get(type(lm.model).__name__, "self_attn")}.get(site, "")
+    module = lm.blocks[layer].get_submodule(name)
+    with replacing(module, replaced, before=site == "resid_pre"), torch.no_grad():
         logits = lm.model(input_ids=torch.tensor([prompt.tokens])).logits[0].double()
-    handle.remove()
     scored = [position for position in positions if position + 1 not in prompt.shared]
     return scored, logits[scored].log_softmax(-1)
 

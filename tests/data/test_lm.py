@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import zoo
-from tiny import D_IN, LAYOUTS, N_LAYERS, VOCAB, save_model, tiny_model, tiny_tokenizer
+from tiny import D_IN, LAYOUTS, N_LAYERS, VOCAB, replacing, save_model, tiny_model, tiny_tokenizer
 from transformers import AutoConfig
 
 from saegrid.config.run_config import make_config
@@ -27,19 +27,6 @@ def lm(request):
     return take_apart(tiny_model(request.param), None, {})
 
 
-def replaced_forward(lm, x, ids, mask, layer):
-    """A full forward pass whose block `layer` has its output replaced by a hook."""
-
-    def hook(module, args, output):
-        return (x, *output[1:]) if isinstance(output, tuple) else x
-
-    handle = lm.blocks[layer].register_forward_hook(hook)
-    with torch.no_grad():
-        logits = lm.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    handle.remove()
-    return logits
-
-
 def test_hidden_at_does_not_run_the_blocks_after_it(lm):
     ids, mask = padded(6)
     before = hidden_at(lm, ids, mask, 1)
@@ -52,7 +39,8 @@ def test_hidden_at_does_not_run_the_blocks_after_it(lm):
 def test_restart_equals_the_full_pass_with_the_output_replaced(lm, layer):
     ids, mask = padded(12, 7, 3)
     x = torch.randn(*ids.shape, D_IN, generator=torch.Generator().manual_seed(2))
-    wanted = replaced_forward(lm, x, ids, mask, layer)
+    with replacing(lm.blocks[layer], lambda rows: x), torch.no_grad():
+        wanted = lm.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     for parameter in [p for block in lm.blocks[: layer + 1] for p in block.parameters()]:
         parameter.data.fill_(float("nan"))  # nothing up to the hooked block may run
     real = mask.bool()

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import zoo
+from tiny import replacing
 
 from saegrid.config.run_config import SITES
 from saegrid.data.language_model import hidden_at, logits_from, take_apart
@@ -29,23 +30,12 @@ def alone(model, module, ids, x=None, before=False):
     """
     seen = []
 
-    def hook(module, args, kwargs, output=None):
-        rows = output if output is not None else args or (kwargs["hidden_states"],)
-        several = not isinstance(rows, torch.Tensor)
-        found = rows[0] if several else rows
-        seen.append(found.clone().reshape(1, len(ids), -1))
-        if x is None:
-            return None
-        rows = [x.reshape(found.shape).clone(), *rows[1:]] if several else x.reshape(found.shape).clone()
-        if output is not None:
-            return type(output)(rows) if several else rows
-        return (tuple(rows), kwargs) if args else ((), kwargs | {"hidden_states": rows[0]})
+    def change(rows):
+        seen.append(rows.clone().reshape(1, len(ids), -1))
+        return rows if x is None else x.reshape(rows.shape).clone()
 
-    register = module.register_forward_pre_hook if before else module.register_forward_hook
-    handle = register(hook, with_kwargs=True)
-    with torch.no_grad():
+    with replacing(module, change, before), torch.no_grad():
         logits = model(input_ids=ids[None], use_cache=False).logits
-    handle.remove()
     return seen[0][0], logits[0]
 
 

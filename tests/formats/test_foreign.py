@@ -88,14 +88,14 @@ def old_without(*names, arch="TopK"):
     return lambda folder: old_lens(folder, arch, lambda c: [c.pop(name) for name in names])
 
 
+NEEDED = {
+    LENS: "k dtype apply_b_dec_to_input d_sae architecture normalize_activations reshape_activations",
+    SPARSIFY: "k d_in activation transcode skip_connection",
+}
+OLD_NEEDED = "dtype hook_name architecture apply_b_dec_to_input normalize_activations"
 REFUSED = {
     # a field that decides the result is not there
-    **{f"saelens: no {n}": (without(LENS, n), f"{n} is missing") for n in ("k", "dtype", "apply_b_dec_to_input")},
-    **{f"saelens: no {n}": (without(LENS, n), f"{n} is missing") for n in ("d_sae", "architecture")},
-    **{
-        f"saelens: no {n}": (without(LENS, n), f"{n} is missing")
-        for n in ("normalize_activations", "reshape_activations")
-    },
+    **{f"{f}: no {n}": (without(f, n), f"{n} is missing") for f, names in NEEDED.items() for n in names.split()},
     "saelens: no metadata": (without(LENS, "metadata"), "activation_fn is missing"),
     "saelens 6.54 without rescale": (
         lambda folder: written(
@@ -105,13 +105,10 @@ REFUSED = {
         ),
         "rescale_acts_by_decoder_norm is missing",
     ),
-    **{f"old: no {n}": (old_without(n), f"{n} is missing") for n in ("dtype", "hook_name", "architecture")},
-    **{f"old: no {n}": (old_without(n), f"{n} is missing") for n in ("apply_b_dec_to_input", "normalize_activations")},
+    **{f"old: no {n}": (old_without(n), f"{n} is missing") for n in OLD_NEEDED.split()},
     "old: no activation": (old_without("activation_fn_str"), "activation_fn is missing"),
     "old: no k": (old_without("activation_fn_kwargs"), "k is missing"),
     "old: an empty activation_fn_kwargs": (old(activation_fn_kwargs={}), "k is missing"),
-    **{f"sparsify: no {n}": (without(SPARSIFY, n), f"{n} is missing") for n in ("k", "d_in", "activation")},
-    **{f"sparsify: no {n}": (without(SPARSIFY, n), f"{n} is missing") for n in ("transcode", "skip_connection")},
     "dictionary: no class": (
         lambda folder: written(folder, DICTIONARY, edit=lambda c: c["trainer"].pop("dict_class")),
         "dict_class is missing",
