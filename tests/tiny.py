@@ -20,13 +20,16 @@ from transformers import (
 from saegrid.experiment.run import Run
 
 VOCAB, D_IN, N_LAYERS = 260, 16, 3
-SMALL = {"vocab_size": VOCAB, "hidden_size": D_IN, "num_hidden_layers": N_LAYERS, "num_attention_heads": 2}
-LLAMA = {**SMALL, "intermediate_size": 32, "num_key_value_heads": 1, "max_position_embeddings": 256}
+SHAPE = {"vocab_size": VOCAB, "hidden_size": D_IN, "num_hidden_layers": N_LAYERS, "num_attention_heads": 2}
+LLAMA = {**SHAPE, "intermediate_size": 32, "num_key_value_heads": 1, "max_position_embeddings": 256}
+SMALL = {"layer": 1, "max_tokens": 64, "train_tokens": 600, "val_tokens": 200, "eval_prompts": 4, "batch_size": 64}
+SMALL |= {"threads": 1, "kernel": "reference"}
+"""Sizes of a run on a tiny model."""
 # a large initializer range makes attention and MLP matter next to the embeddings
 LAYOUTS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, initializer_range=0.3)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**LLAMA, initializer_range=0.3, tie_word_embeddings=True)),
-    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, intermediate_size=32, initializer_range=0.3)),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPE, intermediate_size=32, initializer_range=0.3)),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=VOCAB, n_embd=D_IN, n_layer=N_LAYERS, n_head=2, n_positions=64, initializer_range=0.3)
     ),
@@ -83,6 +86,14 @@ def save_dataset(folder, train=40, test=10):
             for i in range(count)
         ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
+
+
+def publish(folder, files):
+    """Tensors as the published activation files of a folder."""
+    for name, tensor in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(tensor, folder / name)
     return str(folder)
 
 

@@ -5,8 +5,9 @@ import re
 import shutil
 
 import pytest
+import tiny
 import torch
-from tiny import D_IN, finished, save_dataset, save_model
+from tiny import D_IN, finished, publish, save_dataset, save_model
 
 from saegrid.config.run_config import make_config
 from saegrid.data.language_model import load_lm
@@ -17,8 +18,7 @@ from saegrid.experiment.run import Run, prepare_store
 from saegrid.report.figures import captions, plots
 from saegrid.storage.checksums import read_sealed, write_sealed
 
-SMALL = {"layer": 1, "max_tokens": 64, "train_tokens": 600, "val_tokens": 200, "eval_prompts": 4, "epochs": 2}
-SMALL |= {"batch_size": 64, "threads": 1, "kernel": "reference", "expansion": 4, "arch": "TopK", "k": 3}
+SMALL = {"arch": "TopK", "k": 3, "expansion": 4, "epochs": 2, **tiny.SMALL}
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +38,7 @@ def config(sources, tmp_path):
 
 
 def acts(folder, train, val):
-    folder.mkdir()
-    torch.save(train, folder / "instruct_base_layer1_train.pt")
-    torch.save(val, folder / "instruct_base_layer1_val.pt")
-    return str(folder)
+    return publish(folder, {"instruct_base_layer1_train.pt": train, "instruct_base_layer1_val.pt": val})
 
 
 GOOD = torch.randn(300, D_IN, generator=torch.Generator().manual_seed(0))

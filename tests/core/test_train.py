@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import save_deep_model
+from tiny import publish, save_deep_model
 
 from saegrid.config.run_config import make_config
 from saegrid.core.row_statistics import estimate
@@ -37,14 +37,12 @@ def make_store(tmp_path, model):
     """A real store, from published activation files that are made here."""
 
     def make(n_val=100, scale=1.0, heavy=1.0, sinks=0):
-        files, folder = tmp_path / "files", tmp_path / "stores"
-        files.mkdir()
         train, val = scale * rows(300 + n_val)[:300], rows(n_val, heavy)
         train[:sinks, 3] += 100.0
         val[:sinks, 3] += 100.0
-        torch.save(train, files / "instruct_base_layer12_train.pt")
-        torch.save(val, files / "instruct_base_layer12_val.pt")
-        run = config(model=model, dataset=model, activations=str(files), store_dir=str(folder), act_dtype="float32")
+        files = {"instruct_base_layer12_train.pt": train, "instruct_base_layer12_val.pt": val}
+        places = {"activations": publish(tmp_path / "files", files), "store_dir": str(tmp_path / "stores")}
+        run = config(model=model, dataset=model, act_dtype="float32", **places)
         collect(run)
         return open_store(run)
 

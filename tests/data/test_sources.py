@@ -10,6 +10,7 @@ from pathlib import Path
 
 import chaos_workflow
 import pytest
+import tiny
 import transformers.utils.chat_template_utils as chat_templates
 from processes import checkout
 from safetensors.torch import load_file, save_file
@@ -28,8 +29,7 @@ from saegrid.experiment.run import Run, prepare_store
 from saegrid.storage import hub_access
 from saegrid.storage.checksums import read_sealed, write_sealed
 
-SMALL = {"layer": 1, "max_tokens": 64, "train_tokens": 600, "val_tokens": 200, "eval_prompts": 4, "text": "chat"}
-SMALL |= {"arch": "TopK", "k": 4, "expansion": 2, "epochs": 1, "batch_size": 64, "threads": 1, "kernel": "reference"}
+SMALL = {"text": "chat", "arch": "TopK", "k": 4, "expansion": 2, "epochs": 1, **tiny.SMALL}
 
 
 @pytest.fixture

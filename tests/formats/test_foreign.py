@@ -459,11 +459,9 @@ def bos_model(folder: Path, start: str) -> str:
 
 
 def small_run(tmp_path: Path, start: str):
-    sizes = {"layer": 1, "epochs": 1, "train_tokens": 600, "val_tokens": 200, "eval_prompts": 4, "batch_size": 64}
     places = {"store_dir": str(tmp_path / "stores"), "runs_dir": str(tmp_path / "runs")}
     texts = {"model": bos_model(tmp_path / "model", start), "dataset": tiny.save_dataset(tmp_path / "data", 60, 20)}
-    machine = {"threads": 1, "kernel": "reference"}
-    return make_config(arch="TopK", k=4, expansion=2, max_tokens=64, **sizes, **places, **texts, **machine)
+    return make_config(arch="TopK", k=4, expansion=2, epochs=1, **tiny.SMALL, **places, **texts)
 
 
 def test_a_runs_export_tells_how_its_rows_were_made(tmp_path):

@@ -519,8 +519,7 @@ def hub(tmp_path_factory):
         for name, folder in (("some/saes", root / "repo"), ("some/sparse", root / "alone"))
     }
     server = serve(repositories)
-    endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-    yield {"HF_ENDPOINT": endpoint, "HF_HOME": str(root / "home"), "HF_HUB_DISABLE_XET": "1"}
+    yield {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(root / "home"), "HF_HUB_DISABLE_XET": "1"}
     server.shutdown()
 
 

@@ -111,21 +111,15 @@ def load_lm(config: RunConfig, device: str | None = None) -> LM:
     from transformers import AutoModelForCausalLM
 
     folder, revision = model_folder(config)
-    its_config = model_config(config.model, folder)
+    its_config, dtype = model_config(config.model, folder), getattr(torch, config.lm_dtype)
+    # attention None: sdpa if the model has it, else eager, which holds (T, T) scores for every head. Both are exact
+    options = {"attn_implementation": None, "trust_remote_code": False, "output_loading_info": True}
     try:
         with embedded.quiet_transformers():
-            # None: sdpa if the model has it, else eager, which holds (T, T) scores for every head. Both are exact
             if config.model_init == "random":
                 model, loading = untrained(its_config, config), {"missing_keys": ()}
             else:
-                model, loading = AutoModelForCausalLM.from_pretrained(
-                    folder,
-                    config=its_config,
-                    dtype=getattr(torch, config.lm_dtype),
-                    attn_implementation=None,
-                    trust_remote_code=False,
-                    output_loading_info=True,
-                )
+                model, loading = AutoModelForCausalLM.from_pretrained(folder, config=its_config, dtype=dtype, **options)
     except Exception as error:  # a file's values can make transformers raise anything
         reason = first_line(error)
         raise ConfigError(f"model = {config.model!r}: does not load as a causal language model: {reason}") from None

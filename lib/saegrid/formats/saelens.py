@@ -126,10 +126,8 @@ def read_saelens(folder: Path) -> SAE:
     tensors = _weights(cfg, weights_path, old="metadata" not in content)
     check_sizes(cfg, {"d_in": len(tensors["W_enc"]), "d_sae": len(tensors["W_dec"])}, path)
     b_enc = tensors["b_gate" if cfg.architecture == "gated" else "b_enc"]
-    weights, centred = (
-        exchange.Plain(tensors["W_enc"].T, b_enc, tensors["W_dec"], tensors["b_dec"]),
-        cfg.apply_b_dec_to_input,
-    )
+    weights = exchange.Plain(tensors["W_enc"].T, b_enc, tensors["W_dec"], tensors["b_dec"])
+    centred = cfg.apply_b_dec_to_input
     if cfg.architecture == "gated":
         return exchange.gated(weights, tensors["r_mag"], tensors["b_mag"], centred, weights_path)
     if cfg.architecture == "jumprelu":

@@ -20,7 +20,6 @@ from saegrid.errors import ConfigError, DiskError, first_line
 from saegrid.storage.atomic import disk_errors, write_text
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-CHUNK = 1 << 20
 SMALL = 64 << 20
 """Files up to this many bytes are hashed each time; hashes of larger ones are cached."""
 HUB_TIMEOUT = 3.0
@@ -121,8 +120,7 @@ def _sha256(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 
