@@ -100,6 +100,6 @@ def shown(value: Any) -> str:
     """A value in a message, truncated if long."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, a list in itself
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a list that contains itself
         text = f"<{type(value).__name__}>"
     return text if len(text) <= 200 else f"{text[:200]}…"

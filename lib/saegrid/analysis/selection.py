@@ -136,9 +136,9 @@ def same_settings(own: pd.DataFrame, other: pd.DataFrame) -> tuple[pd.DataFrame,
 
 
 def matched(ours: pd.DataFrame, theirs: pd.DataFrame, *axes: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows of both that differ from each other along `axes` alone: each of ours, and in the same place its match.
+    """Pairs of runs that differ only along `axes`: row n of the first table and row n of the second have equal seeds.
 
-    The column `rest` is their setting without these axes; rows of different seeds do not match.
+    The column `rest` is their setting without these axes.
     """
     sides = []
     for df in (ours.reset_index(drop=True), theirs.reset_index(drop=True)):

@@ -87,7 +87,7 @@ class Grid(BaseModel):
         return list(runs.values())
 
     def finished(self, root: str | Path = ".") -> Grid:
-        """The same grid with the runs that have their metrics alone. Raises `ConfigError` if there is none."""
+        """The same grid with its finished runs only. Raises `ConfigError` if there is none."""
         points = [point for block in self.axes for point in _points(block)]
         runs = zip(points, self.runs(), strict=True)
         done = [point for point, run in runs if (Path(root) / run.runs_dir / run.run_id / "metrics.json").exists()]

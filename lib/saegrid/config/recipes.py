@@ -34,7 +34,7 @@ L1_COEF = 1.0
 """Initial L1 weight of ReLU and Gated on rows with a mean square of 1; the loss divides it by d_in."""
 
 SHUFFLE_ROWS = 131_072
-"""Streamed rows that are shuffled together, as many as of a store's."""
+"""Streamed rows that are shuffled together; a store shuffles as many."""
 
 YOUNGER = {
     **{"freeze": "none", "model_init": "trained", "device": "auto"},

@@ -41,7 +41,7 @@ def calibrated_threshold(sae: SAE, store: Store, batch_size: int, kernel: Kernel
 
 
 def _held_out(store: Store, batch_size: int, device: str) -> Iterator[Tensor]:
-    """Batches of validation rows, `CALIBRATION_ROWS` in all at most."""
+    """Batches of the first `CALIBRATION_ROWS` validation rows."""
     rows = 0
     for x in store.batches("val", batch_size, device=device):
         yield x[: CALIBRATION_ROWS - rows]

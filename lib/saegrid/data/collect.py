@@ -192,7 +192,7 @@ def _model_and_prompts(config: RunConfig, device: str | None) -> tuple[LM, dict[
     lm = load_lm(config, device)
     prompts, facts = draw_prompts(config, lm.tokenizer)
     every: Iterable[Prompt] = itertools.chain(*prompts.values())
-    if config.rows == "streamed":  # reads the whole text, so that one that is too small is told before training
+    if config.rows == "streamed":  # all of the text is read now: a text that is too small is an error before training
         every = itertools.chain(every, streamed_prompts(config, lm.tokenizer, prompts["eval"][0].prefix))
     check_tokens(config, lm, (prompt.tokens for prompt in every))
     return lm, prompts, facts

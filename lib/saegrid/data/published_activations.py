@@ -1,7 +1,7 @@
 """The published activation files: bare tensors [n, d_in], `{stage}_layer{layer}_train.pt` and `_val.pt`, or one.
 
-An unsplit `{stage}_layer{layer}.pt` is split as by the code that made the published files: the last fifth of
-`torch.randperm` with seed 0 is for validation.
+An unsplit `{stage}_layer{layer}.pt` is split like the published files: the last fifth of `torch.randperm` with seed 0
+is for validation.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     train-00000.safetensors     acts (n, d_in), token_ids, positions, prompts (n,) int32; …
     val-00000.safetensors       …
     mean.safetensors            mean of the training rows (d_in,), float32
-    timing.json                 seconds; separate, as it is not compared
+    timing.json                 seconds; separate, because equal stores take different times
 """
 
 from __future__ import annotations
@@ -241,8 +241,8 @@ def shuffled(
     """Batches of rows that are shuffled in groups of about `together` rows, from batch `start` on.
 
     Args:
-        parts: the rows from a row on, in parts of any size.
-        key: seed of the shuffle, to which each group's number is added; None: the order of `parts`.
+        parts: gives the rows from a given row on, in parts of any size.
+        key: seed of the shuffle, extended by each group's number; None: keep the order of `parts`.
     """
     per_group = max(1, together // batch_size)  # batches
     group, skip = divmod(start, per_group)

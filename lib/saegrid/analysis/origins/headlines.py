@@ -30,7 +30,7 @@ class Held:
     verdict: str
     """`holds`, `fails`, `not shown` (it points there, but chance may do that) or `not testable here`."""
     told: Estimate | None
-    """The number to tell, with its own 95% interval."""
+    """The number that the report shows, with its own 95% interval."""
     facts: dict[str, Any]
 
 
