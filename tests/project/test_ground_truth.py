@@ -1,7 +1,6 @@
 """The world with known directions, and the runs on its rows: as published files, through the usual training."""
 
 import itertools
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -14,13 +13,10 @@ from saegrid.experiment.run import Run
 from saegrid.kernels import reference
 from saegrid.report.pages import trust_section
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
 def bench():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
         import ground_truth
 
         patch.setattr(ground_truth, "VAL_ROWS", 300)
