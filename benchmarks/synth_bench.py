@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pandas as pd
 import torch
 from ground_truth import Course, compared, judged, places, train
-from peer_quality import BATCH, CONTENDERS, SCALED, best_of, calibrated, next_rate, only
+from peer_quality import BATCH, CONTENDERS, LADDER, SCALED, best_of, calibrated, next_rate, only
 from safetensors.torch import load_file, save_file
 
 from saegrid.config.recipes import RECIPES
@@ -44,6 +44,8 @@ from saegrid.storage.atomic import write_text
 ROOT = Path(__file__).resolve().parents[1]
 PART, TRAIN_ROWS, VAL_ROWS, JUDGED_ROWS, EPOCHS, EXPANSION = 8, 200_000, 10_000, 20_000, 1, 4
 SEEDS = 2
+RATES = (*LADDER, 100.0, 300.0)
+"""Learning rates that may be tried, as multiples of a contender's default: few steps want high ones."""
 OURS = {"published": ("TopK", "BatchTopK"), "improved": ("TopK", "BatchTopK", "JumpReLU", "Matryoshka")}
 JUDGED = ("explained_variance", "mcc", "uniqueness", "sae_l0", "true_l0", "dead_latents")
 CLASSIFIED = ("f1_score", "precision", "recall")
@@ -150,7 +152,9 @@ def learning_rate(contender: Contender, rate: float, d_sae: int) -> float:
 
 def following(contender: Contender, tried: dict[float, float]) -> float | None:
     """The next learning rate to try; the published recipe's is given."""
-    return only(1.0, tried) if contender.recipe == "published" else next_rate(tried)
+    if contender.recipe == "published":
+        return only(1.0, tried)
+    return next_rate(tried, len(RATES) + 1, RATES)
 
 
 def main() -> None:

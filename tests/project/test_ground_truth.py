@@ -120,6 +120,9 @@ def test_the_synthetic_benchmark_searches_learning_rates_as_the_peers_table_does
     )
     assert [synth_bench.following(published, tried) for tried in ({}, {1.0: 1.03})] == [1.0, None]
     assert [synth_bench.following(improved, tried) for tried in ({}, {1.0: 0.3})] == [1.0, 3.0]
+    falling = {1.0: 0.6, 3.0: 0.4, 10.0: 0.3, 30.0: 0.2}
+    assert synth_bench.following(scaled, falling) == 100.0
+    assert synth_bench.following(scaled, falling | {100.0: 0.5}) == pytest.approx(300**0.5, rel=1e-6)
     assert synth_bench.learning_rate(published, 1.0, 4096) == pytest.approx(1e-4)
     assert synth_bench.learning_rate(improved, 3.0, 4096) == pytest.approx(6e-3)
     assert synth_bench.learning_rate(scaled, 3.0, 4096) == pytest.approx(5e-3 * 3 * 2)  # (4,096 / 16,384)^-1/2
@@ -161,6 +164,7 @@ def test_the_committed_synthetic_benchmark_is_as_described_and_its_two_judges_ag
     for row in runs.to_dict("records"):
         contender = synth_bench.Contender(row["peer"], row["recipe"], row["arch"])
         assert row["lr"] == pytest.approx(synth_bench.learning_rate(contender, row["rate"], d_sae))
+        assert row["rate"] not in (min(synth_bench.RATES), max(synth_bench.RATES))
     assert (runs["mcc"] - runs["saelens_mcc"]).abs().max() < 1e-4  # the same decoders, so the same numbers
     assert (runs["l0_no_sink"] - runs["saelens_sae_l0"]).abs().max() < 0.5  # other rows
     assert (1 - runs["fvu_no_sink"] - runs["saelens_explained_variance"]).abs().max() < 0.05
