@@ -91,7 +91,7 @@ def batchtopk_beats_topk(df: pd.DataFrame, measured: intervals.Measured | None =
     verdict = HOLDS if facts["val_mse"] == n and facts["dead_pct"] == n else FAILS
     gap = pairs["delta_loss_batch"] - pairs["delta_loss_top"]
     weights = _weights(pairs, "run_id_batch", 1 / n) | _weights(pairs, "run_id_top", -1 / n)
-    evidence = df[df["arch"].isin(["BatchTopK", "TopK"])].sort_values(["expansion", "k", "arch"])
+    evidence = _paired(df, pairs, "_batch", "_top").sort_values(["expansion", "k", "arch"])
     return Finding(1, verdict, float(gap.mean()), _interval(measured, weights), evidence, facts)
 
 
@@ -166,7 +166,7 @@ def large_adds_little(df: pd.DataFrame, measured: intervals.Measured | None = No
     most = min(by_arch, key=lambda arch: by_arch[arch].mean)
     little = all(-gap.mean <= LITTLE_NATS for gap in by_arch.values())
     verdict = NOT_TESTABLE if not testable else HOLDS if little else FAILS
-    evidence = rows[rows["expansion"].isin([small, large])].sort_values(["arch", "k", "expansion"])
+    evidence = _paired(rows, pairs, "_small", "_large").sort_values(["arch", "k", "expansion"])
     facts |= {"arch": most, "by_arch": by_arch}
     return Finding(5, verdict, by_arch[most].mean, by_arch[most].interval, evidence, facts)
 
@@ -194,10 +194,15 @@ def _gap(pairs: pd.DataFrame, measured: intervals.Measured | None) -> Gap:
 def _pairs(rows: pd.DataFrame, axis: str, base: tuple[Any, str], other: tuple[Any, str]) -> pd.DataFrame:
     """Pairs of rows that differ only along `axis`; `other` and `base` are (value, column suffix)."""
     rest = [settings.key(row, axis) for row in rows.to_dict("records")]
-    rows = rows.assign(rest=pd.Series(rest, index=rows.index, dtype=object))
+    rows = rows.assign(rest=pd.Series(rest, index=rows.index, dtype=object), row=rows.index)
     left, right = (rows[rows[axis] == value] for value, _ in (other, base))
     keys = ["rest", *(["seed"] if "seed" in rows else [])]
     return left.merge(right, on=keys, suffixes=(other[1], base[1]))
+
+
+def _paired(rows: pd.DataFrame, pairs: pd.DataFrame, *suffixes: str) -> pd.DataFrame:
+    """The rows that are in a pair."""
+    return rows[rows.index.isin(pd.concat([pairs[f"row{suffix}"] for suffix in suffixes]))]
 
 
 def _difference(
