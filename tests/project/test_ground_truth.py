@@ -104,11 +104,11 @@ def test_the_section_names_the_best_setting_chance_and_where_coherence_is_lowest
         told |= {"true_l0": 12.1, "decoder_coherence": 0.1 / k, "mcc": mcc, "f1": mcc / 2, "uniqueness": 0.6}
         rows.append(told | {"stable_pct": 20.0, "matched_cosine": 0.4, "fvu_no_sink": 0.2, "dead_pct_no_sink": 0.0})
     pd.DataFrame(rows).to_csv(tmp_path / "runs.csv", index=False)
-    text = trust_section.known_directions(tmp_path)
-    assert "gives 0.300" in text and "Best is BatchTopK, improved on 200 rows, with 0.676 and 20.00%" in text
+    text = trust_section.known_directions(tmp_path)[1]
+    assert "gives 0.300" in text and "BatchTopK, improved recovers most, with an MCC of 0.676" in text
+    assert "had 200 rows, and 20.00% of its latents are stable" in text
     assert "lowest at K = 48, not at the true 12.1; MCC is highest at K = 12" in text
-    assert "frozen decoder" in text and "Uniqueness: reached by the frozen decoder" in text
-    assert "F1 of firing: reached" not in text
+    assert "The frozen decoder also reaches Uniqueness, which" in text
 
 
 def test_the_synthetic_benchmark_searches_learning_rates_as_the_peers_table_does(bench):
@@ -136,8 +136,8 @@ def test_the_synthetic_benchmarks_table_has_a_row_per_contender_best_first(tmp_p
             names = ["f1_score", "precision", "recall", "uniqueness", "explained_variance"]
             names += ["sae_l0", "true_l0", "dead_latents"]
             rows.append(told | {"saelens_mcc": mcc + seed / 10} | {f"saelens_{name}": 0.25 for name in names})
-    pd.DataFrame(rows).to_csv(tmp_path / "table.csv", index=False)
-    text = trust_section.synthetic_benchmark(tmp_path / "table.csv")
+    pd.DataFrame(rows).to_csv(tmp_path / "synthsaebench.csv", index=False)
+    text = trust_section.synthetic_benchmark(tmp_path)[1]
     first, second = (text.index(name) for name in ("sae-lens TopK<", "saegrid TopK improved<"))
     absent = text[text.index("Not run:") :].split(".")[0]
     assert absent.startswith("Not run: saegrid BatchTopK,") and "sae-lens TopK" not in absent
