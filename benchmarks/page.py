@@ -67,7 +67,7 @@ def gpu(path: Path) -> str:
     chart, rows = [], []
     for step in own:
         d_in, expansion, k, batch = step["shape"]
-        name = f"{step['arch']}, {step['recipe']}", f"{d_in} → {d_in * expansion:,}, K {k}, {batch:,} rows"
+        name = f"{step['arch']}, {step['recipe']}", f"{d_in:,} → {d_in * expansion:,}, K {k}, {batch:,} rows"
         others = [o for o in found["steps"] if o["who"] != "saegrid" and o["shape"] == step["shape"] and "ms" in o]
         others = {o["who"]: o["ms"] / step["ms"] for o in others if o["arch"] == step["arch"]}
         chart.append((*name, others | {"floor": step["floor_ms"] / step["ms"]}))
@@ -197,16 +197,17 @@ def ratio_table(races: list[dict[str, Any]]) -> str:
 
 def details(results: dict[str, Any]) -> str:
     """What failed, and whether all contenders solved the same problem."""
-    failures, unlike = {}, []
+    failures, unlike = {}, {}
     for race in results["races"]:
         errors = [c.get("mse") for c in race["contenders"] if "mse" in c]
         if errors and max(errors) - min(errors) > ALIKE * min(errors):
-            unlike.append(f"{race['machine']}: {', '.join(shape_of(race))}, {race['peer']}")
+            unlike.setdefault((race["machine"], *shape_of(race)), []).append(NAMES[race["peer"]])
         for contender in race["contenders"]:
             if "failure" in contender:
                 failures[race["machine"], contender["contender"], contender["setting"]] = contender["failure"]
     if unlike:
-        same = f"The first batch's MSE differs by more than {ALIKE:.0%} between contenders at: {'; '.join(unlike)}."
+        races = "; ".join(f"{' and '.join(peers)} ({', '.join(race)})" for race, peers in unlike.items())
+        same = f"On the first batch, the MSE of these differs from this project's by more than {ALIKE:.0%}: {races}."
     else:
         same = (
             f"On the first batch all contenders of a race have the same MSE within {ALIKE:.0%}: they solve one problem."
@@ -328,7 +329,7 @@ TEXT = ("Peer", "Fastest setting", "Contender", "Setting", "Sizes")
 def shape_of(record: dict[str, Any]) -> tuple[str, str]:
     """Label and note of a race's or a floor's shape."""
     d_in, d_sae = record["d_in"], record["d_in"] * record["expansion"]
-    return record["arch"], f"{d_in} → {d_sae:,}, K {record['k']}, {record['batch']:,} rows"
+    return record["arch"], f"{d_in:,} → {d_sae:,}, K {record['k']}, {record['batch']:,} rows"
 
 
 def _place(record: dict[str, Any]) -> tuple:

@@ -15,7 +15,7 @@ from matplotlib.axis import Axis
 
 from saegrid.report.figures.plots import figure
 from saegrid.report.figures.strips import Look, Mark, Row, strips
-from saegrid.report.figures.style import ABOVE, LIBRARIES, PALETTE, STYLE
+from saegrid.report.figures.style import ABOVE, FULL, LIBRARIES, PALETTE, STYLE
 from saegrid.report.tables import Markdown
 
 LOOKS = {
@@ -38,7 +38,7 @@ def step_chart(steps: Sequence[tuple[str, str, dict[str, float]]], caption: str)
         closest = min(peers, key=peers.__getitem__, default="")
         told = f"{NAMES[closest]} {peers[closest]:.1f}x" if closest else f"{1 / times['floor']:.1f}x the floor"
         marks = [Mark(look, times[name]) for name, look in LOOKS.items() if name in times]
-        rows.append(Row(label, [*marks, Mark(LOOKS["saegrid"], 1.0)], told, note))
+        rows.append(Row(label, [Mark(LOOKS["saegrid"], 1.0), *marks], told, note))
     caption += " The number is that of the fastest peer." if any(len(times) > 1 for _, _, times in steps) else ""
     axis = "Time of a step / this project's step (log scale)"
     return strips(rows, axis=axis, caption=caption, log=True, origin=1.0)
@@ -47,7 +47,7 @@ def step_chart(steps: Sequence[tuple[str, str, dict[str, float]]], caption: str)
 def curve_plot(results: dict[str, Any]) -> Markdown:
     """Validation MSE over the steps, with both kernels of each architecture."""
     with plt.rc_context(STYLE):
-        _, ax = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
+        _, ax = plt.subplots(figsize=FULL, layout="constrained")
         for record in results["quality"]:
             draw_curves(ax, record)
         ax.set_yscale("log")

@@ -206,15 +206,17 @@ def best_of(tried: dict[float, float]) -> float:
     return min(tried, key=lambda rate: (tried[rate], rate))
 
 
-def next_rate(tried: dict[float, float], most: int = len(LADDER) + 1) -> float | None:
+def next_rate(
+    tried: dict[float, float], most: int = len(LADDER) + 1, ladder: tuple[float, ...] = LADDER
+) -> float | None:
     """The next learning rate, from the loss of each rate tried; None after one between two others, or after `most`."""
-    if len(tried) >= most or not set(tried) <= set(LADDER):
+    if len(tried) >= most or not set(tried) <= set(ladder):
         return None
     if len(tried) < 2:
         return 3.0 if tried else 1.0
     best = best_of(tried)
-    at = LADDER.index(best)
-    beside = [rate for rate in LADDER[max(0, at - 1) : at + 2] if rate != best]
+    at = ladder.index(best)
+    beside = [rate for rate in ladder[max(0, at - 1) : at + 2] if rate != best]
     between = round(math.sqrt(best * min(beside, key=lambda rate: tried.get(rate, 0.0))), 6)
     return next((rate for rate in beside if rate not in tried), between)
 

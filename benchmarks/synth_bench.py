@@ -1,72 +1,79 @@
 """SAELens' synthetic benchmark: this project's SAEs and its peers' on the same rows, by SAELens' own measures and ours.
 
-    python benchmarks/synth_bench.py                       # some minutes on one core
+    python benchmarks/synth_bench.py                       # about ten minutes on one core
 
-SynthSAEBench-16k (arXiv:2602.14687) asks for 200 million samples and a width of 4,096: hours on a GPU for one SAE. Here
-its generator makes a world eight times smaller in directions, width and hierarchy, and every contender gets the same
-40,000 rows five times, at the same width, K and batch, with two seeds. Learning rates are those that
-`benchmarks/peer_quality.py` found best for as many rows and epochs at its smallest K; the published recipe keeps its
-own. Thresholds are calibrated to K on held-out rows. All SAEs are exported to SAELens' format and judged by its
-`eval_sae_on_synthetic_data` on fresh rows. Needs `make peers`. Writes `results/ground_truth/synthsaebench.csv`.
+SynthSAEBench-16k (arXiv:2602.14687) asks for 200 million samples and a width of 4,096: hours on a GPU for one SAE. This
+is much smaller: its generator makes a world with an eighth of the directions, of the width and of the hierarchy, and
+every contender gets the same 200,000 rows once (391 steps), at the same width, K and batch, with two seeds.
+Each contender's learning rate is searched as in `benchmarks/peer_quality.py`: with seed 0, by FVU on held-out rows; the
+published recipe keeps its own. Thresholds are calibrated to K on held-out rows. All SAEs are exported to SAELens'
+format and judged by its `eval_sae_on_synthetic_data` on fresh rows. Needs `make peers`. Writes
+`results/ground_truth/synthsaebench.csv`.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import os
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pandas as pd
 import torch
 from ground_truth import Course, compared, judged, places, train
-from peer_quality import BATCH, CONTENDERS, KS, SCALED, best_of, calibrated, known, losses
+from peer_quality import BATCH, CONTENDERS, LADDER, SCALED, best_of, calibrated, next_rate, only
 from safetensors.torch import load_file, save_file
 
 from saegrid.config.recipes import RECIPES
 from saegrid.config.run_config import make_config
+from saegrid.core.evaluation import evaluate_rows
 from saegrid.core.sae import SAE
 from saegrid.data.store import Store
 from saegrid.experiment.run import prepare_store
 from saegrid.formats import export, load_sae
+from saegrid.kernels import cpu as kernel
 from saegrid.kernels import set_threads
 from saegrid.storage.atomic import write_text
 
-Contender = tuple[str, str, str]
-"""Library, recipe (of this project's) and architecture."""
 ROOT = Path(__file__).resolve().parents[1]
-PART, TRAIN_ROWS, VAL_ROWS, JUDGED_ROWS, EPOCHS, EXPANSION = 8, 40_000, 10_000, 20_000, 5, 4
+PART, TRAIN_ROWS, VAL_ROWS, JUDGED_ROWS, EPOCHS, EXPANSION = 8, 200_000, 10_000, 20_000, 1, 4
 SEEDS = 2
-OWN = {
-    ("saegrid", "published", "TopK"): RECIPES["published"]["lr"],
-    ("saegrid", "published", "BatchTopK"): RECIPES["published"]["lr"],
-    **{("saegrid", "improved", a): RECIPES["improved"]["lr"] for a in ("TopK", "BatchTopK", "JumpReLU", "Matryoshka")},
-}
-THEIRS = {(peer, "", arch): rate for (peer, arch), rate in CONTENDERS.items() if peer != "saegrid"}
+RATES = (*LADDER, 100.0, 300.0)
+"""Learning rates that may be tried, as multiples of a contender's default: few steps want high ones."""
+OURS = {"published": ("TopK", "BatchTopK"), "improved": ("TopK", "BatchTopK", "JumpReLU", "Matryoshka")}
 JUDGED = ("explained_variance", "mcc", "uniqueness", "sae_l0", "true_l0", "dead_latents")
 CLASSIFIED = ("f1_score", "precision", "recall")
 
 
-def done(process: subprocess.Popen) -> None:
-    """Wait for a process to end. Raises `SystemExit` if it failed."""
-    if process.wait():
-        raise SystemExit(f"{' '.join(process.args[1:3])}: ended with {process.returncode}")
+class Contender(NamedTuple):
+    """What is trained: whose library, which of this project's recipes (else empty), and the architecture."""
+
+    peer: str
+    recipe: str
+    arch: str
+
+
+CONTESTANTS = {
+    Contender("saegrid", recipe, arch): RECIPES[recipe]["lr"] for recipe in OURS for arch in OURS[recipe]
+} | {Contender(peer, "", arch): default for (peer, arch), default in CONTENDERS.items() if peer != "saegrid"}
+"""Default learning rate of each contender; those of the `SCALED` peers are multiplied by (d_sae / 16,384)^-1/2."""
+Attempt = tuple[Contender, float, int]
+"""A contender, its learning rate / the default, and the seed."""
 
 
 class Bench:
     """The rows, and what trains and judges on them."""
 
-    def __init__(self, folder: Path, python: Path, k: int, seeds: int):
-        self.folder, self.python, self.k, self.seeds = folder, python, k, seeds
+    def __init__(self, folder: Path, python: Path, k: int):
+        self.folder, self.python, self.k = folder, python, k
         if not (folder / "rows.safetensors").exists():
-            done(self.ask("rows", part=PART, train_rows=TRAIN_ROWS, val_rows=VAL_ROWS))
+            self.ask("rows", part=PART, train_rows=TRAIN_ROWS, val_rows=VAL_ROWS)
         made = load_file(folder / "rows.safetensors")
         (folder / "rows").mkdir(exist_ok=True)
         for split in ("train", "val"):
@@ -76,80 +83,97 @@ class Bench:
         self.course = Course(told, made["directions"], made["fires"])
         self.store: Store = prepare_store(make_config(**told, k=k))
 
-    def ask(self, command: str, **told: Any) -> subprocess.Popen:
-        """Start `synth_world.py` in the peers' environment."""
-        quiet = {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        script = [str(self.python), str(ROOT / "benchmarks/synth_world.py")]
-        words = [*script, command, str(self.folder), json.dumps(told)]
-        return subprocess.Popen(words, env=os.environ | quiet, stdout=subprocess.DEVNULL)
+    @property
+    def d_sae(self) -> int:
+        return EXPANSION * self.store.d_in
 
-    def their_spec(self, contender: Contender, lr: float, seed: int) -> dict[str, Any]:
-        """The arguments of `peer_train.py`."""
-        peer, _, arch = contender
-        shared = {"peer": peer, "arch": arch, "k": self.k, "batch": BATCH, "epochs": EPOCHS, "threads": 1, "lr": lr}
-        shared |= {"rows": str(self.folder / "x.safetensors"), "d_sae": EXPANSION * self.store.d_in}
-        return shared | {"seed": seed, "out": str(self.theirs(contender, seed))}
+    def ask(self, command: str, **told: Any) -> None:
+        """Run `synth_world.py` in the peers' environment."""
+        quiet = {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
+        words = [str(self.python), str(ROOT / "benchmarks/synth_world.py"), command, str(self.folder), json.dumps(told)]
+        subprocess.run(words, env=os.environ | quiet, stdout=subprocess.DEVNULL, check=True)
 
-    def theirs(self, contender: Contender, seed: int) -> Path:
-        return self.folder / "theirs" / f"{contender[0]}-{contender[2]}-{seed}"
+    def out(self, contender: Contender, rate: float, seed: int) -> Path:
+        """Where a peer's SAE is written."""
+        return self.folder / "theirs" / f"{contender.peer}-{contender.arch}-{rate}-{seed}"
 
-    def trained(self, contender: Contender, lr: float, seed: int) -> SAE:
-        """One SAE, its thresholds calibrated to K; a peer's was trained before."""
-        peer, recipe, arch = contender
-        if peer == "saegrid":
-            told = {"recipe": recipe, "arch": arch, "lr": lr, "seed": seed, "k": self.k}
-            sae, _ = train(self.course, **told, batch_size=BATCH, epochs=EPOCHS)
-        else:
-            sae = load_sae(self.theirs(contender, seed))
-        return calibrated(sae, self.k, self.store)
+    def told(self, contender: Contender, rate: float, seed: int) -> dict[str, Any]:
+        """The parameters of a training, under names that this project and `peer_train.py` share."""
+        lr = learning_rate(contender, rate, self.d_sae)
+        return {"arch": contender.arch, "k": self.k, "lr": lr, "seed": seed, "epochs": EPOCHS}
 
-    def judged(self, contender: Contender, lr: float) -> list[dict[str, Any]]:
+    def trained(self, attempts: list[Attempt]) -> list[SAE]:
+        """SAEs, their thresholds calibrated to K. One process trains all of the peers' that are not there yet."""
+        shared = {"threads": 1, "batch": BATCH, "d_sae": self.d_sae, "rows": str(self.folder / "x.safetensors")}
+        theirs = [one for one in attempts if one[0].peer != "saegrid" and not self.out(*one).exists()]
+        if theirs:
+            specs = [shared | self.told(*one) | {"peer": one[0].peer, "out": str(self.out(*one))} for one in theirs]
+            self.ask("train", specs=specs)
+        return [calibrated(self.one(*attempt), self.k, self.store) for attempt in attempts]
+
+    def one(self, contender: Contender, rate: float, seed: int) -> SAE:
+        """An SAE as its library trains it."""
+        if contender.peer != "saegrid":
+            return load_sae(self.out(contender, rate, seed))
+        told = self.told(contender, rate, seed)
+        return train(self.course, recipe=contender.recipe, batch_size=BATCH, **told)[0]
+
+    def best_rates(self) -> dict[Contender, float]:
+        """The learning rate of each contender with the lowest FVU on held-out rows, as multiples of the default."""
+        tried: dict[Contender, dict[float, float]] = {contender: {} for contender in CONTESTANTS}
+        while wanted := [(c, rate, 0) for c in tried if (rate := following(c, tried[c])) is not None]:
+            for (contender, rate, _), sae in zip(wanted, self.trained(wanted), strict=True):
+                fvu = evaluate_rows(sae, self.store, 2048, kernel)[0]["fvu_no_sink"]
+                tried[contender][rate] = math.inf if math.isnan(fvu) else fvu
+                print(*contender, rate, round(fvu, 4), flush=True)
+        return {contender: best_of(rates) for contender, rates in tried.items()}
+
+    def judged(self, contender: Contender, rate: float, saes: list[SAE]) -> list[dict[str, Any]]:
         """One row per seed, by our measures; the SAEs are left in `saes/` for SAELens' evaluation."""
-        saes = [self.trained(contender, lr, seed) for seed in range(self.seeds)]
         config = make_config(arch="TopK", k=self.k)  # no latents are given: these rows have no sinks
         pairs = [pair["stable_pct"] for pair in compared(saes, [config] * len(saes), self.store).values()]
         stable, records = sum(pairs) / len(pairs) if pairs else math.nan, []
         for seed, sae in enumerate(saes):
             name = f"{'-'.join(filter(None, contender))}-{seed}"
             export(sae, self.folder / "saes" / name, "saelens")
-            record = dict(zip(("peer", "recipe", "arch"), contender, strict=True)) | {"seed": seed, "lr": lr}
-            record |= {"name": name, **judged(sae, self.store, self.course)}
-            records.append(record | {"stable_pct": stable})
+            record = contender._asdict() | {
+                "seed": seed,
+                "rate": rate,
+                "lr": learning_rate(contender, rate, self.d_sae),
+                "name": name,
+            }
+            records.append(record | judged(sae, self.store, self.course) | {"stable_pct": stable})
         return records
 
 
-def learning_rate(contender: Contender, default: float, d_sae: int, peers: Path = ROOT / "results/peers") -> float:
-    """The default times what `results/peers` found best at its smallest K; the published recipe's as it is."""
-    peer, recipe, arch = contender
-    if recipe == "published":
-        return default
-    like = {"peer": peer, "arch": "BatchTopK" if (peer, arch) == ("saegrid", "TopK") else arch, "k": min(KS), "seed": 0}
-    scale = (d_sae / 2**14) ** -0.5 if peer in SCALED else 1.0
-    return default * scale * best_of(losses(known(peers, like)))
+def learning_rate(contender: Contender, rate: float, d_sae: int) -> float:
+    return CONTESTANTS[contender] * rate * ((d_sae / 2**14) ** -0.5 if contender.peer in SCALED else 1.0)
+
+
+def following(contender: Contender, tried: dict[float, float]) -> float | None:
+    """The next learning rate to try; the published recipe's is given."""
+    if contender.recipe == "published":
+        return only(1.0, tried)
+    return next_rate(tried, len(RATES) + 1, RATES)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--k", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--folder", type=Path, help="keeps rows and SAEs, so that a stopped call goes on")
+    parser.add_argument("--folder", type=Path, help="keeps rows and the peers' SAEs, so that a stopped call goes on")
     parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers/bin/python")
     parser.add_argument("--out", type=Path, default=ROOT / "results/ground_truth")
     options = parser.parse_args()
     set_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
-        bench, records = Bench(options.folder or Path(temporary), options.peers_python, options.k, options.seeds), []
-        d_sae = EXPANSION * bench.store.d_in
-        rates = {one: learning_rate(one, default, d_sae) for one, default in (OWN | THEIRS).items()}
-        runs = itertools.product(range(options.seeds), THEIRS)
-        specs = [bench.their_spec(contender, rates[contender], seed) for seed, contender in runs]
-        training = bench.ask("train", specs=[spec for spec in specs if not Path(spec["out"]).exists()])
-        for contender, lr in rates.items():
-            if contender in THEIRS:
-                done(training)
-            records += bench.judged(contender, lr)
-            print(pd.DataFrame(records[-options.seeds :]).round(4).to_string(index=False), flush=True)
-        done(bench.ask("judge", rows=JUDGED_ROWS))
+        bench = Bench(options.folder or Path(temporary), options.peers_python, options.k)
+        rates, records = bench.best_rates(), []
+        attempts = [(contender, rate, seed) for contender, rate in rates.items() for seed in range(options.seeds)]
+        saes = dict(zip(attempts, bench.trained(attempts), strict=True))
+        for contender, rate in rates.items():
+            records += bench.judged(contender, rate, [saes[contender, rate, seed] for seed in range(options.seeds)])
+        bench.ask("judge", rows=JUDGED_ROWS)
         theirs = json.loads((bench.folder / "judged.json").read_text())
     for record in records:
         found = theirs[record.pop("name")]

@@ -83,15 +83,15 @@ def test_a_switched_choice_beside_the_whole_recipe(mixed, fake_grid, fake_runs):
     assert found.loc["warmup = 0.0", "low"] < 0 < found.loc["warmup = 0.0", "high"]
     lines = verdict(found.reset_index()).splitlines()
     assert lines == [
-        "- More is lost with `aux_coef = 0.0` (+0.200 [+0.200, +0.200]) nats/token.",
-        "- Less is lost with `sinks = keep` (−0.100 [−0.100, −0.100]) nats/token.",
-        "- Not shown to differ from the full recipe, within the intervals of [the figure](#fig-choices){.ref}: "
+        "- Loses more: `aux_coef = 0.0` (+0.200 [+0.200, +0.200]) nats/token.",
+        "- Loses less: `sinks = keep` (−0.100 [−0.100, −0.100]) nats/token.",
+        "- No measurable difference from the full recipe, within the intervals of [the figure](#fig-choices){.ref}: "
         "`warmup = 0.0`.",
         "",
-        "Verdicts hold together: corrected for 3 comparisons (Holm, 5%).",
+        "Corrected for 3 comparisons (Holm, 5%).",
     ]
     close = pd.DataFrame({"choice": ["a", "b"], "more": 0.1, "low": 0.01, "high": 0.19, "p": [0.06, 0.04]})
-    assert "- More is lost with `b`" in verdict(close) and "{.ref}: `a`" in verdict(close)
+    assert "- Loses more: `b`" in verdict(close) and "{.ref}: `a`" in verdict(close)
     labels = re.findall(r'class="label">([^<]*)<', forest(found.reset_index()))
     assert 'id="fig-choices"' in forest(found.reset_index())
     assert labels[0] == found["more"].idxmax() and set(labels) - {""} == set(found.index)

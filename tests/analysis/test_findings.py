@@ -81,7 +81,7 @@ def test_5_looks_at_each_architecture():
     assert worse.verdict == HOLDS and worse.effect == 0.0
     text = findings_page.sentence(worse)
     assert "+0.000 nats/token for TopK (1 pair) and +0.260 nats/token for BatchTopK (1 pair)" in text
-    assert text.endswith("For BatchTopK, 16x is worse.")
+    assert text.endswith("For BatchTopK, 16x adds nothing: it loses more.")
 
 
 def test_other_recipes_are_tested_beside_the_published_one():

@@ -100,29 +100,28 @@ def test_the_section_names_the_best_setting_chance_and_where_coherence_is_lowest
         told |= {"true_l0": 12.1, "decoder_coherence": 0.1 / k, "mcc": mcc, "f1": mcc / 2, "uniqueness": 0.6}
         rows.append(told | {"stable_pct": 20.0, "matched_cosine": 0.4, "fvu_no_sink": 0.2, "dead_pct_no_sink": 0.0})
     pd.DataFrame(rows).to_csv(tmp_path / "runs.csv", index=False)
-    text = trust_section.known_directions(tmp_path)
-    assert "gives 0.300" in text and "Best is BatchTopK, improved on 200 rows, with 0.676 and 20.00%" in text
+    text = trust_section.known_directions(tmp_path)[1]
+    assert "gives 0.300" in text and "BatchTopK, improved recovers most, with an MCC of 0.676" in text
+    assert "had 200 rows, and 20.00% of its latents are stable" in text
     assert "lowest at K = 48, not at the true 12.1; MCC is highest at K = 12" in text
-    assert "frozen decoder" in text and "Uniqueness: reached by the frozen decoder" in text
-    assert "F1 of firing: reached" not in text
+    assert "The frozen decoder also reaches Uniqueness, which" in text
 
 
-def test_the_synthetic_benchmark_takes_the_learning_rates_that_the_peers_table_found(bench, tmp_path):
+def test_the_synthetic_benchmark_searches_learning_rates_as_the_peers_table_does(bench):
     import synth_bench
 
-    told = {"peer": "sae-lens", "arch": "TopK", "k": 16, "seed": 0}
-    rows = [told | {"rate": rate, "fvu_no_sink": abs(rate - 10)} for rate in (1.0, 3.0, 10.0)]
-    own = {"peer": "saegrid", "arch": "BatchTopK", "rate": 3.0, "fvu_no_sink": 0.1}
-    scaled = {"peer": "dictionary_learning", "rate": 1.0, "fvu_no_sink": 0.1}
-    pd.DataFrame([*rows, told | own, told | scaled]).to_csv(tmp_path / "runs.csv", index=False)
-    rates = {
-        ("sae-lens", "", "TopK"): 10.0,
-        ("saegrid", "improved", "TopK"): 3.0,
-        ("saegrid", "published", "TopK"): 1.0,
-        ("dictionary_learning", "", "TopK"): 2.0,  # (4,096 / 16,384)^-1/2
-    }
-    for contender, rate in rates.items():
-        assert synth_bench.learning_rate(contender, 1e-3, 4096, tmp_path) == pytest.approx(1e-3 * rate)
+    published, improved, scaled = (
+        synth_bench.Contender(*names)
+        for names in (("saegrid", "published", "TopK"), ("saegrid", "improved", "TopK"), ("sparsify", "", "TopK"))
+    )
+    assert [synth_bench.following(published, tried) for tried in ({}, {1.0: 1.03})] == [1.0, None]
+    assert [synth_bench.following(improved, tried) for tried in ({}, {1.0: 0.3})] == [1.0, 3.0]
+    falling = {1.0: 0.6, 3.0: 0.4, 10.0: 0.3, 30.0: 0.2}
+    assert synth_bench.following(scaled, falling) == 100.0
+    assert synth_bench.following(scaled, falling | {100.0: 0.5}) == pytest.approx(300**0.5, rel=1e-6)
+    assert synth_bench.learning_rate(published, 1.0, 4096) == pytest.approx(1e-4)
+    assert synth_bench.learning_rate(improved, 3.0, 4096) == pytest.approx(6e-3)
+    assert synth_bench.learning_rate(scaled, 3.0, 4096) == pytest.approx(5e-3 * 3 * 2)  # (4,096 / 16,384)^-1/2
 
 
 def test_the_synthetic_benchmarks_table_has_a_row_per_contender_best_first(tmp_path):
@@ -133,8 +132,31 @@ def test_the_synthetic_benchmarks_table_has_a_row_per_contender_best_first(tmp_p
             names = ["f1_score", "precision", "recall", "uniqueness", "explained_variance"]
             names += ["sae_l0", "true_l0", "dead_latents"]
             rows.append(told | {"saelens_mcc": mcc + seed / 10} | {f"saelens_{name}": 0.25 for name in names})
-    pd.DataFrame(rows).to_csv(tmp_path / "table.csv", index=False)
-    text = trust_section.synthetic_benchmark(tmp_path / "table.csv")
+    pd.DataFrame(rows).to_csv(tmp_path / "synthsaebench.csv", index=False)
+    text = trust_section.synthetic_benchmark(tmp_path)[1]
     first, second = (text.index(name) for name in ("sae-lens TopK<", "saegrid TopK improved<"))
-    assert "Not run: saegrid BatchTopK," in text and "sae-lens TopK" not in text[: text.index("```")]
+    absent = text[text.index("Not run:") :].split(".")[0]
+    assert absent.startswith("Not run: saegrid BatchTopK,") and "sae-lens TopK" not in absent
+    assert "Highest MCC: saegrid TopK improved (0.650) and sae-lens TopK (0.750)." in text
     assert first < second and ">0.750<" in text[first:second] and ">0.650<" in text[second:] and ">12.50<" in text
+
+
+def test_the_committed_synthetic_benchmark_is_as_described_and_its_two_judges_agree(bench):
+    import synth_bench
+
+    path = BENCHMARKS.parent / "results/ground_truth/synthsaebench.csv"
+    runs = pd.read_csv(path).fillna({"recipe": ""})
+    contenders = runs.groupby(["peer", "recipe", "arch"])["seed"].apply(list).to_dict()
+    assert contenders == {tuple(one): list(range(synth_bench.SEEDS)) for one in synth_bench.CONTESTANTS}
+    d_sae = synth_bench.EXPANSION * 768 // synth_bench.PART
+    for row in runs.to_dict("records"):
+        contender = synth_bench.Contender(row["peer"], row["recipe"], row["arch"])
+        assert row["lr"] == pytest.approx(synth_bench.learning_rate(contender, row["rate"], d_sae))
+        assert row["rate"] not in (min(synth_bench.RATES), max(synth_bench.RATES))
+    assert (runs["mcc"] - runs["saelens_mcc"]).abs().max() < 1e-4  # the same decoders, so the same numbers
+    assert (runs["l0_no_sink"] - runs["saelens_sae_l0"]).abs().max() < 0.5  # other rows
+    assert (1 - runs["fvu_no_sink"] - runs["saelens_explained_variance"]).abs().max() < 0.05
+    text = trust_section.synthetic_benchmark(path)
+    assert f"the same {synth_bench.TRAIN_ROWS:,} rows once" in text and synth_bench.EPOCHS == 1
+    assert "eight times smaller" in text and synth_bench.PART == 8
+    assert "Not run" not in text

@@ -64,7 +64,8 @@ def test_the_page_compares_with_pca_over_concepts(tmp_path):
                 rows.append(told | ({"arch": "TopK", "recipe": "improved"} if features == "latents" else {}))
         rows.append({"features": "residual", "concept": f"c{concept}", "k": 0, "auc": 0.95, "from_token": concept < 5})
     pd.DataFrame(rows).to_csv(tmp_path / "probes.csv", index=False)
-    text = trust_section.probes(tmp_path / "probes.csv")
+    text = trust_section.probes(tmp_path)[1]
     assert "12 concepts with automatic labels, 7 of them" in text and "residual stream give 0.950" in text
-    assert "corrected for 3 comparisons): above it TopK improved; below it residual." in text
+    assert "TopK improved has a higher AUC than PCA; residual has a lower AUC than PCA (" in text
+    assert "corrected for 3 comparisons)." in text
     assert text.count('<th scope="row">') == 4 + 12

@@ -10,14 +10,18 @@ from site_project import copy_sources
 
 from saegrid.report import library_page, site
 
-MODULES = ["saegrid.formats", *(f"saegrid.core.{path.stem}" for path in Path("lib/saegrid/core").glob("[a-z]*.py"))]
+MODULES = ["formats", *(f"core.{path.stem}" for path in Path("lib/saegrid/core").glob("[a-z]*.py"))]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_public_function_and_class_is_there_with_its_docstring(name):
     sections = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", library_page.page("Library"), re.M | re.S))
-    module = importlib.import_module(name)
-    own = [one for one in vars(module).values() if getattr(one, "__module__", "") == name and hasattr(one, "__name__")]
+    module = importlib.import_module(f"saegrid.{name}")
+    own = [
+        one
+        for one in vars(module).values()
+        if getattr(one, "__module__", "") == module.__name__ and hasattr(one, "__name__")
+    ]
     public = [one for one in own if not one.__name__.startswith("_") and callable(one)]
     assert public
     for one in public:

@@ -9,6 +9,7 @@ import pytest
 
 from saegrid.analysis import published_sweep, selection
 from saegrid.analysis.numbers import number
+from saegrid.config import settings
 from saegrid.experiment import finished_run, results
 from saegrid.report.figures import captions, charts, plots
 
@@ -132,12 +133,12 @@ def test_two_figures_share_no_id_and_the_same_table_gives_the_same_bytes(df):
 def test_texts_for_those_who_do_not_see_the_figure(df):
     alt, caption = captions.frontier_alt(df, "delta_loss"), captions.frontier_caption(df, "delta_loss")
     front = selection.pareto(selection.candidates(df), "delta_loss")
-    assert all(row["name"] in alt for row in front.to_dict("records"))
+    assert all(settings.label(row) in alt for row in front.to_dict("records"))
     for arch, count in front["arch"].value_counts().items():
         assert f"{count} {arch}" in caption
     assert f"Hollow: {len(df) - len(selection.candidates(df))} run" in caption
     worst = df.loc[df["dead_pct"].idxmax()]
-    assert f"{worst['dead_pct']:.1f} for {worst['name']}" in captions.heatmap_alt(df, "dead_pct")
+    assert f"{worst['dead_pct']:.1f} for {settings.label(worst)}" in captions.heatmap_alt(df, "dead_pct")
 
 
 def test_the_interactive_frontier_has_the_same_marks_line_and_links(df):

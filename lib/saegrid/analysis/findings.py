@@ -89,7 +89,7 @@ def batchtopk_beats_topk(df: pd.DataFrame, measured: intervals.Measured | None =
     facts |= {"pairs": n, "dead_pct": int((batch["dead_pct"] <= top["dead_pct"]).sum())}
     verdict = HOLDS if facts["val_mse"] == n and facts["dead_pct"] == n else FAILS
     effect, interval = _difference(batch, top, measured)
-    evidence = df[df["arch"].isin(["BatchTopK", "TopK"])].sort_values(["expansion", "k", "arch"])
+    evidence = _both(batch, top).sort_values(["expansion", "k", "arch"])
     return Finding(1, verdict, effect, interval, evidence, facts)
 
 
@@ -170,7 +170,7 @@ def large_adds_little(df: pd.DataFrame, measured: intervals.Measured | None = No
     most = min(by_arch, key=lambda arch: by_arch[arch].mean)
     little = all(-gap.mean <= LITTLE_NATS for gap in by_arch.values())
     verdict = NOT_TESTABLE if not testable else HOLDS if little else FAILS
-    evidence = rows[rows["expansion"].isin([small, large])].sort_values(["arch", "k", "expansion"])
+    evidence = _both(wide, narrow).sort_values(["arch", "k", "expansion"])
     facts |= {"arch": most, "by_arch": by_arch}
     return Finding(5, verdict, by_arch[most].mean, by_arch[most].interval, evidence, facts)
 
@@ -191,6 +191,10 @@ class Gap:
 
 def _gap(wide: pd.DataFrame, narrow: pd.DataFrame, measured: intervals.Measured | None) -> Gap:
     return Gap((wide["delta_loss"] - narrow["delta_loss"]).tolist(), _difference(wide, narrow, measured)[1])
+
+
+def _both(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat([a, b]).drop(columns="rest")
 
 
 def _difference(

@@ -60,7 +60,7 @@ COLUMNS = {
     "kl_range": Column("KL, range over seeds", "nats/token"),
     "delta_loss_interval": Column("Delta loss, 95% interval", "nats/token"),
     "delta_loss_range": Column("Delta loss, range over seeds", "nats/token"),
-    "change": Column("More than the whole recipe's", "nats/token"),
+    "change": Column("Change from the full recipe", "nats/token"),
     "budget": Column("Best within an L0 of", "latents/token"),
     "smaller": Column("Half the latents costs", "nats/token"),
     "sparser": Column("The sparser budget costs", "nats/token"),
@@ -182,6 +182,12 @@ def between(values: pd.Series, digits: str) -> str:
 def counted(n: int, word: str) -> str:
     """A count with its noun: `1 seed`, `3 seeds`."""
     return f"{n} {word if n == 1 else f'{word}s'}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in a sentence: `A, B and C`."""
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def header(name: str) -> str:

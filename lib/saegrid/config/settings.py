@@ -41,7 +41,7 @@ def axes(row: Mapping[str, Any]) -> dict[str, Hashable]:
     if arch and values.get("prefixes") == arch.prefixes:
         values["prefixes"] = None
     values |= {name: None for name in ("k", "threshold") if values.get(name) == 0}
-    if values.get("threshold") is not None and row.get("threshold_unit", "absolute") != "absolute":
+    if values.get("threshold") is not None and _plain(row.get("threshold_unit")) not in (None, "absolute"):
         values["threshold"] = f"{values['threshold']:g} {row['threshold_unit']}"
     return values
 
@@ -109,7 +109,8 @@ def label(row: Mapping[str, Any], sizes: bool = True) -> str:
     known = isinstance(row.get("recipe"), str) and values.get("recipe") != "published"  # the published card says none
     parts += [str(values["recipe"])] if known else []
     parts += [f"{name} = {values[name]}" for name, usual in CONTROLS.items() if values.get(name) not in (None, usual)]
-    parts += [f"seed {row['seed']}"] if row.get("seed") else []
+    seed = _plain(row.get("seed"))
+    parts += [] if seed in (None, 0) else [f"seed {seed:g}"]
     return ", ".join(parts)
 
 

@@ -179,5 +179,5 @@ def _load_csvs(df: pd.DataFrame, runs_dir: str | Path, name: str) -> pd.DataFram
 
 
 def _with_axes(long: pd.DataFrame, df: pd.DataFrame) -> pd.DataFrame:
-    axes = ["run_id", "name", "arch", "expansion", "k", "threshold", "seed"]
+    axes = ["run_id", "name", "arch", "expansion", "k", "threshold", "recipe", "seed"]
     return df[axes].merge(long.drop(columns=[c for c in axes[1:] if c in long]), on="run_id")

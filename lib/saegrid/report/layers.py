@@ -10,7 +10,7 @@ import pandas as pd
 from saegrid.analysis import intervals, published_sweep, selection
 from saegrid.analysis.budget import by_budget
 from saegrid.analysis.findings import FAILS, HOLDS, NOT_TESTABLE, Finding, all_findings
-from saegrid.analysis.numbers import COLUMNS, bounds, change, number, signed
+from saegrid.analysis.numbers import COLUMNS, bounds, change, listed, number, signed
 from saegrid.analysis.origins import headlines as claims
 from saegrid.analysis.origins.headlines import NOT_SHOWN, Headline, Held, findings_by_origin, headlines
 from saegrid.analysis.origins.layers import hardest
@@ -35,8 +35,7 @@ def words(df: pd.DataFrame) -> str:
     """What varies between the origins of these rows: `layer and text`."""
     names = {"dataset": "text", "activations": "text", "text": "text form", "layer": "layer", "site": "site"}
     varied = [names.get(name, name.replace("_", " ")) for name in settings.varying(df.to_dict("records"))]
-    *most, last = dict.fromkeys(varied or ["layer"])
-    return f"{', '.join(most)} and {last}" if most else last
+    return listed(dict.fromkeys(varied or ["layer"]))
 
 
 def section(df: pd.DataFrame, prompts: pd.DataFrame, pages: str = "") -> Markdown:

@@ -14,12 +14,12 @@ from saegrid.report.tables import Markdown, markdown
 def page(title: str) -> Markdown:
     """The page as Quarto's Markdown, front matter included."""
     parts = [front_matter(title, "Functions and classes that load, train, evaluate and export an SAE.")]
-    parts += ["`saegrid.load_sae` is `saegrid.formats.load_sae`. The text is that of the docstrings in `lib/saegrid`."]
+    parts += ["Modules of the package `saegrid`, from their docstrings. `saegrid.load_sae` is `formats.load_sae`."]
     core = sorted(path.name for path in resources.files("saegrid.core").iterdir() if path.name.endswith(".py"))
     for file in ("formats/__init__.py", *(f"core/{name}" for name in core)):
         text = resources.files("saegrid").joinpath(file).read_text(encoding="utf-8")
         module = ast.parse(text)
-        parts += [f"## saegrid.{file.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}", prose(module)]
+        parts += [f"## {file.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}", prose(module)]
         for node in module.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 code = "\n".join(signature(node, text.splitlines()))

@@ -6,6 +6,7 @@ a notebook's `text/html` output, for which Quarto would load scripts from anothe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from html import escape
@@ -23,8 +24,8 @@ from saegrid.config.architectures import ARCHITECTURES
 
 TEMPLATES = Environment(loader=PackageLoader("saegrid.report"), autoescape=True, undefined=StrictUndefined)
 
-SWEPT = ("seed", "recipe")
-"""Columns that distinguish runs and say nothing else."""
+FORMATTED = re.compile(r"[+−]?\d[\d,.]*%?x?( to .*| \[.*| ≈)?")
+"""A number, or a number with its interval, as text."""
 
 
 class Markdown(str):
@@ -54,7 +55,7 @@ def html_table(
 
     Args:
         df: tidy rows.
-        columns: which columns, in order; empty ones are left out, and those of `SWEPT` if all runs are alike in them.
+        columns: which columns, in order; empty ones are left out.
         caption: what the table shows.
         links: folder of the run pages relative to the page, such as `runs/`; empty: no links.
         mark_best: star the best value of each column with a direction, among the sparse runs
@@ -62,8 +63,9 @@ def html_table(
         tools: name of the CSV file; if given, readers with scripts can sort, filter and download the table.
         curves: learning curves (`finished_run.load_curves`); if given, the last column draws each run's.
     """
-    columns = [name for name in columns if name in df and df[name].notna().any()]
-    columns = [name for name in columns if name not in SWEPT or len(df) == 1 or df[name].nunique() > 1]
+    columns = [
+        name for name in columns if name in df and any(not (pd.isna(value) or value == "") for value in df[name])
+    ]
     best, note = best_values(df, columns) if mark_best else ({}, "")
     heads, body = [head(name) for name in columns], cells(df, columns[1:], best)
     if curves is not None:
@@ -163,7 +165,7 @@ def cells(
                 "text": texts[name][n],
                 "value": repr(row[name]),
                 "missing": texts[name][n] == MISSING,
-                "words": isinstance(row[name], str),
+                "words": isinstance(row[name], str) and not FORMATTED.fullmatch(row[name] or "0"),
                 "best": df.index[n] in best.get(name, ()),
                 "theirs": theirs.get((n, name), ""),
             }
@@ -193,7 +195,7 @@ def run_metrics(row: Mapping[str, Any]) -> Markdown:
     names = [name for name in COLUMNS if name in row and name not in ("name", "arch", "source", "recipe", "seed")]
     return pipe_table(
         ["Measure", "Value", "Unit"],
-        [(COLUMNS[name].title, number(row[name], name), COLUMNS[name].unit or "1") for name in names],
+        [(COLUMNS[name].title, number(row[name], name), _unit(name)) for name in names if not pd.isna(row[name])],
     )
 
 

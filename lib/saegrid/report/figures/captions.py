@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 
 from saegrid.analysis import selection
 from saegrid.analysis.numbers import COLUMNS, counted, header, number
+from saegrid.config import settings
 from saegrid.report.figures import plots
 from saegrid.report.tables import Markdown
 
@@ -26,7 +27,9 @@ def point(row: Mapping[str, Any], y: str) -> str:
 def frontier_alt(df: pd.DataFrame, y: str, lower_is_better: bool = True) -> str:
     """The frontier's text alternative, in a sentence."""
     front = selection.pareto(selection.candidates(df), y, lower_is_better=lower_is_better)
-    points = "; ".join(f"{r['name']}: L0 {number(r['l0'], 'l0')}, {number(r[y], y)}" for r in front.to_dict("records"))
+    points = "; ".join(
+        f"{settings.label(r)}: L0 {number(r['l0'], 'l0')}, {number(r[y], y)}" for r in front.to_dict("records")
+    )
     return f"{header(y)} against L0 for {len(df)} runs. On the Pareto set, from sparse to dense: {points}."
 
 
@@ -54,9 +57,9 @@ def frontier_caption(
 
 
 def heatmap_alt(df: pd.DataFrame, metric: str) -> str:
-    """The best and the worst cell of a heat map in a sentence."""
+    """The lowest and the highest run of a heat map in a sentence."""
     rows = df[df[metric].notna()].sort_values(metric)
-    low, high = (f"{number(r[metric], metric)} for {r['name']}" for r in (rows.iloc[0], rows.iloc[-1]))
+    low, high = (f"{number(r[metric], metric)} for {settings.label(r)}" for r in (rows.iloc[0], rows.iloc[-1]))
     return f"{header(metric)} by setting: from {low} to {high}."
 
 
@@ -71,15 +74,16 @@ def position_alt(df: pd.DataFrame) -> str:
 
 def curves_text(curves: pd.DataFrame) -> str:
     """Where the learning curves end, and how many still fall."""
-    ends, falling = {}, 0
+    ends, falling = [], 0
     for _, run in curves.sort_values("epoch").groupby("run_id"):
         last = run["val_mse"].to_numpy()
-        ends[run["name"].iloc[0]] = last[-1]
+        ends.append(run.iloc[-1])
         falling += len(last) > 1 and last[-1] < (1 - STILL_FALLING) * last[-2]
-    low, high = min(ends, key=ends.get), max(ends, key=ends.get)
+    low, high = (end(ends, key=lambda row: row["val_mse"]) for end in (min, max))
+    low, high = (f"{number(row['val_mse'], 'val_mse')} ({settings.label(row)})" for row in (low, high))
     return (
-        f"Validation MSE ends between {number(ends[low], 'val_mse')} ({low}) and {number(ends[high], 'val_mse')} "
-        f"({high}); {falling} of {len(ends)} runs still fell by more than {STILL_FALLING:.0%} in the last epoch."
+        f"Validation MSE ends between {low} and {high}; {falling} of {len(ends)} runs still fell by more than "
+        f"{STILL_FALLING:.0%} in the last epoch."
     )
 
 
@@ -96,7 +100,7 @@ def dead_text(df: pd.DataFrame) -> str:
     rows = df[df["k"].notna()].sort_values("dead_pct")
     if rows.empty:
         return "These rows hold no run with a K."
-    low, high = (f"{number(r['dead_pct'], 'dead_pct')}% ({r['name']})" for r in (rows.iloc[0], rows.iloc[-1]))
+    low, high = (f"{number(r['dead_pct'], 'dead_pct')}% ({settings.label(r)})" for r in (rows.iloc[0], rows.iloc[-1]))
     return f"Dead latents range from {low} to {high}."
 
 
@@ -115,9 +119,9 @@ def dead_figure(df: pd.DataFrame) -> Markdown:
 
 def curves_figure(curves: pd.DataFrame) -> Markdown:
     """Learning curves (`finished_run.load_curves`)."""
-    return _figure(
-        plots.learning_curves(curves), curves_text(curves), "One line per run; BatchTopK with the batch cut."
-    )
+    more = "One line per run; BatchTopK with the batch cut."
+    more += " Pale: the published recipe." if plots.recipes_differ(curves) else ""
+    return _figure(plots.learning_curves(curves), curves_text(curves), more)
 
 
 def firing_figure(latents: pd.DataFrame) -> Markdown:

@@ -10,12 +10,13 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.container import ErrorbarContainer
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from saegrid.analysis import selection
-from saegrid.analysis.numbers import header, number
+from saegrid.analysis.numbers import COLUMNS, header, number
 from saegrid.analysis.selection import DENSE_SHARE_PCT, candidates, pareto
 from saegrid.report.figures.style import ABOVE, INK, MARKERS, PALE, PALETTE, PANEL, STYLE, WIDE, Look, styled
 from saegrid.report.figures.svg import page_svg
@@ -72,9 +73,9 @@ def frontier(
     return ax
 
 
-def spans_widely(df: pd.DataFrame, y: str, beside: pd.DataFrame) -> bool:
-    """Whether the frontier of `y`, PCA's line (`pca_line`) included, needs a logarithmic axis."""
-    values = pd.concat([df[y], beside[y]])
+def spans_widely(df: pd.DataFrame, y: str, beside: pd.DataFrame | None = None) -> bool:
+    """Whether values of `y`, PCA's line (`pca_line`) included, need a logarithmic scale."""
+    values = df[y] if beside is None else pd.concat([df[y], beside[y]])
     return values.min() > 0 and values.max() / values.min() > WIDE
 
 
@@ -90,13 +91,21 @@ def pca_line(df: pd.DataFrame, y: str, baseline: pd.DataFrame | None) -> pd.Data
 
 @styled
 def heatmap(df: pd.DataFrame, *, metric: str = "delta_loss", ax: Axes | None = None) -> Axes:
-    """Rows: architecture and K or threshold; columns: expansion; each cell shows the value (mean over seeds)."""
+    """Rows: architecture and K or threshold; columns: expansion; each cell shows the value (mean over seeds).
+
+    Darker is better.
+    """
     rows = df.assign(setting=[setting(row, recipe=True) for row in df.to_dict("records")])
     order = _in_order(rows)["setting"].unique()
     table = rows.pivot_table(index="setting", columns="expansion", values=metric, sort=False)
     table = table.reindex(index=order, columns=sorted(table.columns))
     labels = table.map(lambda value: number(value, metric))
-    sns.heatmap(table, annot=labels, fmt="", cmap="cividis", ax=ax, cbar=False)
+    colors = "cividis_r" if COLUMNS[metric].best == "max" else "cividis"
+    norm = LogNorm() if spans_widely(rows, metric) else None
+    sns.heatmap(table, annot=labels, fmt="", cmap=colors, norm=norm, ax=ax, cbar=False)
+    cells = ax.collections[0].get_facecolors()[table.notna().to_numpy().ravel()]
+    for text, cell in zip(ax.texts, cells, strict=True):
+        text.set_color("black" if sns.utils.relative_luminance(cell) > 0.18 else "white")  # whichever stands out more
     ax.set_title(header(metric))
     ax.grid(False)
     ax.set_xticklabels([f"{size}x" for size in table.columns])
@@ -136,16 +145,17 @@ def dead_latents(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def learning_curves(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Validation MSE per epoch, one line per run; for a single run also the training MSE (dashed)."""
     df = _as_runs(df)
+    differ = recipes_differ(df)
     for (_, arch), group in df.groupby(["run_id", "arch"], sort=False):
-        color = PALETTE.get(arch, INK)
-        marker = MARKERS.get(arch, "o")
-        (line,) = ax.plot(group["epoch"], group["val_mse"], color=color, marker=marker, markersize=3.5, alpha=0.8)
+        look = {"color": (color := PALETTE.get(arch, INK)), "marker": MARKERS.get(arch, "o"), "markersize": 3.5}
+        look["alpha"] = PALE if differ and group["recipe"].iloc[0] == "published" else 0.9
+        (line,) = ax.plot(group["epoch"], group["val_mse"], **look)
         if arch:
             line.set_gid(f"mark: {group['name'].iloc[0]}")
     if df["run_id"].nunique() == 1:
         line.set_label("validation rows")
         ax.plot(df["epoch"], df["train_mse"], color=color, linestyle="--", label="training rows")
-        ax.legend()
+        ax.legend(ncols=3, **ABOVE)
     else:
         ax.legend(handles=_arch_handles(df), ncols=3, **ABOVE)
     if (df["val_mse"] > 0).all():
@@ -182,7 +192,7 @@ def firing_histogram(df: pd.DataFrame, *, n_rows: int = 0, ax: Axes | None = Non
     ax.set_xlabel("Share of validation rows on which a latent fires (log scale)")
     ax.set_ylabel("Latents (% of d_sae)")
     if ax.get_legend_handles_labels()[0]:
-        ax.legend()
+        ax.legend(ncols=4, **ABOVE)
     return ax
 
 
@@ -206,11 +216,11 @@ def error_by_position(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         error = group.groupby("position")["sq_error"].mean()
         color, marker = PALETTE.get(arch, INK), MARKERS.get(arch, "o")
         label = f"‖x − x̂‖², {arch}" if arch else "‖x − x̂‖²"
-        ax.plot(error.index + 1, error, color=color, marker=marker, markersize=3, label=label)
+        ax.plot(error.index + 1, error, color=color, marker=marker, markersize=4, markevery=0.04, label=label)
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.legend()
+    ax.legend(ncols=3, **ABOVE)
     return ax
 
 

@@ -20,18 +20,16 @@ UNCERTAIN = ["kl_interval", "kl_range", "delta_loss_interval", "delta_loss_range
 def verdict(found: pd.DataFrame) -> str:
     """Which switched choices (`beside`) raise the cost, lower it, or are not shown to differ, as a family."""
     shown = found["p"] < LEVEL
-    parts = {"More is lost": shown & (found["more"] > 0), "Less is lost": shown & (found["more"] < 0)}
+    parts = {"Loses more": shown & (found["more"] > 0), "Loses less": shown & (found["more"] < 0)}
     lines = []
     for words, rows in parts.items():
         if rows.any():
-            lines.append(f"- {words} with {_told(found[rows])} nats/token.")
+            lines.append(f"- {words}: {_told(found[rows])} nats/token.")
     if not shown.all():
         names = ", ".join(f"`{choice}`" for choice in found["choice"][~shown])
         within = "within the intervals of [the figure](#fig-choices){.ref}"
-        lines.append(f"- Not shown to differ from the full recipe, {within}: {names}.")
-    return "\n".join(
-        [*lines, "", f"Verdicts hold together: corrected for {len(found)} comparisons (Holm, {LEVEL:.0%})."]
-    )
+        lines.append(f"- No measurable difference from the full recipe, {within}: {names}.")
+    return "\n".join([*lines, "", f"Corrected for {len(found)} comparisons (Holm, {LEVEL:.0%})."])
 
 
 def _told(rows: pd.DataFrame) -> str:
@@ -45,8 +43,8 @@ def forest(found: pd.DataFrame, *, measure: str = "delta_loss") -> Markdown:
         for row in found.itertuples()
     ]
     title, unit = COLUMNS[measure].title, COLUMNS[measure].unit
-    caption = f"{title} with one choice of the recipe switched, minus that of the whole recipe; 95% intervals of each."
-    axis = f"{title} more than the whole recipe's ({unit})"
+    caption = f"{title} with one choice of the recipe switched, minus that of the full recipe; 95% intervals of each."
+    axis = f"{title} minus the full recipe's ({unit})"
     return strips(rows, axis=axis, caption=caption, origin=0.0, name="fig-choices")
 
 

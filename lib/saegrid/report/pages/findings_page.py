@@ -108,7 +108,7 @@ def _large(finding: Finding) -> str:
         sizes = f"From {facts['small']}x to {facts['large']}x"
         parts.append(f"{sizes} at matched K, delta loss moves by {told}; below 0 is a gain.")
         worse = [arch for arch, gap in facts["by_arch"].items() if gap.mean > findings.LITTLE_NATS]
-        parts += [f"For {' and '.join(worse)}, {facts['large']}x is worse."] if worse else []
+        parts += [f"For {' and '.join(worse)}, {facts['large']}x adds nothing: it loses more."] if worse else []
     return " ".join(parts)
 
 
@@ -156,8 +156,8 @@ CLAIMS: dict[int, Claim] = {
         "16x against 8x",
         "16x adds little over 8x at matched K.",
         f"Holds if for each architecture {findings.LARGE}x lowers the delta loss of {findings.MEDIUM}x by at most "
-        f"{findings.LITTLE_NATS:g} nats/token on average over its pairs. The effect is that of the architecture that "
-        "gains most.",
+        f"{findings.LITTLE_NATS:g} nats/token on average over its pairs; no gain, or a higher loss, is little too. The "
+        "effect is that of the architecture that gains most.",
         "Delta loss, {large}x − {small}x{of}",
         _large,
     ),
@@ -277,7 +277,7 @@ def verdict(finding: Finding) -> dict[str, str]:
 def finding_section(own: Finding, published: Finding, links: str = "") -> Markdown:
     """One finding in full: claim, verdict, numbers, rule, its rows, and the verdict on the published rows."""
     claim = CLAIMS[own.number]
-    columns = ["name", "seed", "l0", "val_mse", "nmse", "dead_pct", "kl", "delta_loss", "frac_rec_pct"]
+    columns = ["name", "l0", "val_mse", "nmse", "dead_pct", "kl", "delta_loss", "frac_rec_pct"]
     parts = [
         f"> {claim.text}",
         f"**On this grid: {SIGNS[own.verdict][0]} {own.verdict}.** {sentence(own)}",

@@ -14,7 +14,7 @@ import pandas as pd
 
 from saegrid.analysis import findings as claims
 from saegrid.analysis import intervals, published_sweep, selection
-from saegrid.analysis.numbers import COLUMNS, MISSING, counted, number
+from saegrid.analysis.numbers import COLUMNS, MISSING, between, listed, number
 from saegrid.analysis.scaling import MEASURES
 from saegrid.config import settings
 from saegrid.config.grid import L0_BUDGET
@@ -168,7 +168,7 @@ def _answers(
         "## Results",
         f"As the published card has them, then KL, loss recovered and FVU.{all_columns}",
         card.result_tables(df, runs),
-        recipe_section(df, prompts) if df["seed"].nunique() > 1 else "",
+        recipe_section(df, prompts) if _seeds(df).min() > 1 else "",
     ]
 
 
@@ -184,8 +184,8 @@ def swept_text(df: pd.DataFrame) -> str:
     texts = list(selection.by_origin(df, "layer"))
     layer += f" on {escape(' and '.join(texts), quote=False)}" if len(texts) > 1 else ""
     return (
-        f"{len(df)} runs, {_listed(df, 'arch')} at {_values(df, 'expansion', '{}x')} with {sparsity}, each trained on "
-        f"{_values(df, 'n_train_rows')} tokens of {layer} and judged on "
+        f"{len(df)} runs, {listed(df['arch'].unique())} at {_values(df, 'expansion', '{}x')} with {sparsity}, each "
+        f"trained on {_values(df, 'n_train_rows')} tokens of {layer} and judged on "
         f"{_values(df, 'n_eval_prompts')} held-out prompts."
     )
 
@@ -257,9 +257,9 @@ def setting_table(df: pd.DataFrame) -> Markdown:
         ("recipe", _values(df, "recipe")),
         (
             "training",
-            f"{_values(df, 'epochs')} epochs, {_values(df, 'steps')} steps, Adam, lr {_values(df, 'lr')}, "
-            f"batch {_values(df, 'batch_size')}",
+            f"{_values(df, 'epochs')} epochs, {_values(df, 'steps')} steps, Adam, batch {_values(df, 'batch_size')}",
         ),
+        ("learning rate", _values(df, "lr")),
     ]
     rows += [
         (
@@ -282,10 +282,10 @@ def files_text(best: pd.Series) -> Markdown:
 
 def limits_text(df: pd.DataFrame) -> Markdown:
     """Limitations of the numbers."""
-    seeds, origins = df["seed"].nunique(), len(selection.by_origin(df))
+    seeds, origins = between(_seeds(df), "d"), len(selection.by_origin(df))
     read = f"{origins} sources of rows, each judged by itself" if origins > 1 else "One layer of one model"
     return Markdown(
-        f"{read}; {counted(seeds, 'seed')} per setting, so differences between single "
+        f"{read}; {seeds} seed{'s' * (seeds != '1')} per setting, so differences between single "
         f"runs may be chance; {_values(df, 'n_eval_prompts')} prompts for the losses. The intervals of single runs "
         "generalise over problem templates, not over seeds, and each stands for itself, not for all at once. frac_rec "
         "has the published meaning, CE clean / CE spliced, which is not the field's fraction of loss recovered.\n"
@@ -331,10 +331,10 @@ def setting_note(df: pd.DataFrame, timing: pd.DataFrame) -> Markdown:
     )
 
 
-def _listed(df: pd.DataFrame, name: str) -> str:
-    """The distinct values of a text column in a sentence: `A, B and C`."""
-    *most, last = df[name].unique()
-    return f"{', '.join(most)} and {last}" if most else str(last)
+def _seeds(df: pd.DataFrame) -> pd.Series:
+    """How many seeds each setting has."""
+    keys = pd.Series([settings.key(row) for row in df.to_dict("records")], index=df.index, dtype=object)
+    return df["seed"].groupby(keys).nunique()
 
 
 def _values(df: pd.DataFrame, name: str, form: str = "{}") -> str:

@@ -7,6 +7,7 @@ and in chunks come from the same function, and every string of the tokenizer is 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from saegrid.analysis import selection
-from saegrid.analysis.numbers import counted, number
+from saegrid.analysis.numbers import aligned, counted, number
 from saegrid.config.grid import Grid
 from saegrid.errors import SaegridError
 from saegrid.experiment import results
@@ -111,14 +112,15 @@ def browser(data: Mapping[str, Any], chunks: str) -> Markdown:
 
     `chunks` is the folder of the chunks relative to the page. Without scripts it is a plain table.
     """
-    rows = []
+    rows, largest = [], aligned([entry["max_act"] for entry in data["latents"]], "max_act")
+    decimals = max(0, len(str(data["n_val_rows"])) - 3)  # enough for one row
     for n, entry in enumerate(data["latents"]):
         peaks = _unique(context["tokens"][context["peak"]] for context in entry["contexts"])
         promoted, demoted = ([token for token, _ in entry[name]] for name in ("promoted", "demoted"))
         share = 100 * entry["fired"] / data["n_val_rows"]
         rows.append(
-            {"latent": entry["latent"], "chunk": f"{n // CHUNK:02d}", "share": repr(share), "percent": _percent(share)}
-            | {"max_act": repr(entry["max_act"]), "largest": number(entry["max_act"], "max_act")}
+            {"latent": entry["latent"], "chunk": f"{n // CHUNK:02d}", "share": repr(share)}
+            | {"percent": f"{share:.{decimals}f}", "max_act": repr(entry["max_act"]), "largest": largest[n]}
             | {"search": " ".join(_unique([*peaks, *promoted, *demoted])), "found": entry.get("found_again")}
             | {"peaks": _tokens(peaks[:SHOWN_TOKENS]), "promoted": _tokens(promoted[:SHOWN_TOKENS])}
         )
@@ -179,8 +181,8 @@ def _context(context: Mapping[str, Any], most: float) -> dict[str, Any]:
 
 
 def _tokens(tokens: Sequence[str]) -> list[str]:
-    """Single tokens: a leading space becomes a middle dot, to make it visible."""
-    visible = map(_visible, tokens)
+    """Single tokens: a leading space becomes a middle dot, to make it visible; a run of spaces is counted."""
+    visible = (re.sub(" {3,}", lambda run: f"·×{len(run[0])}", _visible(token)) for token in tokens)
     return [(f"·{text[1:]}" if text.startswith(" ") else text) or "∅" for text in visible]
 
 
@@ -189,7 +191,7 @@ def _visible(token: str) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{share:.2g}" if share < 10 else f"{share:.0f}"
+    return f"{share:#.2g}" if share < 9.95 else f"{share:.0f}"
 
 
 def _unique(tokens: Any) -> list[str]:

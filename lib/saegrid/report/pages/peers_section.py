@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from saegrid.analysis.intervals import LEVEL
-from saegrid.analysis.numbers import between, change, counted, header, number, signed
+from saegrid.analysis.numbers import between, change, counted, header, listed, number, signed
 from saegrid.analysis.peers import COMPARED, against_best
 from saegrid.analysis.scaling import MEASURES
 from saegrid.report.figures.style import ABOVE, LIBRARIES, MARKERS, log_axes, styled
@@ -25,15 +25,14 @@ def rules(found: pd.DataFrame) -> str:
     """How the contenders were trained and measured."""
     tried, seeds = between(found["tried"], "d"), counted(found["seeds"].min(), "seed")
     return (
-        "Trained by each library's released code (sparsify by the step inside its trainer) with its recommended "
-        "settings, those in steps or tokens scaled to the run's length, at the same width, epochs and batch: the best "
-        f"of {tried} learning rates by FVU on the validation rows, tried three times apart and at last between the "
-        f"best and its better neighbour. Means over {seeds}, of which the first chose the learning rate. "
-        "Attention sinks are left out of everybody's training rows (this project's recipe does so itself), out of "
-        "every measure and out of the splice, and thresholds are calibrated to K without them. This project keeps the "
-        "epoch of the lowest validation MSE, as it always does, the others the last. Intervals are t "
-        "intervals over problem templates and seeds, paired. All take as many rows to as many latents; the speed page "
-        "has what a step takes in seconds."
+        "Each library's released code trained its SAEs (for sparsify, the step inside its trainer) with its "
+        "recommended settings, at the same width, epochs and batch; settings in steps or tokens were scaled to the "
+        f"run's length. The learning rate is the best of {tried} by FVU on the validation rows: steps of a factor of "
+        f"3, then one between the best and its better neighbour. Means over {seeds}; the first one chose that rate. "
+        "Attention sinks are left out of all training rows, of every measure and of the splice, and thresholds are "
+        "calibrated to K without them. This project keeps the epoch with the lowest validation MSE, as always; the "
+        "others keep the last. Intervals are t intervals over problem templates and seeds, paired. The speed page has "
+        "the time of a step."
     )
 
 
@@ -58,42 +57,45 @@ def table(found: pd.DataFrame) -> Markdown:
     ]
     own |= more | {"Rate": found["rates"]}
     caption = (
-        "More: than this project's SAE of the lowest FVU at that K, on the prompts, 95% intervals of each. "
-        "Rate: the best learning rate by the library's default."
+        "More: the difference from this project's SAE with the lowest FVU at that K, on the prompts; 95% intervals of "
+        "each. Rate: the best learning rate / the library's default."
     )
     return html_table(found.assign(**own), columns, caption=caption, mark_best=False)
 
 
-def verdict(found: pd.DataFrame) -> str:
-    """At each K, this project's SAE against the best of the others in each measure, and which differences stand."""
-    table, lines = against_best(found), []
-    for k, rows in table.groupby("k"):
-        told = [
-            f"{MEASURES[row.measure]} {number(row.own, row.measure)} against {number(row.theirs, row.measure)} of the "
-            f"best other one ({row.peer} {row.their_arch}; {change(row.more, row.low, row.high)} on the prompts)"
-            for row in rows.itertuples()
-        ]
-        lines.append(f"- K = {k}, {rows['arch'].iloc[0]}: {'; '.join(told)}.")
-        group = found[found["k"] == k]
-        absent = [
-            " ".join(name) for name in CONTENDERS if name not in set(zip(group["peer"], group["arch"], strict=True))
-        ]
-        if absent:
-            lines[-1] += f" Not run: {', '.join(absent)}."
-    return "\n".join([*lines, "", _stand(table)]) if lines else ""
+def beside(found: pd.DataFrame) -> Markdown:
+    """At each K and in each measure, this project's SAE and the best of the others, as a table."""
+    rows = [
+        {
+            "Where": f"K = {row.k}, {header(row.measure)}",
+            "This project": f"{number(row.own, row.measure)} ({row.arch})",
+            "Best other": f"{number(row.theirs, row.measure)} ({row.peer} {row.their_arch})",
+            "Difference on the prompts": change(row.more, row.low, row.high),
+        }
+        for row in against_best(found).itertuples()
+    ]
+    absent = [
+        f"{' '.join(name)} at K = {k}"
+        for k, group in found.groupby("k")
+        for name in CONTENDERS
+        if name not in set(zip(group["peer"], group["arch"], strict=True))
+    ]
+    caption = "This project's SAE with the lowest FVU, and the best of the other libraries; 95% intervals of each."
+    caption += f" Not run: {listed(absent)}." if absent else ""
+    return html_table(pd.DataFrame(rows), list(rows[0]), caption=caption, mark_best=False)
 
 
-def _stand(table: pd.DataFrame) -> str:
+def stand(found: pd.DataFrame) -> str:
     """Which of the comparisons with the best other SAE (`against_best`) stand together."""
+    table = against_best(found)
     shown = table[table["p"] < LEVEL].assign(way=lambda rows: rows["more"].gt(0).map({True: "lower", False: "higher"}))
     parts = [
-        f"a {way} {MEASURES[measure]} than the best other one at K = {', '.join(map(str, rows['k']))}"
+        f"{way} {MEASURES[measure]} at K = {listed(map(str, rows['k']))}"
         for (measure, way), rows in shown.groupby(["measure", "way"], sort=False)
     ]
     return (
-        f"Corrected for all {len(table)} comparisons (Holm, {LEVEL:.0%} for the family), this project's SAE is shown "
-        f"to have {' and '.join(parts) or 'no measure lower or higher'}; elsewhere the interval says how large a "
-        "difference may be."
+        f"Against the best SAE of the others, this project's is shown to have {' and '.join(parts) or 'no difference'} "
+        f"(corrected for all {len(table)} comparisons: Holm, {LEVEL:.0%})."
     )
 
 

@@ -5,56 +5,50 @@ It does not depend on the report's grid: its own grids take much longer than the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from saegrid.analysis import ablation, intervals, peers, scaling, selection
-from saegrid.analysis.numbers import change, counted, header, number
+from saegrid.analysis.numbers import change, counted, header, listed, number
 from saegrid.analysis.origins.headlines import headlines
 from saegrid.analysis.scaling import MEASURES
 from saegrid.experiment import pca_table, results
 from saegrid.report import layers
 from saegrid.report.figures import plots
 from saegrid.report.pages import ablation_section, peers_section, scaling_section, trust_section
-from saegrid.report.tables import Markdown, html_table, markdown
+from saegrid.report.tables import Markdown, folded, html_table, markdown
 
-SECTIONS = {
-    "recipes": ("Two recipes", "two-recipes", "recipes"),
-    "ablation": ("What each choice buys", "choices", "ablation"),
-    "scaling": ("Scaling", "scaling", "scaling"),
-    "layers": ("Other layers, other text", "layers", "layers"),
-    "peers": ("Beside other libraries", "libraries", "peer-quality"),
-}
-"""Folders under `results/`: title and anchor of their section, and the make target of their tables."""
-
-MEASURED = {
-    "Known directions": ("ground_truth", trust_section.known_directions),
-    "SAELens' synthetic benchmark": ("ground_truth/synthsaebench.csv", trust_section.synthetic_benchmark),
-    "Sparse probes": ("probes/probes.csv", trust_section.probes),
-}
-"""Titles of sections that are there once their table is: file or folder under `results/`, what makes the section."""
 VARIED = ("n_train_rows", "expansion", "k")
 SEEDS = "Intervals: 95%, t intervals over prompt templates and seeds, paired."
 
 
+@dataclass(frozen=True)
+class Section:
+    """A part of the page. `make` turns the folder of its table into a short answer (or "") and the body."""
+
+    title: str
+    anchor: str
+    table: str
+    """Under `results/`."""
+    make: Callable[[Path], tuple[str, str]]
+    made_by: str = ""
+    """The make target that the page names while the table is missing; without one, the section is then left out."""
+
+
 def page(root: str | Path = ".") -> Markdown:
-    """A short answer per section, then all sections; one without its tables says which command makes them."""
-    short, sections = [], []
-    for name, (title, anchor, made_by) in SECTIONS.items():
-        folder, answer = Path(root) / "results" / name, ""
-        body = f"Not measured yet: `make {made_by}` does it."
-        made = (folder / ("runs.csv" if name == "peers" else "results_tidy.csv")).exists()
-        if name == "layers" and not made:  # it takes hours, and the other sections stand without it
-            continue
-        if made:
-            answer, body = MADE[name](folder)
-        short += [f"- {answer} [More](#{anchor})"] if answer else []
-        sections += [f"## {title} {{#{anchor}}}", body]
-    for title, (name, section) in MEASURED.items():
-        if (path := Path(root) / "results" / name).exists():
-            sections += [f"## {title}", section(path)]
-    return markdown(*(["## In short", "\n".join(short)] if short else []), *sections)
+    """A short answer per section, then all sections; one without its table says which command makes it."""
+    short, parts = [], []
+    for section in SECTIONS:
+        path, answer = Path(root) / "results" / section.table, ""
+        body = section.made_by and f"Not measured yet: `make {section.made_by}` does it."
+        if path.exists():
+            answer, body = section.make(path.parent)
+        short += [f"- {answer} [More](#{section.anchor})"] if answer else []
+        parts += [f"## {section.title} {{#{section.anchor}}}", body] if body else []
+    return markdown(*(["## In short", "\n".join(short)] if short else []), *parts)
 
 
 def _peers(folder: Path) -> tuple[str, str]:
@@ -64,10 +58,11 @@ def _peers(folder: Path) -> tuple[str, str]:
         (peers_section.curves(found, y=y), f"{header(y)} over the realised L0; lower is better.")
         for y in (selection.cost(found), "fvu_no_sink")
     ]
-    verdict = peers_section.verdict(found)
-    body = [peers_section.rules(found), verdict, plots.side_by_side(panels), peers_section.table(found)]
-    stand = verdict.splitlines()[-1] if verdict else ""
-    return stand and f"**Other libraries**: {stand[0].lower()}{stand[1:]}", markdown(*body)
+    stand, beside = peers_section.stand(found), peers_section.beside(found)
+    every = folded("Every SAE at each K", peers_section.table(found))
+    return f"**Other libraries**: {stand[0].lower()}{stand[1:]}", markdown(
+        stand, plots.side_by_side(panels), beside, every, peers_section.rules(found)
+    )
 
 
 def _scaling(folder: Path) -> tuple[str, str]:
@@ -102,7 +97,7 @@ def _recipes(folder: Path) -> tuple[str, str]:
     keys = [key for key in ablation.setting(df) if table[key].nunique() > 1]
     columns = [*(["arch"] if "arch" in keys else []), "recipe", "seeds", *ablation.MEANS, *ablation_section.UNCERTAIN]
     said = [_what(df), claim(df, prompts), _beside_pca(table, pca_table.read(folder))]
-    caption = f"Means over {df['seed'].nunique()} seeds, from make recipes."
+    caption = f"Means over {df['seed'].nunique()} seeds, from “make recipes”."
     body = markdown(*filter(None, said), html_table(table, columns, caption=caption))
     measure = selection.cost(table)
     best = table.loc[table[measure].idxmin()]
@@ -120,7 +115,7 @@ def _switched(folder: Path) -> tuple[str, str]:
     changes = [change(row.more, row.low, row.high) for row in found.itertuples()]
     table = ablation.by_recipe(df).merge(found[["recipe"]].assign(change=changes), how="left")
     means = [name for name in ablation.MEANS if name != "dead_pct_no_sink"]  # the column of changes needs the room
-    caption = f"Means over {df['seed'].nunique()} seeds, from make ablation; “but” names the choice that differs."
+    caption = f"Means over {df['seed'].nunique()} seeds, from “make ablation”; “but” names the choice that differs."
     body = [
         _what(df),
         ablation_section.verdict(found),
@@ -128,22 +123,17 @@ def _switched(folder: Path) -> tuple[str, str]:
         html_table(table, ["recipe", *means, "change"], caption=caption),
     ]
     shown = [f"`{choice}`" for choice in found["choice"][found["p"] < intervals.LEVEL]]
-    changed = f"only {' and '.join(shown)} {'change' if len(shown) > 1 else 'changes'}" if shown else "none changes"
+    changed = f"only {listed(shown)} {'change' if len(shown) > 1 else 'changes'}" if shown else "none changes"
     answer = f"**Choices**: of {len(found)} switches, {changed} {MEASURES[measure]} measurably."
     return answer, markdown(*body)
-
-
-MADE = {"recipes": _recipes, "ablation": _switched, "scaling": _scaling, "layers": _layers, "peers": _peers}
-"""What makes the short answer and the body of each section."""
 
 
 def _what(df: pd.DataFrame) -> str:
     one, seeds = df.iloc[0], df["seed"].nunique()
     kind = f"{one['arch']} runs" if df["arch"].nunique() == 1 else "runs"
-    shown = {name: " and ".join(f"{value:,}" for value in sorted(df[name].unique())) for name in VARIED}
-    read = " and ".join(str(layer) for layer in sorted(df["layer"].unique()))
+    shown = {name: listed(f"{value:,}" for value in sorted(df[name].unique())) for name in (*VARIED, "layer")}
     text = (
-        f"{len(df)} {kind} on layer {read} of {one['model'].removeprefix('embedded:')}: "
+        f"{len(df)} {kind} on layer {shown['layer']} of {one['model'].removeprefix('embedded:')}: "
         f"{shown['n_train_rows']} tokens, {one['epochs']} epochs, expansion {shown['expansion']}, K = {shown['k']}, "
         f"{counted(seeds, 'seed')}; judged on {one['n_val_rows']:,} held-out tokens and "
         f"{one['n_eval_prompts']} prompts."
@@ -163,7 +153,7 @@ def _beside_pca(means: pd.DataFrame, pca: pd.DataFrame) -> str:
     return (
         f"PCA with {row['components']} components has an FVU without sinks of "
         f"{number(row['fvu_no_sink'], 'fvu_no_sink')} and a {MEASURES[measure]} of {number(row[measure], measure)} "
-        "nats/token. " + (f"More is lost by {names}." if names else "Every setting here loses less.")
+        "nats/token. " + (f"These lose more: {names}." if names else "Every setting here loses less.")
     )
 
 
@@ -186,3 +176,17 @@ def claim(df: pd.DataFrame, prompts: pd.DataFrame) -> str:
             f"(at most {number(dead['improved'].max(), 'dead_pct')}%)"
         )
     return "\n".join(["From `published` to `improved`:\n", *lines]) if lines else ""
+
+
+SECTIONS = (
+    Section("Two recipes", "two-recipes", "recipes/results_tidy.csv", _recipes, "recipes"),
+    Section("What each choice buys", "choices", "ablation/results_tidy.csv", _switched, "ablation"),
+    Section("Scaling", "scaling", "scaling/results_tidy.csv", _scaling, "scaling"),
+    Section("Other layers, other text", "layers", "layers/results_tidy.csv", _layers),
+    Section("Other libraries", "libraries", "peers/runs.csv", _peers, "peer-quality"),
+    Section("Known directions", "known-directions", "ground_truth/runs.csv", trust_section.known_directions),
+    Section(
+        "SAELens' synthetic benchmark", "synthetic", "ground_truth/synthsaebench.csv", trust_section.synthetic_benchmark
+    ),
+    Section("Sparse probes", "probes", "probes/probes.csv", trust_section.probes),
+)

@@ -28,7 +28,7 @@ from saegrid.report.tables import Markdown, html_block, html_table, markdown
 from saegrid.storage.atomic import write_text
 from saegrid.storage.checksums import check_sum, read_json, sum_of
 
-INDEX_COLUMNS = ["name", "seed", "l0", "fvu_no_sink", "dead_pct", "kl", "delta_loss", "frac_rec_pct"]
+INDEX_COLUMNS = ["name", "l0", "fvu_no_sink", "dead_pct", "kl", "delta_loss", "frac_rec_pct"]
 LAYERS = "Layers"
 """Title of the page about several layers, texts, sites or models."""
 LABELS = {"arch": "architecture", "k": "K"}

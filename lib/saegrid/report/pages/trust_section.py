@@ -10,13 +10,13 @@ from matplotlib.axes import Axes
 
 from saegrid.analysis import scaling, selection
 from saegrid.analysis.intervals import LEVEL, holm, t_interval
-from saegrid.analysis.numbers import COLUMNS, MISSING, bounds, change, counted, header, number
+from saegrid.analysis.numbers import COLUMNS, MISSING, bounds, change, counted, header, listed, number
 from saegrid.config import settings
 from saegrid.config.settings import CONTROLS
 from saegrid.report.figures import plots
 from saegrid.report.figures.style import ABOVE, INK, MARKERS, PALETTE, log_axes, styled
 from saegrid.report.pages.peers_section import CONTENDERS
-from saegrid.report.tables import Markdown, html_table, markdown
+from saegrid.report.tables import Markdown, folded, html_table, markdown
 
 SIZES = ("n_train_rows", "k", "d_sae")
 """What stability is drawn over, where it varies."""
@@ -156,8 +156,8 @@ def which_k(df: pd.DataFrame) -> str:
     ]
     widths = sorted({(2 / (math.pi * d_in)) ** 0.5 for d_in in df["d_in"]})  # mean |cosine| of random directions
     return (
-        f"**A hint to K.** Decoder coherence, the mean |cosine| between decoder rows of live latents, is lowest at "
-        f"{'; '.join(told)}. arXiv:2508.16560 takes the lowest for the right L0: it claims that too few latents per "
+        f"**A hint about K.** Decoder coherence, the mean |cosine| between decoder rows of live latents, is lowest at "
+        f"{'; '.join(told)}. arXiv:2508.16560 takes the lowest as the right L0: it claims that too few latents per "
         "token, and too many, mix directions and raise it. But random decoder rows give "
         f"{' and '.join(number(width, 'decoder_coherence') for width in widths)}, so a low value may also mean that "
         "few directions were learnt; and on rows with known directions it fell on beyond the true L0."
@@ -189,8 +189,9 @@ def coherence(df: pd.DataFrame) -> Markdown:
     return markdown(which_k(df), plots.figure(coherence_curves(found), alt=text, caption=text))
 
 
-def known_directions(folder: Path) -> Markdown:
-    """What training finds of directions that are known (`benchmarks/ground_truth.py`): sentences and tables."""
+def known_directions(folder: Path) -> tuple[str, Markdown]:
+    """What training finds of directions that are known (`benchmarks/ground_truth.py`): an answer, then text and
+    tables."""
     runs = pd.read_csv(folder / "runs.csv")
     k = runs.loc[runs["freeze"] == "decoder", "k"].iloc[0]
     keys, measures = (
@@ -210,16 +211,17 @@ def known_directions(folder: Path) -> Markdown:
     sweep = runs[(runs["rows"] == runs["rows"].max()) & (runs["recipe"] == "improved") & (runs["arch"] == "BatchTopK")]
     sweep = sweep[sweep["freeze"] == "none"].groupby("k")[["decoder_coherence", "mcc", "f1"]].mean().reset_index()
     over = "Decoder coherence and recovery over K: BatchTopK, improved, most rows."
-    return markdown(
-        recovery_text(table, runs["true_l0"].mean(), k),
+    answer, text = recovery_text(table, runs["true_l0"].mean(), k)
+    return answer, markdown(
+        text,
         html_table(table, columns, caption=caption, mark_best=False),
         sweep_text(sweep, runs["true_l0"].mean()),
         html_table(sweep, ["k", "decoder_coherence", "mcc", "f1"], caption=over, mark_best=False),
     )
 
 
-def recovery_text(table: pd.DataFrame, true_l0: float, k: int) -> str:
-    """Which setting finds most of the known directions, against the control."""
+def recovery_text(table: pd.DataFrame, true_l0: float, k: int) -> tuple[str, str]:
+    """Which setting finds most of the known directions, against the control: in short, and with how it was measured."""
     trained, frozen = (table[(table["freeze"] == "none") == plain] for plain in (True, False))
     best, chance = trained.loc[trained["mcc"].idxmax()], frozen["mcc"].mean()
     reached = [
@@ -228,18 +230,20 @@ def recovery_text(table: pd.DataFrame, true_l0: float, k: int) -> str:
         if frozen[frozen["recipe"] == best["recipe"]][name].max()
         >= trained[trained["recipe"] == best["recipe"]][name].min()
     ]
-    nothing = f" {', '.join(reached)}: reached by the frozen decoder, so it tells nothing here." if reached else ""
-    most = trained[trained["rows"] == trained["rows"].max()].sort_values("mcc", ascending=False)
-    short = ", ".join(
-        f"{row['Setting']} ({row['epochs']} epochs) {number(row['mcc'], 'mcc')}" for row in most.to_dict("records")
+    nothing = f" The frozen decoder also reaches {', '.join(reached)}, which says nothing here." if reached else ""
+    rest = ", ".join(
+        f"`{recipe}` at most {number(rows['mcc'].max(), 'mcc')}"
+        for recipe, rows in trained.groupby("recipe")
+        if recipe != best["recipe"]
     )
-    return (
-        f"Rows made of known directions, of which {true_l0:.1f} are in a row on average: Zipf frequencies, directions "
-        f"of a topic together, children only with their parents, an offset, attention sinks; K = {k}. MCC is the mean "
-        f"|cosine| of decoder rows and true directions, matched one to one; chance (a frozen decoder) gives "
-        f"{number(chance, 'mcc')}. Best is {best['Setting']} on {best['rows']:,} rows, with "
-        f"{number(best['mcc'], 'mcc')} and {number(best['stable_pct'], 'stable_pct')}% of latents stable. "
-        f"On the most rows: {short}.{nothing}"
+    found = f"{best['Setting']} recovers most, with an MCC of {number(best['mcc'], 'mcc')}"
+    found += f"; {rest}" if rest else ""
+    found += f"; chance (a frozen decoder) gives {number(chance, 'mcc')}."
+    return f"**Known directions**: {found}", (
+        f"Rows made of known directions, {true_l0:.1f} of them per row on average: Zipf frequencies, directions of a "
+        f"topic together, children only with their parents, an offset, attention sinks; K = {k}. MCC is the mean "
+        f"|cosine| of decoder rows and true directions, matched one to one. {found} That run had {best['rows']:,} "
+        f"rows, and {number(best['stable_pct'], 'stable_pct')}% of its latents are stable.{nothing}"
     )
 
 
@@ -256,9 +260,9 @@ def sweep_text(sweep: pd.DataFrame, true_l0: float) -> str:
     )
 
 
-def synthetic_benchmark(path: Path) -> Markdown:
+def synthetic_benchmark(folder: Path) -> tuple[str, Markdown]:
     """SAELens' synthetic benchmark: this project's SAEs and its peers' (`benchmarks/synth_bench.py`)."""
-    runs = pd.read_csv(path).fillna({"recipe": ""})
+    runs = pd.read_csv(folder / "synthsaebench.csv").fillna({"recipe": ""})
     measures = {
         **{"saelens_mcc": "MCC", "saelens_f1_score": "F1", "saelens_precision": "Precision"},
         **{"saelens_recall": "Recall", "saelens_uniqueness": "Uniqueness"},
@@ -271,24 +275,30 @@ def synthetic_benchmark(path: Path) -> Markdown:
         digits = ".0f" if title == "Dead" else ".1f" if title == "L0" else ".3f"
         table[title] = table[name].map(lambda value, digits=digits: format(value, digits))
     caption = (
-        f"SynthSAEBench by SAELens' own evaluation, means over {counted(runs['seed'].nunique(), 'seed')}; stable "
-        "latents by this project's."
+        f"SynthSAEBench, much smaller than SAELens' default, by SAELens' own evaluation; means over "
+        f"{counted(runs['seed'].nunique(), 'seed')}; stable latents by this project's."
     )
     absent = [" ".join(name) for name in CONTENDERS if name not in set(zip(runs["peer"], runs["arch"], strict=True))]
     text = (
-        f"The generator of SynthSAEBench-16k, eight times smaller in directions, width and hierarchy: "
-        f"{runs['saelens_true_l0'].mean():.1f} directions in a row. The benchmark asks for 200 million samples; here "
-        "each SAE gets the same 40,000 rows five times, at the learning rate that was best for its library on as many "
-        "rows above (the published recipe keeps its own)."
+        "The generator of SynthSAEBench-16k, eight times smaller in directions, width and hierarchy: "
+        f"{runs['saelens_true_l0'].mean():.1f} directions per row. SAELens' default asks for 200 million samples; "
+        "here each SAE gets the same 200,000 rows once, at the learning rate with the lowest FVU on held-out rows (the "
+        "published recipe keeps its own)."
     )
     text += f" Not run: {', '.join(absent)}." if absent else ""
+    for name, title in (("saelens_mcc", "MCC"), ("saelens_f1_score", "F1")):
+        order = table.sort_values(name, ascending=False)
+        firsts = [part.iloc[0] for _, part in order.groupby(order["peer"] == "saegrid") if len(part)]
+        said = " and ".join(f"{row['Contender']} ({row[name]:.3f})" for row in reversed(firsts))
+        text += f" Highest {title}: {said}."
     columns = ["Contender", *measures.values(), "stable_pct"]
-    return markdown(text, html_table(table, columns, caption=caption, mark_best=False))
+    return "", markdown(text, html_table(table, columns, caption=caption, mark_best=False))
 
 
-def probes(path: Path) -> Markdown:
-    """Sparse probes on latents and on what they are compared with (`benchmarks/probes.py`): sentences and tables."""
-    found = pd.read_csv(path)
+def probes(folder: Path) -> tuple[str, Markdown]:
+    """Sparse probes on latents and on what they are compared with (`benchmarks/probes.py`): an answer, then text and
+    tables."""
+    found = pd.read_csv(folder / "probes.csv")
     context = int((~found.groupby("concept")["from_token"].first().astype(bool)).sum())
     label = found["features"].where(found["features"] != "latents", found["arch"] + " " + found["recipe"])
     found = found.assign(features=label).groupby(["features", "concept", "k"], sort=False)["auc"].mean().unstack("k")
@@ -300,24 +310,27 @@ def probes(path: Path) -> Markdown:
     n = len(apart)
     more = {name: t_interval(d.mean(), d.std(ddof=1) / n**0.5, n - 1) for name, d in apart.items()}
     shown = [name for name, p in zip(more, holm([one.p for one in more.values()]), strict=True) if p < LEVEL]
-    stand = {way: [name for name in shown if (more[name].value > 0) == up] for way, up in (("above", 1), ("below", 0))}
-    told = "; ".join(f"{way} it {', '.join(names) or 'none'}" for way, names in stand.items())
-    order = ", ".join(f"{name} {auc:.3f}" for name, auc in means[k].items())
+    stand = {way: [name for name in shown if (more[name].value > 0) == up] for way, up in (("higher", 1), ("lower", 0))}
+    told = "; ".join(
+        f"{listed(names) if names else 'none'} {'have' if len(names) > 1 else 'has'} a {way} AUC than PCA"
+        for way, names in stand.items()
+    )
+    answer = f"**Sparse probes** on {k} latents or components: {told}."
     text = (
         f"{counted(n, 'concept')} with automatic labels, {context} of them not decided by the current token alone; "
-        f"mean AUC on held-out tokens, from the {k} most telling features each: {order}. All coordinates of the "
-        f"residual stream give {everything:.3f}. Against PCA (t intervals over concepts, paired; corrected "
-        f"for {len(more)} comparisons): {told}."
+        f"AUC on held-out tokens, from the {k} features that tell most. {told[0].upper()}{told[1:]} (t intervals over "
+        f"concepts, paired; corrected for {len(more)} comparisons). All coordinates of the residual stream give "
+        f"{everything:.3f}."
     )
     table = means.map("{:.3f}".format).set_axis([f"K = {k}" for k in ks], axis=1).rename_axis("Features").reset_index()
     title = f"More than PCA at K = {k}"
     table[title] = [change(*more[name][:3]) if name in more else "" for name in table["Features"]]
     each = wide[k][means.index].map("{:.3f}".format).rename_axis("Concept").reset_index()
     caption = f"AUC of each concept, K = {k}."
-    return markdown(
+    return answer, markdown(
         text,
         html_table(table, list(table), caption="Sparse probes: mean AUC over concepts.", mark_best=False),
-        html_table(each, list(each), caption=caption, mark_best=False),
+        folded("AUC of each concept", html_table(each, list(each), caption=caption, mark_best=False)),
     )
 
 
