@@ -144,7 +144,7 @@ def test_the_synthetic_benchmarks_table_has_a_row_per_contender_best_first(tmp_p
 def test_the_committed_synthetic_benchmark_is_as_described_and_its_two_judges_agree(bench):
     import synth_bench
 
-    path = Path("results/ground_truth/synthsaebench.csv")
+    path = "results/ground_truth/synthsaebench.csv"
     runs = pd.read_csv(path).fillna({"recipe": ""})
     contenders = runs.groupby(["peer", "recipe", "arch"])["seed"].apply(list).to_dict()
     assert contenders == {tuple(one): list(range(synth_bench.SEEDS)) for one in synth_bench.CONTESTANTS}
