@@ -28,8 +28,8 @@ from saegrid.errors import DamagedError, StoreError
 from saegrid.storage.atomic import write_bytes
 from saegrid.storage.checksums import read_bytes, read_sealed, write_sealed
 
-BATCH_TOKENS = 4096
-"""Padded tokens per forward pass of the model."""
+BATCH_TOKENS = 1024
+"""Padded tokens per forward pass of the model: few, so that prompts of one pass are of nearly the same length."""
 HEAD_ROWS = 128
 """Rows per call of the unembedding: bounds the memory of logits, of which a few copies exist at once."""
 SHARED_RUN = 8
