@@ -84,7 +84,7 @@ def test_a_switched_choice_beside_the_whole_recipe(mixed, fake_grid, fake_runs):
     lines = verdict(found.reset_index()).splitlines()
     assert lines == [
         "- Loses more: `aux_coef = 0.0` (+0.200 [+0.200, +0.200]) nats/token.",
-        "- Less is lost with `sinks = keep` (−0.100 [−0.100, −0.100]) nats/token.",
+        "- Loses less: `sinks = keep` (−0.100 [−0.100, −0.100]) nats/token.",
         "- No measurable difference from the full recipe, within the intervals of [the figure](#fig-choices){.ref}: "
         "`warmup = 0.0`.",
         "",
