@@ -59,16 +59,16 @@ def replicated(folder: Path) -> tuple[str, str]:
     keys, also = [settings.key(row) for row in runs.to_dict("records")], settings.unusual(records)
     for row in records:
         row |= runs[[key == settings.key(row) for key in keys]][["fvu_no_sink", "kl"]].mean()
-        row["name"] = ", ".join([settings.label(row), *(f"{name} = {row[name]}" for name in also)])
+        row["Setting"] = ", ".join([settings.label(row), *(f"{name} = {row[name]}" for name in also)])
     table = pd.DataFrame(records).sort_values("stable_pct", ascending=False, ignore_index=True)
-    columns = ["name", "seeds", "stable_pct", "stable_energy_pct", "matched_cosine", "random_cosine"]
+    columns = ["Setting", "seeds", "stable_pct", "stable_energy_pct", "matched_cosine", "random_cosine"]
     caption = "Settings by the share of live latents that another seed finds again (“make stability”)."
     what = (
         f"One change at a time of recipe, rows or size, on layer {records[0]['layer']}. A choice helps where "
         "more latents are stable and FVU is no higher. All decoders start at random: training alone makes them agree."
     )
     body = html_table(table, [*columns, "fvu_no_sink", "kl"], caption=caption, mark_best=False)
-    return f"**Latents that another seed finds again**: {_share(table)}.", markdown(what, body)
+    return f"**Latents that another seed finds again**: {_share(table.assign(name=table["Setting"]))}.", markdown(what, body)
 
 
 def verdict(plain: pd.DataFrame) -> str:
