@@ -687,6 +687,22 @@ def test_bf16_codes_that_are_not_sparse_are_float32s():
             assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize("rule", [Rule("batchtopk", 40), Rule("threshold", 0, 20.0), Rule("jumprelu", 9)])
+def test_float32_codes_by_way_of_a_bf16_product(monkeypatch, rule, sinks):
+    """The same pairs as by a float32 product, and their float32 values."""
+    params, x = make_params(5, 256, 4096), make_rows(300, 5, 256, sinks)
+    params = params._replace(theta=torch.full((4096,), 20.0))
+    found = []
+    for known in (True, False):
+        monkeypatch.setattr(cpu_codes, "has_bf16", lambda known=known: known)
+        found.append(cpu.encode(params, x, rule))
+    assert_well_formed(found[0])
+    assert torch.equal(found[0].offsets, found[1].offsets) and torch.equal(found[0].latents, found[1].latents)
+    apart_by = (dense(found[0], 4096) - dense(found[1], 4096)).abs()
+    assert (apart_by <= 1e-5 * x.norm(dim=1, keepdim=True)).all() and apart_by.any()
+
+
 # --- which kernel ---
 
 

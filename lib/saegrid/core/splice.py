@@ -23,19 +23,22 @@ from torch import Tensor
 
 from saegrid.config.run_config import Site
 from saegrid.data.language_model import LM, final_from, hidden_at, padded_batches
+from saegrid.data.models.layout import TOLERANCE, apart
 from saegrid.data.prompts import Prompt
 from saegrid.errors import DamagedError, StoreError
 from saegrid.storage.atomic import write_bytes
 from saegrid.storage.checksums import read_bytes, read_sealed, write_sealed
 
-BATCH_TOKENS = 4096
-"""Padded tokens per forward pass of the model."""
+BATCH_TOKENS = 1024
+"""Padded tokens per forward pass of the model: few, so that prompts of one pass are of nearly the same length."""
 HEAD_ROWS = 128
 """Rows per call of the unembedding: bounds the memory of logits, of which a few copies exist at once."""
 SHARED_RUN = 8
 """A run of at least this many tokens that is in all evaluation prompts is not scored."""
 SUMS = ["prompt", "template", "n_tokens", "ce_clean_sum", "ce_zero_sum", "ce_mean_sum"]
 """Columns of `Baseline.sums`."""
+Replace = Callable[[Tensor], Tensor]
+"""Maps rows (n, d_in) to those that take their place."""
 
 
 @dataclass
@@ -103,7 +106,7 @@ def make_baseline(lm: LM, prompts: list[Prompt], layer: int, mean: Tensor, site:
     frame["ce_clean_sum"] = _sums(token_scores(lm, prompts, clean), frame)["ce"]
     passes = {"zero": torch.zeros_like, "mean": lambda rows: mean.to(rows).expand_as(rows)}
     for name, replace in passes.items():
-        final = splice(lm, prompts, x, layer, replace, site)
+        final = _ablated(lm, prompts, x, layer, replace, site)
         frame[f"ce_{name}_sum"] = _sums(token_scores(lm, prompts, final), frame)["ce"]
     return Baseline(prompts, x, clean, frame, clean_logits(lm, clean))
 
@@ -113,7 +116,7 @@ def splice(
     prompts: list[Prompt],
     x: list[Tensor],
     layer: int,
-    replace: Callable[[Tensor], Tensor],
+    replace: Replace,
     site: Site = "resid_post",
 ) -> list[Tensor]:
     """Final states at each prompt's scored positions, (n, d_in) in the model's dtype.
@@ -135,6 +138,21 @@ def splice(
         for row, index in enumerate(indices):
             found[index] = final[row, scored_positions(prompts[index])]
     return found
+
+
+def _ablated(lm: LM, prompts: list[Prompt], x: list[Tensor], layer: int, replace: Replace, site: Site) -> list[Tensor]:
+    """`splice` if `replace` gives all rows the same value: in the residual stream, one prompt's states are everyone's.
+
+    Two prompts are run to see it; where they differ, or where a prompt keeps rows of its own, all are.
+    """
+    pair = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].tokens))[:2]
+    replaced = all(len(replaced_positions(prompt)) == len(prompt.tokens) - 1 for prompt in prompts)
+    if len(pair) == 2 and replaced and site in ("resid_post", "resid_pre"):
+        whole = [dataclasses.replace(prompts[index], shared=[]) for index in pair]
+        states, others = splice(lm, whole, [x[index] for index in pair], layer, replace, site)
+        if apart(states[: len(others)], others) < TOLERANCE["float32"]:
+            return [states[scored_positions(prompt)] for prompt in prompts]
+    return splice(lm, prompts, x, layer, replace, site)
 
 
 @torch.inference_mode()
@@ -192,9 +210,7 @@ def token_scores(
     return frame.assign(**{name: torch.cat(values).cpu().numpy() for name, values in found.items()})
 
 
-def evaluate(
-    lm: LM, baseline: Baseline, layer: int, replace: Callable[[Tensor], Tensor], site: Site = "resid_post"
-) -> pd.DataFrame:
+def evaluate(lm: LM, baseline: Baseline, layer: int, replace: Replace, site: Site = "resid_post") -> pd.DataFrame:
     """Per-prompt sums over scored positions: the columns `SUMS`, `ce_spliced_sum` and `kl_sum`."""
     final = splice(lm, baseline.prompts, baseline.x, layer, replace, site)
     scores = token_scores(lm, baseline.prompts, final, baseline.clean, baseline.expected)

@@ -30,6 +30,8 @@ DECAY = 0.2
 """Last share of the steps, over which a "linear" learning rate falls."""
 LARGEST_AIM = 4.0
 """`Progress.aim` is clipped to the range from 1 / this to this."""
+CHECKPOINT_SECONDS = 20.0
+"""An epoch ends with a checkpoint only if the last one is older than this; the last epoch always does."""
 CHECK_STEPS = 100
 """On a GPU, steps between two reads of the loss, which must be finite: each read waits for the device."""
 
@@ -132,7 +134,8 @@ def train(
         _epoch(run, progress)
         _validate(run, progress)
         write_text(run_dir / "metrics.jsonl", "".join(json.dumps(point) + "\n" for point in progress.curve))
-        save_checkpoint(path, progress, config.run_id, store.data_sha256)
+        if progress.epoch == config.epochs or time.perf_counter() - progress._since > CHECKPOINT_SECONDS:
+            save_checkpoint(path, progress, config.run_id, store.data_sha256)
     for weights, best in zip(sae.params, progress.best, strict=True):
         weights.copy_(best)
     sae.finish()

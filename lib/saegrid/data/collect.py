@@ -11,11 +11,11 @@ import itertools
 import json
 import time
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
@@ -141,7 +141,7 @@ def _finish(
         "mean": mean,
         "data_sha256": digest.hexdigest(),
         "statistics": {split: writer.statistics() for split, writer in writers.items()},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {"torch": torch.__version__, "transformers": version("transformers")},
     }
     write_sealed(folder / "manifest.json", manifest)
 

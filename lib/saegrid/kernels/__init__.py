@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import logging
@@ -130,10 +131,18 @@ def _fastest_matmul(kernel: str, device: str) -> tuple[str, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "matmul: the GPU has bf16 instructions"
         return "fp32", "matmul: the GPU has no bf16 instructions"
-    probes = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
-    if any(probe and probe() for probe in probes):
+    if has_bf16():
         return "bf16", "matmul: the processor has bf16 instructions"
     return "fp32", "matmul: the processor has no bf16 instructions"
+
+
+@functools.cache
+def has_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 natively."""
+    import torch
+
+    probes = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(probe and probe() for probe in probes)
 
 
 def _cores() -> tuple[int, str]:

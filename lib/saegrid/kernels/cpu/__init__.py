@@ -23,7 +23,7 @@ from torch import Tensor
 
 from saegrid.kernels.cpu import pairs, select
 from saegrid.kernels.cpu.chunks import CHUNKS, arrays, buffer, by_weight, even, run
-from saegrid.kernels.cpu.codes import sparse_codes
+from saegrid.kernels.cpu.codes import exact_codes, sparse_codes
 from saegrid.kernels.reference import BETAS, EPS, above_theta, folded_gate, l0_pull, magnitudes, settle
 from saegrid.kernels.state import THETA_RATE, Codes, Params, Rule, StepSettings, TrainState
 
@@ -37,7 +37,10 @@ def encode(params: Params, x: Tensor, rule: Rule, matmul: str = "fp32") -> Codes
         params, rule = folded_gate(params), Rule("jumprelu")
     if rule.kind == "jumprelu":
         return above_theta(encode, params, x, matmul)
-    return sparse_codes(params, x.contiguous() - params.b_pre, rule, matmul, {})
+    centred = x.contiguous() - params.b_pre
+    if matmul == "fp32":
+        return exact_codes(params, centred, rule)
+    return sparse_codes(params, centred, rule, matmul, {})
 
 
 def decode(params: Params, codes: Codes) -> Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saegrid.kernels import has_bf16
 from saegrid.kernels.cpu import pairs, select
 from saegrid.kernels.cpu.chunks import arrays, buffer, by_weight, even, run
 from saegrid.kernels.state import Codes, Params, Rule
@@ -15,6 +16,7 @@ from saegrid.kernels.state import Codes, Params, Rule
 BF16_BELOW = 0.12  # share of active pairs up to which a bf16 product + float32 values beat one fp32 product (measured)
 BLOCK_VALUES = 2**22  # pre-activations computed at a time: 16 MB in float32, about the last-level cache
 SPARE = 1.5  # the bound from the first of several blocks aims at this many times the wanted pairs
+MARGIN = 2**-8  # a row's margin in `exact_codes` / its largest element / the largest norm of an encoder row
 PROBE = 64, 32  # rows, and stride of latents, of the sample that estimates how many pairs a threshold keeps
 
 
@@ -32,6 +34,28 @@ def sparse_codes(params: Params, centred: Tensor, rule: Rule, matmul: str, works
     return Codes(*map(torch.from_numpy, (offsets, latents[:kept], values[:kept])))
 
 
+def exact_codes(params: Params, centred: Tensor, rule: Rule) -> Codes:
+    """Codes of centred rows (N, d_in) with float32 pre-activations, from a bfloat16 product where that is faster.
+
+    Its product lists all pairs that may be kept; their values are computed in float32 and cut. A value's error is far
+    below the row's margin, which is in proportion to the row's largest element.
+    """
+    if not has_bf16() or rule.kind == "topk" or _share_kept(params, centred, rule) > BF16_BELOW / 2:
+        return sparse_codes(params, centred, rule, "fp32", {})
+    margin = MARGIN * centred.abs().amax(1) * params.W_enc.norm(dim=1).max()
+    bound = np.float32(max(rule.threshold, 0.0) if rule.kind == "threshold" else 0.0)
+    lowest, offsets, latents, values = _listed(params, centred, rule, bound, margin.detach().numpy(), True, {})
+    run(pairs.recompute, by_weight(offsets), *arrays((centred, params.W_enc, params.b_enc)), offsets, latents, values)
+    if rule.kind == "batchtopk":
+        bound, ties = _batch_cut(values, min(rule.k, len(params.b_enc)) * len(centred))
+        if bound <= lowest and lowest > 0:  # the sample misled
+            return sparse_codes(params, centred, rule, "fp32", {})
+    else:
+        ties = 0
+    select.cut_batch(offsets, latents, values, bound, ties)
+    return Codes(*map(torch.from_numpy, (offsets, latents[: offsets[-1]], values[: offsets[-1]])))
+
+
 def _share_kept(params: Params, centred: Tensor, rule: Rule) -> float:
     """Share of the pairs that the rule will keep; for a threshold, estimated from some rows and latents."""
     if rule.kind != "threshold":
@@ -44,7 +68,37 @@ def _share_kept(params: Params, centred: Tensor, rule: Rule) -> float:
 def _select(
     params: Params, centred: Tensor, rule: Rule, bound: np.float32, narrow: bool, workspace: dict
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """CSR lists (offsets, latents, values) of what the rule keeps, from blocks of rows that stay in cache."""
+    """CSR lists (offsets, latents, values) of what the rule keeps."""
+    margin = np.zeros(len(centred), np.float32)
+    _, offsets, latents, values = _listed(params, centred, rule, bound, margin, narrow, workspace)
+    count = min(rule.k, len(params.b_enc)) * len(centred) if rule.kind == "batchtopk" else 0
+    if 0 < count < len(values):
+        select.cut_batch(offsets, latents, values, *_batch_cut(values, count))
+    return offsets, latents[: offsets[-1]], values[: offsets[-1]]
+
+
+def _batch_cut(values: np.ndarray, count: int) -> tuple[np.float32, int]:
+    """The `count`-th largest value, and how many equal to it are kept; 0 and none if fewer are positive."""
+    if count >= select.count_above(values, len(values), np.float32(0)):
+        return np.float32(0), 0
+    cut = select.kth_largest(values, len(values), count)
+    return cut, count - select.count_above(values, len(values), cut)
+
+
+def _listed(
+    params: Params,
+    centred: Tensor,
+    rule: Rule,
+    bound: np.float32,
+    margin: np.ndarray,
+    narrow: bool,
+    workspace: dict,
+) -> tuple[np.float32, np.ndarray, np.ndarray, np.ndarray]:
+    """CSR lists (offsets, latents, values) of at least what the rule keeps, from blocks of rows that stay in cache.
+
+    All lists but top-k's hold what is above `bound`, for BatchTopK a bound from a sample, less the row's margin (N,).
+    The bound comes first.
+    """
     n_rows, d_sae = len(centred), len(params.b_enc)
     count = min(rule.k, d_sae) * n_rows if rule.kind == "batchtopk" else 0
     k = min(rule.k, d_sae) if rule.kind == "topk" else 0
@@ -57,24 +111,20 @@ def _select(
     def listed(bound: np.float32 | None) -> tuple[Any, list[Any]]:
         """The bound (None: estimated from a sample of the first block), and each block's lists above it."""
         parts = []
-        for rows in centred.split(size):
+        for n, rows in enumerate(centred.split(size)):
             pre = _pre_acts(rows, w_enc, workspace)
             if bound is None:
                 wanted = count if len(rows) == n_rows else int(SPARE * count * len(rows) / n_rows)
                 bound = select.batch_bound(pre, bias, min(wanted, pre.size))
-            parts.append(_list_block(pre, bias, bound, k, workspace))
+            bounds = bound - margin[n * size : n * size + len(rows)]
+            parts.append(_list_block(pre, bias, bounds, k, workspace))
         return bound, parts
 
     bound, parts = listed(None if count else bound)
     if bound > 0 and sum(len(values) for _, _, values in parts) < count:  # the sample misled
-        _, parts = listed(np.float32(0))
+        bound, parts = listed(np.float32(0))
     counts, latents, values = (np.concatenate(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True))
-    offsets = np.concatenate([[0], counts.cumsum()])
-    if 0 < count < len(values):
-        cut = select.kth_largest(values, len(values), count)
-        ties = count - select.count_above(values, len(values), cut)
-        select.cut_batch(offsets, latents, values, cut, ties)
-    return offsets, latents[: offsets[-1]], values[: offsets[-1]]
+    return bound, np.concatenate([[0], counts.cumsum()]), latents, values
 
 
 def _pre_acts(rows: Tensor, w_enc: Tensor, workspace: dict) -> np.ndarray:
@@ -85,12 +135,12 @@ def _pre_acts(rows: Tensor, w_enc: Tensor, workspace: dict) -> np.ndarray:
 
 
 def _list_block(
-    pre: np.ndarray, bias: np.ndarray, bound: np.float32, k: int, workspace: dict
+    pre: np.ndarray, bias: np.ndarray, bounds: np.ndarray, k: int, workspace: dict
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(counts (n,), latents, values) of pre + bias: entries above `bound`, or, with k > 0, the k largest per row."""
+    """(counts (n,), latents, values) of pre + bias: entries above each row's bound, or, with k > 0, the k largest."""
     wide = arrays((buffer(workspace, "latents", pre.shape, torch.int32), buffer(workspace, "values", pre.shape)))
     counts, edges = np.empty(len(pre), np.int64), even(len(pre))
-    run(select.list_above, edges, pre, bias, bound, k, *wide, counts)
+    run(select.list_above, edges, pre, bias, bounds, k, *wide, counts)
     offsets = np.concatenate([[0], counts.cumsum()])
     latents, values = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
     run(select.pack, edges, *wide, offsets, latents, values)

@@ -107,17 +107,17 @@ def list_row(row, low, latents, values):
 
 
 @compiled
-def list_above(first, last, edges, pre, bias, bound, k, latents, values, counts):
-    """The entries of pre + bias above `bound`, row by row, at the front of the rows of `latents`, `values` (N, d_sae).
+def list_above(first, last, edges, pre, bias, bounds, k, latents, values, counts):
+    """Entries of pre + bias above their row's bound (N,), at the front of the rows of `latents`, `values` (N, d_sae).
 
-    With k > 0: the k largest positive ones of each row; `bound` is not used then.
+    With k > 0: the k largest positive ones of each row; `bounds` are not used then.
     """
     width = pre.shape[1]
     row, sample = np.empty(width, np.float32), np.empty(width + 1, np.float32)
     for n in range(edges[first], edges[last]):
         for i in range(width):
             row[i] = as_float(pre[n, i]) + bias[i]
-        low = row_bound(row, k, sample) if k > 0 else bound
+        low = row_bound(row, k, sample) if k > 0 else bounds[n]
         count = list_row(row, low, latents[n], values[n])
         if count < k and low > ZERO:  # the sample misled
             count = list_row(row, ZERO, latents[n], values[n])

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.container import ErrorbarContainer
@@ -95,6 +94,8 @@ def heatmap(df: pd.DataFrame, *, metric: str = "delta_loss", ax: Axes | None = N
 
     Darker is better.
     """
+    import seaborn as sns  # takes longer to import than most pages take to draw
+
     rows = df.assign(setting=[setting(row, recipe=True) for row in df.to_dict("records")])
     order = _in_order(rows)["setting"].unique()
     table = rows.pivot_table(index="setting", columns="expansion", values=metric, sort=False)
