@@ -130,7 +130,8 @@ def dictionary_folder(data: bytes, folder: Path) -> None:
     read_dictionary(folder)
 
 
-RUN = {"run_id": "run", "name": "n", "arch": "TopK", "expansion": 1, "k": 1, "threshold": 0, "seed": 0, "n_val_rows": 5}
+RUN = {"run_id": "run", "name": "n", "arch": "TopK", "expansion": 1, "k": 1, "threshold": 0, "recipe": "published"}
+RUN |= {"seed": 0, "n_val_rows": 5}
 TARGETS = {
     "grid": grid,
     "store": store,
