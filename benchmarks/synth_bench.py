@@ -1,6 +1,6 @@
 """SAELens' synthetic benchmark: this project's SAEs and its peers' on the same rows, by SAELens' own measures and ours.
 
-    python benchmarks/synth_bench.py                       # about ten minutes on one core
+    python benchmarks/synth_bench.py                       # six minutes on one core
 
 SynthSAEBench-16k (arXiv:2602.14687) asks for 200 million samples and a width of 4,096: hours on a GPU for one SAE. This
 is much smaller: its generator makes a world with an eighth of the directions, of the width and of the hierarchy, and

@@ -18,6 +18,19 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONG)
 
 
+@pytest.fixture
+def one_thread():
+    """Tiny tensors: threads would only wait for each other. A test that sets another number leaves no trace."""
+    import torch
+
+    from saegrid import kernels
+
+    before = torch.get_num_threads()
+    kernels.set_threads(1)
+    yield
+    kernels.set_threads(before)
+
+
 @pytest.fixture(scope="session")
 def fake_grid() -> Grid:
     """A grid on which every finding can be tested."""

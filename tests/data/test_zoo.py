@@ -12,15 +12,7 @@ from saegrid.data.language_model import hidden_at, logits_from, take_apart
 
 LENGTHS = (24, 13, 7)
 DOC = zoo.DOC.read_text()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def alone(model, module, ids, x=None, before=False):

@@ -166,6 +166,18 @@ def test_the_page_says_what_it_means_with_the_random_level(made):
     assert "found again with another seed" in short and "freeze = decoder" in short
 
 
+def test_the_recipes_page_ranks_settings_by_stability_beside_their_fvu(made):
+    _, root = made
+    table, df = results.read_stability(root / "results"), results.read_tidy(root / "results")
+    short, body = trust_section.replicated(root / "results")
+    first = table["stable_pct"].idxmax()
+    frozen = "TopK 2x, K = 4, improved, freeze = decoder"
+    assert f"{table['stable_pct'][first]:.2f}%" in short and frozen in short
+    fvu = df.loc[df["freeze"] == "decoder", "fvu_no_sink"].mean()
+    row = next(line for line in body.splitlines() if frozen in line)
+    assert f">{fvu:.3f}" in row and (body.index(frozen) < body.index("improved<")) == (first == 1)
+
+
 def test_latents_say_with_how_many_seeds_they_are_found_again(made):
     grid, root = made
     run = grid.seeds()[0][0]

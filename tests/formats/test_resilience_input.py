@@ -3,16 +3,13 @@
 import functools
 import itertools
 import json
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+import targets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "fuzz"))
-import targets
 
 from saegrid.config import grid
 from saegrid.config.run_config import make_config

@@ -18,6 +18,7 @@ from saegrid.kernels.state import Rule
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs and streams run there")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+pytestmark = pytest.mark.usefixtures("one_thread")
 ALL = pytest.mark.parametrize(("rule", "settings"), CASES.values(), ids=CASES)
 
 

@@ -18,6 +18,8 @@ from saegrid.kernels import cpu, reference
 from saegrid.kernels.cpu import codes as cpu_codes
 from saegrid.kernels.state import Params, Rule, StepSettings, TrainState
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def slope(parameter: torch.Tensor) -> torch.Tensor:
     """Its gradient; 0 where the loss does not depend on it."""

@@ -158,8 +158,7 @@ def test_the_page_shows_the_ratios_and_says_what_is_not_measured(results, tmp_pa
     assert text.count('<figure class="plot strips">') == 2 and text.count("<details>") == text.count("</details>") > 4
 
 
-def test_a_contender_that_fails_is_recorded_and_the_race_goes_on(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def test_a_contender_that_fails_is_recorded_and_the_race_goes_on(tmp_path):
     from race import race
 
     spec = {"contender": "torch", "setting": "default", "arch": "TopK", "k": 1, "theta": 0.0, "batch": 1}
@@ -169,7 +168,6 @@ def test_a_contender_that_fails_is_recorded_and_the_race_goes_on(tmp_path, monke
 
 
 def test_bf16_is_tried_where_the_processor_has_it():
-    sys.path.append(str(BENCHMARKS))
     from peers import settings_of
 
     assert settings_of("sae-lens", "TopK", bf16=True) == ("default", "bf16", "compile", "bf16+compile", "sparse")
@@ -177,8 +175,7 @@ def test_bf16_is_tried_where_the_processor_has_it():
     assert settings_of("torch", "JumpReLU", bf16=False) == ("default", "fused", "fused+compile")
 
 
-def test_learning_rates_are_tried_until_the_best_has_worse_neighbours_and_once_between(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def test_learning_rates_are_tried_until_the_best_has_worse_neighbours_and_once_between():
     from peer_quality import LADDER, losses, next_rate
 
     for best in (rate * lean for rate in LADDER for lean in (0.9, 1.0, 1.1)):
@@ -192,7 +189,6 @@ def test_learning_rates_are_tried_until_the_best_has_worse_neighbours_and_once_b
 
 
 def test_further_seeds_take_the_rate_that_the_first_one_chose(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     import peer_quality
 
     asked = []
@@ -223,7 +219,6 @@ def test_further_seeds_take_the_rate_that_the_first_one_chose(tmp_path, monkeypa
 
 def test_the_latents_of_a_contenders_seeds_are_matched(tmp_path, monkeypatch):
     """Seeds 0 and 1 have the same latents, seed 2 half of them: 100% and 50%, so means of 75%, 75% and 50%."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     import peer_quality
 
     monkeypatch.setattr(peer_quality, "ROOT", tmp_path)
@@ -246,7 +241,6 @@ def test_the_latents_of_a_contenders_seeds_are_matched(tmp_path, monkeypatch):
 
 def test_delta_loss_by_how_often_a_token_was_trained_on(tmp_path, monkeypatch):
     """The bins' tokens and losses add up to what the run's own splice says."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.chdir(tmp_path)
     from rare_tokens import by_rarity
 

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import coverage_of_intervals as coverage
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,15 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = pd.read_csv(ROOT / "results/trials/coverage.csv")
 
 
-@pytest.fixture
-def coverage(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import coverage_of_intervals
-
-    return coverage_of_intervals
-
-
-def test_a_short_simulation_covers_what_the_table_says(coverage):
+def test_a_short_simulation_covers_what_the_table_says():
     """30 draws of each of 46 kinds; one standard error of their mean is 0.6%."""
     found = coverage.table(draws=30, seed=1)
     keys = ["interval", "templates", "prompts", "effects"]
@@ -28,7 +21,7 @@ def test_a_short_simulation_covers_what_the_table_says(coverage):
     assert found["covers_pct"].min() >= 73
 
 
-def test_intervals_over_templates_alone_cover_too_little_where_seeds_differ(coverage):
+def test_intervals_over_templates_alone_cover_too_little_where_seeds_differ():
     """So the simulation can tell a bad interval from a good one."""
     rng, spread = np.random.default_rng(0), coverage.SEEDS["seeds differ most"]
     weights = {f"a{n}": 1 / 3 for n in range(3)} | {f"b{n}": -1 / 3 for n in range(3)}

@@ -1,30 +1,17 @@
 """Sparse probes: labels by hand, the choice of columns against a slow computation, and what the page says of them."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
+import probes
 import pytest
 import scipy.sparse
 
 from saegrid.report.pages import trust_section
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
-
-@pytest.fixture(scope="module")
-def bench():
-    pytest.importorskip("sklearn")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        import probes
-
-        yield probes
-
-
-def test_labels_by_hand(bench):
+def test_labels_by_hand():
     pieces = ["Ann", " has", " ", *"120", " pears", ".", " Has", " Bob", "?", "\n", "120", " has", " (", "7", ")"]
-    labels = bench.labelled(pieces)
+    labels = probes.labelled(pieces)
     where = {name: np.flatnonzero(has).tolist() for name, has in labels.items()}
     assert where["digit"] == [3, 4, 5, 12, 15]
     assert where["capital letter"] == [0, 8, 9]
@@ -38,26 +25,26 @@ def test_labels_by_hand(bench):
     assert where["after the first line"] == [12, 13, 14, 15, 16]
     assert where["in brackets"] == [15]
     assert where["punctuation"] == [7, 10]
-    assert sum(not concept.from_token for concept in bench.CONCEPTS.values()) >= len(bench.CONCEPTS) / 2
+    assert sum(not concept.from_token for concept in probes.CONCEPTS.values()) >= len(probes.CONCEPTS) / 2
 
 
-def test_the_most_telling_columns_against_a_slow_computation(bench):
+def test_the_most_telling_columns_against_a_slow_computation():
     rng = np.random.default_rng(0)
     features = np.where(rng.random((200, 12)) < 0.3, rng.random((200, 12)), 0.0)
     features[:, 5] = 1.0  # constant
     has = features[:, 3] - features[:, 7] + 0.3 * rng.random(200) > 0.2
     slow = [abs(np.corrcoef(column, has)[0, 1]) if np.ptp(column) else 0.0 for column in features.T]
     for some in (features, scipy.sparse.csc_matrix(features)):
-        assert bench.most_telling(some, has, 4).tolist() == np.argsort(-np.array(slow))[:4].tolist()
+        assert probes.most_telling(some, has, 4).tolist() == np.argsort(-np.array(slow))[:4].tolist()
 
 
-def test_auc_of_a_column_that_is_the_label_and_of_one_that_is_noise(bench):
+def test_auc_of_a_column_that_is_the_label_and_of_one_that_is_noise():
     rng = np.random.default_rng(0)
     has, test_has = rng.random(400) < 0.5, rng.random(300) < 0.2
     train, test = (np.column_stack([y, rng.random(len(y))]).astype(float) for y in (has, test_has))
-    assert bench.auc(train, has, test, test_has, 1) == 1.0
-    assert bench.auc(train[:, 1:], has, test[:, 1:], test_has, 1) == pytest.approx(0.5, abs=0.1)
-    index = bench.balanced(test_has, seed=0)
+    assert probes.auc(train, has, test, test_has, 1) == 1.0
+    assert probes.auc(train[:, 1:], has, test[:, 1:], test_has, 1) == pytest.approx(0.5, abs=0.1)
+    index = probes.balanced(test_has, seed=0)
     assert test_has[index].mean() == 0.5 and len(set(index)) == len(index) == 2 * test_has.sum()
 
 

@@ -98,8 +98,7 @@ def test_the_readmes_peers_are_those_of_the_committed_tables():
     assert "shown (Holm, 8 tests): FVU at each K, delta loss at K = 16:" in README
 
 
-def test_the_published_settings_row_is_that_of_the_rehearsal(monkeypatch):
-    monkeypatch.syspath_prepend("benchmarks")
+def test_the_published_settings_row_is_that_of_the_rehearsal():
     from rehearse import preset_row
 
     path = Path("results/rehearsal.json")

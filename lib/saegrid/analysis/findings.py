@@ -49,8 +49,8 @@ class Finding:
 
     @property
     def steps(self) -> tuple[int, int] | None:
-        """The fewest and the most training steps of the rows that support the verdict; None if unknown."""
-        if "steps" not in self.evidence or self.evidence.empty:
+        """The fewest and the most training steps of the rows behind the verdict; None if unknown or not testable."""
+        if self.verdict == NOT_TESTABLE or "steps" not in self.evidence or self.evidence.empty:
             return None
         return int(self.evidence["steps"].min()), int(self.evidence["steps"].max())
 

@@ -146,7 +146,7 @@ def _result_table(
     for row, shown in zip(df.to_dict("records"), body, strict=True):
         shown[0]["text"] += "x"
         if given[1] == "threshold" and pd.isna(row["threshold"]):  # a trained or penalised one, for a K
-            shown[1] |= {"text": f"for K = {row['k']}", "words": True, "missing": False}
+            shown[1] |= {"text": f"for K\u00a0=\u00a0{row['k']}", "words": True, "missing": False}
     titles = headers(df, links=links)
     for row, head in zip(df.to_dict("records"), titles, strict=True):
         head["text"] = settings.label(row, sizes=False)

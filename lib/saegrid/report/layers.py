@@ -38,12 +38,15 @@ def words(df: pd.DataFrame) -> str:
     return listed(dict.fromkeys(varied or ["layer"]))
 
 
-def section(df: pd.DataFrame, prompts: pd.DataFrame, pages: str = "") -> Markdown:
-    """All parts: the headlines in words, claims by origin, the hardest layers, and each measure over layers."""
+def section(df: pd.DataFrame, prompts: pd.DataFrame, pages: str = "", level: str = "###") -> Markdown:
+    """All parts: the headlines in words, claims by origin, the hardest layers, and each measure over layers.
+
+    `level` is that of the headings inside.
+    """
     found = headlines(df, prompts)
     parts = [verdict(found), claims_table(df, prompts, found, pages), exceptions(found, df)]
     if df["layer"].nunique() > 1:
-        parts += ["### Which layer is hardest?", hardest_text(df), "### Over layers", *over_layers.figures(df)]
+        parts += [f"{level} Which layer is hardest?", hardest_text(df), f"{level} Over layers", over_layers.figures(df)]
     return markdown(*filter(None, parts))
 
 

@@ -14,6 +14,8 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
+PARENT = "SAEGRID_PARENT"
+"""Environment variable: the process that the command must end with; by default the one that started this."""
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
@@ -48,7 +50,7 @@ def main(command: list[str]) -> int:
     if not command:
         print("saegrid.storage.processes: needs a command", file=sys.stderr)
         return 2
-    die_with_parent(os.getppid())
+    die_with_parent(int(os.environ.pop(PARENT, os.getppid())))
     try:
         os.execvp(command[0], command)
     except OSError as error:

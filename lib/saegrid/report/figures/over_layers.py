@@ -12,21 +12,19 @@ from saegrid.report.figures.style import ABOVE, INK, MARKERS, PALETTE, WIDE, sty
 from saegrid.report.tables import Markdown
 
 
-def figures(df: pd.DataFrame) -> list[Markdown]:
-    """One row of panels per measure: a panel per text, a line per architecture and recipe."""
-    table, found = over_layers(df), []
+def figures(df: pd.DataFrame) -> Markdown:
+    """A panel per measure and text, a line per architecture and recipe."""
+    table, panels = over_layers(df), []
     seeds = table["seeds"].max()
     for measure, rows in table.groupby("measure", sort=False):
         limits = _limits(rows, COLUMNS[measure].best == "min")
-        panels = []
         for text, those in rows.groupby("text", sort=False):
             caption = f"{header(measure)} over layers{f' on {text}' if text else ''}."
             if seeds > 1:
                 caption += f" Means over {counted(seeds, 'seed')}"
                 caption += "; bars: 95% t intervals over seeds." if seeds > 2 else "."
             panels.append((curves(those, y=measure, limits=limits), caption, _alt(those, measure)))
-        found.append(plots.side_by_side(panels))
-    return found
+    return plots.side_by_side(panels)
 
 
 def _alt(rows: pd.DataFrame, measure: str) -> str:

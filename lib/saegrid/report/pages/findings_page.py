@@ -232,7 +232,7 @@ def _shown(own: Finding, published: Finding, page: str | None) -> dict[str, Any]
         "own": verdict(own),
         "theirs": verdict(published),
         "sentence": sentence(own),
-        "effect": effect_text(own),
+        "effect": "" if own.effect is None else effect_text(own),
         "effect_name": effect_name(own),
         "their_effect": "" if published.effect is None else effect_text(published),
         "steps": rests,

@@ -18,7 +18,7 @@ from saegrid.analysis.numbers import COLUMNS, MISSING, between, listed, number
 from saegrid.analysis.scaling import MEASURES
 from saegrid.config import settings
 from saegrid.config.grid import L0_BUDGET
-from saegrid.config.run_config import EMBEDDED_DATASET, EMBEDDED_MODEL
+from saegrid.config.run_config import EMBEDDED_MODEL
 from saegrid.report import card, layers, loading
 from saegrid.report.figures import captions, plots
 from saegrid.report.pages import findings_page, trust_section
@@ -34,7 +34,7 @@ SWEEP = "jakelipner/sae-grid-search-layer12"
 def title(df: pd.DataFrame) -> str:
     """Model and layer: `Sparse autoencoders on SmolLM2-135M-Instruct, layer 12`."""
     models = dict.fromkeys(Path(BASE_MODELS.get(name, name)).name for name in df["model"])
-    return escape(f"Sparse autoencoders on {' and '.join(models)}, layer {_values(df, 'layer')}", quote=False)
+    return escape(f"Sparse autoencoders on {listed(models)}, layer {_values(df, 'layer')}", quote=False)
 
 
 def model_card(
@@ -342,7 +342,7 @@ def _values(df: pd.DataFrame, name: str, form: str = "{}") -> str:
     values = [value for value in df[name].unique() if not pd.isna(value) and value != ""]
     if len(values) > 1 and not isinstance(values[0], str):
         values = sorted(values)
-    return escape(", ".join(form.format(number(value, name)) for value in values), quote=False) or MISSING
+    return escape(listed(form.format(number(value, name)) for value in values), quote=False) if values else MISSING
 
 
 def hub_model(name: str) -> str | None:
@@ -358,4 +358,10 @@ def model_name(name: str) -> str:
 
 def dataset(name: str) -> str:
     """The name of a run's dataset in the card: the Hub id, the generator, or the name of a local folder."""
-    return name.partition(":")[2] if name == EMBEDDED_DATASET else Path(name).name if hub_model(name) is None else name
+    return (
+        name.removeprefix("embedded:")
+        if name.startswith("embedded:")
+        else Path(name).name
+        if hub_model(name) is None
+        else name
+    )

@@ -184,6 +184,7 @@ SECTIONS = (
     Section("Scaling", "scaling", "scaling/results_tidy.csv", _scaling, "scaling"),
     Section("Other layers, other text", "layers", "layers/results_tidy.csv", _layers),
     Section("Other libraries", "libraries", "peers/runs.csv", _peers, "peer-quality"),
+    Section("Latents that replicate", "replicate", "stability/stability.csv", trust_section.replicated),
     Section("Known directions", "known-directions", "ground_truth/runs.csv", trust_section.known_directions),
     Section(
         "SAELens' synthetic benchmark", "synthetic", "ground_truth/synthsaebench.csv", trust_section.synthetic_benchmark

@@ -58,8 +58,8 @@ def write_origin_pages(df: pd.DataFrame, prompts: pd.DataFrame, budget: int, rep
     (report / "layers").mkdir(parents=True)
     what = layers.words(df)
     text = f"Each {what} is judged by itself; controls are left out."
-    page = layers.section(selection.without_controls(df), prompts, pages="layers/")
-    write_text(report / "layers.qmd", markdown(front_matter(LAYERS), text, page))
+    page = layers.section(selection.without_controls(df), prompts, pages="layers/", level="##")
+    write_text(report / "layers.qmd", markdown(front_matter(LAYERS), text, "## What holds where", page))
     for name, rows in layers.by_text(df).items():
         page = home_page.origin_page(rows, prompts, budget, "../", **beside)
         links = f"[Every {what}](../layers.qmd)"
@@ -177,7 +177,9 @@ def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:
         if len(differing) == 1:
             near.setdefault(label(differing[0]), []).append(f"[{title(other, also)}]({other['run_id']}.ipynb)")
     lines = [f"- another {axis}: {'; '.join(links)}" for axis, links in near.items()]
-    return markdown(" · ".join(around), *(["The same but for one axis:", "\n".join(lines)] if lines else []))
+    return markdown(
+        " · ".join(around), *(["Runs that differ in one setting alone:", "\n".join(lines)] if lines else [])
+    )
 
 
 def index_page(df: pd.DataFrame, timing: pd.DataFrame, curves: pd.DataFrame) -> Markdown:

@@ -13,6 +13,7 @@ from saegrid.analysis.intervals import LEVEL, holm, t_interval
 from saegrid.analysis.numbers import COLUMNS, MISSING, bounds, change, counted, header, listed, number
 from saegrid.config import settings
 from saegrid.config.settings import CONTROLS
+from saegrid.experiment import results
 from saegrid.report.figures import plots
 from saegrid.report.figures.style import ABOVE, INK, MARKERS, PALETTE, log_axes, styled
 from saegrid.report.pages.peers_section import CONTENDERS
@@ -50,6 +51,24 @@ def stability(stable: pd.DataFrame) -> Markdown:
     ]
     drawn = [plots.side_by_side(panels)] if panels else []
     return markdown(verdict(plain), *drawn, html_table(table, columns, caption=caption, mark_best=False))
+
+
+def replicated(folder: Path) -> tuple[str, str]:
+    """How stability changes with recipe, rows and size (`results/stability`): a short answer, and a table."""
+    runs, records = results.read_tidy(folder), results.read_stability(folder).to_dict("records")
+    keys, also = [settings.key(row) for row in runs.to_dict("records")], settings.unusual(records)
+    for row in records:
+        row |= runs[[key == settings.key(row) for key in keys]][["fvu_no_sink", "kl"]].mean()
+        row["name"] = ", ".join([settings.label(row), *(f"{name} = {row[name]}" for name in also)])
+    table = pd.DataFrame(records).sort_values("stable_pct", ascending=False, ignore_index=True)
+    columns = ["name", "seeds", "stable_pct", "stable_energy_pct", "matched_cosine", "random_cosine"]
+    caption = "Settings by the share of live latents that another seed finds again (“make stability”)."
+    what = (
+        f"One change at a time of recipe, rows or size, on layer {records[0]['layer']}. A choice helps where "
+        "more latents are stable and FVU is no higher. All decoders start at random: training alone makes them agree."
+    )
+    body = html_table(table, [*columns, "fvu_no_sink", "kl"], caption=caption, mark_best=False)
+    return f"**Latents that another seed finds again**: {_share(table)}.", markdown(what, body)
 
 
 def verdict(plain: pd.DataFrame) -> str:
