@@ -15,6 +15,7 @@ from torch import Tensor
 CHUNKS = 16  # pieces of a parallel loop; fixed, so that sums across pieces don't depend on the number of threads
 
 
+@functools.cache
 def even(total: int) -> np.ndarray:
     """Edges (CHUNKS + 1,) of chunks of equal length."""
     return np.linspace(0, total, CHUNKS + 1).astype(np.int64)
