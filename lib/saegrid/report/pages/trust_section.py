@@ -56,7 +56,8 @@ def stability(stable: pd.DataFrame) -> Markdown:
 def replicated(folder: Path) -> tuple[str, str]:
     """How stability changes with recipe, rows and size (`results/stability`): a short answer, and a table."""
     runs, records = results.read_tidy(folder), results.read_stability(folder).to_dict("records")
-    keys, also = [settings.key(row) for row in runs.to_dict("records")], settings.unusual(records)
+    keys = [settings.key(row) for row in runs.to_dict("records")]
+    also = [name for name in settings.unusual(records) if name not in CONTROLS]  # these are in the label
     for row in records:
         row |= runs[[key == settings.key(row) for key in keys]][["fvu_no_sink", "kl"]].mean()
         row["Setting"] = ", ".join([settings.label(row), *(f"{name} = {row[name]}" for name in also)])
@@ -68,7 +69,8 @@ def replicated(folder: Path) -> tuple[str, str]:
         "more latents are stable and FVU is no higher. All decoders start at random: training alone makes them agree."
     )
     body = html_table(table, [*columns, "fvu_no_sink", "kl"], caption=caption, mark_best=False)
-    return f"**Latents that another seed finds again**: {_share(table.assign(name=table["Setting"]))}.", markdown(what, body)
+    share = _share(table.assign(name=table["Setting"]))
+    return f"**Latents that another seed finds again**: {share}.", markdown(what, body)
 
 
 def verdict(plain: pd.DataFrame) -> str:
