@@ -69,7 +69,7 @@ def test_the_page_has_its_table_and_its_verdict(folder):
     ours = next(line for line in page.splitlines() if "K = 16, FVU without sinks" in line)
     assert ">0.290 (JumpReLU)<" in ours and ">0.350 (sae-lens BatchTopK)<" in ours and ">+0.055 [" in ours
     assert "corrected for all 4 comparisons" in page
-    assert "best of 2 learning rates" in page and "Means over 3 seeds" in page
+    assert "is the best of 2 by FVU" in page and "Means over 3 seeds" in page
     row = next(line for line in page.splitlines() if '<th scope="row">sae-lens BatchTopK' in line)
     assert len(re.findall(r"\+0\.\d{3} to \+0\.\d{3}", row)) == 2
     assert "Not measured yet: `make peer-quality` does it." not in page
