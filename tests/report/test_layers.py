@@ -59,7 +59,7 @@ def test_the_report_has_a_page_over_all_and_one_for_each(made, grid):
     names = sorted(path.name for path in (root / "report/layers").glob("*.qmd"))
     assert names == sorted(f"{layers.slug(origin)}.qmd" for origin in ORIGINS)
     page = (root / "report/layers.qmd").read_text()
-    assert 'title: "Layers"' in page and "### Which layer is hardest?" in page and page.count("<figure") >= 10
+    assert 'title: "Layers"' in page and "## Which layer is hardest?" in page and page.count("<figure") >= 10
     for name in names:
         text = (root / "report/layers" / name).read_text()
         assert "Recommended:" in text and "../runs/" in text and "](../layers.qmd)" in text

@@ -126,7 +126,7 @@ def test_the_card_holds_the_recommended_run_and_every_verdict(fake_grid, fake_ru
     assert "<a " not in text  # without links it stands alone
     order = [text.index(f"\n## {head}\n") for head in HEADS]
     assert order == sorted(order)
-    assert f"{len(df)} runs, BatchTopK, TopK and JumpReLU at 4x, 8x, 16x with K of 64, 128, 220" in text
+    assert f"{len(df)} runs, BatchTopK, TopK and JumpReLU at 4x, 8x and 16x with K of 64, 128 and 220" in text
 
 
 def test_the_arithmetic_on_the_method_page_is_computed():
