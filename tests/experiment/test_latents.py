@@ -176,7 +176,7 @@ def data():
 
 def test_the_histogram_leaves_the_dead_out_and_says_how_many(data):
     page = latents_page.firing(data)
-    assert "the median live latent on 3% of the validation rows. 19 of 64 are dead" in page and "<svg" in page
+    assert "the median live latent on 3.0% of the validation rows. 19 of 64 are dead" in page and "<svg" in page
     assert latents_page.firing(data | {"all_fired": []}) == ""
 
 
@@ -187,7 +187,7 @@ def test_tokens_are_escaped_wherever_they_stand(data):
     words = "".join(read.words)
     assert "<b> &amp↵" in words and "<script>" in words and '"x' in words
     assert "−1.0" in words and "1 (0.50)" in words and "9 (−0.20, dead)" in words
-    assert 'title="2.00"> &amp;amp</strong>' in html and "Fires on <strong>3%</strong>" in html
+    assert 'title="2.00"> &amp;amp</strong>' in html and "Fires on <strong>3.0%</strong>" in html
 
 
 def test_pieces_hand_over_every_card_once_and_old_ones_go(data, tmp_path):
