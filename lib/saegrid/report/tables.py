@@ -163,7 +163,7 @@ def cells(
             {
                 "column": name,
                 "text": texts[name][n],
-                "value": repr(row[name]),
+                "value": "" if isinstance(row[name], str) else repr(row[name]),
                 "missing": texts[name][n] == MISSING,
                 "words": isinstance(row[name], str) and not FORMATTED.fullmatch(row[name] or "0"),
                 "best": df.index[n] in best.get(name, ()),
