@@ -12,6 +12,7 @@ from saegrid.analysis import peers
 from saegrid.analysis.findings import HOLDS, all_findings
 from saegrid.config.grid import load_grid
 from saegrid.experiment import results
+from saegrid.report.pages import recipes_page
 
 README = Path("README.md").read_text()
 TEXT = " ".join(README.split())
@@ -79,6 +80,14 @@ def test_the_readmes_numbers_are_those_of_the_committed_table():
     changed = results.read_stability("results/stability").query("recipe == 'improved'")
     usual = changed.query("arch == 'BatchTopK' and lr == 0.002 and epochs == 3 and encoder_tie == 3")["stable_pct"]
     assert f"help: {usual.item():.2f}% to {changed['stable_pct'].max():.2f}% (4x, 3 epochs" in TEXT
+
+
+def test_the_readmes_layers_and_texts_are_those_of_the_committed_tables():
+    short = recipes_page.page()
+    least = re.search(r"TopK loses less than BatchTopK\*\*: holds at (\d+) of (\d+)\.", short)
+    assert least and f"(and at {least[1]} of {least[2]} layers and texts," in TEXT
+    matryoshka = re.search(r"Matryoshka with the improved recipe loses least\*\*: holds at (\d+) of (\d+)\.", short)
+    assert matryoshka and matryoshka[1] == matryoshka[2]
 
 
 def test_the_readmes_known_directions_are_those_of_the_committed_table():
