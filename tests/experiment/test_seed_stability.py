@@ -164,6 +164,9 @@ def test_the_page_says_what_it_means_with_the_random_level(made):
     best = selection.recommend(results.read_tidy(root / "results").iloc[:5])
     short = trust_section.in_short(best, results.read_tidy(root / "results"), table)
     assert "found again with another seed" in short and "freeze = decoder" in short
+    alone = results.read_tidy(root / "results").query("freeze == 'none'")
+    pca = pd.DataFrame([{"components": 4, "store_id": best["store_id"], "kl": 0.25, "delta_loss": 0.5}])
+    assert trust_section.in_short(best, alone, table, pca).endswith("as many components as K: KL 0.250 nats/token.")
 
 
 def test_the_recipes_page_ranks_settings_by_stability_beside_their_fvu(made):

@@ -91,13 +91,13 @@ def beside_controls(df: pd.DataFrame, baseline: pd.DataFrame | None = None) -> p
             told = {"name": runs["name"].iloc[0], "control": ", ".join(said), "seeds": len(runs)}
             told["untrained"] = runs["model_init"].iloc[0] == "random"
             controls.append(told | runs[measures].mean().to_dict())
-        controls += [] if baseline is None else _pca(baseline, plain.iloc[0], measures)
+        controls += [] if baseline is None else pca_control(baseline, plain.iloc[0], measures)
         found += [row | {"reached": _reached(row, own)} for row in controls]
     df = pd.DataFrame(found, columns=["name", "control", "untrained", "seeds", *measures, "reached"])
     return df.astype({"untrained": bool})
 
 
-def _pca(baseline: pd.DataFrame, plain: pd.Series, measures: list[str]) -> list[dict[str, Any]]:
+def pca_control(baseline: pd.DataFrame, plain: pd.Series, measures: list[str]) -> list[dict[str, Any]]:
     """PCA with as many components as a run's K, on the same rows; empty if it was not measured."""
     if pd.isna(plain["k"]):
         return []

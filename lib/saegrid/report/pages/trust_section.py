@@ -127,6 +127,11 @@ def in_short(best: pd.Series, df: pd.DataFrame, stable: pd.DataFrame, baseline: 
             loss = f"{COLUMNS[measure].title} {number(least[measure], measure)} nats/token"
             said = f"The control that loses least is {least['control']}: {loss}. {said}"
         parts.append(said)
+    elif baseline is not None:
+        measure = selection.cost(baseline)
+        for row in selection.pca_control(baseline, best, [measure]):
+            loss = f"{COLUMNS[measure].title} {number(row[measure], measure)} nats/token"
+            parts.append(f"The control here is PCA with as many components as K: {loss}.")
     return "\n\n".join(parts)
 
 
