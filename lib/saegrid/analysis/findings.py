@@ -49,7 +49,7 @@ class Finding:
 
     @property
     def steps(self) -> tuple[int, int] | None:
-        """The fewest and the most training steps of the rows behind the verdict; None if unknown or not testable."""
+        """Range of training steps of the runs that the verdict compares; None without a verdict or without steps."""
         if self.verdict == NOT_TESTABLE or "steps" not in self.evidence or self.evidence.empty:
             return None
         return int(self.evidence["steps"].min()), int(self.evidence["steps"].max())

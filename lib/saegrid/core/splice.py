@@ -30,7 +30,7 @@ from saegrid.storage.atomic import write_bytes
 from saegrid.storage.checksums import read_bytes, read_sealed, write_sealed
 
 BATCH_TOKENS = 1024
-"""Padded tokens per forward pass of the model: few, so that prompts of one pass are of nearly the same length."""
+"""Padded tokens per forward pass of the model. Small passes hold prompts of similar length and so less padding."""
 HEAD_ROWS = 128
 """Rows per call of the unembedding: bounds the memory of logits, of which a few copies exist at once."""
 SHARED_RUN = 8
@@ -141,9 +141,10 @@ def splice(
 
 
 def _ablated(lm: LM, prompts: list[Prompt], x: list[Tensor], layer: int, replace: Replace, site: Site) -> list[Tensor]:
-    """`splice` if `replace` gives all rows the same value: in the residual stream, one prompt's states are everyone's.
+    """`splice` if `replace` gives every row the same value: in the residual stream, all prompts get equal states.
 
-    Two prompts are run to see it; where they differ, or where a prompt keeps rows of its own, all are.
+    So the two longest prompts are run, and the longest one's states serve all. If the two differ, or if a prompt keeps
+    some of its rows, every prompt is run.
     """
     pair = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].tokens))[:2]
     replaced = all(len(replaced_positions(prompt)) == len(prompt.tokens) - 1 for prompt in prompts)

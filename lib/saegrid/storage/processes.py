@@ -15,7 +15,7 @@ import sys
 
 PR_SET_PDEATHSIG = 1
 PARENT = "SAEGRID_PARENT"
-"""Environment variable: the process that the command must end with; by default the one that started this."""
+"""Environment variable with the id of the process whose end also ends the command. Default: the parent process."""
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 

@@ -37,8 +37,9 @@ def sparse_codes(params: Params, centred: Tensor, rule: Rule, matmul: str, works
 def exact_codes(params: Params, centred: Tensor, rule: Rule) -> Codes:
     """Codes of centred rows (N, d_in) with float32 pre-activations, from a bfloat16 product where that is faster.
 
-    Its product lists all pairs that may be kept; their values are computed in float32 and cut. A value's error is far
-    below the row's margin, which is in proportion to the row's largest element.
+    The product lists every pair that may be kept, the bound lowered by a margin for its rounding error. Then the listed
+    values are computed again in float32, and the rule is applied to these. The margin is proportional to the row's
+    largest element, and far above the error.
     """
     if not has_bf16() or rule.kind == "topk" or _share_kept(params, centred, rule) > BF16_BELOW / 2:
         return sparse_codes(params, centred, rule, "fp32", {})
@@ -94,10 +95,10 @@ def _listed(
     narrow: bool,
     workspace: dict,
 ) -> tuple[np.float32, np.ndarray, np.ndarray, np.ndarray]:
-    """CSR lists (offsets, latents, values) of at least what the rule keeps, from blocks of rows that stay in cache.
+    """The bound, and CSR lists (offsets, latents, values) of at least what the rule keeps, made in blocks of rows.
 
-    All lists but top-k's hold what is above `bound`, for BatchTopK a bound from a sample, less the row's margin (N,).
-    The bound comes first.
+    For top-k they hold the k largest of each row, else the values above the bound minus the row's margin (N,). For
+    BatchTopK the bound is estimated from a sample; for other rules it is the given one.
     """
     n_rows, d_sae = len(centred), len(params.b_enc)
     count = min(rule.k, d_sae) * n_rows if rule.kind == "batchtopk" else 0

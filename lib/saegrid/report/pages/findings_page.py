@@ -10,7 +10,7 @@ import pandas as pd
 
 from saegrid.analysis import findings, published_sweep
 from saegrid.analysis.findings import Finding
-from saegrid.analysis.numbers import between, change, counted, number, signed
+from saegrid.analysis.numbers import between, change, counted, listed, number, signed
 from saegrid.analysis.origins.headlines import NOT_SHOWN
 from saegrid.config import settings
 from saegrid.report.figures.strips import Look, Mark, Row, strips
@@ -108,7 +108,7 @@ def _large(finding: Finding) -> str:
         sizes = f"From {facts['small']}x to {facts['large']}x"
         parts.append(f"{sizes} at matched K, delta loss moves by {told}; below 0 is a gain.")
         worse = [arch for arch, gap in facts["by_arch"].items() if gap.mean > findings.LITTLE_NATS]
-        parts += [f"For {' and '.join(worse)}, {facts['large']}x adds nothing: it loses more."] if worse else []
+        parts += [f"For {listed(worse)}, {facts['large']}x adds nothing: it loses more."] if worse else []
     return " ".join(parts)
 
 

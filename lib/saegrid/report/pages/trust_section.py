@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -59,7 +60,8 @@ def replicated(folder: Path) -> tuple[str, str]:
     keys = [settings.key(row) for row in runs.to_dict("records")]
     also = [name for name in settings.unusual(records) if name not in CONTROLS]  # these are in the label
     for row in records:
-        row |= runs[[key == settings.key(row) for key in keys]][["fvu_no_sink", "kl"]].mean()
+        own = settings.key(row)
+        row |= runs[[key == own for key in keys]][["fvu_no_sink", "kl"]].mean()
         row["Setting"] = ", ".join([settings.label(row), *(f"{name} = {row[name]}" for name in also)])
     table = pd.DataFrame(records).sort_values("stable_pct", ascending=False, ignore_index=True)
     columns = ["Setting", "seeds", "stable_pct", "stable_energy_pct", "matched_cosine", "random_cosine"]
@@ -124,15 +126,17 @@ def in_short(best: pd.Series, df: pd.DataFrame, stable: pd.DataFrame, baseline: 
         losses = found[(found["control"] != "") & ~found["untrained"]]
         said, measure = reached_text(found), selection.cost(losses)
         for least in losses.nsmallest(1, measure).to_dict("records"):
-            loss = f"{COLUMNS[measure].title} {number(least[measure], measure)} nats/token"
-            said = f"The control that loses least is {least['control']}: {loss}. {said}"
+            said = f"The control that loses least is {least['control']}: {_loss(least, measure)}. {said}"
         parts.append(said)
     elif baseline is not None:
         measure = selection.cost(baseline)
         for row in selection.pca_control(baseline, best, [measure]):
-            loss = f"{COLUMNS[measure].title} {number(row[measure], measure)} nats/token"
-            parts.append(f"The control here is PCA with as many components as K: {loss}.")
+            parts.append(f"The control here is PCA with as many components as K: {_loss(row, measure)}.")
     return "\n\n".join(parts)
+
+
+def _loss(row: dict[str, Any], measure: str) -> str:
+    return f"{COLUMNS[measure].title} {number(row[measure], measure)} nats/token"
 
 
 def controls(df: pd.DataFrame, baseline: pd.DataFrame | None = None) -> Markdown:
@@ -247,7 +251,7 @@ def known_directions(folder: Path) -> tuple[str, Markdown]:
 
 
 def recovery_text(table: pd.DataFrame, true_l0: float, k: int) -> tuple[str, str]:
-    """Which setting finds most of the known directions, against the control: in short, and with how it was measured."""
+    """The setting that recovers most known directions, beside the control: a short answer, and the whole text."""
     trained, frozen = (table[(table["freeze"] == "none") == plain] for plain in (True, False))
     best, chance = trained.loc[trained["mcc"].idxmax()], frozen["mcc"].mean()
     reached = [
@@ -315,7 +319,7 @@ def synthetic_benchmark(folder: Path) -> tuple[str, Markdown]:
     for name, title in (("saelens_mcc", "MCC"), ("saelens_f1_score", "F1")):
         order = table.sort_values(name, ascending=False)
         firsts = [part.iloc[0] for _, part in order.groupby(order["peer"] == "saegrid") if len(part)]
-        said = " and ".join(f"{row['Contender']} ({row[name]:.3f})" for row in reversed(firsts))
+        said = listed(f"{row['Contender']} ({row[name]:.3f})" for row in reversed(firsts))
         text += f" Highest {title}: {said}."
     columns = ["Contender", *measures.values(), "stable_pct"]
     return "", markdown(text, html_table(table, columns, caption=caption, mark_best=False))
