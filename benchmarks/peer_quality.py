@@ -2,7 +2,7 @@
 
     python benchmarks/peer_quality.py                     # hours on two cores; stopped, it goes on where it was
     python benchmarks/peer_quality.py --ks 64 --rates 1
-    python benchmarks/peer_quality.py --ks 64 --layer 24 --archs Matryoshka --out results/peers_24
+    python benchmarks/peer_quality.py --ks 64 --layer 24 --archs Matryoshka
 
 This project's metrics judge every SAE on the same held-out rows and prompts, without attention sinks: no contender
 trains on sinks (this project's recipe drops them, the other libraries get rows without them), thresholds are calibrated
@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -111,7 +112,8 @@ def main() -> None:
             for (peer, arch), default in CONTENDERS.items():
                 if peer in options.peers.split(",") and arch in options.archs.split(","):
                     scale = (EXPANSION * store.d_in / 2**14) ** -0.5 if peer in SCALED else 1.0
-                    compete({"peer": peer, "arch": arch, "k": k}, default * scale, options, course)
+                    where = {"layer": options.layer, "dataset": options.dataset}
+                    compete(where | {"peer": peer, "arch": arch, "k": k}, default * scale, options, course)
 
 
 def compete(contender: dict[str, Any], default: float, options: argparse.Namespace, course: Course) -> None:
@@ -170,7 +172,11 @@ def measured(
 
 def kept(out: Path, row: dict[str, Any]) -> Path:
     """Folder of a contender's SAE with one seed at its best rate, to match its latents with another seed's."""
-    return ROOT / "runs" / out.name / "-".join(str(row[name]) for name in KEYS)
+    return ROOT / "runs" / out.name / folder_name(row)
+
+
+def folder_name(row: dict[str, Any]) -> str:
+    return "-".join(re.sub(r"[^\w.]", "_", str(row[name])) for name in KEYS)
 
 
 def replicated(out: Path, contender: dict[str, Any], course: Course) -> None:
@@ -237,7 +243,7 @@ def trained(spec: dict, course: Course) -> tuple[SAE, float]:
         sae = run.train()
         run.close()
         return sae, run.times["train_seconds"]
-    out = course.folder / "-".join(str(spec[name]) for name in KEYS)
+    out = course.folder / folder_name(spec)
     told = spec | {"d_sae": EXPANSION * course.store.d_in, "epochs": EPOCHS, "batch": BATCH, "out": str(out)}
     told |= {"rows": str(course.folder / "rows.safetensors")}
     quiet = {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -20,7 +20,8 @@ def folder(tmp_path):
         for k in (16, 64):
             best = 1.0 if peer == "sae-lens" else 0.3333
             for seed, rate in ((0, 1.0), (0, 0.3333), (1, best), (2, best)):
-                key = {"peer": peer, "arch": arch, "k": k, "rate": rate, "seed": seed}
+                key = {"layer": 12, "dataset": "embedded:gsm_symbolic", "peer": peer, "arch": arch, "k": k}
+                key |= {"rate": rate, "seed": seed}
                 tuned = rate == best
                 extra = 100 * (0.2 + worse + (0 if tuned else 0.1)) * 16 / k * rng.uniform(0.9, 1.1, 20)
                 losses = {"ce_clean_sum": clean, "ce_spliced_sum": clean + extra}
@@ -97,6 +98,29 @@ def test_stability_is_shown_where_it_was_measured(folder):
     page = recipes_page.page(folder.parents[1])
     row = next(line for line in page.splitlines() if '<th scope="row">sae-lens BatchTopK' in line)
     assert "Stable latents" in page and ">2.50<" in row and ">0.250<" in row
+
+
+def test_another_layer_is_judged_by_itself(folder):
+    """The same SAEs with twice the FVU at layer 24, at one K and without JumpReLU: the first table stays as it is."""
+    before = recipes_page.page(folder.parents[1])
+    for name in ("runs.csv", "prompts.csv"):
+        table = pd.read_csv(folder / name)
+        more = table[(table["k"] == 64) & (table["arch"] != "JumpReLU")].assign(layer=24, dataset="org/other")
+        measured = [column for column in ("fvu_no_sink", "fvu_eval", "sq_error") if column in more]
+        more[measured] *= 2
+        pd.concat([table, more]).to_csv(folder / name, index=False)
+    most, others = peers.at_each(folder)
+    assert list(most["where"].unique()) == ["K = 16", "K = 64"]
+    assert list(others["where"].unique()) == ["layer 24, org/other, K = 64"] and set(others["arch"]) == {"BatchTopK"}
+    base = others[others["is_base"]].iloc[0]
+    assert base["fvu_no_sink"] == pytest.approx(0.6)
+    page = recipes_page.page(folder.parents[1])
+    section = page[page.index("### At other layers") :]
+    assert "Run there: saegrid BatchTopK and sae-lens BatchTopK." in section
+    assert "corrected for all 2 comparisons" in section and "Not run" not in section
+    assert "at layer 24, org/other, K = 64" in section
+    shown = before[before.index("## Other libraries") : before.index("Each library's released code")]
+    assert shown.strip() in page
 
 
 def test_without_the_runs_the_page_says_what_makes_them(tmp_path):

@@ -201,7 +201,8 @@ def test_further_seeds_take_the_rate_that_the_first_one_chose(tmp_path, monkeypa
         return pd.DataFrame(rows.values()), None
 
     monkeypatch.setattr(peer_quality, "measured", measured)
-    contender, options = {"peer": "a", "arch": "b", "k": 16}, argparse.Namespace(out=tmp_path, rates=8, seeds=3)
+    contender = {"layer": 1, "dataset": "a/b", "peer": "a", "arch": "b", "k": 16}
+    options = argparse.Namespace(out=tmp_path, rates=8, seeds=3)
     peer_quality.compete(contender, 0.1, options, None)
     search = [(0, 1.0), (0, 3.0), (0, 10.0), (0, 1.732051)]
     assert asked == [*search, (1, 3.0), (2, 3.0)]
@@ -222,7 +223,7 @@ def test_the_latents_of_a_contenders_seeds_are_matched(tmp_path, monkeypatch):
     import peer_quality
 
     monkeypatch.setattr(peer_quality, "ROOT", tmp_path)
-    contender, eye = {"peer": "sae-lens", "arch": "TopK", "k": 4}, torch.eye(8)
+    contender, eye = {"layer": 1, "dataset": "a/b", "peer": "sae-lens", "arch": "TopK", "k": 4}, torch.eye(8)
     rows = []
     for seed, weights in enumerate((eye, eye[[3, 2, 1, 0, 4, 5, 6, 7]], torch.cat([eye[:4], -eye[4:]]))):
         sae = TopK(8, 8, k=4)

@@ -99,7 +99,7 @@ def test_the_readmes_known_directions_are_those_of_the_committed_table():
 
 def test_the_readmes_peers_are_those_of_the_committed_tables():
     """At each K, this project's SAE of the lowest FVU beside the best of the others in each measure."""
-    found = peers.compared(*peers.read(Path("results/peers")))
+    found, _ = peers.at_each(Path("results/peers"))
     assert list(found["k"].unique()) == [16, 32, 64, 128]
     for k, group in found.groupby("k"):
         own, others = group[group["is_base"]].iloc[0], group[group["peer"] != peers.OWN]

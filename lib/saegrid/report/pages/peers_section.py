@@ -38,7 +38,7 @@ def rules(found: pd.DataFrame) -> str:
 
 def table(found: pd.DataFrame) -> Markdown:
     """All contenders at each K, as a table."""
-    own = {"Contender": found["peer"] + " " + found["arch"], "K": found["k"].astype(str)}
+    own = {"Contender": found["peer"] + " " + found["arch"], "Where": found["where"]}
     more = {
         f"More {MEASURES[name]}": found[f"{on}_more"].map(_bounds).mask(found["is_base"], "")
         for name, on in COMPARED.items()
@@ -67,18 +67,19 @@ def beside(found: pd.DataFrame) -> Markdown:
     """At each K and in each measure, this project's SAE and the best of the others, as a table."""
     rows = [
         {
-            "Where": f"K = {row.k}, {header(row.measure)}",
+            "Where": f"{row.where}, {header(row.measure)}",
             "This project": f"{number(row.own, row.measure)} ({row.arch})",
             "Best other": f"{number(row.theirs, row.measure)} ({row.peer} {row.their_arch})",
             "Difference on the prompts": change(row.more, row.low, row.high),
         }
         for row in against_best(found).itertuples()
     ]
+    run = set(zip(found["peer"], found["arch"], strict=True))
     absent = [
-        f"{' '.join(name)} at K = {k}"
-        for k, group in found.groupby("k")
+        f"{' '.join(name)} at {where}"
+        for where, group in found.groupby("where", sort=False)
         for name in CONTENDERS
-        if name not in set(zip(group["peer"], group["arch"], strict=True))
+        if name in run and name not in set(zip(group["peer"], group["arch"], strict=True))
     ]
     caption = "This project's SAE with the lowest FVU, and the best of the other libraries; 95% intervals of each."
     caption += f" Not run: {listed(absent)}." if absent else ""
@@ -90,13 +91,19 @@ def stand(found: pd.DataFrame) -> str:
     table = against_best(found)
     shown = table[table["p"] < LEVEL].assign(way=lambda rows: rows["more"].gt(0).map({True: "lower", False: "higher"}))
     parts = [
-        f"{way} {MEASURES[measure]} at K = {listed(map(str, rows['k']))}"
+        f"{way} {MEASURES[measure]} at {_places(rows['where'])}"
         for (measure, way), rows in shown.groupby(["measure", "way"], sort=False)
     ]
     return (
         f"Against the best SAE of the others, this project's is shown to have {' and '.join(parts) or 'no difference'} "
         f"(corrected for all {len(table)} comparisons: Holm, {LEVEL:.0%})."
     )
+
+
+def _places(where: pd.Series) -> str:
+    """`K = 16, 32 and 64`, or with their layers and texts `layer 6, gsm_symbolic, K = 64; layer 24, …`."""
+    plain = where.str.startswith("K = ").all()
+    return f"K = {listed(where.str.removeprefix('K = '))}" if plain else "; ".join(where)
 
 
 def _bounds(more: tuple[float, float, float, float]) -> str:

@@ -52,17 +52,18 @@ def page(root: str | Path = ".") -> Markdown:
 
 
 def _peers(folder: Path) -> tuple[str, str]:
-    runs, prompts = peers.read(folder)
-    found = peers.compared(runs, prompts)
+    found, elsewhere = peers.at_each(folder)
     panels = [
         (peers_section.curves(found, y=y), f"{header(y)} over the realised L0; lower is better.")
         for y in (selection.cost(found), "fvu_no_sink")
     ]
-    stand, beside = peers_section.stand(found), peers_section.beside(found)
-    every = folded("Every SAE at each K", peers_section.table(found))
-    return f"**Other libraries**: {stand[0].lower()}{stand[1:]}", markdown(
-        stand, plots.side_by_side(panels), beside, every, peers_section.rules(found)
-    )
+    stand, every = peers_section.stand(found), folded("Every SAE at each K", peers_section.table(found))
+    parts = [stand, plots.side_by_side(panels), peers_section.beside(found), every]
+    if len(elsewhere):
+        run = listed(dict.fromkeys(elsewhere["peer"] + " " + elsewhere["arch"]))
+        parts += ["### At other layers and on other text", f"Run there: {run}. {peers_section.stand(elsewhere)}"]
+        parts += [peers_section.beside(elsewhere), folded("Every SAE there", peers_section.table(elsewhere))]
+    return f"**Other libraries**: {stand[0].lower()}{stand[1:]}", markdown(*parts, peers_section.rules(found))
 
 
 def _scaling(folder: Path) -> tuple[str, str]:
