@@ -524,6 +524,14 @@ def test_cpu_train_step_with_auxk_and_prefixes(rule, grad_clip, project_grad, au
     assert not aux_coef or ((expected.quiet >= 150).any() and (expected.quiet == 0).any())
 
 
+@pytest.mark.parametrize("grad_clip", [0.0, 1.0])
+def test_cpu_train_step_with_the_whole_dictionary_as_its_only_prefix(grad_clip):
+    """With a code so dense that plain products are used: the step without prefixes."""
+    told = StepSettings(1e-2, grad_clip, prefixes=(D_SAE,))
+    params = make_params()._replace(b_enc=torch.full((D_SAE,), 100.0))
+    stepped(params, Rule("batchtopk", D_SAE), told, dead=False)
+
+
 def test_auxk_moves_the_dead_alone():
     """Against the step without it: other encoder rows get the same, dead ones, which fire on nothing, only AuxK's."""
     x, rule = make_rows(64), Rule("threshold", 0, 30.0)
@@ -701,6 +709,18 @@ def test_float32_codes_by_way_of_a_bf16_product(monkeypatch, rule, sinks):
     assert torch.equal(found[0].offsets, found[1].offsets) and torch.equal(found[0].latents, found[1].latents)
     apart_by = (dense(found[0], 4096) - dense(found[1], 4096)).abs()
     assert (apart_by <= 1e-5 * x.norm(dim=1, keepdim=True)).all() and apart_by.any()
+
+
+@pytest.mark.parametrize("threshold", [12.53, 0.0])
+def test_float32_codes_of_pairs_whose_bf16_product_is_below_the_cut(monkeypatch, threshold):
+    """Rows of one direction: their products are far larger than their elements, and so are bfloat16's errors."""
+    params = make_params(5, 256, 4096)
+    x = params.W_dec[:300] * torch.linspace(12.2, 12.8, 300)[:, None]
+    params = params._replace(W_enc=params.W_dec, b_enc=torch.full((4096,), threshold - 12.53), b_pre=torch.zeros(256))
+    monkeypatch.setattr(cpu_codes, "has_bf16", lambda: True)
+    rule = Rule("threshold", 0, threshold)
+    found, exact = cpu.encode(params, x, rule), reference.encode(params, x, rule)
+    assert torch.equal(found.offsets, exact.offsets) and torch.equal(found.latents, exact.latents)
 
 
 # --- which kernel ---

@@ -78,7 +78,7 @@ def train_step(state: TrainState, x: Tensor, rule: Rule, settings: StepSettings)
     tie = 0.0 if after.tie else settings.tie_share
     adam = tuple(map(np.float32, (1 - beta1, beta2, 1 - beta2, rate, correction, EPS, tie)))
     weights, m, v = (tuple(arrays(p[:3])) for p in (params, state.m, state.v))
-    if settings.prefixes:
+    if len(settings.prefixes) > 1:
         loss, codes, d_hat = _prefix_errors(params, x, codes, settings.prefixes, workspace)
     else:
         loss, d_hat = _error(params, x, codes, buffer(workspace, "d_hat", x.shape), workspace)

@@ -16,7 +16,7 @@ from saegrid.kernels.state import Codes, Params, Rule
 BF16_BELOW = 0.12  # share of active pairs up to which a bf16 product + float32 values beat one fp32 product (measured)
 BLOCK_VALUES = 2**22  # pre-activations computed at a time: 16 MB in float32, about the last-level cache
 SPARE = 1.5  # the bound from the first of several blocks aims at this many times the wanted pairs
-MARGIN = 2**-8  # a row's margin in `exact_codes` / its largest element / the largest norm of an encoder row
+MARGIN = 2**-8  # bfloat16's relative rounding error: the unit of the margins in `exact_codes`
 PROBE = 64, 32  # rows, and stride of latents, of the sample that estimates how many pairs a threshold keeps
 
 
@@ -37,15 +37,13 @@ def sparse_codes(params: Params, centred: Tensor, rule: Rule, matmul: str, works
 def exact_codes(params: Params, centred: Tensor, rule: Rule) -> Codes:
     """Codes of centred rows (N, d_in) with float32 pre-activations, from a bfloat16 product where that is faster.
 
-    The product lists every pair that may be kept, the bound lowered by a margin for its rounding error. Then the listed
-    values are computed again in float32, and the rule is applied to these. The margin is proportional to the row's
-    largest element, and far above the error.
+    The product lists every pair that may be kept: the bound is lowered by a margin for rounding errors. Then the listed
+    values are computed again in float32, and the rule is applied to these.
     """
     if not has_bf16() or rule.kind == "topk" or _share_kept(params, centred, rule) > BF16_BELOW / 2:
         return sparse_codes(params, centred, rule, "fp32", {})
-    margin = MARGIN * centred.abs().amax(1) * params.W_enc.norm(dim=1).max()
     bound = np.float32(max(rule.threshold, 0.0) if rule.kind == "threshold" else 0.0)
-    lowest, offsets, latents, values = _listed(params, centred, rule, bound, margin.detach().numpy(), True, {})
+    lowest, offsets, latents, values = _listed(params, centred, rule, bound, True, True, {})
     run(pairs.recompute, by_weight(offsets), *arrays((centred, params.W_enc, params.b_enc)), offsets, latents, values)
     if rule.kind == "batchtopk":
         bound, ties = _batch_cut(values, min(rule.k, len(params.b_enc)) * len(centred))
@@ -70,8 +68,7 @@ def _select(
     params: Params, centred: Tensor, rule: Rule, bound: np.float32, narrow: bool, workspace: dict
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """CSR lists (offsets, latents, values) of what the rule keeps."""
-    margin = np.zeros(len(centred), np.float32)
-    _, offsets, latents, values = _listed(params, centred, rule, bound, margin, narrow, workspace)
+    _, offsets, latents, values = _listed(params, centred, rule, bound, narrow, False, workspace)
     count = min(rule.k, len(params.b_enc)) * len(centred) if rule.kind == "batchtopk" else 0
     if 0 < count < len(values):
         select.cut_batch(offsets, latents, values, *_batch_cut(values, count))
@@ -91,14 +88,14 @@ def _listed(
     centred: Tensor,
     rule: Rule,
     bound: np.float32,
-    margin: np.ndarray,
     narrow: bool,
+    exact: bool,
     workspace: dict,
 ) -> tuple[np.float32, np.ndarray, np.ndarray, np.ndarray]:
     """The bound, and CSR lists (offsets, latents, values) of at least what the rule keeps, made in blocks of rows.
 
-    For top-k they hold the k largest of each row, else the values above the bound minus the row's margin (N,). For
-    BatchTopK the bound is estimated from a sample; for other rules it is the given one.
+    For top-k they hold the k largest of each row, else the values above the bound; with `exact`, above the bound minus
+    a margin. For BatchTopK the bound is estimated from a sample; for other rules it is the given one.
     """
     n_rows, d_sae = len(centred), len(params.b_enc)
     count = min(rule.k, d_sae) * n_rows if rule.kind == "batchtopk" else 0
@@ -106,6 +103,7 @@ def _listed(
     size = max(1, BLOCK_VALUES // d_sae)
     bias = params.b_enc.detach().numpy()
     w_enc = params.W_enc
+    margin, lowered = (_margin(params, centred), 1 - MARGIN) if exact else (np.zeros(n_rows, np.float32), 1)
     if narrow:
         w_enc = buffer(workspace, "W_enc bf16", w_enc.shape, torch.bfloat16).copy_(w_enc)
 
@@ -117,7 +115,7 @@ def _listed(
             if bound is None:
                 wanted = count if len(rows) == n_rows else int(SPARE * count * len(rows) / n_rows)
                 bound = select.batch_bound(pre, bias, min(wanted, pre.size))
-            bounds = bound - margin[n * size : n * size + len(rows)]
+            bounds = lowered * bound - margin[n * size : n * size + len(rows)]
             parts.append(_list_block(pre, bias, bounds, k, workspace))
         return bound, parts
 
@@ -126,6 +124,17 @@ def _listed(
         bound, parts = listed(np.float32(0))
     counts, latents, values = (np.concatenate(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True))
     return bound, np.concatenate([[0], counts.cumsum()]), latents, values
+
+
+def _margin(params: Params, centred: Tensor) -> np.ndarray:
+    """Upper bound (N,) of a bfloat16 product's rounding errors, for pairs whose value with b_enc is 0.
+
+    Errors of the factors add up like a random walk: they are far below the row's largest element times the norm of an
+    encoder row. The product is rounded, too: it is -b_enc here, and for other pairs up to their value larger.
+    """
+    factors = centred.abs().amax(1) * params.W_enc.norm(dim=1).max()
+    margin: np.ndarray = (MARGIN * (factors + params.b_enc.abs().max())).detach().numpy()
+    return margin
 
 
 def _pre_acts(rows: Tensor, w_enc: Tensor, workspace: dict) -> np.ndarray:
