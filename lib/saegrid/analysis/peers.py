@@ -63,7 +63,7 @@ def compared(runs: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
     """
     runs, rows = runs.assign(**{name: runs.get(name, math.nan) for name in YOUNGER}), []
     names = [name for name in COMPARED.values() if name != "kl" or cost(runs) == "kl"]
-    measured = {name: intervals.measured(prompts, name) for name in names}
+    measured = {name: intervals.measured(prompts, name, runs["run_id"]) for name in names}
     for k, group in runs.groupby("k"):
         own = group[group["peer"] == OWN].groupby("arch")["fvu_no_sink"].mean().idxmin()
         base = group[(group["peer"] == OWN) & (group["arch"] == own)]

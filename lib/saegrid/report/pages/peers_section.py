@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from saegrid.analysis.intervals import LEVEL
-from saegrid.analysis.numbers import between, change, counted, header, listed, number, signed
+from saegrid.analysis.numbers import between, change, header, listed, number, signed
 from saegrid.analysis.peers import COMPARED, against_best
 from saegrid.analysis.scaling import MEASURES
 from saegrid.report.figures.style import ABOVE, LIBRARIES, MARKERS, log_axes, styled
@@ -23,16 +23,16 @@ CONTENDERS = [
 
 def rules(found: pd.DataFrame) -> str:
     """How the contenders were trained and measured."""
-    tried, seeds = between(found["tried"], "d"), counted(found["seeds"].min(), "seed")
+    tried, seeds = between(found["tried"], "d"), between(found["seeds"], "d")
     return (
         "Each library's released code trained its SAEs (for sparsify, the step inside its trainer) with its "
         "recommended settings, at the same width, epochs and batch; settings in steps or tokens were scaled to the "
         f"run's length. The learning rate is the best of {tried} by FVU on the validation rows: steps of a factor of "
-        f"3, then one between the best and its better neighbour. Means over {seeds}; the first one chose that rate. "
-        "Attention sinks are left out of all training rows, of every measure and of the splice, and thresholds are "
-        "calibrated to K without them. This project keeps the epoch with the lowest validation MSE, as always; the "
-        "others keep the last. Intervals are t intervals over problem templates and seeds, paired. The speed page has "
-        "the time of a step."
+        f"3, then one between the best and its better neighbour. Means over {seeds} seed{'s' * (seeds != '1')}; the "
+        "first one chose that rate. Attention sinks are left out of all training rows, of every measure and of the "
+        "splice, and thresholds are calibrated to K without them. This project keeps the epoch with the lowest "
+        "validation MSE, as always; the others keep the last. Intervals are t intervals over problem templates and, "
+        "where there are several, seeds, paired. The speed page has the time of a step."
     )
 
 

@@ -63,7 +63,9 @@ def _peers(folder: Path) -> tuple[str, str]:
         run = listed(dict.fromkeys(elsewhere["peer"] + " " + elsewhere["arch"]))
         parts += ["### At other layers and on other text", f"Run there: {run}. {peers_section.stand(elsewhere)}"]
         parts += [peers_section.beside(elsewhere), folded("Every SAE there", peers_section.table(elsewhere))]
-    return f"**Other libraries**: {stand[0].lower()}{stand[1:]}", markdown(*parts, peers_section.rules(found))
+    return f"**Other libraries**: {stand[0].lower()}{stand[1:]}", markdown(
+        *parts, peers_section.rules(pd.concat([found, elsewhere]))
+    )
 
 
 def _scaling(folder: Path) -> tuple[str, str]:
@@ -161,7 +163,7 @@ def _beside_pca(means: pd.DataFrame, pca: pd.DataFrame) -> str:
 def claim(df: pd.DataFrame, prompts: pd.DataFrame) -> str:
     """Cost and dead latents of `improved` relative to `published`, one sentence per architecture."""
     pure, measure = ablation.named(df), selection.cost(df)
-    measured, lines = intervals.measured(prompts, measure), []
+    measured, lines = intervals.measured(prompts, measure, df["run_id"]), []
     for arch, rows in pure.groupby("arch", sort=False):
         groups = {recipe: rows[rows["recipe"] == recipe] for recipe in ("published", "improved")}
         if any(group.empty for group in groups.values()):
