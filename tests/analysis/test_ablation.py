@@ -63,6 +63,21 @@ def test_intervals_over_templates_and_seeds(fake_grid, fake_runs):
     assert intervals.over_seeds(found, ids[:1]) == alone[0]
 
 
+def test_runs_on_other_prompts_do_not_matter(mixed, fake_grid, fake_runs):
+    """A grid of several texts has the sums of all its runs in one table."""
+    prompts = finished_run.load_prompts(results.tidy(fake_grid, fake_runs / "runs"), fake_runs / "runs")
+    one = prompts[prompts["run_id"] == prompts["run_id"].iloc[0]]
+    df = mixed.assign(run_id=[f"r{n}" for n in range(len(mixed))])
+    own = pd.concat(one.assign(run_id=run_id) for run_id in df["run_id"])
+    more = pd.concat([own, one.assign(run_id="elsewhere", n_tokens=one["n_tokens"] + 1)])
+    for made in (recipe_means, recipes_page.claim):
+        assert str(made(df, more)) == str(made(df, own))
+    same = df[(df["recipe"] == "improved") & (df["seed"] == 0)]
+    assert beside(same, more).equals(beside(same, own))
+    alone = beside(df.iloc[[2, 4]], own.assign(template="only"))  # one template: no interval
+    assert len(alone) == 1 and "nan" not in forest(alone) and "–" not in forest(alone)
+
+
 def test_a_switched_choice_beside_the_whole_recipe(mixed, fake_grid, fake_runs):
     """One that adds to every prompt's loss is told from the recipe, one that adds to half of them alike is not."""
     prompts = finished_run.load_prompts(results.tidy(fake_grid, fake_runs / "runs"), fake_runs / "runs")

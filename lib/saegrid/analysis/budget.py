@@ -23,9 +23,9 @@ class Price:
     more: float
     """nats/token."""
     interval: tuple[float, float] | None
-    """95% interval of `more`; None without per-prompt sums."""
+    """95% interval of `more`; None without per-prompt sums, and with one template."""
     p: float
-    """Of no difference; NaN without per-prompt sums."""
+    """Of no difference; NaN if there is no interval."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def by_budget(
             Choice(
                 budget,
                 best,
-                None if found is None else intervals.contrast(found, {best["run_id"]: 1.0})[1:3],
+                None if found is None else intervals.contrast(found, {best["run_id"]: 1.0}).interval,
                 len(prices),
                 [] if found is None else _alike(prices),
                 None if before is None else _price(best, before, measure, found),
@@ -103,5 +103,5 @@ def _price(best: pd.Series, other: pd.Series, measure: str, found: intervals.Mea
     more = float(other[measure] - best[measure])
     if found is None:
         return Price(other, more, None, math.nan)
-    _, low, high, p = intervals.contrast(found, {other["run_id"]: 1.0, best["run_id"]: -1.0})
-    return Price(other, more, (low, high), p)
+    apart = intervals.contrast(found, {other["run_id"]: 1.0, best["run_id"]: -1.0})
+    return Price(other, more, apart.interval, apart.p)

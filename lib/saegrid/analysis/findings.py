@@ -211,5 +211,4 @@ def _weights(rows: pd.DataFrame, weight: float) -> dict[str, float]:
 def _interval(measured: intervals.Measured | None, weights: Mapping[str, float]) -> tuple[float, float] | None:
     if measured is None or not weights:
         return None
-    _, low, high, _ = intervals.contrast(measured, weights)
-    return low, high
+    return intervals.contrast(measured, weights).interval

@@ -39,6 +39,11 @@ class Estimate(NamedTuple):
     high: float
     p: float
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The bounds; None with one template."""
+        return None if np.isnan(self.low) else (self.low, self.high)
+
 
 @dataclass(frozen=True)
 class Measured:

@@ -159,8 +159,12 @@ def aligned(values: Iterable[Any], name: str = "") -> list[str]:
 
 
 def change(value: float, low: float, high: float, digits: int = 3) -> str:
-    """A difference with its interval: `+0.081 [+0.044, +0.120]`."""
-    return f"{signed(value, digits)} [{signed(low, digits)}, {signed(high, digits)}]"
+    """A difference with its interval, unless that is missing: `+0.081 [+0.044, +0.120]`."""
+    return (
+        signed(value, digits)
+        if math.isnan(low)
+        else f"{signed(value, digits)} [{signed(low, digits)}, {signed(high, digits)}]"
+    )
 
 
 def signed(value: float, digits: int = 3) -> str:

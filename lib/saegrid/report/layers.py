@@ -84,7 +84,8 @@ def _told(headline: Headline, origin: str) -> str:
     if headline.name == "improved_is_far_better":
         share, low, high = (100 * end for end in held.told[:3])
         dead = number(held.facts["dead_pct"], "dead_pct")
-        return f"{share:.1f}% of the {cost} [{low:.1f}, {high:.1f}], {dead}% dead"
+        within = f" [{low:.1f}, {high:.1f}]" if held.told.interval else ""
+        return f"{share:.1f}% of the {cost}{within}, {dead}% dead"
     text = f"{change(*held.told[:3])} nats/token of {cost}"
     return f"{text} against {held.facts['rival']}" if held.facts.get("rival") else text
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 
 from saegrid.analysis.ablation import MEANS, by_recipe, setting
@@ -32,6 +34,10 @@ def verdict(found: pd.DataFrame) -> str:
     return "\n".join([*lines, "", f"Corrected for {len(found)} comparisons (Holm, {LEVEL:.0%})."])
 
 
+def _interval(row: Any) -> tuple[float, float] | None:
+    return None if pd.isna(row.low) else (row.low, row.high)
+
+
 def _told(rows: pd.DataFrame) -> str:
     return ", ".join(f"`{row.choice}` ({change(row.more, row.low, row.high)})" for row in rows.itertuples())
 
@@ -39,7 +45,7 @@ def _told(rows: pd.DataFrame) -> str:
 def forest(found: pd.DataFrame, *, measure: str = "delta_loss") -> Markdown:
     """Change of a measure when each choice is switched (`beside`), with intervals; one row per choice."""
     rows = [
-        Row(row.choice, [Mark(SWITCHED, row.more, (row.low, row.high))], change(row.more, row.low, row.high))
+        Row(row.choice, [Mark(SWITCHED, row.more, _interval(row))], change(row.more, row.low, row.high))
         for row in found.itertuples()
     ]
     title, unit = COLUMNS[measure].title, COLUMNS[measure].unit

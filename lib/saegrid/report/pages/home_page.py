@@ -14,7 +14,7 @@ import pandas as pd
 
 from saegrid.analysis import findings as claims
 from saegrid.analysis import intervals, published_sweep, selection
-from saegrid.analysis.numbers import COLUMNS, MISSING, between, listed, number
+from saegrid.analysis.numbers import COLUMNS, MISSING, between, bounds, counted, listed, number
 from saegrid.analysis.scaling import MEASURES
 from saegrid.config import settings
 from saegrid.config.grid import L0_BUDGET
@@ -224,8 +224,8 @@ def recommendation(
     between = ""
     if prompts is not None:
         measured = intervals.measured(prompts, measure, df["run_id"])
-        _, low, high, _ = intervals.contrast(measured, {best["run_id"]: 1.0})
-        between = f" (95% interval {number(low, measure)} to {number(high, measure)})"
+        own = intervals.contrast(measured, {best["run_id"]: 1.0})
+        between = f" (95% interval {bounds(own.low, own.high, measure)})" if own.interval else ""
     told = {
         "kl": f"it moves the model's predictions by a KL of **{text['kl']} nats/token**{between} and adds "
         f"{text['delta_loss']} nats/token to its loss",
