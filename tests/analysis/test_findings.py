@@ -1,12 +1,15 @@
 """Verdicts on rows that are made so that each comes out one way, and intervals against a computation by hand."""
 
+import re
+
 import pandas as pd
 import pytest
 
 from saegrid.analysis import findings, published_sweep, selection
 from saegrid.analysis.findings import FAILS, HOLDS, NOT_TESTABLE
 from saegrid.experiment import finished_run, results
-from saegrid.report.pages import findings_page
+from saegrid.report import card
+from saegrid.report.pages import findings_page, home_page
 
 
 def rows(*given):
@@ -60,6 +63,13 @@ def test_4_dense_and_near_perfect():
     assert findings.jumprelu_is_dense(rows(("TopK", 4, 64, 1.0, 5, 0.1))).verdict == NOT_TESTABLE
 
 
+def test_4_compares_thresholds_of_one_unit():
+    df = rows(("JumpReLU", 4, 0.5, 1.0, 5, 0.01), ("JumpReLU", 4, 0.2, 1.0, 5, 0.9))
+    both = findings.jumprelu_is_dense(df.assign(threshold_unit=["absolute", "rms"]))
+    assert both.verdict == HOLDS and list(both.facts["lowest"]["threshold"]) == [0.5]
+    assert list(findings.jumprelu_is_dense(df.assign(threshold_unit="rms")).facts["lowest"]["threshold"]) == [0.2]
+
+
 def test_5_little_gain():
     eight = ("TopK", 8, 64, 1.0, 5, 0.50)
     assert findings.large_adds_little(rows(eight, ("TopK", 16, 64, 1.0, 5, 0.46))).verdict == HOLDS
@@ -94,7 +104,7 @@ def test_other_recipes_are_tested_beside_the_published_one():
     assert first.effect == pytest.approx(0.1) and first.others["improved"].effect == pytest.approx(-0.1)
     assert second.others == {}  # no larger K
     text = findings_page.finding_section(first, findings.all_findings(published_sweep.rows())[0])
-    assert "**Other recipes.** With the recipe `improved` it holds. Of 1 matched setting BatchTopK has" in text
+    assert "**Other recipes.** With the recipe `improved` it holds. Of 1 matched pair BatchTopK has" in text
     assert "With the recipe improved it holds." in findings_page.key_findings([first], [first])
 
 
@@ -113,6 +123,32 @@ def test_nothing_is_testable_on_an_empty_table(fake_grid, fake_runs):
         assert finding.verdict == NOT_TESTABLE
         assert finding.effect is None
         assert len(finding.evidence) == 0
+
+
+def test_a_run_that_is_in_several_pairs_counts_in_each():
+    """Each architecture in two precisions: four pairs, and an interval around the effect."""
+    pairs = [("BatchTopK", 4, 64, 1.0, 5, 0.3), ("TopK", 4, 64, 2.0, 5, 0.2)]
+    df = rows(*pairs, *pairs).assign(matmul=["fp32", "fp32", "bf16", "bf16"])
+    losses = {"prompt": range(20), "template": [str(n // 2) for n in range(20)], "n_tokens": 100, "ce_clean_sum": 230.0}
+    spread = [100 * (0.9 + n % 3 / 10) for n in range(20)]
+    prompts = pd.concat(
+        pd.DataFrame(losses).assign(run_id=run_id, ce_spliced_sum=[230 + delta * part for part in spread])
+        for run_id, delta in zip(df["run_id"], df["delta_loss"], strict=True)
+    )
+    finding = findings.all_findings(df, prompts)[0]
+    low, high = finding.interval
+    assert finding.facts["pairs"] == 4 and low < finding.effect < high and low + high == pytest.approx(0.2, abs=0.01)
+
+
+def test_one_template_gives_no_interval_and_the_pages_show_none(fake_grid, fake_runs):
+    df = results.tidy(fake_grid, fake_runs / "runs")
+    prompts = finished_run.load_prompts(df, fake_runs / "runs").assign(template="only")
+    own, published = findings.all_findings(df, prompts), findings.all_findings(published_sweep.rows())
+    assert all(finding.effect is not None and finding.interval is None for finding in own)
+    texts = [findings_page.figure(own, published), home_page.recommendation(df, prompts)]
+    texts += [findings_page.finding_section(*both) for both in zip(own, published, strict=True)]
+    texts += [card.budget_cards(df, prompts)]
+    assert not any(re.search(r"nan|\[–|interval –", text) for text in texts)
 
 
 def test_sentences_follow_the_rows(fake_grid, fake_runs):

@@ -76,7 +76,7 @@ def test_the_readmes_numbers_are_those_of_the_committed_table():
     assert f"has a frac_rec of {sweet:.1f}%" in TEXT
     told = {finding.number: finding for finding in all_findings(df[df["freeze"] == "none"])}
     assert [number for number in told if told[number].verdict == HOLDS] == [4, 5] and "findings 4 and 5 hold" in TEXT
-    assert f"in all {told[1].facts['pairs']} matched settings" in TEXT and told[1].facts["delta_loss"] == 0
+    assert f"in all {told[1].facts['pairs']} matched pairs" in TEXT and told[1].facts["delta_loss"] == 0
     changed = results.read_stability("results/stability").query("recipe == 'improved'")
     usual = changed.query("arch == 'BatchTopK' and lr == 0.002 and epochs == 3 and encoder_tie == 3")["stable_pct"]
     assert f"help: {usual.item():.2f}% to {changed['stable_pct'].max():.2f}% (4x, 3 epochs" in TEXT

@@ -130,8 +130,13 @@ def sweet_spot(df: pd.DataFrame, measured: intervals.Measured | None = None) -> 
 
 
 def jumprelu_is_dense(df: pd.DataFrame, measured: intervals.Measured | None = None) -> Finding:
-    """Finding 4: reconstruction and density of JumpReLU at the smallest threshold. Facts: its rows, `lowest`."""
+    """Finding 4: reconstruction and density of JumpReLU at the smallest threshold. Facts: its rows, `lowest`.
+
+    Thresholds of two units can't be compared: those in units of the RMS count only where there are no others.
+    """
     rows = df[(df["arch"] == "JumpReLU") & df["threshold"].notna()]
+    absolute = rows[rows["threshold_unit"] == "absolute"] if "threshold_unit" in rows else rows
+    rows = absolute if len(absolute) else rows
     lowest = rows[rows["threshold"] == rows["threshold"].min()]
     verdict, effect, interval = NOT_TESTABLE, None, None
     if len(lowest):
@@ -205,7 +210,8 @@ def _difference(
 
 
 def _weights(rows: pd.DataFrame, weight: float) -> dict[str, float]:
-    return dict.fromkeys(rows["run_id"], weight) if "run_id" in rows else {}
+    """Each run's weight; a run that is in several pairs counts in each."""
+    return (weight * rows["run_id"].value_counts()).to_dict() if "run_id" in rows else {}
 
 
 def _interval(measured: intervals.Measured | None, weights: Mapping[str, float]) -> tuple[float, float] | None:

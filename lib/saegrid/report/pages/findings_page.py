@@ -45,7 +45,7 @@ def _pairs(finding: Finding) -> str:
     if not facts["pairs"]:
         return "These rows hold no pair of BatchTopK and TopK at the same setting."
     return (
-        f"Of {counted(facts['pairs'], 'matched setting')} BatchTopK has the lower MSE in {facts['val_mse']}, no more "
+        f"Of {counted(facts['pairs'], 'matched pair')} BatchTopK has the lower MSE in {facts['val_mse']}, no more "
         f"dead latents in {facts['dead_pct']} and the lower delta loss in {facts['delta_loss']}: on average "
         f"{signed(finding.effect)} nats/token against TopK."
     )
@@ -132,7 +132,7 @@ CLAIMS: dict[int, Claim] = {
         f"Holds if at {findings.DEAD_EXPANSION}x the runs with K = {findings.SMALL_K} leave at least "
         f"{findings.MOSTLY_DEAD_PCT:g}% dead, and those with K of at least {findings.ENOUGH_K} fewer (means over the "
         "runs).",
-        "Delta loss, smallest K − larger K",
+        "Delta loss, smaller K − larger K",
         _dead,
     ),
     3: Claim(
