@@ -12,7 +12,7 @@ from saegrid.config import settings
 from saegrid.core import sae
 from saegrid.experiment import finished_run, results
 from saegrid.report import card, tables
-from saegrid.report.pages import findings_page, home_page
+from saegrid.report.pages import findings_page, home_page, run_pages
 
 HEADS = ["Key Findings", "Recommendation", "Results", "SAE Architecture", "Loading SAEs", "File naming"]
 HEADS += ["Training details"]
@@ -142,6 +142,14 @@ def test_dense_runs_get_no_star_and_the_table_says_so():
     assert "of runs that fire less than 10%" in table.find(".//caption").text
 
 
+def test_controls_get_no_star_and_the_table_says_so():
+    df = pd.DataFrame({"name": ["a", "b", "c"], "l0": 10.0, "d_sae": 1000, "dead_pct": [9.0, 8.0, 0.0]})
+    df["freeze"] = ["none", "none", "decoder"]
+    table = parse(tables.html_table(df, ["name", "dead_pct"], caption="c"))
+    assert [cell.find("strong").text for cell in table.iter("td") if cell.find("strong") is not None] == ["8.0"]
+    assert table.find(".//caption").text.endswith("of a column, of runs that are no controls.")
+
+
 def test_settings_of_both_sweeps_are_shown_in_pairs():
     published = published_sweep.rows()
     own = published.head(2).assign(source="own", run_id=["a", "b"])
@@ -194,6 +202,15 @@ def test_the_recommended_run_is_that_of_the_grids_budget(fake_grid, fake_runs):
         assert f"**Recommended: {settings.label(best)}**" in text
         assert f"of the runs within an L0 of {budget}" in text
     assert "none is within an L0 of 8" in home_page.recommendation(df, budget=8)
+
+
+def test_where_every_run_is_dense_none_is_called_sparse_and_a_single_run_is_in_the_singular(fake_grid, fake_runs):
+    df = results.tidy(fake_grid, fake_runs / "runs")
+    one = df[df["k"].notna()].head(1)
+    assert "that fire less than 10%" in home_page.recommendation(one, budget=64)
+    assert "that fire less than 10%" not in home_page.recommendation(one.assign(d_sae=256), budget=64)
+    assert home_page.swept_text(one).startswith("1 run, ")
+    assert "It is the only run that is ranked" in run_pages.summary(one.iloc[0].to_dict(), one)
 
 
 def test_runs_of_half_the_published_steps_are_called_undertrained(fake_grid, fake_runs):

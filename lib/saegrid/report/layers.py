@@ -216,10 +216,11 @@ def recommended(
     df: pd.DataFrame, prompts: pd.DataFrame | None, budget: int, pages: str = "", runs: str = ""
 ) -> Markdown:
     """The recommended run at each origin within an L0 budget: its cost, and how many settings are as good."""
-    measure, rows = selection.cost(df), []
+    measure, rows, over = selection.cost(df), [], False
     sizes = len(df[["expansion", "k", "threshold"]].drop_duplicates()) > 1
     for origin, those in by_text(df).items():
         best = selection.recommend(those, budget)
+        over |= best["l0"] > selection.SLACK * budget
         choice = next((c for c in by_budget(those, prompts, (budget,)) if c.best["run_id"] == best["run_id"]), None)
         interval = "" if choice is None or not choice.interval else bounds(*choice.interval, measure)
         names = ("l0", "delta_loss", "loss_recovered_mean", "dead_pct")
@@ -234,10 +235,11 @@ def recommended(
             | {"alike": "" if choice is None or choice.interval is None else f"{len(choice.alike)} of {choice.others}"}
         )
     heads = [COLUMNS[name] for name in ("l0", "delta_loss", "loss_recovered_mean", "dead_pct") if name != measure]
+    sparsest = ", or the sparsest where none is within it" if over else ""
     return from_template(
         "recommended.html",
-        caption=f"The run with the lowest {MEASURES[measure]} within an L0 of {budget}, with its 95% interval; “as "
-        "good”: other settings that can't be distinguished from it (Holm over all of them).",
+        caption=f"The run with the lowest {MEASURES[measure]} within an L0 of {budget}{sparsest}, with its 95% "
+        "interval; “as good”: other settings that can't be distinguished from it (Holm over all of them).",
         where=words(df).capitalize(), cost=COLUMNS[measure],
         heads=[(column.title, "" if column.unit == "1" else column.unit) for column in heads], rows=rows,
     )  # fmt: skip

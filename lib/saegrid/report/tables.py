@@ -18,7 +18,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from saegrid.analysis.numbers import COLUMNS, MEANINGS, MISSING, Column, aligned, counted, number
-from saegrid.analysis.selection import DENSE_SHARE_PCT, by_origin, candidates
+from saegrid.analysis.selection import DENSE_SHARE_PCT, by_origin, candidates, without_controls
 from saegrid.config import settings
 from saegrid.config.architectures import ARCHITECTURES
 
@@ -111,17 +111,19 @@ def sparks(df: pd.DataFrame, curves: pd.DataFrame) -> list[dict[str, Any]]:
 def best_values(df: pd.DataFrame, columns: Sequence[str]) -> tuple[dict[str, set], str]:
     """The rows (by index) with the best value of each column that has a direction, and the caption's note on the stars.
 
-    Best is among the sparse runs of one origin (`selection.by_origin`).
+    Best is among the sparse runs of one origin (`selection.by_origin`), controls left out.
     """
     best: dict[str, set] = {name: set() for name in columns}
-    parts, dense = by_origin(df), False
+    parts, dense, controls = by_origin(df), False, False
     for rows in parts.values():
-        fit = candidates(rows) if "l0" in rows else rows
-        dense |= len(fit) < len(rows)
+        plain = without_controls(rows)
+        fit = candidates(plain) if "l0" in rows else plain
+        dense, controls = dense or len(fit) < len(plain), controls or len(plain) < len(rows)
         for name in columns:
             value = _best(fit, name) if len(rows) > 1 else None
             best[name] |= set() if value is None else set(fit.index[fit[name] == value])
-    among = f", of runs that fire less than {DENSE_SHARE_PCT:g}% of their latents" if dense else ""
+    conditions = ["are no controls"] * controls + [f"fire less than {DENSE_SHARE_PCT:g}% of their latents"] * dense
+    among = f", of runs that {' and '.join(conditions)}" if conditions else ""
     where = " for each source of rows" if len(parts) > 1 else ""
     starred = any(best.values())
     return best, f" ★ marks the best value of a column{where}{among}." if starred else ""

@@ -30,7 +30,7 @@ def frontier_alt(df: pd.DataFrame, y: str, lower_is_better: bool = True) -> str:
     points = "; ".join(
         f"{settings.label(r)}: L0 {number(r['l0'], 'l0')}, {number(r[y], y)}" for r in front.to_dict("records")
     )
-    return f"{header(y)} against L0 for {len(df)} runs. On the Pareto set, from sparse to dense: {points}."
+    return f"{header(y)} against L0 for {counted(len(df), 'run')}. On the Pareto set, from sparse to dense: {points}."
 
 
 def frontier_caption(

@@ -184,8 +184,8 @@ def swept_text(df: pd.DataFrame) -> str:
     texts = list(selection.by_origin(df, "layer"))
     layer += f" on {escape(' and '.join(texts), quote=False)}" if len(texts) > 1 else ""
     return (
-        f"{len(df)} runs, {listed(df['arch'].unique())} at {_values(df, 'expansion', '{}x')} with {sparsity}, each "
-        f"trained on {_values(df, 'n_train_rows')} tokens of {layer} and judged on "
+        f"{counted(len(df), 'run')}, {listed(df['arch'].unique())} at {_values(df, 'expansion', '{}x')} with "
+        f"{sparsity}, each trained on {_values(df, 'n_train_rows')} tokens of {layer} and judged on "
         f"{_values(df, 'n_eval_prompts')} held-out prompts."
     )
 
@@ -218,7 +218,8 @@ def recommendation(
         why = f"the sparsest run: none is within an L0 of {budget}"
     else:
         why = f"with the lowest {MEASURES[measure]} of the runs within an L0 of {budget}"
-        why += f" that fire less than {claims.DENSE_SHARE_PCT:g}% of their latents"
+        sparse = 100 * best["l0"] / best["d_sae"] < claims.DENSE_SHARE_PCT  # else no run is
+        why += f" that fire less than {claims.DENSE_SHARE_PCT:g}% of their latents" if sparse else ""
     text = {name: number(best[name], name) for name in ("l0", "kl", "delta_loss", "frac_rec_pct", "dead_pct")}
     text |= {name: number(best[name], name) for name in ("fvu_no_sink", "loss_recovered_mean")}
     between = ""

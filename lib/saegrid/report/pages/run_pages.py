@@ -14,7 +14,7 @@ import nbformat
 import pandas as pd
 
 from saegrid.analysis import selection
-from saegrid.analysis.numbers import number
+from saegrid.analysis.numbers import counted, number
 from saegrid.analysis.scaling import MEASURES
 from saegrid.config import settings
 from saegrid.config.recipes import described
@@ -158,7 +158,8 @@ def summary(row: dict[str, Any], df: pd.DataFrame) -> str:
     place = 1 + int((fit[measure] < row[measure]).sum())
     front = row["run_id"] in set(selection.pareto(fit, measure)["run_id"])
     ranked = f"It has the lowest {MEASURES[measure]}" if place == 1 else f"By {MEASURES[measure]} it is number {place}"
-    text += f"{ranked} of the {len(fit)} runs {f'at {origin} ' if origin else ''}that are ranked"
+    ranked = f"{ranked} of the {len(fit)} runs" if len(fit) > 1 else "It is the only run"
+    text += f"{ranked} {f'at {origin} ' if origin else ''}that {'are' if len(fit) > 1 else 'is'} ranked"
     return text + (" and lies on the [Pareto set](../frontier.ipynb)." if front else ".")
 
 
@@ -184,7 +185,7 @@ def navigation(rows: list[dict[str, Any]], n: int) -> Markdown:
 
 def index_page(df: pd.DataFrame, timing: pd.DataFrame, curves: pd.DataFrame) -> Markdown:
     """The list of all runs with their learning curves, and their hardware."""
-    caption = f"{len(df)} runs; each leads to its executed notebook."
+    caption = f"{counted(len(df), 'run')}; each leads to its executed notebook."
     table = html_table(df, INDEX_COLUMNS, caption=caption, links="./", tools="runs", curves=curves)
     said = "One page per run: parameters, curves, numbers, files and hashes."
     machine = ["## Machine, time and versions", home_page.setting_note(df, timing)]
