@@ -74,6 +74,20 @@ def test_the_heat_map_writes_every_value(df):
     assert [label.get_text() for label in ax.get_xticklabels()] == ["4x", "8x", "16x"]
 
 
+def test_settings_that_differ_in_more_than_the_axes_are_not_averaged(df):
+    """One more learning rate, one more number of epochs, and a threshold in another unit."""
+    top, jump = df[(df["arch"] == "TopK") & (df["k"] == 64)], df[df["arch"] == "JumpReLU"].iloc[:1]
+    changed = [top.assign(lr=1e-3), top.assign(epochs=3), jump.assign(threshold_unit="rms")]
+    both = pd.concat([df, *(rows.assign(dead_pct=99.0) for rows in changed)], ignore_index=True)
+    ax = plots.heatmap(both, metric="dead_pct")
+    assert sum(text.get_text() == "99.0" for text in ax.texts) == 7
+    rows = {label.get_text() for label in ax.get_yticklabels()}
+    assert {"TopK, K = 64, epochs 10", "TopK, K = 64, epochs 3", "JumpReLU, θ = 0.1 rms, epochs 10"} <= rows
+    assert "TopK, K = 64, published but lr = 0.001, epochs 10" in rows
+    labels = plots.dead_latents(both).get_legend_handles_labels()[1]
+    assert "TopK, 4x, epochs 3" in labels and "TopK, 4x, published but lr = 0.001, epochs 10" in labels
+
+
 def test_the_histogram_leaves_out_the_dead():
     df = pd.DataFrame({"latent": range(4), "fired": [0, 0, 10, 10]})
     ax = plots.firing_histogram(df, n_rows=100)

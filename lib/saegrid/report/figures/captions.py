@@ -114,7 +114,7 @@ def heatmaps(df: pd.DataFrame, metrics: list[str]) -> Markdown:
 
 def dead_figure(df: pd.DataFrame) -> Markdown:
     """Dead latents over K."""
-    return _figure(plots.dead_latents(df), dead_text(df), "One line per architecture and expansion.")
+    return _figure(plots.dead_latents(df), dead_text(df), "One line per setting without its K; means over seeds.")
 
 
 def curves_figure(curves: pd.DataFrame) -> Markdown:

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from saegrid.analysis import selection
 from saegrid.analysis.numbers import COLUMNS, header, number
 from saegrid.analysis.selection import DENSE_SHARE_PCT, candidates, pareto
+from saegrid.config import settings
 from saegrid.report.figures.style import ABOVE, INK, MARKERS, PALE, PALETTE, PANEL, STYLE, WIDE, Look, styled
 from saegrid.report.figures.svg import page_svg
 from saegrid.report.tables import Markdown, from_template
@@ -90,13 +91,13 @@ def pca_line(df: pd.DataFrame, y: str, baseline: pd.DataFrame | None) -> pd.Data
 
 @styled
 def heatmap(df: pd.DataFrame, *, metric: str = "delta_loss", ax: Axes | None = None) -> Axes:
-    """Rows: architecture and K or threshold; columns: expansion; each cell shows the value (mean over seeds).
+    """Rows: settings without their expansion; columns: expansion; each cell shows the value (mean over seeds).
 
     Darker is better.
     """
     import seaborn as sns  # takes longer to import than most pages take to draw
 
-    rows = df.assign(setting=[setting(row, recipe=True) for row in df.to_dict("records")])
+    rows = df.assign(setting=[setting(row) + more for row, more in zip(df.to_dict("records"), _more(df), strict=True)])
     order = _in_order(rows)["setting"].unique()
     table = rows.pivot_table(index="setting", columns="expansion", values=metric, sort=False)
     table = table.reindex(index=order, columns=sorted(table.columns))
@@ -118,21 +119,20 @@ def heatmap(df: pd.DataFrame, *, metric: str = "delta_loss", ax: Axes | None = N
 
 @styled
 def dead_latents(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Share of dead latents over K, one line per architecture, expansion and recipe (mean over seeds)."""
+    """Share of dead latents over K, one line per setting without its K (mean over seeds)."""
     rows = df[df["k"].notna()].astype({"k": int})
-    groups = rows.groupby(["arch", "expansion", "recipe"])
+    groups = rows.assign(more=_more(rows)).groupby(["arch", "expansion", "more"])
     styles = dict(zip(sorted(rows["expansion"].unique()), ("-", "--", ":", "-."), strict=False))
-    for (arch, expansion, recipe), group in groups:
-        published = recipe == "published"
+    for (arch, expansion, more), group in groups:
         line = group.groupby("k")["dead_pct"].mean()
         ax.plot(
             line.index,
             line,
             color=PALETTE[arch],
             marker=MARKERS[arch],
-            markerfacecolor=PALETTE[arch] if published else "none",
+            markerfacecolor=PALETTE[arch] if (group["recipe"] == "published").all() else "none",
             linestyle=styles.get(expansion, "-"),
-            label=f"{arch}, {expansion}x" + ("" if published else f", {recipe}"),
+            label=f"{arch}, {expansion}x{more}",
         )
     ax.set_xticks(sorted(rows["k"].unique()))
     ax.set_ylim(bottom=0)
@@ -252,12 +252,22 @@ def against_published(df: pd.DataFrame, *, metric: str = "delta_loss", ax: Axes 
     return ax
 
 
-def setting(row: Mapping, recipe: bool = False) -> str:
-    """Architecture and K or threshold of a row: `TopK, K = 64`, `JumpReLU, θ = 0.5`. If `recipe` is true, also its
-    recipe unless that is the published one."""
-    sparsity = f"K = {row['k']}" if pd.isna(row["threshold"]) else f"θ = {row['threshold']:g}"
-    other = recipe and row.get("recipe", "published") != "published"
-    return f"{row['arch']}, {sparsity}" + (f", {row['recipe']}" if other else "")
+def setting(row: Mapping) -> str:
+    """Architecture and K or threshold of a row: `TopK, K = 64`, `JumpReLU, θ = 0.5`, `JumpReLU, θ = 0.5 rms`."""
+    theta = settings.axes(row).get("threshold")
+    sparsity = f"K = {row['k']}" if theta is None else f"θ = {theta if isinstance(theta, str) else f'{theta:g}'}"
+    return f"{row['arch']}, {sparsity}"
+
+
+def _more(df: pd.DataFrame) -> list[str]:
+    """What else a row's setting has: `, improved but lr = 0.001, epochs 3`; axes only where they vary."""
+    rows, found = df.to_dict("records"), []
+    also = settings.unusual(rows)
+    for values in map(settings.axes, rows):
+        recipe = [] if values.get("recipe", "published") == "published" else [values["recipe"]]
+        more = [f"{name.replace('_', ' ')} {values[name]}" for name in also if values.get(name) is not None]
+        found.append("".join(f", {part}" for part in (*recipe, *more)))
+    return found
 
 
 def recipes_differ(df: pd.DataFrame) -> bool:
