@@ -127,6 +127,8 @@ def test_lines_over_layers_average_seeds_and_nothing_else(grid):
     half = 4.302653 * runs.std() / 3**0.5  # t of 2 degrees of freedom
     assert (row["low"], row["high"]) == pytest.approx((runs.mean() - half, runs.mean() + half))
     assert over_layers(df[df["seed"] == 0])["low"].isna().all()
+    same = over_layers(df.assign(stable_pct=df["layer"] / 10)).query("measure == 'stable_pct'")
+    assert set(same["mean"]) == {0.6, 1.2} and same[["low", "high"]].isna().all(axis=None)
     assert set(lines(df)) == {"TopK", "BatchTopK", "BatchTopK (improved)", "Matryoshka (improved)"}
     worst = hardest(df)
     assert set(worst[worst["measure"] == "kl"]["layer"]) == {12}

@@ -18,7 +18,8 @@ def over_layers(df: pd.DataFrame) -> pd.DataFrame:
 
     Columns: `measure`, `text` (the origin but for its layer, as a label), `line` (the setting in words, but for its
     origin), `arch`, `recipe`, `layer`, `mean`, `low`, `high` (NaN with fewer than three seeds, where a t interval says
-    next to nothing) and `seeds`. Controls are left out.
+    next to nothing, and with equal values, as of stability, which is one value for all seeds) and `seeds`. Controls are
+    left out.
     """
     df, found = without_controls(df), []
     measures = [name for name in MEASURES if name in df and df[name].notna().any()]
@@ -66,5 +67,5 @@ def hardest(df: pd.DataFrame) -> pd.DataFrame:
 def _over_seeds(values: pd.Series) -> dict[str, float]:
     values, n = values.astype(float), len(values)
     error = float(values.std(ddof=1)) / n**0.5 if n > 2 else 0.0
-    mean, low, high, _ = t_interval(float(values.mean()), error, n - 1 if n > 2 else 0)
+    mean, low, high, _ = t_interval(float(values.mean()), error, n - 1 if error else 0)
     return {"mean": mean, "low": low, "high": high, "seeds": n}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 
-from saegrid.analysis.numbers import COLUMNS, counted, header, number
+from saegrid.analysis.numbers import COLUMNS, between, header, number
 from saegrid.analysis.origins.layers import over_layers
 from saegrid.report.figures import plots
 from saegrid.report.figures.style import ABOVE, INK, MARKERS, PALETTE, WIDE, styled
@@ -21,7 +21,7 @@ def figures(df: pd.DataFrame) -> Markdown:
         for text, those in rows.groupby("text", sort=False):
             caption = f"{header(measure)} over layers{f' on {text}' if text else ''}."
             if seeds > 1:
-                caption += f" Means over {counted(seeds, 'seed')}"
+                caption += f" Means over {between(table['seeds'], 'd')} seeds"
                 caption += "; bars: 95% t intervals over seeds." if seeds > 2 else "."
             panels.append((curves(those, y=measure, limits=limits), caption, _alt(those, measure)))
     return plots.side_by_side(panels)
@@ -60,7 +60,7 @@ def curves(df: pd.DataFrame, *, y: str, limits: tuple[bool, float, float], ax: A
         color, published = PALETTE.get(first["arch"], INK), first["recipe"] == "published"
         ax.errorbar(
             rows["layer"], rows["mean"],
-            yerr=[(rows["mean"] - rows["low"]).fillna(0.0), (rows["high"] - rows["mean"]).fillna(0.0)],
+            yerr=[rows["mean"] - rows["low"], rows["high"] - rows["mean"]],
             color=color, marker=MARKERS.get(first["arch"], "o"), markerfacecolor="none" if published else color,
             linestyle="--" if published else "-", capsize=3, elinewidth=1, label=line, zorder=2 + n,
         )  # fmt: skip
