@@ -51,6 +51,20 @@ def test_settings_are_runs_that_differ_in_their_seed_alone(made):
     assert grid.other_seeds(grid.runs()[-1].run_id) == []
 
 
+def test_a_setting_whose_latents_are_all_dead_has_no_row(made, capsys):
+    grid, root = made
+    constants = {name: value for name, value in grid.constants.items() if name != "k"} | {"recipe": "published"}
+    axes = [{"arch": ["JumpReLU"], "threshold": [1e6], "seed": [0, 1]}]
+    dead = Grid(name="dead", title="Dead", results_dir="dead", constants=constants, axes=axes)
+    for config in dead.runs():
+        finished(config)
+    stability.make(dead, dead.runs()[0].store_id, root)
+    assert "no latent that fires" in capsys.readouterr().out
+    results.make(dead, root)
+    assert list(results.read_tidy(root / "dead")["dead_pct"]) == [100.0, 100.0]
+    assert results.read_stability(root / "dead").empty
+
+
 def test_the_table_is_the_mean_over_pairs(made):
     grid, root = made
     table = results.read_stability(root / "results")

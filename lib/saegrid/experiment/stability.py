@@ -17,7 +17,7 @@ from saegrid.core.sae import SAE, initial_sae
 from saegrid.core.stability import activity, matched, movement
 from saegrid.data.collect import open_store
 from saegrid.data.store import Store
-from saegrid.errors import DamagedError
+from saegrid.errors import ConfigError, DamagedError
 from saegrid.experiment.finished_run import load_run
 from saegrid.experiment.results import PAIRS, STABILITY_MEASURES
 from saegrid.formats.run_folder import load_folder
@@ -61,7 +61,11 @@ def _compared(runs: list[RunConfig], store: Store, root: Path, known: dict) -> d
     acts = {n: activity(sae, ordinary_rows(store)) for n, sae in saes.items()}
     records = {}
     for i, j in pairs:
-        found = matched(saes[i], saes[j], acts[i], acts[j], given(runs[i], saes[i]))
+        try:
+            found = matched(saes[i], saes[j], acts[i], acts[j], given(runs[i], saes[i]))
+        except ConfigError as error:  # all latents are dead: the setting has no row then
+            print(f"{runs[i].run_id}, {runs[j].run_id}: {error}", flush=True)
+            continue
         start = [
             movement(saes[n], _start(runs[n], saes[n]))[found.latents[:, side]].double().mean().item()
             for side, n in enumerate((i, j))
