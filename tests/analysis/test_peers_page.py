@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from saegrid.analysis import peers
-from saegrid.report.pages import recipes_page
+from saegrid.report.pages import peers_section, recipes_page
 
 CONTENDERS = [("saegrid", "BatchTopK", 0.00), ("saegrid", "JumpReLU", -0.01), ("sae-lens", "BatchTopK", 0.05)]
 
@@ -53,6 +53,13 @@ def test_the_best_learning_rate_of_each_is_compared(folder):
             own = base[base["k"] == row["k"]][measure].item()
             assert more == pytest.approx(row[measure] - own) and low < more < high
         assert all(low > 0 for _, low, _, _ in found[found["peer"] == "sae-lens"][f"{measure}_more"])
+
+
+def test_a_difference_that_is_not_shown_is_not_called_none(folder):
+    found, _ = peers.at_each(folder)
+    for name in ("fvu_eval_more", "delta_loss_more"):
+        found[name] = [more._replace(p=1.0) for more in found[name]]
+    assert "of the others, no difference of this project's is shown (corrected for all 4" in peers_section.stand(found)
 
 
 def test_seeds_that_a_contender_lacks_and_rates_that_were_not_chosen_are_left_out(folder):

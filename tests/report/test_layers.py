@@ -86,6 +86,8 @@ def test_each_origins_numbers_are_its_own(made):
         best = selection.recommend(rows)
         row = re.search(rf'<tr><th scope="row">{origin}</th>.*?</tr>', text)[0]
         assert f"<td>{best['kl']:.3f}" in row
+    over = "within an L0 of 8, or the sparsest where none is within it,"
+    assert "or the sparsest" not in text and over in layers.recommended(df, prompts, 8)
     parts = selection.by_origin(df)
     low, high = (selection.recommend(parts[name])["kl"] for name in (ORIGINS[0], ORIGINS[2]))
     assert high == pytest.approx(2 * low)

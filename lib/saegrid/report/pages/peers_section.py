@@ -94,9 +94,13 @@ def stand(found: pd.DataFrame) -> str:
         f"{way} {MEASURES[measure]} at {_places(rows['where'])}"
         for (measure, way), rows in shown.groupby(["measure", "way"], sort=False)
     ]
+    told = (
+        f"this project's is shown to have {' and '.join(parts)}"
+        if parts
+        else "no difference of this project's is shown"
+    )
     return (
-        f"Against the best SAE of the others, this project's is shown to have {' and '.join(parts) or 'no difference'} "
-        f"(corrected for all {len(table)} comparisons: Holm, {LEVEL:.0%})."
+        f"Against the best SAE of the others, {told} (corrected for all {len(table)} comparisons: Holm, {LEVEL:.0%})."
     )
 
 

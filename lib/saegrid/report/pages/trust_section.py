@@ -342,7 +342,7 @@ def probes(folder: Path) -> tuple[str, Markdown]:
     shown = [name for name, p in zip(more, holm([one.p for one in more.values()]), strict=True) if p < LEVEL]
     stand = {way: [name for name in shown if (more[name].value > 0) == up] for way, up in (("higher", 1), ("lower", 0))}
     told = "; ".join(
-        f"{listed(names) if names else 'none'} {'have' if len(names) > 1 else 'has'} a {way} AUC than PCA"
+        f"{listed(names) if names else 'none'} {'are' if len(names) > 1 else 'is'} shown to have a {way} AUC than PCA"
         for way, names in stand.items()
     )
     answer = f"**Sparse probes** on {k} latents or components: {told}."
