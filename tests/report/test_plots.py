@@ -61,6 +61,15 @@ def test_the_frontier_has_a_mark_a_run_at_its_numbers(df):
     assert {mark.get_offsets()[0][0] for mark in hollow} == set(df[df["run_id"].isin(dense)]["l0"])
 
 
+def test_the_caption_names_runs_that_a_logarithmic_axis_can_not_show(df):
+    assert "Not drawn" not in captions.frontier_caption(df, "kl")
+    df.loc[df.index[:2], "l0"] = 0.0
+    assert "Not drawn: 2 runs with an L0 of 0." in captions.frontier_caption(df, "kl")
+    assert len(plots.frontier(df, y="kl").collections) == len(df) - 2
+    (rows,) = (data for data in charts.frontier(df, "kl").to_dict()["datasets"].values() if "page" in data[0])
+    assert len(rows) == len(df) - 2
+
+
 def test_pareto_by_hand():
     df = pd.DataFrame({"l0": [1, 2, 3, 4, 2], "loss": [5.0, 3.0, 4.0, 1.0, 2.0], "good": [5.0, 3.0, 4.0, 9.0, 2.0]})
     assert list(selection.pareto(df, "loss")["loss"]) == [5.0, 2.0, 1.0]

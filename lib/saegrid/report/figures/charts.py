@@ -84,6 +84,7 @@ def frontier(
 ) -> alt.LayerChart:
     """L0 against `y`, one marker per run as in `plots.frontier`: colour and shape by architecture, size by expansion,
     dense runs hollow, the Pareto set of the others joined by a line."""
+    df = plots.with_latents(df)
     sparse = candidates(df)
     rows = df.assign(
         page=[f"{links}{run_id}.html" for run_id in df["run_id"]],

@@ -39,6 +39,7 @@ def frontier(
     in `selection.candidates`) are hollow and not in the Pareto set: density alone would explain their fidelity.
     If there are other recipes, published-recipe runs are pale. `baseline` (`experiment.pca_table`) is a dashed line.
     """
+    df = with_latents(df)
     pale = recipes_differ(df)
     sparse = candidates(df)
     front = pareto(sparse, y, lower_is_better=lower_is_better)
@@ -71,6 +72,11 @@ def frontier(
         ax.set_ylabel(f"{header(y)}, log scale")
     _frontier_legend(df, ax, len(beside) > 0)
     return ax
+
+
+def with_latents(df: pd.DataFrame) -> pd.DataFrame:
+    """The runs whose latents fire: a logarithmic axis has no place for an L0 of 0."""
+    return df[df["l0"] > 0] if (df["l0"] > 0).any() else df
 
 
 def spans_widely(df: pd.DataFrame, y: str, beside: pd.DataFrame | None = None) -> bool:
