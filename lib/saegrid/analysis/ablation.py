@@ -38,7 +38,7 @@ def by_recipe(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> pd.DataF
     if prompts is None:
         low, high = (groups[measure].agg(end).where(table["seeds"] > 1) for end in ("min", "max"))
         return table.assign(low=low, high=high).reset_index()
-    measured = intervals.measured(prompts, measure)
+    measured = intervals.measured(prompts, measure, df["run_id"])
     found = [intervals.over_seeds(measured, list(runs)) for _, runs in groups["run_id"]]
     return table.assign(low=[one.low for one in found], high=[one.high for one in found]).reset_index()
 
@@ -56,7 +56,7 @@ def beside(df: pd.DataFrame, prompts: pd.DataFrame, base: str = "improved") -> p
     if len({settings.key(row, "recipe") for row in df.to_dict("records")}) > 1:
         raise ResultsError("ablation: runs of more than one setting; compare one at a time")
     own = rows[rows["recipe"] == base]
-    measured, found = intervals.measured(prompts, cost(df)), []
+    measured, found = intervals.measured(prompts, cost(df), df["run_id"]), []
     changed = rows[(rows["base"] == base) & (rows["switched"] != "")]
     for choice, those in changed.groupby("switched", sort=False):
         found.append((those["recipe"].iloc[0], choice, *intervals.difference(measured, those, own)))
