@@ -12,7 +12,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 
-from saegrid.config.run_config import RunConfig
+from saegrid.config.run_config import EMBEDDED_DATASET, RunConfig
 from saegrid.experiment.finished_run import RUN_FILES, TIDY
 from saegrid.storage.checksums import write_sealed, write_sums
 
@@ -63,7 +63,8 @@ def write_synthetic_run(folder: Path, run: RunConfig) -> None:
     n = row["n_eval_prompts"]
     noise = 0.2 * rng.standard_normal(n)
     tokens = np.full(n, row["n_eval_tokens"] // n)
-    prompts = pd.DataFrame({"prompt": range(n), "template": np.arange(n) % N_TEMPLATES, "n_tokens": tokens})
+    first = 0 if row["dataset"] == EMBEDDED_DATASET else N_TEMPLATES  # texts share no template
+    prompts = pd.DataFrame({"prompt": range(n), "template": first + np.arange(n) % N_TEMPLATES, "n_tokens": tokens})
     for name in ("clean", "spliced", "zero", "mean"):
         prompts[f"ce_{name}_sum"] = tokens * row[f"ce_{name}"]
     prompts["ce_spliced_sum"] += tokens * (noise - noise.mean())

@@ -388,6 +388,7 @@ def test_an_unsplit_published_file_is_split_by_its_own_rule(sources, tmp_path):
         ({"instruct_base_layer1.pt": {"acts": half_rows(9)}}, "holds dict, not a tensor"),
         ({"instruct_base_layer1.pt": torch.zeros(9, D_IN, dtype=torch.int64)}, "not a tensor of floating-point"),
         ({"instruct_base_layer1.pt": torch.full((9, D_IN), 1e5)}, "act_dtype = 'float16'"),
+        ({"instruct_base_layer1.pt": half_rows(4)}, "instruct_base_layer1.pt: 4 rows; needs at least 5"),
     ],
 )
 def test_published_files_of_another_form_are_one_line(sources, tmp_path, files, message):

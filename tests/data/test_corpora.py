@@ -404,6 +404,14 @@ def chats(*messages):
 
 
 USER = {"role": "user", "content": "a"}
+
+
+def mixed_files(folder):
+    write_lines(folder / "a.jsonl", [{"text": "one text"}])
+    write_lines(folder / "b.jsonl", [{"question": "a", "answer": "b"}])
+    return folder
+
+
 MALFORMED = {
     "empty folder": (nothing, {}, "no .jsonl, .parquet, .txt or .md file in this folder"),
     "no such file": (lambda folder: folder / "a.txt", {}, "no such file"),
@@ -434,6 +442,7 @@ MALFORMED = {
     "no text": (lines({"text": None}), {}, "a.jsonl, line 1: text must be text, is None"),
     "answer is no text": (lines({"question": "a", "answer": 4}), {}, "line 1: answer must be text, is 4"),
     "text and messages": (lines({"text": "a"}, {"text": [USER]}), {}, "holds both text and messages"),
+    "text and questions": (mixed_files, {}, "holds both text and questions"),
     "no messages": (chats([USER], []), {}, "a.jsonl, line 2: messages is empty"),
     "messages are texts": (chats(["a"]), {}, "line 1: message 1 needs role and content, is 'a'"),
     "other names": (chats([{"from": "human", "value": "a"}]), {}, "line 1: message 1 needs role and content, is {"),

@@ -242,12 +242,21 @@ def test_other_models_load_from_a_folder(kind, tmp_path):
     torch.testing.assert_close(logits_from(lm, hidden_at(lm, ids, ones, 1), ids, ones, 1), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_whose_weights_hold_nan_is_one_line():
+    model = tiny_model("llama")
+    model.model.layers[2].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(SaegridError, match="LlamaForCausalLM: its logits are NaN"):
+        take_apart(model, tiny_tokenizer(), {})
+
+
 def test_a_text_that_does_not_fit_the_model_is_one_line(folder):
     config = config_for(folder, max_tokens=100)
     lm = load_lm(config, "cpu")
     check_tokens(config, lm, [[1, 2], [VOCAB - 1] * 64])
     with pytest.raises(ConfigError, match=r"max_tokens = 100: .* takes at most 64"):
         check_tokens(config, lm, [[1, 2], [1] * 65])
+    with pytest.raises(ConfigError, match=r"context = 65: .* takes at most 64"):
+        check_tokens(config_for(folder, context=65), lm, [[1, 2], [1] * 65])
     with pytest.raises(
         ConfigError, match=rf"do not fit: the text has token {VOCAB} .* embeddings for 0 to {VOCAB - 1}"
     ):

@@ -159,6 +159,9 @@ def test_a_tokenizer_without_special_tokens_will_do_and_one_without_vocabulary_w
     empty = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     with pytest.raises(ConfigError, match=r"text = 'plain': the tokenizer of .* gives the same tokens for any"):
         make_prompts(config, empty)
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0})))
+    with pytest.raises(ConfigError, match=r"text = 'plain': the tokenizer of .* fails: .*UNK"):
+        make_prompts(config, words)
 
 
 def test_published_activations_need_evaluation_prompts_only(tmp_path):

@@ -184,6 +184,7 @@ def test_a_finished_grid_is_made_again_where_its_data_changed_and_taken_back_whe
     results.make(grid)
     folder, run_dir = store_folder(config), tmp_path / "runs" / config.run_id
     before = {path: content for path, content in contents(folder, run_dir).items() if path.name != "timing.json"}
+    (run_dir / "train.ipynb").write_text("{}")
     assert mend(grid) == []
     replaced(tmp_path / "data" / "train.jsonl", "train ", "other ")
     with pytest.raises(StoreError, match=r"dataset/train\.jsonl changed since it was made"):
@@ -214,6 +215,7 @@ def test_a_finished_grid_is_made_again_where_its_data_changed_and_taken_back_whe
 
 def test_a_run_is_made_again_where_only_its_evaluation_prompts_changed(config, tmp_path, capsys):
     first = finished(config).metrics
+    (tmp_path / "runs" / config.run_id / "train.ipynb").write_text("{}")
     replaced(tmp_path / "data" / "test.jsonl", "test ", "tset ")
     shutil.rmtree(store_folder(config))  # by hand, as the error says
     prepare_store(config)

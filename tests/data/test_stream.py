@@ -115,6 +115,9 @@ def test_a_text_that_is_too_small_is_told_before_training(sources, tmp_path):
     with pytest.raises(ConfigError, match=r"train_tokens = 100000: .* has only \d+ left for it") as error:
         collect(config, device="cpu")
     assert "\n" not in str(error.value) and not store_folder(config).exists()
+    run_config.SAMPLE_ROWS = 50_000  # a text smaller than the sample, too; `small` resets it
+    with pytest.raises(ConfigError, match=r"train_tokens = 100000: .* has only \d+ left for it"):
+        collect(config, device="cpu")
 
 
 def test_parameters_of_streamed_rows():

@@ -36,7 +36,7 @@ def made(tmp_path_factory):
     ]
     grid = Grid(name="seeds", title="Seeds", results_dir="results", constants=constants, axes=axes)
     for config in grid.runs():
-        finished(config)
+        (finished(config).folder / "train.ipynb").write_text("{}")
     stability.make(grid, grid.runs()[0].store_id, root)
     results.make(grid, root)
     return grid, root

@@ -156,9 +156,11 @@ def test_a_deleted_run_stops_the_report_with_one_line(built, fake_grid, tmp_path
     run = fake_grid.runs()[0]
     notebook = root / "runs" / run.run_id / "train.ipynb"
     notebook.unlink()
-    with pytest.raises(ResultsError, match=f"{run.run_id}/train.ipynb"):
+    with pytest.raises(ResultsError, match=f"{run.run_id}/train.ipynb: No such file.*mend"):
         assemble.make(fake_grid, root)
-    (root / "runs" / run.run_id / "metrics.json").unlink()
+    notebook.with_name("train.ipynb.sha256").unlink()  # as after a run without the workflow
+    assert any(f"{run.run_id}/train.ipynb: No such file" in line for line in mend(fake_grid, root))
+    assert notebook.with_name("metrics.json.aside").exists()
     with pytest.raises(ResultsError, match=run.run_id):
         results.make(fake_grid, root)
 

@@ -228,6 +228,8 @@ def _checked(model: nn.Module, tokenizer: Any, identity: dict[str, Any], layer: 
         decoder_output=type(final),
         identity=identity,
     )
+    if alone.isnan().any():
+        raise SaegridError(f"{name}: its logits are NaN; its weights hold NaN or infinity, or its values overflow")
     tolerance = TOLERANCE[str(model.dtype).removeprefix("torch.")]
     if not (apart(logits[0, :short], alone[0]) < tolerance and apart(logits[1, :short], alone[0]) < tolerance):
         raise SaegridError(f"{name}: not a causal language model: its logits depend on later tokens or on padding")
@@ -252,8 +254,10 @@ def check_tokens(config: RunConfig, lm: LM, prompts: Iterable[list[int]]) -> Non
     longest, largest = list[int](), 0
     for tokens in prompts:
         longest, largest = max(longest, tokens, key=len), max(largest, *tokens)
+    name = "context" if len(longest) <= config.context else "max_tokens"
+    where = f"{name} = {getattr(config, name)}: {config.model}"
     if lm.max_positions and len(longest) > lm.max_positions:
-        raise ConfigError(f"max_tokens = {config.max_tokens}: {config.model} takes at most {lm.max_positions}")
+        raise ConfigError(f"{where} takes at most {lm.max_positions}")
     if largest >= lm.n_tokens:
         token = lm.tokenizer.convert_ids_to_tokens(largest)
         raise ConfigError(
@@ -265,8 +269,7 @@ def check_tokens(config: RunConfig, lm: LM, prompts: Iterable[list[int]]) -> Non
         try:
             hidden_at(lm, ids, torch.ones_like(ids), config.layer, config.site)
         except (RuntimeError, IndexError) as error:
-            where = f"max_tokens = {config.max_tokens}: {config.model} fails on a prompt of {len(longest)} tokens"
-            raise ConfigError(f"{where}: {first_line(error)}") from None
+            raise ConfigError(f"{where} fails on a prompt of {len(longest)} tokens: {first_line(error)}") from None
 
 
 def padded_batches(texts: Sequence[list[int]], limit: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:

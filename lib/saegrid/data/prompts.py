@@ -158,7 +158,7 @@ def _first(config: RunConfig, streams: dict[str, Iterator[Document]]) -> tuple[C
     peeked = streams["eval"]
     first = next(peeked, None)
     if first is None:
-        raise ConfigError(f"dataset = {config.dataset!r}: no text in it")
+        raise ConfigError(f"dataset = {config.dataset!r}: no text in it for evaluation")
     again = itertools.chain([first], peeked)
     return first.content, {split: again if stream is peeked else stream for split, stream in streams.items()}
 
@@ -237,7 +237,7 @@ def _draw(
     also = f" ({left_out} prompts left out, as another split has the same)" if left_out else ""
     count, tokens = (sum(getattr(pool, name) for pool in pools.values()) for name in ("documents", "tokens"))
     raise ConfigError(
-        f"{parameter} = {amount}: {config.dataset} has only {have} left for it{also}; read so far: "
+        f"{parameter} = {getattr(config, parameter)}: {config.dataset} has only {have} left for it{also}; read so far: "
         f"{count} documents with {tokens} tokens"
     )
 

@@ -53,6 +53,8 @@ def add_published(config: RunConfig, files: dict[str, Path], writers: dict[str, 
         acts = _load(files["all"], d_in, config.model)
         order = torch.randperm(len(acts), generator=torch.Generator().manual_seed(0))
         n_train = len(acts) - int(len(acts) * 0.2)
+        if n_train == len(acts):
+            raise StoreError(f"{files['all']}: {n_train} rows; needs at least 5, a fifth of which are for validation")
         parts = {"train": (acts, order[:n_train]), "val": (acts, order[n_train:])}
     else:
         tensors = {split: _load(path, d_in, config.model) for split, path in files.items()}

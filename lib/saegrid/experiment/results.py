@@ -126,14 +126,14 @@ def read_tidy(path: str | Path) -> pd.DataFrame:
     try:
         df = pd.read_csv(path, dtype=dict.fromkeys(texts, str))
     except OSError as error:
-        raise ResultsError(f"{path}: {error.strerror}; `make report` makes it") from None
+        raise ResultsError(f"{path}: {error.strerror}; `python -m saegrid tables` makes it") from None
     except (ValueError, pd.errors.ParserError) as error:
         raise ResultsError(f"{path}: not a table: {error}") from None
     younger = YOUNGER | dict.fromkeys(YOUNGER_NUMBERS, math.nan)
     df = df.assign(**{name: value for name, value in younger.items() if name not in df})
     missing = [name for name in TIDY if name not in df]
     if missing:
-        raise ResultsError(f"{path}: lacks the columns {', '.join(missing)}; `make report` makes it again")
+        raise ResultsError(f"{path}: lacks the columns {', '.join(missing)}; `python -m saegrid tables` makes it again")
     for name in [*COUNTS, *METRICS]:
         if df[name].isna().any():
             raise ResultsError(f"{path}: {name} is missing for {df.loc[df[name].isna(), 'run_id'].iloc[0]}")

@@ -115,9 +115,9 @@ def write_sum(path: Path) -> None:
 
 
 def check_sum(path: Path) -> None:
-    """Check a file against the `NAME.sha256` next to it, if there is one. Raises `DamagedError`."""
-    stated = sum_of(path)
-    if stated.exists() and read_bytes(stated, 1 << 12) != f"{file_sha256(path)}  {path.name}\n".encode():
+    """Check that a file exists, and fits the `NAME.sha256` next to it if there is one. Raises `DamagedError`."""
+    stated, digest = sum_of(path), file_sha256(path)
+    if stated.exists() and read_bytes(stated, 1 << 12) != f"{digest}  {path.name}\n".encode():
         raise DamagedError(f"{path}: damaged (not the SHA-256 in {stated.name})")
 
 

@@ -15,6 +15,7 @@ DAY = datetime.datetime(2026, 11, 25)
 """The current date for chat templates."""
 EVAL_CONTEXTS = 2
 """Evaluation contexts per document, so that they come from many documents."""
+KINDS = {str: "text", tuple: "questions", list: "messages"}
 Encode = Callable[[Any], list[int]]
 
 
@@ -25,18 +26,21 @@ def encoder(config: RunConfig, tokenizer: Any, first: Content) -> Encode:
     if question or answer do not change the tokens: a chat template may drop them, a tokenizer may lack all characters.
     """
     encode = _encoder_of(config, tokenizer, type(first))
+    source = "chat template" if is_chat(config, first) else "tokenizer"
+    where = f"text = {config.text!r}: the {source} of {config.model}"
 
     def checked(content: Content) -> list[int]:
         if type(content) is not type(first):
-            raise ConfigError(f"dataset = {config.dataset!r}: holds both text and messages; it must hold one of them")
-        return encode(content)
+            kinds = " and ".join(KINDS[kind] for kind in KINDS if kind in (type(first), type(content)))
+            raise ConfigError(f"dataset = {config.dataset!r}: holds both {kinds}; it must hold one of them")
+        try:
+            return encode(content)
+        except Exception as error:  # a template is a program and can raise anything; tokenizers raise Exception itself
+            raise ConfigError(f"{where} fails: {first_line(error)}") from None
 
     tokens = checked(_sample(first, "a", "a"))
     if len(tokens) < config.max_tokens and tokens in [checked(_sample(first, *pair)) for pair in ("1a", "a1")]:
-        source = "chat template" if is_chat(config, first) else "tokenizer"
-        raise ConfigError(
-            f"text = {config.text!r}: the {source} of {config.model} gives the same tokens for any question or answer"
-        )
+        raise ConfigError(f"{where} gives the same tokens for any question or answer")
     return checked
 
 
@@ -49,12 +53,7 @@ def _encoder_of(config: RunConfig, tokenizer: Any, kind: type) -> Encode:
 
     def chat(content: tuple[str, str] | list[dict[str, str]]) -> list[int]:
         turns = content if isinstance(content, list) else _turns(*content)
-        try:
-            tokens = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
-        except Exception as error:  # a template is a program and can raise anything
-            reason = first_line(error)
-            raise ConfigError(f"text = 'chat': the chat template of {config.model} fails: {reason}") from None
-        return list(tokens)[: config.max_tokens]
+        return list(tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False))[: config.max_tokens]
 
     if kind is str and config.text == "chat":
         raise ConfigError(f"text = 'chat': {config.dataset} holds plain text, not questions or messages")

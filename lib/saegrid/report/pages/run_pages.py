@@ -18,7 +18,6 @@ from saegrid.analysis.numbers import counted, number
 from saegrid.analysis.scaling import MEASURES
 from saegrid.config import settings
 from saegrid.config.recipes import described
-from saegrid.errors import DamagedError, ResultsError
 from saegrid.experiment import finished_run
 from saegrid.report import bibliography, layers
 from saegrid.report.figures.plots import setting
@@ -26,7 +25,7 @@ from saegrid.report.pages import home_page, recipes_page
 from saegrid.report.site import front_matter
 from saegrid.report.tables import Markdown, html_block, html_table, markdown
 from saegrid.storage.atomic import write_text
-from saegrid.storage.checksums import check_sum, read_json, sum_of
+from saegrid.storage.checksums import check_sum, read_json
 
 INDEX_COLUMNS = ["name", "l0", "fvu_no_sink", "dead_pct", "kl", "delta_loss", "frac_rec_pct"]
 LAYERS = "Layers"
@@ -78,12 +77,9 @@ def write_run_pages(df: pd.DataFrame, runs_dir: str | Path, folder: Path) -> Non
     also = settings.unusual(rows)
     for n, row in enumerate(rows):
         path = Path(runs_dir) / row["run_id"] / finished_run.NOTEBOOK
-        try:
+        with finished_run.advising():
             check_sum(path)
             notebook = read_json(path)
-        except DamagedError as error:
-            advice = finished_run.MEND if sum_of(path).exists() else "delete the folder and run it again"
-            raise ResultsError(f"{error}; {advice}") from None
         page = run_page(notebook, title(row, also), markdown(summary(row, df), navigation(rows, n)))
         page = nbformat.writes(nbformat.from_dict(page))  # cells as lists of lines: Quarto reads only those
         write_text(folder / f"{row['run_id']}.ipynb", page + "\n")

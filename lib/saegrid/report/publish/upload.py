@@ -154,11 +154,12 @@ def _write_sae(run_dir: Path, row: dict[str, Any], part: Path, place: str) -> No
 
 
 def _check_site(folder: Path, df: pd.DataFrame) -> None:
+    advice = "`python -m saegrid site` with this grid renders it"
     if not (folder / "index.html").is_file():
-        raise HubError(f"{folder}: no rendered site; `make report` makes it")
+        raise HubError(f"{folder}: no rendered site; {advice}")
     for run_id in df["run_id"]:
         if not (folder / "report" / "runs" / f"{run_id}.html").is_file():
-            raise HubError(f"{folder}: the site of another grid, without {run_id}; `make report` renders it anew")
+            raise HubError(f"{folder}: the site of another grid, without {run_id}; {advice}")
     if problems := site.check(folder):
         raise HubError(f"{folder}: {problems[0]}")
 
