@@ -10,6 +10,7 @@ import pandas as pd
 
 from saegrid.analysis import peers
 from saegrid.analysis.findings import HOLDS, all_findings
+from saegrid.analysis.numbers import listed
 from saegrid.config.grid import load_grid
 from saegrid.experiment import results
 from saegrid.report.pages import recipes_page
@@ -99,7 +100,7 @@ def test_the_readmes_known_directions_are_those_of_the_committed_table():
 
 def test_the_readmes_peers_are_those_of_the_committed_tables():
     """At each K, this project's SAE of the lowest FVU beside the best of the others in each measure."""
-    found, _ = peers.at_each(Path("results/peers"))
+    found, elsewhere = peers.at_each(Path("results/peers"))
     assert list(found["k"].unique()) == [16, 32, 64, 128]
     for k, group in found.groupby("k"):
         own, others = group[group["is_base"]].iloc[0], group[group["peer"] != peers.OWN]
@@ -112,6 +113,13 @@ def test_the_readmes_peers_are_those_of_the_committed_tables():
     shown = table[(table["p"] < 0.05) & (table["more"] > 0)].groupby("measure")["k"].agg(list)
     assert shown["fvu_no_sink"] == [16, 32, 64, 128] and shown["delta_loss"] == [16] and len(table) == 8
     assert "shown (Holm, 8 tests): FVU at each K, delta loss at K = 16:" in README
+    table = peers.against_best(elsewhere)
+    kl = table[table["measure"] == "kl"]
+    own, theirs = ([f"{value:.3f}" for value in kl[name]] for name in ("own", "theirs"))
+    where = ("layer 6, gsm_symbolic", "layer 24, gsm_symbolic", "layer 12, python_docs")
+    assert list(kl["where"]) == [f"{one}, K = 64" for one in where]
+    assert f"its KL is {listed(own)}; theirs is {listed(theirs)} at best (Holm, {len(table)} tests, all shown)." in TEXT
+    assert (table["p"] < 0.05).all() and (table["more"] > 0).all()
 
 
 def test_the_published_settings_row_is_that_of_the_rehearsal():
