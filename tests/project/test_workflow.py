@@ -41,21 +41,18 @@ def smoke(tmp_path_factory):
     return folder
 
 
-def test_every_run_leaves_its_files(smoke):
+def test_every_run_leaves_its_files_and_no_checkpoint(smoke):
     for run in GRID.runs():
-        folder = smoke / "runs" / run.run_id
-        for name in (f"{run.name}.pt", "sae.safetensors", "cfg.json", "metrics.json", "metrics.jsonl", "train.ipynb"):
-            assert (folder / name).stat().st_size > 0, name
-        assert not (folder / "checkpoint.safetensors").exists()
+        found = {path.name for path in (smoke / "runs" / run.run_id).iterdir() if path.stat().st_size}
+        assert {name for name in found if not name.startswith((".", "train.ipynb"))} == {
+            *("config.json", "cfg.json", "sae.safetensors", f"{run.name}.pt", "metrics.json", "metrics.jsonl"),
+            *("timing.json", "prompts.csv", "latents.csv", "positions.csv", "SHA256SUMS"),
+        }
+        assert "train.ipynb" in found
 
 
-def test_a_run_leaves_everything(smoke):
+def test_the_metrics_have_the_parameters_and_no_hole(smoke):
     run_dir = smoke / "runs" / RUN.run_id
-    names = {path.name for path in run_dir.iterdir() if not path.name.startswith(".")}
-    assert names - {"train.ipynb", "train.ipynb.sha256"} == {
-        *("config.json", "cfg.json", "sae.safetensors", "BatchTopK_exp1x_k32.pt", "metrics.json", "metrics.jsonl"),
-        *("timing.json", "prompts.csv", "latents.csv", "positions.csv", "SHA256SUMS"),
-    }
     metrics = json.loads((run_dir / "metrics.json").read_text())
     assert (metrics["arch"], metrics["k"], metrics["threshold"]) == ("BatchTopK", 32, None)
     assert (metrics["n_train_rows"], metrics["n_val_rows"], metrics["n_eval_prompts"]) == (3000, 1000, 4)
@@ -111,6 +108,7 @@ def test_the_same_run_by_papermill_trains_nothing(smoke, tmp_path):
     done, _ = papermill("train", tmp_path / "again.ipynb", *LINE.split(), cwd=smoke)
     assert done.returncode == 0, done.stderr[-3000:]
     assert RUN.run_id in (tmp_path / "again.ipynb").read_text()
+    before.pop("train.ipynb.sha256")  # a run drops it: usually, its notebook is being written anew
     assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
 
 
@@ -154,24 +152,18 @@ def test_a_lost_result_is_made_again_and_no_other(smoke):
         metrics.write_bytes(before)
 
 
-@pytest.mark.parametrize("preset", ["quick", "qwen05b"])
-def test_every_preset_plans_one_job_per_run(tmp_path, preset):
-    folder = checkout(tmp_path)
-    done = snakemake(folder, "--cores", "2", "--dry-run", grid=f"params/{preset}.yaml")
-    assert done.returncode == 0, done.stderr[-2000:]
-    runs = len(load_grid(f"params/{preset}.yaml").runs())
-    assert f"train {runs} " in " ".join((done.stdout + done.stderr).split()) + " "
-
-
-def test_the_slurm_profile_plans_the_grid(tmp_path):
-    """Without --cores, and also where there is no Slurm."""
-    folder = checkout(tmp_path)
-    done = snakemake(folder, "--workflow-profile", "workflow/profiles/slurm", "--dry-run", grid="params/full.yaml")
+@pytest.mark.parametrize(
+    ("preset", "options"),
+    [("quick", ["--cores", "2"]), ("full", ["--workflow-profile", "workflow/profiles/slurm"])],
+)
+def test_a_preset_plans_one_job_per_run_and_needs_no_slurm_for_that(tmp_path, preset, options):
+    done = snakemake(checkout(tmp_path), *options, "--dry-run", grid=f"params/{preset}.yaml")
     assert done.returncode == 0, done.stderr[-2000:]
     plan = done.stdout + done.stderr
-    train = plan[plan.index("rule train:") :].split("\n[")[0]
-    assert "mem_mb=8000" in train and "runtime=240" in train and "gpu=0" in train
-    assert f"train {len(load_grid('params/full.yaml').runs())} " in " ".join(plan.split()) + " "
+    assert f"train {len(load_grid(f'params/{preset}.yaml').runs())} " in " ".join(plan.split()) + " "
+    if preset == "full":
+        train = plan[plan.index("rule train:") :].split("\n[")[0]
+        assert "mem_mb=8000" in train and "runtime=240" in train and "gpu=0" in train
 
 
 def test_list_says_what_is_to_do(smoke):
