@@ -43,8 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     publish.add_argument("--space", default="", metavar="ORG/NAME", help="static Space on the Hub, for the site")
     publish.add_argument("--folder", default="", metavar="DIR", help="where to build; default: published/<grid's name>")
     publish.add_argument("--dry-run", action="store_true", help="build and show what would go where, and send nothing")
-    for name in ("stability", "tables", "latents", "pages", "site"):
-        help = "leave out runs that have not finished: a report before the grid's end"
+    early = {"stability": "", "tables": "", "site": "; make tables, latents and pages of the others first"}
+    for name, more in early.items():
+        help = f"leave out runs that have not finished{more}"
         commands.choices[name].add_argument("--finished", action="store_true", help=help)
     try:
         _run(parser.parse_args(arguments))
@@ -69,7 +70,7 @@ def _run(options: argparse.Namespace) -> None:
     if grid and getattr(options, "finished", False):
         grid = grid.finished()
     if options.command == "site":
-        _site(grid)
+        _site(grid, options.finished)
         return
     assert grid
     if options.command == "list":
@@ -112,12 +113,20 @@ def _checked(grid_file: Path) -> Grid:
     return grid
 
 
-def _site(grid: Grid | None) -> None:
+def _site(grid: Grid | None, early: bool) -> None:
+    """Render the website. `early`: before the grid's end, so what the workflow makes then is made first."""
     from saegrid.report import site
 
     if grid:
         from saegrid.report import assemble
 
+        if early:
+            from saegrid.experiment import results
+            from saegrid.report.pages import latents_page  # imports torch
+
+            results.make(grid)
+            latents_page.make(grid)
+            assemble.execute(grid)
         assemble.make(grid)
     print(site.render(Path()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from saegrid.config.grid import Grid
@@ -38,3 +39,17 @@ def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None)
     (report / "data").mkdir(exist_ok=True)
     for name in (name for name in results.TABLES if (root / grid.results_dir / name).exists()):
         shutil.copyfile(root / grid.results_dir / name, report / "data" / name)
+
+
+def execute(grid: Grid, names: Iterable[str] = (), root: str | Path = ".") -> None:
+    """Execute the site's notebooks (or those named) into `report/`, as the workflow does once a grid has finished."""
+    import papermill
+
+    root = Path(root)
+    (root / "report").mkdir(exist_ok=True)
+    places = {"results_dir": grid.results_dir, "runs_dir": grid.runs_dir}
+    for name in names or [Path(page).stem for page in pages(root) if page.endswith(".ipynb")]:
+        papermill.execute_notebook(
+            str(root / f"notebooks/{name}.ipynb"), str(root / f"report/{name}.ipynb"),
+            {} if name == "latents" else places, cwd=str(root), progress_bar=False,
+        )  # fmt: skip

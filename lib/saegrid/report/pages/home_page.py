@@ -34,7 +34,7 @@ SWEEP = "jakelipner/sae-grid-search-layer12"
 def title(df: pd.DataFrame) -> str:
     """Model and layer: `Sparse autoencoders on SmolLM2-135M-Instruct, layer 12`."""
     models = dict.fromkeys(Path(BASE_MODELS.get(name, name)).name for name in df["model"])
-    return escape(f"Sparse autoencoders on {listed(models)}, layer {_values(df, 'layer')}", quote=False)
+    return escape(f"Sparse autoencoders on {listed(models)}, {_layers(df)}", quote=False)
 
 
 def model_card(
@@ -180,7 +180,7 @@ def swept_text(df: pd.DataFrame) -> str:
     sparsity = " and ".join(
         [*([f"K of {by_k}"] if by_k != MISSING else []), *([f"θ of {theta}"] if theta != MISSING else [])]
     )
-    layer = f"layer {_values(df, 'layer')}"
+    layer = _layers(df)
     texts = list(selection.by_origin(df, "layer"))
     layer += f" on {escape(' and '.join(texts), quote=False)}" if len(texts) > 1 else ""
     return (
@@ -335,6 +335,10 @@ def _seeds(df: pd.DataFrame) -> pd.Series:
     """How many seeds each setting has."""
     keys = pd.Series([settings.key(row) for row in df.to_dict("records")], index=df.index, dtype=object)
     return df["seed"].groupby(keys).nunique()
+
+
+def _layers(df: pd.DataFrame) -> str:
+    return f"layer{'s' if df['layer'].nunique() > 1 else ''} {_values(df, 'layer')}"
 
 
 def _values(df: pd.DataFrame, name: str, form: str = "{}") -> str:

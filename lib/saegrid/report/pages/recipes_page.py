@@ -133,8 +133,9 @@ def _what(df: pd.DataFrame) -> str:
     one, seeds = df.iloc[0], df["seed"].nunique()
     kind = f"{one['arch']} runs" if df["arch"].nunique() == 1 else "runs"
     shown = {name: listed(f"{value:,}" for value in sorted(df[name].unique())) for name in (*VARIED, "layer")}
+    where = "layer" if df["layer"].nunique() == 1 else "layers"
     text = (
-        f"{len(df)} {kind} on layer {shown['layer']} of {one['model'].removeprefix('embedded:')}: "
+        f"{len(df)} {kind} on {where} {shown['layer']} of {one['model'].removeprefix('embedded:')}: "
         f"{shown['n_train_rows']} tokens, {one['epochs']} epochs, expansion {shown['expansion']}, K = {shown['k']}, "
         f"{counted(seeds, 'seed')}; judged on {one['n_val_rows']:,} held-out tokens and "
         f"{one['n_eval_prompts']} prompts."
