@@ -1,21 +1,25 @@
-"""What all tests share: long files first, and a project folder with synthetic runs."""
+"""What all tests share: the order of their files, and a project folder with synthetic runs."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
+import hypothesis
 import pytest
 from synthetic_runs import write_synthetic_run
 
 from saegrid.config.grid import Grid
 
-LONG = ("test_slurm.py", "test_rehearse.py", "test_workflow.py", "test_resilience.py")
-"""Files of a minute and more: they start first, so that none runs last alone."""
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
+
+FIRST = ("test_kernels", "test_slurm", "test_workflow", "test_rehearse", "test_site", "test_resilience", "test_hub")
+"""The kernels, compiled there once for all that copy the sources; then files of a minute: none runs last alone."""
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONG)
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
 
 
 @pytest.fixture

@@ -38,7 +38,8 @@ def execute(root, grid, *names):
     """Execute notebooks into `report/`, in one process with one kernel per notebook."""
     (root / "report").mkdir(exist_ok=True)
     places = {"results_dir": grid.results_dir, "runs_dir": "runs"}
-    code = "import json, sys, papermill\nfor one in json.loads(sys.argv[1]): papermill.execute_notebook(**one)"
+    code = "import json, sys; sys.modules['rfc3987_syntax'] = None  # as workflow/run_papermill.py\nimport papermill\n"
+    code += "for one in json.loads(sys.argv[1]): papermill.execute_notebook(**one)"
     calls = [
         {"input_path": f"notebooks/{name}.ipynb", "output_path": f"report/{name}.ipynb", "progress_bar": False}
         | {"parameters": {} if name == "latents" else places}

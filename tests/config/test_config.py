@@ -18,29 +18,6 @@ from saegrid.errors import ConfigError
 NOTEBOOK = "notebooks/train.ipynb"
 
 
-@pytest.mark.parametrize(
-    ("parameters", "words"),
-    [
-        ({"arch": "ReLU", "k": 3}, ["k = 3", "ReLU weighs its L1 on scaled rows only; set act_scale = 'unit'"]),
-        ({"arch": "Gated", "recipe": "improved"}, ["k = 0", "Gated needs a k of at least 1"]),
-        ({"arch": "Gated", "k": 3, "threshold": 0.5}, ["threshold = 0.5", "not a parameter of Gated"]),
-        ({"arch": "JumpReLU", "k": [4, 8], "recipe": "improved"}, ["k = [4, 8]", "valid integer"]),
-        ({"k": 4, "theta_tie": 3}, ["theta_tie = 3", "only JumpReLU with a k takes it"]),
-        ({"arch": "JumpReLU", "threshold": 0.5, "theta_tie": 3}, ["theta_tie = 3", "JumpReLU with a k"]),
-        ({"k": 4, "recipe": ["improved"]}, ["recipe = ['improved']", "'published' or 'improved'"]),
-        ({"k": 4, "lr": [1e-3]}, ["lr = [0.001]", "number"]),
-        ({"k": 4, "model_init": "random", "activations": "a"}, ["model_init = 'random'", "a trained model's rows"]),
-    ],
-)
-def test_a_mistake_is_one_line_that_names_it(parameters, words):
-    """Those of several parameters; `test_resilience_parameters.py` has those of each by itself."""
-    with pytest.raises(ConfigError) as error:
-        make_config(**parameters)
-    assert "\n" not in str(error.value)
-    for word in words:
-        assert word in str(error.value)
-
-
 def test_yaml_1_1_numbers_and_numeric_names_are_taken_as_meant():
     config = make_config(k=4, lr="1e-3", model_revision=123)
     assert config.lr == 1e-3 and config.model_revision == "123"

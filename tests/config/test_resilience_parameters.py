@@ -2,15 +2,17 @@
 
 import os
 import sys
-from pathlib import Path
+import time
 
 import nbformat
 import pytest
 import yaml
+from huggingface_hub import constants
 from processes import called, papermill
 
-from saegrid.config.grid import load_grid
+from saegrid.__main__ import main
 from saegrid.config.run_config import RunConfig
+from saegrid.errors import ConfigError
 
 SECONDS, PAPERMILL_SECONDS = 5, 15
 TOPK = {"arch": "TopK", "k": 4}
@@ -100,6 +102,15 @@ POINTS = [
     ({"dataset": "workflow"}, ["dataset = 'workflow'", "no .jsonl, .parquet, .txt or .md file"]),
     ({"context": 1}, ["context = 1", "at least 2"]),
     ({"skip_tokens": "eos"}, ["skip_tokens = 'eos'", "must be special, bos or token ids"]),
+    ({"arch": "ReLU", "k": 3}, ["k = 3", "ReLU weighs its L1 on scaled rows only; set act_scale = 'unit'"]),
+    ({"arch": "Gated", "k": 0, "recipe": "improved"}, ["k = 0", "Gated needs a k of at least 1"]),
+    ({"arch": "Gated", "k": 3, "threshold": 0.5}, ["threshold = 0.5", "not a parameter of Gated"]),
+    ({"arch": "JumpReLU", "k": [4, 8], "recipe": "improved"}, ["k = [4, 8]", "valid integer"]),
+    ({"theta_tie": 3}, ["theta_tie = 3", "only JumpReLU with a k takes it"]),
+    ({"arch": "JumpReLU", "k": 0, "threshold": 0.5, "theta_tie": 3}, ["theta_tie = 3", "JumpReLU with a k"]),
+    ({"recipe": ["improved"]}, ["recipe = ['improved']", "'published' or 'improved'"]),
+    ({"lr": [1e-3]}, ["lr = [0.001]", "number"]),
+    ({"model_init": "random", "activations": "a"}, ["model_init = 'random'", "a trained model's rows"]),
     ({"learning_rate": 1e-4}, ["learning_rate = 0.0001", "no such parameter", "lr"]),
     ({"K": 4}, ["K = 4", "no such parameter"]),
 ]
@@ -115,9 +126,14 @@ GRIDS = [
     ("name: g\ntitle: t\naxes: [{k: []}]", ["axes", "0 runs"]),
     ("name: g\ntitle: t\naxes: [{k: [4], runs_dir: [a, b]}]", ["runs_dir = ['a', 'b']", "not an axis"]),
     ("name: g\ntitle: t\nresults_dir: $(id)\naxes: [{k: [4]}]", ["results_dir = '$(id)'", "folder"]),
+    ("name: g\ntitle: t\naxes: [{arch: [TopK], k: [4]}]\nseeds: [1]", ["seeds"]),
+    ("name: g\ntitle: t\naxes: []", ["axes"]),
+    ("name: g\ntitle: t\naxes: [{arch: [TopK], k: [4, 4]}]", ["twice"]),
+    ("name: g\ntitle: t\nconstants: {k: 4}\naxes: [{k: [4]}]", ["both a constant and an axis"]),
+    ("name: g\ntitle: t\naxes: [{k: [4], kk: [4]}]", ["kk = 4: no such parameter"]),
+    ("name: g\ntitle: t\naxes: [{arch: [TopK], threshold: [0.1]}]", ["threshold = 0.1"]),
     (f"name: g\ntitle: t\naxes: [{{{', '.join(f'a{n}: [1, 2, 3, 4, 5, 6, 7, 8, 9]' for n in range(9))}}}]", ["runs"]),
 ]
-OUR = [sys.executable, "-m", "saegrid"]
 COMMANDS = [
     ([], ["command"]),
     (["frobnicate"], ["frobnicate", "collect", "tables"]),
@@ -134,22 +150,29 @@ COMMANDS = [
 ]
 
 
-def check(arguments, words, tmp_path):
-    done, seconds = called([*OUR, *arguments], env=ENVIRONMENT, timeout=300)
-    assert done.returncode == 2 and not done.stdout
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
-    assert "Traceback" not in done.stderr
-    assert seconds < SECONDS
-    assert not list(tmp_path.glob("runs*"))
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Whether a command is refused in one line that has these words, soon, and before it writes anything."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def check(arguments, words):
+        before = time.process_time()
+        assert main(arguments) == 2
+        assert time.process_time() - before < SECONDS
+        told = capsys.readouterr()
+        assert not told.out and len(told.err.strip().splitlines()) == 1, told
+        assert all(word in told.err for word in words), told.err
+        assert not list(tmp_path.glob("runs*"))
+
+    return check
 
 
 @pytest.mark.parametrize(("changes", "words"), POINTS, ids=[" ".join(map(str, c.items())) for c, _ in POINTS])
-def test_a_bad_point(tmp_path, changes, words):
+def test_a_bad_point(tmp_path, refused, changes, words):
     axis = "layer" if "seed" in changes else "seed"
     grid = {"name": "g", "title": "t", "constants": {**TOPK, **changes}, "axes": [{axis: [3]}]}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
-    check(["list", str(tmp_path / "grid.yaml")], words, tmp_path)
+    refused(["list", str(tmp_path / "grid.yaml")], words)
 
 
 def test_every_parameter_that_can_be_wrong_is_in_the_table():
@@ -160,14 +183,21 @@ def test_every_parameter_that_can_be_wrong_is_in_the_table():
 
 
 @pytest.mark.parametrize(("text", "words"), GRIDS)
-def test_a_bad_grid_file(tmp_path, text, words):
+def test_a_bad_grid_file(tmp_path, refused, text, words):
     (tmp_path / "grid.yaml").write_text(text)
-    check(["list", str(tmp_path / "grid.yaml")], words, tmp_path)
+    refused(["list", str(tmp_path / "grid.yaml")], words)
 
 
 @pytest.mark.parametrize(("arguments", "words"), COMMANDS, ids=[" ".join(a) for a, _ in COMMANDS])
-def test_a_bad_command(tmp_path, arguments, words):
-    check(arguments, words, tmp_path)
+def test_a_bad_command(refused, arguments, words):
+    refused(arguments, words)
+
+
+@pytest.mark.parametrize("arguments", [["frobnicate"], ["tables", "params/qwen05b.yaml"]])
+def test_a_command_that_is_refused_ends_soon_with_one_line(arguments):
+    done, seconds = called([sys.executable, "-m", "saegrid", *arguments], env=ENVIRONMENT, timeout=300)
+    assert done.returncode == 2 and not done.stdout and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert seconds < SECONDS
 
 
 def test_the_workflow_tells_a_bad_grid_in_one_line(tmp_path):
@@ -179,23 +209,35 @@ def test_the_workflow_tells_a_bad_grid_in_one_line(tmp_path):
     assert last == "ConfigError: k = -4: input should be greater than or equal to 0"
 
 
-@pytest.mark.parametrize(
-    ("notebook", "parameters", "words"),
-    [
-        ("train", "k=-4", ["k = -4", "greater than or equal to 0"]),
-        ("train", "k=4 kk=4", ["kk = 4", "no such parameter"]),
-        ("train", "k=many", ["k = 'many'", "integer"]),
-        ("train", "k=600 expansion=1", ["k = 600", "at most d_sae"]),
-        ("train", "k=4 layer=30", ["layer = 30", "0 to 29"]),
-        ("train", "k=4 model=/no/such/folder", ["model", "/no/such/folder"]),
-        ("train", "k=4 batch_size=600 train_tokens=500", ["batch_size = 600", "at most train_tokens = 500"]),
-        ("train", "k=4 expansion=1024 batch_size=100000", ["expansion = 1024", "GB of memory", "are free"]),
-        ("train", "k=4 activations=notebooks", ["activations = 'notebooks'", "needs instruct_base_layer12_train.pt"]),
-        ("findings", "run_dir=x", ["run_dir = 'x': no such parameter; known are"]),
-        ("latents", "run_dir=x", ["run_dir = 'x': no such parameter; known are"]),
-    ],
-)
-def test_a_mistake_stops_a_notebook_at_once_in_one_line(tmp_path, notebook, parameters, words):
+NOTEBOOKS = [
+    ("train", "k=-4", ["k = -4", "greater than or equal to 0"]),
+    ("train", "k=4 kk=4", ["kk = 4", "no such parameter"]),
+    ("train", "k=600 expansion=1", ["k = 600", "at most d_sae"]),
+    ("train", "k=4 expansion=1024 batch_size=100000", ["expansion = 1024", "GB of memory", "are free"]),
+    ("train", "k=4 activations=notebooks", ["activations = 'notebooks'", "needs instruct_base_layer12_train.pt"]),
+    ("findings", "run_dir=x", ["run_dir = 'x': no such parameter; known are"]),
+    ("latents", "run_dir=x", ["run_dir = 'x': no such parameter; known are"]),
+]
+
+
+@pytest.mark.parametrize(("notebook", "parameters", "words"), NOTEBOOKS)
+def test_a_mistake_is_one_line_of_a_notebooks_first_cells(tmp_path, notebook, parameters, words):
+    code = [cell.source for cell in nbformat.read(f"notebooks/{notebook}.ipynb", 4).cells if cell.cell_type == "code"]
+    names = {}
+    exec(code[0], names)
+    if notebook == "train":
+        names |= {name: f"{tmp_path}/{name}" for name in ("runs_dir", "store_dir")}
+    names |= {name: yaml.safe_load(value) for name, value in (pair.split("=") for pair in parameters.split())}
+    with pytest.raises(ConfigError) as error:
+        exec(code[1], names)
+        exec(code[2], names)
+    (line,) = error.value._render_traceback_()
+    assert "\n" not in line and all(word in line for word in words), line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("notebook", "parameters", "words"), [NOTEBOOKS[0], NOTEBOOKS[-2]])
+def test_a_mistake_stops_papermill_at_once_in_one_line(tmp_path, notebook, parameters, words):
     places = [f"runs_dir={tmp_path}/runs", f"store_dir={tmp_path}/activations"] if notebook == "train" else []
     done, seconds = papermill(notebook, tmp_path / "out.ipynb", *parameters.split(), *places, env=ENVIRONMENT)
     last = [line for line in done.stderr.splitlines() if line.strip()][-1]
@@ -204,9 +246,3 @@ def test_a_mistake_stops_a_notebook_at_once_in_one_line(tmp_path, notebook, para
     assert [output["traceback"] for output in outputs if output.output_type == "error"] == [[last]]
     assert not (tmp_path / "runs").exists() and not (tmp_path / "activations").exists()
     assert seconds < PAPERMILL_SECONDS
-
-
-def test_every_preset_passes():
-    for path in Path("params").glob("*.yaml"):
-        for run in load_grid(path).runs():
-            run.check_training()

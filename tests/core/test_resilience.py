@@ -40,7 +40,7 @@ def test_chaos_finds_what_it_looks_for(tmp_path):
         "records.checked_bytes = lambda path: path.read_bytes()\n"
         "names = {'a finished run\\'s file damaged': chaos.FAULTS['a finished run\\'s file damaged']}\n"
         "chaos.FAULTS = names\n"
-        "counts = chaos.chaos(12, 0, Path(sys.argv[1]))\n"
+        "counts = chaos.chaos(6, 0, Path(sys.argv[1]))\n"
         "sys.exit(int(all(verdict == 'survived' for _, _, verdict in counts)))\n"
     )
     environment = {**os.environ, "PYTHONPATH": f"tests{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}

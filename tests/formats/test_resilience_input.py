@@ -20,7 +20,7 @@ from saegrid.report.pages import home_page
 from saegrid.storage.checksums import read_sealed, write_sealed
 
 FOUND = sorted(Path("tests/fuzz/found").glob("*/*"))
-quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @functools.cache
@@ -59,7 +59,6 @@ plain = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from([*make_config(k=4).model_dump(), "other"]), plain, max_size=4))
 def test_any_values_give_a_config_or_one_line(parameters):
     try:

@@ -454,7 +454,7 @@ def test_trained_thresholds_find_their_l0():
         assert active / len(x) == pytest.approx(16, rel=0.05), start_at
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(n=st.integers(1, 512), rule=rules, seed=st.integers(0, 999), sinks=st.integers(0, 3))
 def test_cpu_matches_reference(n, rule, seed, sinks):
     params, x = make_params(seed), make_rows(n, seed, sinks=min(sinks, n))

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pandas as pd
 import pytest
 import torch
@@ -109,7 +110,7 @@ def command(*options):
 
 def publish(project, server, *options, **more):
     env = client_environment(server, project / "home", **more)
-    return subprocess.run(command(*options), cwd=project, env=env, capture_output=True, text=True, check=False)
+    return forked.python(command(*options)[1:], project, env)
 
 
 def tree(folder):
@@ -291,9 +292,11 @@ def snippets(server):
 def fresh_process(server, folder, code, python=sys.executable):
     """Run code where nothing is but an empty cache; returns the JSON of its last line."""
     env = client_environment(server, folder / "home", HF_TOKEN="")
-    if python != sys.executable:
+    if python == sys.executable:
+        done = forked.python(["-c", code], folder, env)
+    else:
         env = {name: value for name, value in env.items() if not name.startswith("PYTHON")}
-    done = subprocess.run([python, "-c", code], cwd=folder, env=env, capture_output=True, text=True, check=False)
+        done = subprocess.run([python, "-c", code], cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
