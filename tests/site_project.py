@@ -1,6 +1,5 @@
 """A project folder as `make report` leaves it, with synthetic runs, for the website tests."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -36,17 +35,11 @@ def copy_sources(root):
 
 def execute(root, grid, *names):
     """Execute notebooks into `report/`, in one process with one kernel per notebook."""
-    (root / "report").mkdir(exist_ok=True)
-    places = {"results_dir": grid.results_dir, "runs_dir": "runs"}
-    code = "import json, sys; sys.modules['rfc3987_syntax'] = None  # as workflow/run_papermill.py\nimport papermill\n"
-    code += "for one in json.loads(sys.argv[1]): papermill.execute_notebook(**one)"
-    calls = [
-        {"input_path": f"notebooks/{name}.ipynb", "output_path": f"report/{name}.ipynb", "progress_bar": False}
-        | {"parameters": {} if name == "latents" else places}
-        for name in names
-    ]
+    code = "import json, sys; sys.modules['rfc3987_syntax'] = None  # as workflow/run_papermill.py\n"
+    code += "from saegrid.config.grid import Grid\nfrom saegrid.report import assemble\n"
+    code += "assemble.execute(Grid(**json.loads(sys.argv[1])), sys.argv[2:])"
     env = os.environ | {"PYTHONPATH": str(ROOT / "lib"), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-c", code, json.dumps(calls)]
+    command = [sys.executable, "-c", code, grid.model_dump_json(), *names]
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -56,7 +49,7 @@ def build(root, grid):
     copy_sources(root)
     results.make(grid, root)
     write_latents(root, grid)
-    execute(root, grid, *NOTEBOOKS)
+    execute(root, grid)
     assemble.make(grid, root)
     return site.render(root)
 

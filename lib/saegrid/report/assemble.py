@@ -41,15 +41,12 @@ def make(grid: Grid, root: str | Path = ".", runs_dir: str | Path | None = None)
         shutil.copyfile(root / grid.results_dir / name, report / "data" / name)
 
 
-def execute(grid: Grid, names: Iterable[str] = (), root: str | Path = ".") -> None:
+def execute(grid: Grid, names: Iterable[str] = ()) -> None:
     """Execute the site's notebooks (or those named) into `report/`, as the workflow does once a grid has finished."""
     import papermill
 
-    root = Path(root)
-    (root / "report").mkdir(exist_ok=True)
+    Path("report").mkdir(exist_ok=True)
     places = {"results_dir": grid.results_dir, "runs_dir": grid.runs_dir}
-    for name in names or [Path(page).stem for page in pages(root) if page.endswith(".ipynb")]:
-        papermill.execute_notebook(
-            str(root / f"notebooks/{name}.ipynb"), str(root / f"report/{name}.ipynb"),
-            {} if name == "latents" else places, cwd=str(root), progress_bar=False,
-        )  # fmt: skip
+    for name in names or [Path(page).stem for page in pages() if page.endswith(".ipynb")]:
+        own = {} if name == "latents" else places
+        papermill.execute_notebook(f"notebooks/{name}.ipynb", f"report/{name}.ipynb", own, progress_bar=False)
