@@ -260,5 +260,6 @@ def test_the_workflow_plans_what_depends_on_changed_data(config, tmp_path):
     results.make(grid)
     assert "Nothing to be done" in planned()
     replaced(tmp_path / "data" / "train.jsonl", "train ", "other ")
+    assert "Nothing to be done" in planned()  # a dry run changes nothing
     assert mend(grid)
     assert planned() == {"activations", "pca", "train", "tables"}

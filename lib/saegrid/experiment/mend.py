@@ -42,10 +42,10 @@ def mend(grid: Grid, root: str | Path = ".") -> list[str]:
     again = False
     for folder, run in runs.items():
         store = root / run.store_dir / run.store_id
-        found += _dropped(folder, folder / ".lock", _run_faults(folder, run.run_id))
+        faults = _dropped(folder, folder / ".lock", _run_faults(folder, run.run_id))
         aside = _dropped(folder, folder / ".lock", _of_another_store(folder, store, store in outdated))
-        found += [] if store in outdated else aside
-        again |= bool(aside)
+        found += faults if store in outdated else faults + aside
+        again |= bool(faults or aside)
     found += _dropped(root / grid.results_dir, None, _table_faults(root / grid.results_dir, again))
     return found
 
