@@ -106,7 +106,7 @@ def test_a_missing_run_stops_the_tables_and_leaves_the_old_ones(fake_grid, fake_
     before = (folder / "results_full.csv").read_bytes()
     run = fake_grid.runs()[3]
     (fake_runs / "runs" / run.run_id / "metrics.json").unlink()
-    with pytest.raises(ResultsError, match=f"{run.run_id}/metrics.json: .*`snakemake` with its grid finishes it"):
+    with pytest.raises(ResultsError, match=f"{run.run_id}/metrics.json: .*`snakemake` with its grid file finishes it"):
         results.make(fake_grid, fake_runs)
     assert (folder / "results_full.csv").read_bytes() == before
 
@@ -150,7 +150,7 @@ def test_a_table_with_a_hole_is_refused(fake_grid, fake_runs):
     df.to_csv(folder / "results_tidy.csv", index=False)
     with pytest.raises(ResultsError, match=f"delta_loss is missing for {df.loc[2, 'run_id']}"):
         results.read_tidy(folder)
-    with pytest.raises(ResultsError, match="`python -m saegrid tables` makes it"):
+    with pytest.raises(ResultsError, match="`python -m saegrid tables GRID` makes it"):
         results.read_tidy(folder / "nothing.csv")
 
 

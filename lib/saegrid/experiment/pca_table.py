@@ -50,4 +50,4 @@ def read(results_dir: str | Path) -> pd.DataFrame:
         table = pd.read_csv(path, dtype={"store_id": str})
         return table.assign(kl=table.get("kl", math.nan))[COLUMNS]
     except (DamagedError, KeyError, ValueError, pd.errors.ParserError) as error:
-        raise ResultsError(f"{path}: {error}; make it again with `python -m saegrid tables`") from None
+        raise ResultsError(f"{path}: {error}; `python -m saegrid tables GRID` makes it again") from None

@@ -38,6 +38,7 @@ PUBLISHED = ["arch", "expansion", "k", "threshold", "l0", "val_mse", "nmse", "de
 """Columns of the published `results_full.csv`, in its order."""
 PROMPT_SUMS = ["run_id", "prompt", "template", "n_tokens", "ce_clean_sum", "ce_spliced_sum", "kl_sum"]
 STABILITY_FILE = "stability.csv"
+MAKES = "`python -m saegrid tables GRID` makes it"
 PAIRS = "stability.json"
 """In a store's folder: one record per pair of runs on it (`saegrid.experiment.stability`)."""
 STABILITY_MEASURES = ["stable_pct", "stable_energy_pct", "matched_cosine", "random_cosine", "start_cosine"]
@@ -126,19 +127,19 @@ def read_tidy(path: str | Path) -> pd.DataFrame:
     try:
         df = pd.read_csv(path, dtype=dict.fromkeys(texts, str))
     except OSError as error:
-        raise ResultsError(f"{path}: {error.strerror}; `python -m saegrid tables` makes it") from None
+        raise ResultsError(f"{path}: {error.strerror}; {MAKES}") from None
     except (ValueError, pd.errors.ParserError) as error:
         raise ResultsError(f"{path}: not a table: {error}") from None
     younger = YOUNGER | dict.fromkeys(YOUNGER_NUMBERS, math.nan)
     df = df.assign(**{name: value for name, value in younger.items() if name not in df})
     missing = [name for name in TIDY if name not in df]
     if missing:
-        raise ResultsError(f"{path}: lacks the columns {', '.join(missing)}; `python -m saegrid tables` makes it again")
+        raise ResultsError(f"{path}: lacks the columns {', '.join(missing)}; {MAKES}")
     for name in [*COUNTS, *METRICS]:
         if df[name].isna().any():
             raise ResultsError(f"{path}: {name} is missing for {df.loc[df[name].isna(), 'run_id'].iloc[0]}")
     if (path.parent / SUMS).exists():  # a table that was copied alone has none
-        with advising("make it again with `python -m saegrid tables`"):
+        with advising(MAKES):
             check_sums(path.parent, [path.name])
     df[sorted(texts)] = df[sorted(texts)].fillna("")
     df = typed(df.assign(source="own"))
@@ -203,7 +204,7 @@ def read_stability(results_dir: str | Path) -> pd.DataFrame:
         return pd.DataFrame(columns=STABILITY)
     texts = {name for name in _SETTING if name in RunConfig.model_fields} & _TEXTS | {"name"}
     if (path.parent / SUMS).exists():
-        with advising("make it again with `python -m saegrid tables`"):
+        with advising(MAKES):
             check_sums(path.parent, [path.name])
     try:
         df = pd.read_csv(path, dtype=dict.fromkeys(texts, str))
@@ -218,12 +219,12 @@ def read_prompts(results_dir: str | Path) -> pd.DataFrame:
     """Read `results_prompts.csv`; an older table has no `kl_sum`. Raises `ResultsError` if it is missing or damaged."""
     path = Path(results_dir) / "results_prompts.csv"
     try:
-        with advising("make it again with `python -m saegrid tables`"):
+        with advising(MAKES):
             check_sums(path.parent, [path.name])
         prompts = pd.read_csv(path, dtype={"run_id": str, "template": str})
         return prompts.assign(kl_sum=prompts.get("kl_sum", math.nan))[PROMPT_SUMS]
     except OSError as error:
-        raise ResultsError(f"{path}: {error.strerror}; `python -m saegrid tables` makes it") from None
+        raise ResultsError(f"{path}: {error.strerror}; {MAKES}") from None
     except (KeyError, ValueError, pd.errors.ParserError) as error:
         raise ResultsError(f"{path}: not a table of prompts: {error}") from None
 
