@@ -121,14 +121,14 @@ def test_another_layer_is_judged_by_itself(folder):
         pd.concat([table, more]).to_csv(folder / name, index=False)
     most, others = peers.at_each(folder)
     assert list(most["where"].unique()) == ["K = 16", "K = 64"]
-    assert list(others["where"].unique()) == ["layer 24, org/other, K = 64"] and set(others["arch"]) == {"BatchTopK"}
+    assert list(others["where"].unique()) == ["layer 24, org/other"] and set(others["arch"]) == {"BatchTopK"}
     base = others[others["is_base"]].iloc[0]
     assert base["fvu_no_sink"] == pytest.approx(0.6)
     page = recipes_page.page(folder.parents[1])
     section = page[page.index("### At other layers") :]
-    assert "Run there: saegrid BatchTopK and sae-lens BatchTopK." in section
+    assert "Run there, at K = 64: saegrid BatchTopK and sae-lens BatchTopK." in section
     assert "corrected for all 2 comparisons" in section and "Not run" not in section
-    assert "at layer 24, org/other, K = 64" in section and "Means over 1 to 3 seeds" in section
+    assert "at layer 24, org/other" in section and "Means over 1 to 3 seeds" in section
     shown = before[before.index("## Other libraries") : before.index("Each library's released code")]
     assert shown.strip() in page  # the first table stays as it is
 

@@ -26,10 +26,10 @@ def at_each(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     runs, prompts = read(folder)
     parts = [(where, compared(rows, prompts)) for where, rows in runs.groupby(WHERE, sort=False)]
     (_, most), *others = sorted(parts, key=lambda part: -part[1]["k"].nunique())
-    named = [
-        found.assign(where=f"layer {layer}, {dataset.removeprefix('embedded:')}, " + found["where"])
-        for (layer, dataset), found in others
-    ]
+    named = []
+    for (layer, dataset), found in others:
+        place = f"layer {layer}, {dataset.removeprefix('embedded:')}"
+        named.append(found.assign(where=f"{place}, " + found["where"] if found["k"].nunique() > 1 else place))
     return most, pd.concat(named, ignore_index=True) if named else most.head(0)
 
 

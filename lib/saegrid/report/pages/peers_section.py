@@ -57,8 +57,8 @@ def table(found: pd.DataFrame) -> Markdown:
     ]
     own |= more | {"Rate": found["rates"]}
     caption = (
-        "More: the difference from this project's SAE with the lowest FVU at that K, on the prompts; 95% intervals of "
-        "each. Rate: the best learning rate / the library's default."
+        f"More: the difference from this project's SAE with the lowest FVU{_elsewhere(found) or ' at that K'}, on the "
+        "prompts; 95% intervals of each. Rate: the best learning rate / the library's default."
     )
     return html_table(found.assign(**own), columns, caption=caption, mark_best=False)
 
@@ -81,7 +81,8 @@ def beside(found: pd.DataFrame) -> Markdown:
         for name in CONTENDERS
         if name in run and name not in set(zip(group["peer"], group["arch"], strict=True))
     ]
-    caption = "This project's SAE with the lowest FVU, and the best of the other libraries; 95% intervals of each."
+    caption = f"This project's SAE with the lowest FVU{_elsewhere(found)}, and the best of the other libraries; 95% "
+    caption += "intervals of each."
     caption += f" Not run: {listed(absent)}." if absent else ""
     return html_table(pd.DataFrame(rows), list(rows[0]), caption=caption, mark_best=False)
 
@@ -105,9 +106,14 @@ def stand(found: pd.DataFrame) -> str:
 
 
 def _places(where: pd.Series) -> str:
-    """`K = 16, 32 and 64`, or with their layers and texts `layer 6, gsm_symbolic, K = 64; layer 24, …`."""
+    """`K = 16, 32 and 64`, or layers and texts: `layer 6, gsm_symbolic; layer 24, …`."""
     plain = where.str.startswith("K = ").all()
     return f"K = {listed(where.str.removeprefix('K = '))}" if plain else "; ".join(where)
+
+
+def _elsewhere(found: pd.DataFrame) -> str:
+    """What tells a table of other layers and texts (`peers.at_each`) from the first one."""
+    return "" if found["where"].str.startswith("K = ").all() else " there"
 
 
 def _bounds(more: tuple[float, float, float, float]) -> str:

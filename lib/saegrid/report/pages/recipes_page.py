@@ -60,8 +60,10 @@ def _peers(folder: Path) -> tuple[str, str]:
     stand, every = peers_section.stand(found), folded("Every SAE at each K", peers_section.table(found))
     parts = [stand, plots.side_by_side(panels), peers_section.beside(found), every]
     if len(elsewhere):
+        k = listed(map(str, sorted(elsewhere["k"].unique())))
         run = listed(dict.fromkeys(elsewhere["peer"] + " " + elsewhere["arch"]))
-        parts += ["### At other layers and on other text", f"Run there: {run}. {peers_section.stand(elsewhere)}"]
+        said = f"Run there, at K = {k}: {run}. {peers_section.stand(elsewhere)}"
+        parts += ["### At other layers and on other text", said]
         parts += [peers_section.beside(elsewhere), folded("Every SAE there", peers_section.table(elsewhere))]
     return f"**Other libraries**: {stand[0].lower()}{stand[1:]}", markdown(
         *parts, peers_section.rules(pd.concat([found, elsewhere]))
