@@ -11,6 +11,7 @@ import pandas as pd
 from saegrid.analysis import peers
 from saegrid.analysis.findings import HOLDS, all_findings
 from saegrid.analysis.numbers import listed
+from saegrid.analysis.origins.headlines import headlines
 from saegrid.config.grid import load_grid
 from saegrid.experiment import results
 from saegrid.report.pages import recipes_page
@@ -84,11 +85,13 @@ def test_the_readmes_numbers_are_those_of_the_committed_table():
 
 
 def test_the_readmes_layers_and_texts_are_those_of_the_committed_tables():
-    short = recipes_page.page()
-    least = re.search(r"TopK loses less than BatchTopK\*\*: holds at (\d+) of (\d+)\.", short)
-    assert least and f"(and at {least[1]} of {least[2]} layers and texts," in TEXT
-    matryoshka = re.search(r"Matryoshka with the improved recipe loses least\*\*: holds at (\d+) of (\d+)\.", short)
-    assert matryoshka and matryoshka[1] == matryoshka[2]
+    folder = Path("results/layers")
+    found = {one.name: one for one in headlines(results.read_tidy(folder), results.read_prompts(folder))}
+    topk, matryoshka = found["topk_loses_less"], found["matryoshka_loses_least"]
+    for one in (topk, matryoshka):
+        assert len(one.held) == 12 and all(held.told.value < 0 for held in one.held.values())
+    assert f"at all 12 layers and texts of `results/layers`, shown at {len(topk.where(HOLDS))} with two seeds;" in TEXT
+    assert f"`improved` Matryoshka loses least, shown at {len(matryoshka.where(HOLDS))})" in TEXT
 
 
 def test_the_readmes_known_directions_are_those_of_the_committed_table():
