@@ -14,7 +14,6 @@ from saegrid.analysis.numbers import listed
 from saegrid.analysis.origins.headlines import headlines
 from saegrid.config.grid import load_grid
 from saegrid.experiment import results
-from saegrid.report.pages import recipes_page
 
 README = Path("README.md").read_text()
 TEXT = " ".join(README.split())
