@@ -91,10 +91,10 @@ def stand(found: pd.DataFrame) -> str:
     """Which of the comparisons with the best other SAE (`against_best`) stand together."""
     table = against_best(found)
     shown = table[table["p"] < LEVEL].assign(way=lambda rows: rows["more"].gt(0).map({True: "lower", False: "higher"}))
-    parts = [
-        f"{way} {MEASURES[measure]} at {_places(rows['where'])}"
-        for (measure, way), rows in shown.groupby(["measure", "way"], sort=False)
-    ]
+    shared: dict[tuple[str, str], list[str]] = {}
+    for (measure, way), rows in shown.groupby(["measure", "way"], sort=False):
+        shared.setdefault((way, _places(rows["where"])), []).append(MEASURES[measure])
+    parts = [f"{way} {listed(measures)} at {places}" for (way, places), measures in shared.items()]
     told = (
         f"this project's is shown to have {' and '.join(parts)}"
         if parts
