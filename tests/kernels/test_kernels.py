@@ -527,9 +527,9 @@ def test_cpu_train_step_with_auxk_and_prefixes(rule, grad_clip, project_grad, au
 @pytest.mark.parametrize("grad_clip", [0.0, 1.0])
 def test_cpu_train_step_with_the_whole_dictionary_as_its_only_prefix(grad_clip):
     """With a code so dense that plain products are used: the step without prefixes."""
-    told = StepSettings(1e-2, grad_clip, prefixes=(D_SAE,))
+    settings = StepSettings(1e-2, grad_clip, prefixes=(D_SAE,))
     params = make_params()._replace(b_enc=torch.full((D_SAE,), 100.0))
-    stepped(params, Rule("batchtopk", D_SAE), told, dead=False)
+    stepped(params, Rule("batchtopk", D_SAE), settings, dead=False)
 
 
 def test_auxk_moves_the_dead_alone():

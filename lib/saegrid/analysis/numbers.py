@@ -160,11 +160,8 @@ def aligned(values: Iterable[Any], name: str = "") -> list[str]:
 
 def change(value: float, low: float, high: float, digits: int = 3) -> str:
     """A difference with its interval, unless that is missing: `+0.081 [+0.044, +0.120]`."""
-    return (
-        signed(value, digits)
-        if math.isnan(low)
-        else f"{signed(value, digits)} [{signed(low, digits)}, {signed(high, digits)}]"
-    )
+    within = "" if math.isnan(low) else f" [{signed(low, digits)}, {signed(high, digits)}]"
+    return f"{signed(value, digits)}{within}"
 
 
 def signed(value: float, digits: int = 3) -> str:
@@ -185,7 +182,12 @@ def between(values: pd.Series, digits: str) -> str:
 
 def counted(n: int, word: str) -> str:
     """A count with its noun: `1 seed`, `3 seeds`."""
-    return f"{n} {word if n == 1 else f'{word}s'}"
+    return f"{n} {plural(n, word)}"
+
+
+def plural(n: int, word: str) -> str:
+    """A noun in the form that a count needs: `seed`, `seeds`."""
+    return word if n == 1 else f"{word}s"
 
 
 def listed(names: Iterable[str]) -> str:

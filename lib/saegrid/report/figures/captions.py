@@ -37,7 +37,7 @@ def frontier_caption(
     df: pd.DataFrame, y: str, lower_is_better: bool = True, baseline: pd.DataFrame | None = None
 ) -> str:
     """What the frontier shows, and what its markers mean."""
-    silent, df = len(df) - len(plots.with_latents(df)), plots.with_latents(df)
+    runs, df = len(df), plots.with_latents(df)
     sparse = selection.candidates(df)
     front = selection.pareto(sparse, y, lower_is_better=lower_is_better)
     held = " and ".join(f"{count} {arch}" for arch, count in front["arch"].value_counts().items())
@@ -52,7 +52,7 @@ def frontier_caption(
         f"On the Pareto set {'is' if len(front) == 1 else 'are'} {held}{moves}. One marker per run, colour and shape "
         f"by architecture, size by expansion; {'lower' if lower_is_better else 'higher'} and further left is better. "
         f"A mark leads to its run's page.{left_out if dense else ''}"
-        + (f" Not drawn: {counted(silent, 'run')} with an L0 of 0." if silent else "")
+        + (f" Not drawn: {counted(runs - len(df), 'run')} with an L0 of 0." if len(df) < runs else "")
         + (" Pale: the published recipe." if plots.recipes_differ(df) else "")
         + (" Dashed: PCA with as many components." if len(plots.pca_line(df, y, baseline)) else "")
     )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 
 from saegrid.analysis.ablation import MEANS, by_recipe, setting
-from saegrid.analysis.intervals import LEVEL
+from saegrid.analysis.intervals import LEVEL, Estimate
 from saegrid.analysis.numbers import COLUMNS, bounds, change
 from saegrid.analysis.selection import cost
 from saegrid.report.figures.strips import Look, Mark, Row, strips
@@ -34,19 +32,16 @@ def verdict(found: pd.DataFrame) -> str:
     return "\n".join([*lines, "", f"Corrected for {len(found)} comparisons (Holm, {LEVEL:.0%})."])
 
 
-def _interval(row: Any) -> tuple[float, float] | None:
-    return None if pd.isna(row.low) else (row.low, row.high)
-
-
 def _told(rows: pd.DataFrame) -> str:
     return ", ".join(f"`{row.choice}` ({change(row.more, row.low, row.high)})" for row in rows.itertuples())
 
 
 def forest(found: pd.DataFrame, *, measure: str = "delta_loss") -> Markdown:
     """Change of a measure when each choice is switched (`beside`), with intervals; one row per choice."""
+    changes = [Estimate(*values) for values in found[["more", "low", "high", "p"]].itertuples(index=False)]
     rows = [
-        Row(row.choice, [Mark(SWITCHED, row.more, _interval(row))], change(row.more, row.low, row.high))
-        for row in found.itertuples()
+        Row(choice, [Mark(SWITCHED, more.value, more.interval)], change(*more[:3]))
+        for choice, more in zip(found["choice"], changes, strict=True)
     ]
     title, unit = COLUMNS[measure].title, COLUMNS[measure].unit
     caption = f"{title} with one choice of the recipe switched, minus that of the full recipe; 95% intervals of each."

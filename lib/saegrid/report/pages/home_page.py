@@ -14,7 +14,7 @@ import pandas as pd
 
 from saegrid.analysis import findings as claims
 from saegrid.analysis import intervals, published_sweep, selection
-from saegrid.analysis.numbers import COLUMNS, MISSING, between, bounds, counted, listed, number
+from saegrid.analysis.numbers import COLUMNS, MISSING, between, bounds, counted, listed, number, plural
 from saegrid.analysis.scaling import MEASURES
 from saegrid.config import settings
 from saegrid.config.grid import L0_BUDGET
@@ -339,7 +339,7 @@ def _seeds(df: pd.DataFrame) -> pd.Series:
 
 
 def _layers(df: pd.DataFrame) -> str:
-    return f"layer{'s' if df['layer'].nunique() > 1 else ''} {_values(df, 'layer')}"
+    return f"{plural(df['layer'].nunique(), 'layer')} {_values(df, 'layer')}"
 
 
 def _values(df: pd.DataFrame, name: str, form: str = "{}") -> str:

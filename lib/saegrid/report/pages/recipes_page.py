@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from saegrid.analysis import ablation, intervals, peers, scaling, selection
-from saegrid.analysis.numbers import change, counted, header, listed, number
+from saegrid.analysis.numbers import change, counted, header, listed, number, plural
 from saegrid.analysis.origins.headlines import headlines
 from saegrid.analysis.scaling import MEASURES
 from saegrid.experiment import pca_table, results
@@ -137,7 +137,7 @@ def _what(df: pd.DataFrame) -> str:
     one, seeds = df.iloc[0], df["seed"].nunique()
     kind = f"{one['arch']} runs" if df["arch"].nunique() == 1 else "runs"
     shown = {name: listed(f"{value:,}" for value in sorted(df[name].unique())) for name in (*VARIED, "layer")}
-    where = "layer" if df["layer"].nunique() == 1 else "layers"
+    where = plural(df["layer"].nunique(), "layer")
     text = (
         f"{len(df)} {kind} on {where} {shown['layer']} of {one['model'].removeprefix('embedded:')}: "
         f"{shown['n_train_rows']} tokens, {one['epochs']} epochs, expansion {shown['expansion']}, K = {shown['k']}, "
