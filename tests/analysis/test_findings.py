@@ -7,6 +7,7 @@ import pytest
 
 from saegrid.analysis import findings, published_sweep, selection
 from saegrid.analysis.findings import FAILS, HOLDS, NOT_TESTABLE
+from saegrid.config.recipes import RECIPES
 from saegrid.experiment import finished_run, results
 from saegrid.report import card
 from saegrid.report.pages import findings_page, home_page
@@ -106,6 +107,16 @@ def test_other_recipes_are_tested_beside_the_published_one():
     text = findings_page.finding_section(first, findings.all_findings(published_sweep.rows())[0])
     assert "**Other recipes.** With the recipe `improved` it holds. Of 1 matched pair BatchTopK has" in text
     assert "With the recipe improved it holds." in findings_page.key_findings([first], [first])
+
+
+def test_a_recipe_with_another_choice_is_no_published_one():
+    switched = RECIPES["published"] | {"theta_tie": 0.0, "lr": 3e-4}
+    small, large = ("BatchTopK", 8, 64, 1.0, 57, 0.9), ("BatchTopK", 8, 128, 1.0, 31, 0.5)
+    plain = rows(small, large).assign(recipe="published", **RECIPES["published"] | {"theta_tie": 0.0})
+    other = rows((*small[:4], 2.0, 0.9), (*large[:4], 1.0, 0.5)).assign(recipe="published", **switched)
+    second = findings.all_findings(pd.concat([plain, other], ignore_index=True))[1]
+    assert (second.verdict, list(second.facts["small"]["dead_pct"])) == (HOLDS, [57])
+    assert [(name, own.verdict) for name, own in second.others.items()] == [("published but lr = 0.0003", FAILS)]
 
 
 def test_the_published_rows():

@@ -36,8 +36,13 @@ def test_exponents_are_those_that_the_runs_follow(runs):
 
 def test_sizes_that_do_not_vary_are_left_out(runs):
     assert "n_train_rows" not in set(scaling.exponents(runs[runs["n_train_rows"] == 10_000])["size"])
-    with pytest.raises(ValueError, match="too few runs"):
+    with pytest.raises(ValueError, match="5 runs are too few to fit 3 parameters"):
         scaling.exponents(runs.iloc[:5])
+
+
+def test_a_measure_that_is_not_above_0_has_no_power_law(runs):
+    runs.loc[3, "delta_loss"] = -0.001
+    assert set(scaling.exponents(runs)["measure"]) == set(scaling.steps(runs)["measure"]) == {"fvu_no_sink"}
 
 
 def test_curves_have_a_line_a_value(runs):

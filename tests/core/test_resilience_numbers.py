@@ -7,13 +7,13 @@ import shutil
 import pytest
 import tiny
 import torch
-from tiny import D_IN, finished, publish, save_dataset, save_model
+from tiny import D_IN, finished, publish, save_dataset, save_model, tiny_model
 
 from saegrid.config.run_config import make_config
 from saegrid.data.language_model import load_lm
 from saegrid.errors import ConfigError, SaegridError, StoreError
-from saegrid.experiment import finished_run, results
-from saegrid.experiment.preflight import available, check_chat, check_fits, needed
+from saegrid.experiment import finished_run, preflight, results
+from saegrid.experiment.preflight import available, check_chat, check_fits, model_bytes, needed
 from saegrid.experiment.run import Run, prepare_store
 from saegrid.report.figures import captions, plots
 from saegrid.storage.checksums import read_sealed, write_sealed
@@ -137,6 +137,17 @@ def test_a_run_that_does_not_fit_says_so_with_the_numbers():
     assert stated == pytest.approx(needed(config, 896) / 1e9, abs=0.06)
     assert needed(make_config(k=4, train_tokens=10**7), 896) == needed(make_config(k=4, train_tokens=10**9), 896)
     assert 0 < available() < 2**50
+
+
+def test_a_language_model_that_does_not_fit_says_so_before_it_is_loaded(config, monkeypatch):
+    run = config(lm_dtype="bfloat16")
+    weights = 2 * sum(weight.numel() for weight in tiny_model("llama").parameters())
+    assert model_bytes(run) == weights
+    monkeypatch.setattr(preflight, "available", lambda: int(preflight.BASE) + weights - 1)
+    with pytest.raises(ConfigError, match=r"model = .*: its weights take 0.0 GB of memory as bfloat16 .* 0.7 GB are"):
+        check_fits(run, D_IN)
+    monkeypatch.setattr(preflight, "available", lambda: 2 * int(preflight.BASE))
+    check_fits(run, D_IN)
 
 
 def test_a_finished_run_with_a_number_changed_by_hand_is_made_again(config):

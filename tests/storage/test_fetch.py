@@ -7,7 +7,7 @@ import pytest
 import torch
 from hub_server import COMMIT, serve
 from processes import in_another_process
-from tiny import D_IN, save_dataset, save_model
+from tiny import D_IN, save_dataset, save_model, tiny_model
 
 from saegrid.errors import ConfigError
 from saegrid.storage.hub_access import local_folder
@@ -37,10 +37,12 @@ import json
 from saegrid.config.run_config import make_config
 from saegrid.errors import ConfigError
 from saegrid.data.language_model import lm_shape
+from saegrid.experiment.preflight import model_bytes
 answers = []
 for parameters in CASES:
     try:
-        answers.append(lm_shape(make_config(k=4, **parameters)))
+        config = make_config(k=4, **parameters)
+        answers.append([*lm_shape(config), model_bytes(config)])
     except ConfigError as error:
         answers.append(str(error))
 print(json.dumps(answers))
@@ -48,8 +50,9 @@ print(json.dumps(answers))
 
 
 def test_the_hubs_answers_become_one_line(hub):
+    size = sum(weight.numel() for weight in tiny_model("llama").parameters())
     cases = {
-        "some/model": [D_IN, 3],
+        "some/model": [D_IN, 3, 4 * size],  # its weights are not fetched yet
         "some/gated": "model = 'some/gated': gated: accept its terms on the Hub",
         "some/nowhere": "model = 'some/nowhere': no such folder here, and no such repository on the Hub",
         "some/empty": "model = 'some/empty': a file is missing on the Hub",

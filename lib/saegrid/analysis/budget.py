@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from saegrid.analysis import intervals
-from saegrid.analysis.selection import candidates, cost, within
+from saegrid.analysis.selection import candidates, cost, is_within
 from saegrid.config import settings
 
 BUDGETS = (20, 32, 64, 128)
@@ -56,7 +56,7 @@ def by_budget(
     df, found = candidates(df), None if prompts is None else intervals.measured(prompts, measure, df["run_id"])
     choices: list[Choice] = []
     for budget in sorted(budgets):
-        rows = within(df, budget)
+        rows = df[is_within(df["l0"], budget)]
         if rows.empty:
             continue
         best = lowest(rows, measure)

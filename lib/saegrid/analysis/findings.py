@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from saegrid.analysis import intervals
-from saegrid.analysis.selection import DENSE_SHARE_PCT, matched, without_controls
+from saegrid.analysis.selection import DENSE_SHARE_PCT, matched, recipes, without_controls
 
 HOLDS, FAILS, NOT_TESTABLE = "holds", "fails", "not testable here"
 
@@ -58,20 +58,22 @@ class Finding:
 def all_findings(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> list[Finding]:
     """The five findings on the rows of `df`; with intervals if `prompts` has the runs' per-prompt sums.
 
-    The verdicts concern the published recipe; the same tests on other recipes are in `Finding.others`. Controls are
-    ignored. The rows must have one origin (`selection.by_origin`).
+    The verdicts concern the published recipe as it is; the same tests on other recipes, and on recipes with another
+    choice, are in `Finding.others`. Controls are ignored. The rows must have one origin (`selection.by_origin`).
     """
     df = without_controls(df)
     measured = None if prompts is None or df.empty else intervals.measured(prompts, among=df["run_id"])
     tests = (batchtopk_beats_topk, small_k_dies, sweet_spot, jumprelu_is_dense, large_adds_little)
     if "recipe" not in df:
         return [test(df, measured) for test in tests]
-    found = [test(df[df["recipe"] == "published"], measured) for test in tests]
-    for recipe, rows in df[df["recipe"] != "published"].groupby("recipe", sort=False):
+    groups = dict(list(df.groupby(recipes(df).to_numpy(), sort=False)))
+    own = groups.pop("published", df.iloc[:0])
+    found = [test(own, measured) for test in tests]
+    for recipe, rows in groups.items():
         also = [test(rows, measured) for test in tests]
         found = [
-            own if other.verdict == NOT_TESTABLE else replace(own, others=own.others | {str(recipe): other})
-            for own, other in zip(found, also, strict=True)
+            one if other.verdict == NOT_TESTABLE else replace(one, others=one.others | {str(recipe): other})
+            for one, other in zip(found, also, strict=True)
         ]
     return found
 

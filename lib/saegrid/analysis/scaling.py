@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 
 from saegrid.analysis.intervals import t_interval
-from saegrid.analysis.selection import cost, matched, without_controls
+from saegrid.analysis.selection import matched, without_controls
 from saegrid.config import settings
 
 SIZES = {"d_sae": "latents", "k": "K", "n_train_rows": "training tokens"}
 MEASURES = {"fvu_no_sink": "FVU without sinks", "kl": "KL", "delta_loss": "delta loss"}
-"""Measures and their names; KL only if all runs have it."""
+"""Measures and their names; those that all runs have, and that are above 0 in each."""
 AXES = {"d_sae": "expansion", "k": "k", "n_train_rows": "train_tokens"}
 """The parameter that sets each size."""
 
@@ -25,16 +25,15 @@ def exponents(df: pd.DataFrame) -> pd.DataFrame:
     deviations from the power law with equal variance. `spread` is the typical factor between a run and the fit.
 
     Raises:
-        ValueError: fewer than two runs per fitted parameter, or a measure that is not above 0.
+        ValueError: fewer than two runs per fitted parameter.
     """
     sizes = [name for name in SIZES if df[name].nunique() > 1]
-    measures = _measures(df)
-    if len(df) < 2 * (len(sizes) + 1) or not (df[measures] > 0).all(axis=None):
-        raise ValueError("scaling: too few runs, or a measure that is not above 0")
+    if len(df) < 2 * (len(sizes) + 1):
+        raise ValueError(f"scaling: {len(df)} runs are too few to fit {len(sizes) + 1} parameters")
     x = np.column_stack([np.ones(len(df)), *(np.log(df[name].astype(float)) for name in sizes)])
     unscaled, df_left = np.linalg.inv(x.T @ x), len(df) - x.shape[1]
     rows = []
-    for measure in measures:
+    for measure in _measures(df):
         y = np.log(df[measure].to_numpy(float))
         slopes = unscaled @ x.T @ y
         residuals = y - x @ slopes
@@ -49,8 +48,7 @@ def steps(df: pd.DataFrame) -> pd.DataFrame:
     """What each step of a size does, which a power law averages: one row per measure and two adjacent sizes.
 
     `factor` is the geometric mean, over `pairs` of runs that differ in nothing else, of the measure at size `large`
-    divided by that at `small`; `low` and `high` bound its 95% t interval over the pairs (NaN for one pair). Measures
-    must be above 0, as in `exponents`.
+    divided by that at `small`; `low` and `high` bound its 95% t interval over the pairs (NaN for one pair).
     """
     rows = []
     for size in (name for name in SIZES if df[name].nunique() > 1):
@@ -87,4 +85,4 @@ def coherence_over_k(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def _measures(df: pd.DataFrame) -> list[str]:
-    return [name for name in MEASURES if name != "kl" or cost(df) == "kl"]
+    return [name for name in MEASURES if name in df and (df[name] > 0).all()]

@@ -26,6 +26,11 @@ def without_controls(df: pd.DataFrame) -> pd.DataFrame:
     return df
 
 
+def recipes(df: pd.DataFrame) -> pd.Series:
+    """Each row's recipe and the choices in which it differs (`improved but grad_clip = 0.0`); None where not known."""
+    return pd.Series([settings.axes(row).get("recipe") for row in df.to_dict("records")], index=df.index, dtype=object)
+
+
 def by_origin(df: pd.DataFrame, *without: str) -> dict[str, pd.DataFrame]:
     """The rows of each origin (`settings.origins`) by its label, in table order; one origin has the label "".
 
@@ -116,12 +121,12 @@ def _reached(control: dict[str, Any], own: pd.Series) -> tuple[str, ...]:
 def same_settings(own: pd.DataFrame, other: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(own and other rows of every setting that both tables have, adjacent; the other rows without a match).
 
-    A setting is architecture, expansion, K and threshold. Only the published recipe and thresholds in activation units
-    match.
+    A setting is architecture, expansion, K and threshold. Only the published recipe without another choice, and
+    thresholds in activation units, match.
     """
     keys, own = ["arch", "expansion", "k", "threshold"], without_controls(own)
     if "recipe" in own:
-        own = own[own["recipe"] == "published"]
+        own = own[recipes(own) == "published"]
     if "threshold_unit" in own:
         own = own[own["threshold"].isna() | (own["threshold_unit"] == "absolute")]
     own_keys, other_keys = (
@@ -166,9 +171,9 @@ def cost(df: pd.DataFrame) -> str:
     return "kl" if "kl" in df and len(df) and df["kl"].notna().all() else "delta_loss"
 
 
-def within(df: pd.DataFrame, budget: float) -> pd.DataFrame:
-    """The rows whose L0 is within a budget."""
-    return df[df["l0"] <= SLACK * budget]
+def is_within(l0: Any, budget: float) -> Any:
+    """Whether an L0, or each of a column, is within a budget."""
+    return l0 <= SLACK * budget
 
 
 def recommend(df: pd.DataFrame, budget: float = L0_BUDGET) -> pd.Series:
@@ -179,7 +184,7 @@ def recommend(df: pd.DataFrame, budget: float = L0_BUDGET) -> pd.Series:
     rows = candidates(df)
     if rows.empty:
         raise ResultsError("results: every run is a control (freeze, model_init), so none can be recommended")
-    affordable = within(rows, budget)
+    affordable = rows[is_within(rows["l0"], budget)]
     return rows.nsmallest(1, "l0").iloc[0] if affordable.empty else affordable.nsmallest(1, cost(df)).iloc[0]
 
 

@@ -86,15 +86,24 @@ def lm_shape(config: RunConfig) -> tuple[int, int]:
     if config.model.startswith("embedded:"):
         _check_embedded(config.model)
         return embedded.D_IN, embedded.N_LAYERS
-    folder = local_folder("model", config.model)
-    if not folder:
-        from huggingface_hub import hf_hub_download
-
-        with hub_errors("model", config.model, config.model_revision):
-            path = hf_hub_download(config.model, "config.json", revision=config.model_revision or None)
-        folder = Path(path).parent
-    text = model_config(config.model, folder).get_text_config()
+    text = model_config(config.model, config_folder(config)).get_text_config()
     return text.hidden_size, text.num_hidden_layers
+
+
+def config_folder(config: RunConfig) -> Path:
+    """The folder of the run's language model, if not an embedded one; of a Hub model, the config alone is fetched.
+
+    Raises:
+        ConfigError: no such folder, or the Hub does not provide it.
+    """
+    folder = local_folder("model", config.model)
+    if folder:
+        return folder
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors("model", config.model, config.model_revision):
+        path = hf_hub_download(config.model, "config.json", revision=config.model_revision or None)
+    return Path(path).parent
 
 
 def load_lm(config: RunConfig, device: str | None = None) -> LM:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from pathlib import Path
 
 from saegrid.config.run_config import RunConfig
-from saegrid.data.language_model import lm_shape
+from saegrid.data.language_model import config_folder, lm_shape
 from saegrid.data.manifest import BUFFER_SHARDS, SHARD_ROWS
 from saegrid.data.prompts import check_dataset
 from saegrid.errors import ConfigError
 from saegrid.kernels import choose_device
-from saegrid.storage.hub_access import local_folder
+from saegrid.storage.hub_access import hub_errors, local_folder
 
 BASE = 700e6
 """Bytes of Python with torch, transformers, numba and pandas, and of a language model's forward pass."""
@@ -44,14 +45,45 @@ def check_chat(config: RunConfig) -> None:
 
 
 def check_fits(config: RunConfig, d_in: int) -> None:
-    """Check that a run fits into the free memory. Raises `ConfigError` with both numbers."""
-    needs, free = needed(config, d_in), available()
+    """Check that a run and its language model fit into the free memory. Raises `ConfigError` with both numbers."""
+    free = available()
     on_cpu = config.kernel in ("cpu", "reference") or choose_device(config.device) == "cpu"
-    if on_cpu and free is not None and needs > free:
+    if not on_cpu or free is None:
+        return
+    weights = model_bytes(config)
+    if BASE + weights > free:
+        raise ConfigError(
+            f"model = {config.model!r}: its weights take {weights / 1e9:.1f} GB of memory as {config.lm_dtype} "
+            f"(lm_dtype), and {free / 1e9:.1f} GB are free"
+        )
+    needs = needed(config, d_in) + (weights if config.rows == "streamed" else 0)
+    if needs > free:
         raise ConfigError(
             f"expansion = {config.expansion}, batch_size = {config.batch_size}: the run needs about "
             f"{needs / 1e9:.1f} GB of memory (d_sae = {config.expansion * d_in}), and {free / 1e9:.1f} GB are free"
         )
+
+
+def model_bytes(config: RunConfig) -> int:
+    """Bytes of the language model's weights in `lm_dtype`, from the headers of its safetensors files.
+
+    Those of a Hub model are asked for before they are fetched. 0 if there are none; the embedded model is in `BASE`.
+    """
+    from huggingface_hub import errors, get_safetensors_metadata
+    from safetensors import SafetensorError, safe_open
+
+    if config.model.startswith("embedded:"):
+        return 0
+    values, files = 0, list(config_folder(config).glob("*.safetensors"))
+    for path in files:
+        with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="np") as file:
+            values += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    if not files and not local_folder("model", config.model):
+        unknown = (ConfigError, errors.NotASafetensorsRepoError, errors.SafetensorsParsingError)
+        with contextlib.suppress(*unknown), hub_errors("model", config.model, config.model_revision):
+            found = get_safetensors_metadata(config.model, revision=config.model_revision or None)
+            values = sum(found.parameter_count.values())
+    return values * {"float32": 4, "bfloat16": 2}[config.lm_dtype]
 
 
 def needed(config: RunConfig, d_in: int) -> int:

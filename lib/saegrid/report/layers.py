@@ -220,7 +220,7 @@ def recommended(
     sizes = len(df[["expansion", "k", "threshold"]].drop_duplicates()) > 1
     for origin, those in by_text(df).items():
         best = selection.recommend(those, budget)
-        over |= best["l0"] > selection.SLACK * budget
+        over |= not selection.is_within(best["l0"], budget)
         choice = next((c for c in by_budget(those, prompts, (budget,)) if c.best["run_id"] == best["run_id"]), None)
         interval = "" if choice is None or not choice.interval else bounds(*choice.interval, measure)
         names = ("l0", "delta_loss", "loss_recovered_mean", "dead_pct")

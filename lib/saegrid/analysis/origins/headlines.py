@@ -15,9 +15,8 @@ import pandas as pd
 from saegrid.analysis import intervals
 from saegrid.analysis.findings import FAILS, HOLDS, NOT_TESTABLE, Finding, all_findings
 from saegrid.analysis.intervals import Estimate, Measured
-from saegrid.analysis.selection import by_origin, cost, matched, without_controls
+from saegrid.analysis.selection import by_origin, cost, matched, recipes, without_controls
 from saegrid.config import settings
-from saegrid.config.recipes import switched
 
 NOT_SHOWN = "not shown"
 FEW_DEAD_PCT, PART = 1.0, 0.1  # fixed before the results: "less than 1% dead and a tenth of the loss"
@@ -62,12 +61,12 @@ class _Test:
 def headlines(df: pd.DataFrame, prompts: pd.DataFrame | None) -> list[Headline]:
     """The project's headlines on the rows of `df`, with the runs' per-prompt sums, in each origin.
 
-    Controls, and recipes with a switched choice, are ignored. None without the sums.
+    Controls, and recipes with another choice, are ignored. None without the sums.
     """
     if prompts is None:
         return []
     df = without_controls(df)
-    df = df[[not switched(row) for row in df.to_dict("records")]]
+    df = df[recipes(df) == df["recipe"]]
     measure, parts = cost(df), by_origin(df)
     found = {name: intervals.measured(prompts, measure, among=rows["run_id"]) for name, rows in parts.items()}
     tests = (topk_loses_less, improved_is_far_better, matryoshka_loses_least)

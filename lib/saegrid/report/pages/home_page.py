@@ -214,7 +214,7 @@ def recommendation(
     best, measure = selection.recommend(df, budget), selection.cost(df)
     label = settings.label(best)
     name = f"[{label}]({runs}{best['run_id']}.ipynb)" if runs else label
-    if best["l0"] > selection.SLACK * budget:
+    if not selection.is_within(best["l0"], budget):
         why = f"the sparsest run: none is within an L0 of {budget}"
     else:
         why = f"with the lowest {MEASURES[measure]} of the runs within an L0 of {budget}"
