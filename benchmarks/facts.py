@@ -25,7 +25,6 @@ UNITS = {
     "bandwidth_gb_s": "10⁹ bytes a second, read and written",
     "exponents": "slope of log(step) over log(size), least squares",
 }
-NOT_MEASURED = ("Races on a GPU: every ratio here is a processor's.",)
 NO_BF16 = (
     "The peers' bf16 settings on a processor without bf16 instructions ({}): a step of theirs takes seconds there."
 )
@@ -54,7 +53,7 @@ def not_measured(machines: list[dict], races: list[dict]) -> list[str]:
     settings = [NO_BF16.format("; ".join(without))] if without else []
     raced = {"torch", *(race["peer"] for race in races)}
     peers = [f"{peer}: no race yet; `make peers` makes its environment" for peer in ARCHITECTURES if peer not in raced]
-    return [*NOT_MEASURED, *settings, *peers, *unraced(races)]
+    return [*settings, *peers, *unraced(races)]
 
 
 def unraced(races: list[dict]) -> list[str]:

@@ -19,7 +19,7 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pandas as pd
 import standin
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -35,10 +36,11 @@ from saegrid.config.run_config import RunConfig, make_config
 from saegrid.core.evaluation import evaluate_rows
 from saegrid.core.metrics import sink_norm
 from saegrid.core.sae import SAE
-from saegrid.core.stability import activity, coherence, matched, recovered
+from saegrid.core.stability import activity, coherence, matched
 from saegrid.data.store import Store
 from saegrid.experiment.run import Run
 from saegrid.experiment.stability import given, ordinary_rows
+from saegrid.kernels import Kernel, reference
 from saegrid.kernels import cpu as kernel
 from saegrid.storage.atomic import write_text
 
@@ -196,7 +198,7 @@ def measured(setting: dict[str, Any], seeds: int, course: Course) -> pd.DataFram
 
 
 def judged(sae: SAE, store: Store, course: Course) -> dict[str, float]:
-    """Measures of one SAE, on the validation rows that are no sinks."""
+    """Measures of one SAE, on the validation rows that are not sinks."""
     found, latents, _ = evaluate_rows(sae, store, 2048, kernel)
     x = store.rows("val")
     keep = x.norm(dim=1) <= sink_norm([x])
@@ -205,6 +207,36 @@ def judged(sae: SAE, store: Store, course: Course) -> dict[str, float]:
     told |= {"true_l0": course.truth[keep].sum(1).double().mean().item()}
     told |= {"decoder_coherence": coherence(sae, torch.tensor(latents["fired"].to_numpy() > 0))}
     return told | recovered(sae, course.directions, parts, kernel)._asdict()
+
+
+class Recovery(NamedTuple):
+    """How well an SAE finds known directions (arXiv:2602.14687). All latents count, dead ones too."""
+
+    mcc: float  # mean |cosine| of decoder rows and directions, matched one to one
+    f1: float  # mean over latents: F1 of its firing as a detector of the direction closest to its decoder row
+    uniqueness: float  # number of directions that are closest to a latent / number of latents
+
+
+def recovered(
+    sae: SAE, directions: Tensor, rows: Iterable[tuple[Tensor, Tensor]], kernel: Kernel = reference
+) -> Recovery:
+    """Compare an SAE with the directions (n, d_in) that its rows are made of; their sign does not matter.
+
+    Args:
+        rows: batches (N, d_in), each with which direction is in which row, (N, n) bool.
+    """
+    cosines = (normalize(sae.W_dec.data.float(), dim=1) @ normalize(directions.float(), dim=1).T).abs()
+    closest = cosines.argmax(1)  # (d_sae,)
+    hits, fired, present = torch.zeros(3, sae.d_sae, dtype=torch.float64)
+    for x, is_in in rows:
+        fires, there = reference.dense(sae.codes(x, kernel), sae.d_sae) > 0, is_in[:, closest]
+        hits += (fires & there).sum(0)
+        fired += fires.sum(0)
+        present += there.sum(0)
+    f1 = 2 * hits / (fired + present).clamp_min(1)  # 0 for a dead latent
+    matches = linear_sum_assignment(cosines.numpy(), maximize=True)
+    mcc = cosines.numpy()[matches].mean(dtype=float)
+    return Recovery(float(mcc), f1.mean().item(), len(torch.unique(closest)) / sae.d_sae)
 
 
 def compared(saes: list[SAE], configs: list[RunConfig], store: Store) -> dict[tuple[int, int], dict[str, float]]:

@@ -71,7 +71,7 @@ CONTENDERS = {
 """Default learning rate of each contender; those of the `SCALED` peers are multiplied by (d_sae / 16,384)^-1/2."""
 SCALED = ("dictionary_learning", "sparsify")
 ON_ROWS = ["l0_no_sink", "fvu_no_sink", "dead_pct_no_sink"]
-ON_PROMPTS = ["fvu_eval", "kl", "delta_loss", "loss_recovered_mean", "ce_spliced"]
+ON_PROMPTS = ["fvu_eval", "kl", "delta_loss", "ce_spliced"]
 BETWEEN_SEEDS = ["stable_pct", "matched_cosine"]
 
 

@@ -17,7 +17,7 @@ import torch
 
 from saegrid.core.evaluation import replacement, scored_rows
 from saegrid.core.metrics import is_sink, sink_norm
-from saegrid.core.splice import load_baseline, scored_positions, splice, token_scores
+from saegrid.core.splice import load_references, scored_positions, splice, token_scores
 from saegrid.data.language_model import load_lm
 from saegrid.data.prompts import make_prompts
 from saegrid.data.sources import pinned
@@ -37,16 +37,16 @@ def by_rarity(run_dir: Path) -> pd.DataFrame:
         sys.exit(f"{run_dir}: was trained on {config.activations}, which says nothing of its tokens")
     store = prepare_store(config)
     same = pinned(config, store.manifest)
-    baseline, lm = load_baseline(store.folder, store.data_sha256), load_lm(same, device="cpu")
+    references, lm = load_references(store.folder, store.data_sha256), load_lm(same, device="cpu")
     prompts = make_prompts(same, lm.tokenizer)["train"]
     rows_with = Counter(prompt.tokens[position] for prompt in prompts for position in prompt.positions)
-    x = torch.cat(scored_rows(baseline))
+    x = torch.cat(scored_rows(references))
     limit = sink_norm([x])
     replace = replacement(sae, kernel, limit)
-    final = splice(lm, baseline.prompts, baseline.x, config.layer, replace)
-    clean, spliced = (token_scores(lm, baseline.prompts, states)["ce"] for states in (baseline.clean, final))
+    final = splice(lm, references.prompts, references.x, config.layer, replace)
+    clean, spliced = (token_scores(lm, references.prompts, states)["ce"] for states in (references.clean, final))
     ordinary = ~is_sink(x, limit)
-    tokens = [prompt.tokens[position] for prompt in baseline.prompts for position in scored_positions(prompt)]
+    tokens = [prompt.tokens[position] for prompt in references.prompts for position in scored_positions(prompt)]
     df = pd.DataFrame({"rows": [rows_with[token] for token in tokens], "delta": spliced - clean})
     df["error"] = (x - replace(x)).double().square().sum(1).numpy()
     df["spread"] = (x - x[ordinary].mean(0)).double().square().sum(1).numpy()

@@ -30,7 +30,7 @@ class Splice:
 
 
 class Ours(Splice):
-    """`splice.evaluate` after one `splice.make_baseline`, whose passes all SAEs share; its time is in `found`."""
+    """`splice.evaluate` after one `splice.make_references`, whose passes all SAEs share; its time is in `found`."""
 
     def __call__(self, inputs: dict[str, Tensor]) -> Ours:
         from saegrid import kernels, load_sae
@@ -60,12 +60,12 @@ class Ours(Splice):
         return mean_losses(evaluate(self.lm, self.baseline, layer, replace))
 
     def _timed_baseline(self, tokens: Tensor):
-        from saegrid.core.splice import make_baseline
+        from saegrid.core.splice import make_references
         from saegrid.data.prompts import Prompt
 
         started = time.perf_counter()
         prompts = [Prompt(row.tolist(), template=index) for index, row in enumerate(tokens)]
-        baseline = make_baseline(self.lm, prompts, self.spec["config"]["layer"], self.mean)
+        baseline = make_references(self.lm, prompts, self.spec["config"]["layer"], self.mean)
         self.baseline_ms.append(1e3 * (time.perf_counter() - started))
         return baseline
 

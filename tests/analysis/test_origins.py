@@ -6,7 +6,7 @@ import pytest
 
 from saegrid.analysis import selection
 from saegrid.analysis.findings import FAILS, HOLDS, NOT_TESTABLE
-from saegrid.analysis.origins.headlines import NOT_SHOWN, findings_by_origin, headlines
+from saegrid.analysis.origins.headlines import NOT_SIGNIFICANT, findings_by_origin, headlines
 from saegrid.analysis.origins.layers import hardest, lines, over_layers
 from saegrid.config.grid import Grid
 from saegrid.report import layers
@@ -90,7 +90,7 @@ def test_what_chance_may_do_is_not_shown_and_dead_latents_count(grid):
     df["kl"] += 0
     assert verdicts(df, prompts)["matryoshka_loses_least"] == [HOLDS] * 4  # no noise: any difference is one
     df, prompts = made(grid, near, noise=0.5)
-    assert set(verdicts(df, prompts)["matryoshka_loses_least"]) <= {NOT_SHOWN, FAILS}
+    assert set(verdicts(df, prompts)["matryoshka_loses_least"]) <= {NOT_SIGNIFICANT, FAILS}
     df, prompts = made(grid, dead=1.0)
     assert verdicts(df, prompts)["improved_is_far_better"] == [FAILS] * 4
 

@@ -55,11 +55,11 @@ def test_the_best_learning_rate_of_each_is_compared(folder):
         assert all(low > 0 for _, low, _, _ in found[found["peer"] == "sae-lens"][f"{measure}_more"])
 
 
-def test_a_difference_that_is_not_shown_is_not_called_none(folder):
+def test_a_difference_that_is_not_significant_is_not_called_none(folder):
     found, _ = peers.at_each(folder)
     for name in ("fvu_eval_more", "delta_loss_more"):
         found[name] = [more._replace(p=1.0) for more in found[name]]
-    assert "of the others, no difference of this project's is shown (corrected for all 4" in peers_section.stand(found)
+    assert "of the others, no difference is significant (corrected for all 4" in peers_section.stand(found)
 
 
 def test_seeds_that_a_contender_lacks_and_rates_that_were_not_chosen_are_left_out(folder):

@@ -143,7 +143,7 @@ COMMANDS = [
     (["list", "params/smoke.yaml", "--frob"], ["--frob"]),
     (["collect", "params/smoke.yaml"], ["store_id"]),
     (["collect", "params/smoke.yaml", "layer9_0"], ["store_id = 'layer9_0'", "layer12_"]),
-    (["tables", "params/qwen05b.yaml"], ["metrics.json", "not finished"]),
+    (["tables", "params/qwen05b.yaml"], ["metrics.json", "has not finished"]),
     (["pages", "params/qwen05b.yaml"], ["results/qwen05b", "saegrid tables"]),
     (["pages", "no.yaml"], ["no.yaml", "No such file"]),
     (["publish", "params/qwen05b.yaml", "--repo", "no/id/x"], ["repo = 'no/id/x'", "namespace/repo_name"]),

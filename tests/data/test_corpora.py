@@ -14,7 +14,7 @@ from tiny import finished, save_dataset, save_model, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from saegrid.config.run_config import make_config
-from saegrid.core.splice import load_baseline, scored_positions
+from saegrid.core.splice import load_references, scored_positions
 from saegrid.data.collect import _identity, collect, open_store
 from saegrid.data.corpora.documents import FEW, PART, documents
 from saegrid.data.corpora.tokens import EVAL_CONTEXTS
@@ -297,7 +297,7 @@ def test_a_store_and_its_baseline_keep_what_is_skipped(tmp_path):
     )
     store = prepare_store(config)
     assert store.n_train == 400 and END not in store.meta("train")["token_ids"].tolist()
-    baseline = load_baseline(store.folder)
+    baseline = load_references(store.folder)
     assert [prompt.positions for prompt in baseline.prompts] == [
         prompt.positions for prompt in make_prompts(config, tiny_tokenizer())["eval"]
     ]

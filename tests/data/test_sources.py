@@ -18,7 +18,7 @@ from tiny import finished, save_dataset, save_model
 
 from saegrid.config.grid import Grid
 from saegrid.config.run_config import make_config
-from saegrid.core.splice import load_baseline
+from saegrid.core.splice import load_references
 from saegrid.core.train import CHECKPOINT
 from saegrid.data.collect import collect, open_store, store_folder
 from saegrid.data.sources import pinned
@@ -155,7 +155,7 @@ def test_a_template_that_prints_the_date_gives_the_same_prompts_tomorrow(tmp_pat
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    assert tokenizer.decode(load_baseline(folder).prompts[0].tokens).startswith("25 Nov 2026<end>system")
+    assert tokenizer.decode(load_references(folder).prompts[0].tokens).startswith("25 Nov 2026<end>system")
 
 
 def test_prompts_that_come_out_otherwise_are_refused(config, tmp_path):

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from saegrid.config.grid import load_grid, papermill_arguments
 from saegrid.core import checkpoint
 from saegrid.core.sae import BatchTopK, Gated, JumpReLU, ReLU, TopK
-from saegrid.core.splice import load_baseline
+from saegrid.core.splice import load_references
 from saegrid.core.train import load_checkpoint
 from saegrid.data.manifest import FORMAT
 from saegrid.data.published_activations import _load
@@ -54,7 +54,7 @@ def store(data: bytes, folder: Path) -> None:
     (folder / "baseline.safetensors").write_bytes(shard)
     (folder / "manifest.json").write_bytes(manifest)
     (folder / "baseline.json").write_bytes(baseline)
-    _quietly(load_baseline, folder, "0")
+    _quietly(load_references, folder, "0")
     _quietly(Store, folder)
     facts = {"bytes": len(shard), "sha256": hashlib.sha256(shard).hexdigest()}
     mean_facts = {"bytes": len(mean), "sha256": hashlib.sha256(mean).hexdigest()}
@@ -66,7 +66,7 @@ def store(data: bytes, folder: Path) -> None:
         _quietly(lambda: [list(Store(folder).batches(split, 2, 0, buffer_shards=1)) for split in ("train", "val")])
     if content := _object(baseline):
         _quietly(write_sealed, folder / "baseline.json", content | {"data_sha256": "0", "x_sha256": facts["sha256"]})
-        _quietly(load_baseline, folder, "0")
+        _quietly(load_references, folder, "0")
 
 
 def run_files(data: bytes, folder: Path) -> None:

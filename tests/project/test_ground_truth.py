@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from saegrid.config.run_config import make_config
-from saegrid.core.stability import recovered
 from saegrid.data.store import Store
 from saegrid.experiment.run import Run
 from saegrid.kernels import reference
@@ -77,7 +76,7 @@ def test_a_setting_is_trained_and_judged_and_the_usual_evaluation_takes_the_rows
     assert row["decoder_coherence"] == pytest.approx(found["decoder_coherence"][0], rel=1e-4)
     x = Store(run.store.folder).rows("val")
     keep = x.norm(dim=1) <= 10 * x.norm(dim=1).median()
-    again = recovered(sae, course.directions, [(x[keep], course.truth[keep])], reference)
+    again = bench.recovered(sae, course.directions, [(x[keep], course.truth[keep])], reference)
     assert found[["mcc", "f1", "uniqueness"]].iloc[0].tolist() == pytest.approx(list(again), rel=1e-4)
 
 

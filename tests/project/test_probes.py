@@ -67,7 +67,8 @@ def test_the_page_compares_with_pca_over_concepts(tmp_path):
     text = trust_section.probes(tmp_path)[1]
     assert "12 concepts with automatic labels, 7 of them" in text and "residual stream give 0.950" in text
     assert (
-        "TopK improved is shown to have a higher AUC than PCA; residual is shown to have a lower AUC than PCA (" in text
+        "TopK improved has a significantly higher AUC than PCA; residual has a significantly lower AUC than PCA ("
+        in text
     )
     assert "corrected for 3 comparisons)." in text
     assert text.count('<th scope="row">') == 4 + 12

@@ -203,12 +203,12 @@ import torch
 from saegrid.data.collect import open_store
 from saegrid.config.run_config import make_config
 from saegrid.data.language_model import load_lm
-from saegrid.core.splice import evaluate, load_baseline, mean_losses
+from saegrid.core.splice import evaluate, load_references, mean_losses
 config = make_config(**CONFIG)
 store = open_store(config)
 with torch.no_grad():
     errors = [((x - sae(x)).double() ** 2).sum(dtype=torch.float64).item() for x in store.batches("val", 512)]
-    losses = mean_losses(evaluate(load_lm(config), load_baseline(store.folder), config.layer, sae))
+    losses = mean_losses(evaluate(load_lm(config), load_references(store.folder), config.layer, sae))
 print(sum(errors) / store.n_val / sae.b_pre.numel(), losses["spliced"] - losses["clean"])
 """
 

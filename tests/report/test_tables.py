@@ -147,7 +147,7 @@ def test_controls_get_no_star_and_the_table_says_so():
     df["freeze"] = ["none", "none", "decoder"]
     table = parse(tables.html_table(df, ["name", "dead_pct"], caption="c"))
     assert [cell.find("strong").text for cell in table.iter("td") if cell.find("strong") is not None] == ["8.0"]
-    assert table.find(".//caption").text.endswith("of a column, of runs that are no controls.")
+    assert table.find(".//caption").text.endswith("of a column, of runs that are not controls.")
 
 
 def test_settings_of_both_sweeps_are_shown_in_pairs():

@@ -43,21 +43,21 @@ def by_recipe(df: pd.DataFrame, prompts: pd.DataFrame | None = None) -> pd.DataF
     return table.assign(low=[one.low for one in found], high=[one.high for one in found]).reset_index()
 
 
-def beside(df: pd.DataFrame, prompts: pd.DataFrame, base: str = "improved") -> pd.DataFrame:
-    """How switching one choice of a recipe changes its cost: one row per switched choice, costliest first.
+def beside(df: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
+    """How switching one choice of the improved recipe changes its cost: one row per switched choice, costliest first.
 
-    Columns: `recipe` in words, `choice`, `more` (mean `selection.cost` over seeds minus that of unchanged `base`),
+    Columns: `recipe` in words, `choice`, `more` (mean `selection.cost` over seeds minus that of the recipe as it is),
     `low` and `high`, its 95% interval, paired over templates and seeds, and `p`, adjusted for all choices (Holm).
 
     Raises:
-        ResultsError: the runs have more than one setting, or a choice and `base` have different seeds.
+        ResultsError: the runs have more than one setting, or a choice and the recipe have different seeds.
     """
     rows = named(df)
     if len({settings.key(row, "recipe") for row in df.to_dict("records")}) > 1:
         raise ResultsError("ablation: runs of more than one setting; compare one at a time")
-    own = rows[rows["recipe"] == base]
+    own = rows[rows["recipe"] == "improved"]
     measured, found = intervals.measured(prompts, cost(df), df["run_id"]), []
-    changed = rows[(rows["base"] == base) & (rows["switched"] != "")]
+    changed = rows[(rows["base"] == "improved") & (rows["switched"] != "")]
     for choice, those in changed.groupby("switched", sort=False):
         found.append((those["recipe"].iloc[0], choice, *intervals.difference(measured, those, own)))
     table = pd.DataFrame(found, columns=["recipe", "choice", "more", "low", "high", "p"])

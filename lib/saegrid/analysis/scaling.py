@@ -22,14 +22,13 @@ def exponents(df: pd.DataFrame) -> pd.DataFrame:
     """One row per measure and varying size: the slope of log(measure) over log(size), all sizes fitted together.
 
     Least squares over the runs. `low` and `high` bound the 95% t interval of a slope, which assumes independent
-    deviations from the power law with equal variance. `spread` is the typical factor between a run and the fit.
-
-    Raises:
-        ValueError: fewer than two runs per fitted parameter.
+    deviations from the power law with equal variance. `spread` is the typical factor between a run and the fit. No
+    rows for fewer than two runs per fitted parameter.
     """
+    columns = ["measure", "size", "slope", "low", "high", "spread"]
     sizes = [name for name in SIZES if df[name].nunique() > 1]
     if len(df) < 2 * (len(sizes) + 1):
-        raise ValueError(f"scaling: {len(df)} runs are too few to fit {len(sizes) + 1} parameters")
+        return pd.DataFrame(columns=columns)
     x = np.column_stack([np.ones(len(df)), *(np.log(df[name].astype(float)) for name in sizes)])
     unscaled, df_left = np.linalg.inv(x.T @ x), len(df) - x.shape[1]
     rows = []
@@ -41,7 +40,7 @@ def exponents(df: pd.DataFrame) -> pd.DataFrame:
         for n, size in enumerate(sizes, start=1):
             slope, low, high, _ = t_interval(slopes[n], errors[n], df_left)
             rows.append([measure, size, slope, low, high, float(np.exp(np.std(residuals)))])
-    return pd.DataFrame(rows, columns=["measure", "size", "slope", "low", "high", "spread"])
+    return pd.DataFrame(rows, columns=columns)
 
 
 def steps(df: pd.DataFrame) -> pd.DataFrame:
@@ -66,21 +65,22 @@ def steps(df: pd.DataFrame) -> pd.DataFrame:
 def coherence_over_k(df: pd.DataFrame) -> pd.DataFrame:
     """Decoder coherence by K (means over seeds) of each setting that was run at three K or more, controls left out.
 
-    Columns: `label` (the setting without its K), `k`, `decoder_coherence`. No rows where it was not measured.
+    Columns: `arch`, `label` (the setting without its K), `k`, `decoder_coherence`. No rows where it was not measured.
     """
-    columns = ["label", "k", "decoder_coherence"]
+    columns = ["arch", "label", "k", "decoder_coherence"]
     if "decoder_coherence" not in df:
         return pd.DataFrame(columns=columns)
     rows = without_controls(df).dropna(subset=["decoder_coherence", "k"])
-    rows = rows.assign(rest=[settings.key(row, "k") for row in rows.to_dict("records")])
+    records = rows.to_dict("records")
+    rows, also = rows.assign(rest=[settings.key(row, "k") for row in records]), settings.unusual(records)
     found = []
     for _, group in rows.groupby("rest", sort=False):
         if group["k"].nunique() > 2:
-            first = group.iloc[0]
-            size = "" if pd.isna(first.get("expansion")) else f" {first['expansion']}x"
-            label = f"{first['arch']}{size}, {first['recipe']}"
+            values = settings.axes(group.iloc[0].to_dict())
+            more = [f"{name.replace('_', ' ')} {values[name]}" for name in also]
+            label = ", ".join([f"{values['arch']} {values['expansion']}x", str(values["recipe"]), *more])
             means = group.astype({"k": int}).groupby("k")["decoder_coherence"].mean()
-            found += [(label, k, value) for k, value in means.items()]
+            found += [(values["arch"], label, k, value) for k, value in means.items()]
     return pd.DataFrame(found, columns=columns)
 
 

@@ -193,8 +193,9 @@ def fronts(df: pd.DataFrame, y: str) -> pd.DataFrame:
     return pd.concat([pareto(candidates(rows), y) for rows in by_origin(df).values()])
 
 
-def pareto(df: pd.DataFrame, y: str, x: str = "l0", lower_is_better: bool = True) -> pd.DataFrame:
-    """The rows that no other row beats in both `x` (smaller is better) and `y`, sorted by `x`."""
-    rows = df.sort_values([x, y], ascending=[True, lower_is_better])
-    best = rows[y].cummin() if lower_is_better else rows[y].cummax()
+def pareto(df: pd.DataFrame, y: str) -> pd.DataFrame:
+    """The rows that no other row beats in both L0 (smaller is better) and the measure `y`, sorted by L0."""
+    lower = COLUMNS[y].best == "min"
+    rows = df.sort_values(["l0", y], ascending=[True, lower])
+    best = rows[y].cummin() if lower else rows[y].cummax()
     return rows[(rows[y] == best) & ~best.duplicated()]

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from saegrid.config import settings
 from saegrid.config.recipes import choices
 from saegrid.config.run_config import PLACES, RunConfig, check_place, make_config
 from saegrid.errors import ConfigError, DamagedError, explain, shown
@@ -97,9 +98,9 @@ class Grid(BaseModel):
 
     def seeds(self) -> list[list[RunConfig]]:
         """For each setting with at least two seeds, its runs in order of their seed."""
-        groups: dict[str, list[RunConfig]] = {}
+        groups: dict[tuple[Hashable, ...], list[RunConfig]] = {}
         for run in self.runs():
-            groups.setdefault(repr(run.model_dump(exclude={"seed", *PLACES})), []).append(run)
+            groups.setdefault(settings.key(run.model_dump()), []).append(run)
         return [sorted(runs, key=lambda run: run.seed) for runs in groups.values() if len(runs) > 1]
 
     def other_seeds(self, run_id: str) -> list[str]:

@@ -22,7 +22,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         **{"lr": 2e-3, "lr_schedule": "linear", "warmup": 0.05, "grad_clip": 1.0, "project_grad": True},
     },
 }
-"""The model card's choices, and those that later research suggests. `run_config.py` explains each choice."""
+"""The published sweep's choices, and those of later research. `run_config.py` explains each choice."""
 
 BANDWIDTH, L0_COEF = 0.3, 0.1
 """For JumpReLU's trained thresholds, on rows with a mean square of 1 (measured: LOG.md)."""

@@ -126,7 +126,7 @@ class RunConfig(BaseModel):
 
     # --- training ---
     recipe: Literal["published", "improved"] = "published"
-    """Training choices of the model card, or those that later research suggests; each can be overridden alone."""
+    """The training choices: the published sweep's, or those of later research. Each can be overridden alone."""
     epochs: int = Field(10, ge=1)
     """Passes over the training rows."""
     batch_size: int = Field(512, ge=1)
@@ -134,11 +134,11 @@ class RunConfig(BaseModel):
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the weights and of the order of the rows."""
     lr_final: float = Field(0.0, ge=0.0, le=1.0)
-    """The learning rate ends at `lr * lr_final` (torch's default is 0; the data's own code used 0.1)."""
+    """The learning rate ends at `lr * lr_final` (torch's default: 0; the activation dataset's code: 0.1)."""
     freeze: Literal["none", "decoder", "encoder", "soft"] = "none"
     """A control (arXiv:2602.14111): W_dec or W_enc keeps its initial value; soft: W_dec's cosine with it is >= 0.8."""
     checkpoint_steps: int = Field(1000, ge=1)
-    """Maximum steps between checkpoints; one is also saved after each epoch."""
+    """Maximum steps between checkpoints; one is also saved after an epoch if the last is over 20 s old."""
 
     # --- training: choices that the recipe makes ---
     lr: float = Field(-1.0, gt=0.0, allow_inf_nan=False)
@@ -148,11 +148,11 @@ class RunConfig(BaseModel):
     warmup: float = Field(-1.0, ge=0.0, lt=1.0)
     """Share of the steps over which the learning rate rises from 0."""
     grad_clip: float = Field(-1.0, ge=0.0, allow_inf_nan=False)
-    """Maximum global gradient norm; 0: no clipping (the data's own code used 1.0)."""
+    """Maximum global gradient norm; 0: no clipping (the activation dataset's code: 1.0)."""
     project_grad: bool | Literal["recipe"] = "recipe"
     """Remove the part of the decoder's gradient along each decoder direction before Adam."""
     b_pre_init: Literal["recipe", "zero", "mean", "centre"] = "recipe"
-    """Initial `b_pre`: zeros, the training rows' mean (as the data's own code did), or that without sinks."""
+    """Initial `b_pre`: zeros, the training rows' mean (as in the activation dataset's code), or that without sinks."""
     encoder_init: Literal["recipe", "kaiming", "decoder"] = "recipe"
     """Initial encoder: torch's `Linear` default, or the transposed decoder."""
     encoder_tie: float = Field(-1.0, ge=0.0, allow_inf_nan=False)

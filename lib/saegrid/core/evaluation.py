@@ -11,7 +11,7 @@ import torch
 from saegrid.config.run_config import RunConfig
 from saegrid.core.metrics import Reconstruction, is_sink, sink_norm, splice_metrics
 from saegrid.core.sae import SAE
-from saegrid.core.splice import Baseline, evaluate, load_baseline, mean_losses, scored_positions
+from saegrid.core.splice import ReferencePasses, evaluate, load_references, mean_losses, scored_positions
 from saegrid.core.stability import coherence
 from saegrid.data.language_model import evaluating_lm
 from saegrid.data.sources import pinned
@@ -50,13 +50,13 @@ def spliced(config: RunConfig, store: Store, sae: SAE, kernel: Kernel, leave_sin
     Args:
         leave_sinks: do not replace the rows of attention sinks.
     """
-    baseline = load_baseline(store.folder, store.data_sha256)
-    if baseline is None:
-        raise StoreError(f"{store.folder}: no baseline of the splice here; `prepare_store` makes it")
+    references = load_references(store.folder, store.data_sha256)
+    if references is None:
+        raise StoreError(f"{store.folder}: no reference passes here; `python -m saegrid collect GRID STORE` makes them")
     lm = evaluating_lm(pinned(config, store.manifest))
-    limit = sink_norm(scored_rows(baseline)) if leave_sinks else math.inf
-    losses = evaluate(lm, baseline, config.layer, replacement(sae, kernel, limit), config.site)
-    return losses.join(reconstructed(baseline, sae, kernel))
+    limit = sink_norm(scored_rows(references)) if leave_sinks else math.inf
+    losses = evaluate(lm, references, config.layer, replacement(sae, kernel, limit), config.site)
+    return losses.join(reconstructed(references, sae, kernel))
 
 
 def replacement(sae: SAE, kernel: Kernel, limit: float = math.inf) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -70,13 +70,13 @@ def replacement(sae: SAE, kernel: Kernel, limit: float = math.inf) -> Callable[[
     return replace
 
 
-def reconstructed(baseline: Baseline, sae: SAE, kernel: Kernel) -> pd.DataFrame:
+def reconstructed(references: ReferencePasses, sae: SAE, kernel: Kernel) -> pd.DataFrame:
     """One row per evaluation prompt, over its scored positions.
 
     active: number of active (position, latent) pairs; sq_error: Σ ‖x - x_hat‖²; sq_norm_centred: Σ ‖x - mean‖², mean
     over all prompts. The last two exclude sinks: the ratio of their sums is the FVU without sinks on the prompts.
     """
-    x = scored_rows(baseline)
+    x = scored_rows(references)
     limit = sink_norm(x)
     ordinary = [~is_sink(rows, limit) for rows in x]
     mean = torch.cat([rows[keep] for rows, keep in zip(x, ordinary, strict=True)]).double().mean(0)
@@ -97,6 +97,8 @@ def on_prompts(sums: pd.DataFrame) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()} | splice_metrics(**mean_losses(sums))
 
 
-def scored_rows(baseline: Baseline) -> list[torch.Tensor]:
+def scored_rows(references: ReferencePasses) -> list[torch.Tensor]:
     """Rows at each prompt's scored positions, (n, d_in) float32."""
-    return [rows[scored_positions(prompt)].float() for rows, prompt in zip(baseline.x, baseline.prompts, strict=True)]
+    return [
+        rows[scored_positions(prompt)].float() for rows, prompt in zip(references.x, references.prompts, strict=True)
+    ]

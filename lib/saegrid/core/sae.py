@@ -147,7 +147,7 @@ class JumpReLU(SAE):
 class ReLU(JumpReLU):
     """z = ReLU(pre), with an L1 penalty whose weight is adapted until about k latents per held-out row are active.
 
-    The baseline: a JumpReLU with a theta of 0. Its training loss adds l1 / d_in times the mean over rows of Σ z, for
+    A JumpReLU with a theta of 0. Its training loss adds l1 / d_in times the mean over rows of Σ z, for
     decoder rows of unit norm (arXiv:2309.08600).
     """
 

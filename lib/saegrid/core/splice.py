@@ -1,10 +1,10 @@
 """The splice evaluator: put x_hat in place of x and read the model's next-token predictions.
 
 The rows x and the reference passes (clean, zero and mean) do not depend on the SAE: they are made once per store
-(`Baseline`) for all SAEs of a grid. In the residual stream, each SAE costs one pass through the blocks after the site;
-at `mlp_out` and `attn_out`, one through the whole model. To that comes one through the unembedding (`clean_logits`
-says how KL needs no second one). Of the clean pass the baseline stores the final states, as log-probabilities would be
-a hundred times as large.
+(`ReferencePasses`) for all SAEs of a grid. In the residual stream, each SAE costs one pass through the blocks after the
+site; at `mlp_out` and `attn_out`, one through the whole model. To that comes one through the unembedding
+(`clean_logits` says how KL needs no second one). Of the clean pass the final states are stored: log-probabilities would
+be a hundred times as large.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ HEAD_ROWS = 128
 SHARED_RUN = 8
 """A run of at least this many tokens that is in all evaluation prompts is not scored."""
 SUMS = ["prompt", "template", "n_tokens", "ce_clean_sum", "ce_zero_sum", "ce_mean_sum"]
-"""Columns of `Baseline.sums`."""
+"""Columns of `ReferencePasses.sums`."""
 Replace = Callable[[Tensor], Tensor]
 """Maps rows (n, d_in) to those that take their place."""
 
 
 @dataclass
-class Baseline:
+class ReferencePasses:
     """The evaluation prompts, their rows at the run's site, and the results of the reference passes."""
 
     prompts: list[Prompt]
@@ -87,7 +87,9 @@ def with_shared(prompts: list[Prompt]) -> list[Prompt]:
     return marked if several and all(len(scored_positions(prompt)) for prompt in marked) else prompts
 
 
-def make_baseline(lm: LM, prompts: list[Prompt], layer: int, mean: Tensor, site: Site = "resid_post") -> Baseline:
+def make_references(
+    lm: LM, prompts: list[Prompt], layer: int, mean: Tensor, site: Site = "resid_post"
+) -> ReferencePasses:
     """Run the reference passes. `mean` (d_in,) is the training rows' mean."""
     prompts = with_shared(prompts)
     x: list[Tensor] = [torch.empty(0)] * len(prompts)
@@ -108,7 +110,7 @@ def make_baseline(lm: LM, prompts: list[Prompt], layer: int, mean: Tensor, site:
     for name, replace in passes.items():
         final = _ablated(lm, prompts, x, layer, replace, site)
         frame[f"ce_{name}_sum"] = _sums(token_scores(lm, prompts, final), frame)["ce"]
-    return Baseline(prompts, x, clean, frame, clean_logits(lm, clean))
+    return ReferencePasses(prompts, x, clean, frame, clean_logits(lm, clean))
 
 
 def splice(
@@ -211,12 +213,14 @@ def token_scores(
     return frame.assign(**{name: torch.cat(values).cpu().numpy() for name, values in found.items()})
 
 
-def evaluate(lm: LM, baseline: Baseline, layer: int, replace: Replace, site: Site = "resid_post") -> pd.DataFrame:
+def evaluate(
+    lm: LM, references: ReferencePasses, layer: int, replace: Replace, site: Site = "resid_post"
+) -> pd.DataFrame:
     """Per-prompt sums over scored positions: the columns `SUMS`, `ce_spliced_sum` and `kl_sum`."""
-    final = splice(lm, baseline.prompts, baseline.x, layer, replace, site)
-    scores = token_scores(lm, baseline.prompts, final, baseline.clean, baseline.expected)
-    found = _sums(scores, baseline.sums)
-    return baseline.sums.assign(ce_spliced_sum=found["ce"], kl_sum=found["kl"])
+    final = splice(lm, references.prompts, references.x, layer, replace, site)
+    scores = token_scores(lm, references.prompts, final, references.clean, references.expected)
+    found = _sums(scores, references.sums)
+    return references.sums.assign(ce_spliced_sum=found["ce"], kl_sum=found["kl"])
 
 
 def mean_losses(sums: pd.DataFrame) -> dict[str, float]:
@@ -226,21 +230,21 @@ def mean_losses(sums: pd.DataFrame) -> dict[str, float]:
     return {name: float(sums[column].sum() / tokens) for name, column in names.items()}
 
 
-def save_baseline(baseline: Baseline, folder: Path, data_sha256: str = "") -> None:
+def save_references(references: ReferencePasses, folder: Path, data_sha256: str = "") -> None:
     """Write `baseline.safetensors`, then `baseline.json`, into a store's folder; `data_sha256`: hash of its rows."""
-    tensors = {"x": baseline.x, "clean": baseline.clean, "expected": baseline.expected}
+    tensors = {"x": references.x, "clean": references.clean, "expected": references.expected}
     content = save({name: torch.cat(parts) for name, parts in tensors.items() if parts})
     write_bytes(folder / "baseline.safetensors", content)
-    prompts = [prompt.record() for prompt in baseline.prompts]
+    prompts = [prompt.record() for prompt in references.prompts]
     hashes = {"data_sha256": data_sha256, "x_sha256": hashlib.sha256(content).hexdigest()}
-    write_sealed(folder / "baseline.json", {**hashes, "prompts": prompts, "sums": baseline.sums.to_dict("list")})
+    write_sealed(folder / "baseline.json", {**hashes, "prompts": prompts, "sums": references.sums.to_dict("list")})
 
 
-def load_baseline(folder: Path, data_sha256: str = "") -> Baseline | None:
-    """Load a store's baseline, checked against `data_sha256` if that is given; None if it has not been made.
+def load_references(folder: Path, data_sha256: str = "") -> ReferencePasses | None:
+    """Load a store's reference passes, checked against `data_sha256` if that is given; None if they have not been made.
 
     Raises:
-        StoreError: the baseline is damaged, or belongs to another store.
+        StoreError: they are damaged, or belong to another store.
     """
     path, weights = folder / "baseline.json", folder / "baseline.safetensors"
     if not path.exists():
@@ -258,7 +262,7 @@ def load_baseline(folder: Path, data_sha256: str = "") -> Baseline | None:
         scored = [len(scored_positions(prompt)) for prompt in prompts]
         clean = torch.split(tensors["clean"], scored)
         expected = torch.split(tensors["expected"], scored) if "expected" in tensors else ()
-        return Baseline(prompts, list(x), list(clean), pd.DataFrame(content["sums"])[SUMS], list(expected))
+        return ReferencePasses(prompts, list(x), list(clean), pd.DataFrame(content["sums"])[SUMS], list(expected))
     except DamagedError as error:
         raise StoreError(str(error)) from None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""Whether two SAEs that differ in their seed alone find the same latents (arXiv:2501.16615, §3), or the true ones."""
+"""Whether two SAEs that differ in their seed alone find the same latents (arXiv:2501.16615, §3)."""
 
 from __future__ import annotations
 
@@ -101,36 +101,6 @@ def random_cosine(n_one: int, n_other: int, d_in: int) -> float:
     one, other = (normalize(torch.randn(n, d_in, generator=generator)) for n in (n_one, n_other))
     cosines = one @ other.T
     return cosines[_assigned(cosines)].mean().item()
-
-
-class Recovery(NamedTuple):
-    """How well an SAE finds known directions (arXiv:2602.14687). All latents count, dead ones too."""
-
-    mcc: float  # mean |cosine| of decoder rows and directions, matched one to one
-    f1: float  # mean over latents: F1 of its firing as a detector of the direction closest to its decoder row
-    uniqueness: float  # number of directions that are closest to a latent / number of latents
-
-
-def recovered(
-    sae: SAE, directions: Tensor, rows: Iterable[tuple[Tensor, Tensor]], kernel: Kernel = reference
-) -> Recovery:
-    """Compare an SAE with the directions (n, d_in) that its rows are made of; their sign does not matter.
-
-    Args:
-        rows: batches (N, d_in), each with which direction is in which row, (N, n) bool.
-    """
-    cosines = (_rows(sae.W_dec, torch.arange(sae.d_sae)) @ normalize(directions.float(), dim=1).T).abs()
-    closest = cosines.argmax(1)  # (d_sae,)
-    hits, fired, present = torch.zeros(3, sae.d_sae, dtype=torch.float64)
-    for x, is_in in rows:
-        fires, there = reference.dense(sae.codes(x, kernel), sae.d_sae) > 0, is_in[:, closest]
-        hits += (fires & there).sum(0)
-        fired += fires.sum(0)
-        present += there.sum(0)
-    f1 = 2 * hits / (fired + present).clamp_min(1)  # 0 for a dead latent
-    return Recovery(
-        cosines[_assigned(cosines)].double().mean().item(), f1.mean().item(), len(torch.unique(closest)) / sae.d_sae
-    )
 
 
 def coherence(sae: SAE, live: Tensor, chunk: int = 1024) -> float:

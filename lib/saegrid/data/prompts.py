@@ -44,7 +44,7 @@ class Prompt:
         return [position for position in every if position not in self.skipped] if self.skipped else every
 
     def record(self) -> dict[str, Any]:
-        """Its fields, as the splice's baseline stores them; newer ones only if they are not empty."""
+        """Its fields, as the reference passes store them; newer ones only if they are not empty."""
         return {name: value for name, value in vars(self).items() if value or name in ("tokens", "template", "prefix")}
 
 

@@ -25,7 +25,7 @@ from saegrid.storage.checksums import read_json, read_sealed
 from saegrid.storage.hub_access import expanded, files_sha256, local_folder
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-ROW_CODE = ("data/*.py", "data/corpora/[!_]*.py", "data/models/[!_]*.py", "core/splice.py")
+ROW_CODE = ("data/[!_]*.py", "data/corpora/[!_]*.py", "data/models/[!_]*.py", "core/splice.py")
 """Modules whose change can change a store's rows, or the reference passes stored with them."""
 FEW_FILES = 20
 """A dataset of more files is identified by one hash of all their names and hashes."""

@@ -138,7 +138,7 @@ def load_timing(df: pd.DataFrame, runs_dir: str | Path) -> pd.DataFrame:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise ResultsError(f"{path}: No such file; the run is not finished, `snakemake` with its grid file finishes it")
+        raise ResultsError(f"{path}: no such file: the run has not finished; run `snakemake` with its grid file")
     with advising():
         return read_json(path)
 

@@ -1,9 +1,9 @@
 """Find damaged or outdated stores, runs and tables of a grid, and delete their commit markers: the next run makes them
 again.
 
-The commit marker of a store is `manifest.json`, of its baseline `baseline.json`, of a run `metrics.json`, of the tables
-`SHA256SUMS`; each states the SHA-256 of its files. A store is outdated when its sources have changed, a run when its
-store has. Does not import torch, because every workflow begins with it.
+The commit marker of a store is `manifest.json`, of its reference passes `baseline.json`, of a run `metrics.json`, of
+the tables `SHA256SUMS`; each states the SHA-256 of its files. A store is outdated when its sources have changed, a run
+when its store has. Does not import torch, because every workflow begins with it.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _check_manifest(folder: Path) -> str:
 
 
 def _check_made_of(path: Path, data_sha256: str) -> None:
-    """Check the hashes of a file made from a store's rows and, for the baseline, of its tensors."""
+    """Check the hashes of a file made from a store's rows and, for the reference passes, of their tensors."""
     content = read_sealed(path)
     if content.get("data_sha256") != data_sha256:
         raise DamagedError(f"{path}: damaged (another store's)")

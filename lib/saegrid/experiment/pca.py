@@ -14,7 +14,7 @@ from torch import Tensor
 from saegrid import kernels
 from saegrid.config.run_config import RunConfig
 from saegrid.core.metrics import Moments, is_sink, sink_norm, splice_metrics
-from saegrid.core.splice import evaluate, load_baseline, mean_losses
+from saegrid.core.splice import evaluate, load_references, mean_losses
 from saegrid.data.language_model import LM, evaluating_lm
 from saegrid.data.sources import pinned
 from saegrid.data.store import Store
@@ -69,9 +69,9 @@ def _measured(config: RunConfig, store: Store, lm: LM, mean: Tensor, directions:
         every.add(x)
         ordinary.add(x[keep])
         errors += torch.stack([error.sum(), error[keep].sum()])
-    baseline = load_baseline(store.folder, store.data_sha256)
-    assert baseline is not None  # `prepare_store` made it
-    sums = evaluate(lm, baseline, config.layer, replace, config.site)
+    references = load_references(store.folder, store.data_sha256)
+    assert references is not None  # `prepare_store` made it
+    sums = evaluate(lm, references, config.layer, replace, config.site)
     found = splice_metrics(**mean_losses(sums))
     found |= {"fvu": errors[0].item() / every.centred, "fvu_no_sink": errors[1].item() / ordinary.centred}
     return {"store_id": config.store_id, "components": len(directions), **{name: found[name] for name in MEASURES}}

@@ -24,7 +24,7 @@ from saegrid.config.architectures import ARCHITECTURES
 from saegrid.config.run_config import RunConfig, make_config
 from saegrid.core.evaluation import evaluate_rows, on_prompts, spliced
 from saegrid.core.sae import SAE
-from saegrid.core.splice import load_baseline, make_baseline, save_baseline
+from saegrid.core.splice import load_references, make_references, save_references
 from saegrid.core.thresholds import rms_pre_acts
 from saegrid.core.train import CHECKPOINT, train
 from saegrid.data.collect import check_prompts, collect, open_store, store_folder
@@ -47,7 +47,7 @@ CODE = ("config", "core", "data", "experiment", "kernels")
 
 
 def prepare_store(config: RunConfig, also: Iterable[RunConfig] = ()) -> Store:
-    """The activation store of a run, with the splice's `Baseline`: made if missing, else opened and checked.
+    """The activation store of a run, with the splice's reference passes: made if missing, else opened and checked.
 
     `also`: runs whose stores may be made in the same pass of the model (`collect`).
     """
@@ -57,14 +57,14 @@ def prepare_store(config: RunConfig, also: Iterable[RunConfig] = ()) -> Store:
         sweep(folder)
         store = open_store(config)
         _check_varied(config, store)
-        if not _has_baseline(store):
+        if not _has_references(store):
             same = pinned(config, store.manifest)
             lm = load_lm(same)
             prompts = make_prompts(same, lm.tokenizer)
             check_tokens(config, lm, (prompt.tokens for prompt in prompts["eval"]))
             check_prompts(store, prompts)
-            baseline = make_baseline(lm, prompts["eval"], config.layer, store.mean, config.site)
-            save_baseline(baseline, folder, store.data_sha256)
+            references = make_references(lm, prompts["eval"], config.layer, store.mean, config.site)
+            save_references(references, folder, store.data_sha256)
     return store
 
 
@@ -77,10 +77,10 @@ def _check_varied(config: RunConfig, store: Store) -> None:
             raise StoreError(f"{name} = {getattr(config, name)!r}: {rows}")
 
 
-def _has_baseline(store: Store) -> bool:
-    """Whether the store has an intact baseline; a damaged one is reported, and made again."""
+def _has_references(store: Store) -> bool:
+    """Whether the store has intact reference passes; damaged ones are reported, and made again."""
     try:
-        return load_baseline(store.folder, store.data_sha256) is not None
+        return load_references(store.folder, store.data_sha256) is not None
     except StoreError as error:
         print(f"{error}; it is made again", flush=True)
         return False

@@ -12,7 +12,7 @@ from saegrid.analysis.budget import by_budget
 from saegrid.analysis.findings import FAILS, HOLDS, NOT_TESTABLE, Finding, all_findings
 from saegrid.analysis.numbers import COLUMNS, bounds, change, listed, number, signed
 from saegrid.analysis.origins import headlines as claims
-from saegrid.analysis.origins.headlines import NOT_SHOWN, Headline, Held, findings_by_origin, headlines
+from saegrid.analysis.origins.headlines import NOT_SIGNIFICANT, Headline, Held, findings_by_origin, headlines
 from saegrid.analysis.origins.layers import hardest
 from saegrid.analysis.scaling import MEASURES
 from saegrid.config import settings
@@ -54,24 +54,24 @@ def section(df: pd.DataFrame, prompts: pd.DataFrame, pages: str = "", level: str
 
 
 def verdict(found: list[Headline]) -> str:
-    """At how many origins each headline holds, is not shown and fails, one line per headline that can be tested."""
+    """At how many origins each headline holds, is not significant and fails: one line per testable headline."""
     told = []
     for headline in found:
-        counts = {word: len(headline.where(word)) for word in (HOLDS, NOT_SHOWN, FAILS)}
+        counts = {word: len(headline.where(word)) for word in (HOLDS, NOT_SIGNIFICANT, FAILS)}
         if known := sum(counts.values()):
             parts = [f"holds at {counts[HOLDS]} of {known}"]
-            parts += [f"{word} at {counts[word]}" for word in (NOT_SHOWN, FAILS) if counts[word]]
+            parts += [f"{word} at {counts[word]}" for word in (NOT_SIGNIFICANT, FAILS) if counts[word]]
             told.append(f"- **{TITLES[headline.name]}**: {', '.join(parts)}.")
     return "\n".join(told)
 
 
 def exceptions(found: list[Headline], df: pd.DataFrame) -> str:
-    """Where a headline is not shown or fails, with the number behind it; empty if all hold."""
+    """Where a headline is not significant or fails, with the number behind it; empty if all hold."""
     rows = [
         (TITLES[headline.name], origin, headline.held[origin].verdict, _told(headline, origin))
         for headline in found
         for origin in by_text(df)
-        if headline.held[origin].verdict in (NOT_SHOWN, FAILS)
+        if headline.held[origin].verdict in (NOT_SIGNIFICANT, FAILS)
     ]
     return pipe_table(["Headline", "Where", "Verdict", "By how much, with its own 95% interval"], rows) if rows else ""
 
@@ -110,10 +110,10 @@ def claims_table(df: pd.DataFrame, prompts: pd.DataFrame | None, found: list[Hea
     untested = [row["title"] for row in rows if not row["of"]]
     cost = COLUMNS[selection.cost(df)].title
     caption = (
-        f"Which claim holds at which {words(df)}: ✓ holds, ~ not shown, ✗ fails, ○ not testable. In small type: the "
-        f"effect in nats/token, of delta loss for a finding and of {cost} for a headline; for the improved recipe, its "
-        f"share of the published one's {cost}. The comparisons of a headline are corrected for all columns (Holm, "
-        f"{intervals.LEVEL:.0%}); “not shown” points the headline's way, but may be chance."
+        f"Which claim holds at which {words(df)}: ✓ holds, ~ not significant, ✗ fails, ○ not testable. In small type: "
+        f"the effect in nats/token, of delta loss for a finding and of {cost} for a headline; for the improved recipe, "
+        f"its share of the published one's {cost}. The comparisons of a headline are corrected for all columns (Holm, "
+        f"{intervals.LEVEL:.0%}); “not significant” points the headline's way, but may be chance."
     )
     caption += f" These runs do not test: {'; '.join(untested)}." if untested else ""
     groups, heads = _heads(df, pages)

@@ -154,7 +154,7 @@ def check_sources(root: str | Path) -> list[str]:
     for path in sorted((root / "report").rglob("*.ipynb")):
         for n, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"], 1):
             if not isinstance(cell["source"], list):  # Quarto would lose its line breaks
-                faults.append(f"{path.relative_to(root)}, cell {n}: its source is no list of lines")
+                faults.append(f"{path.relative_to(root)}, cell {n}: its source is not a list of lines")
             texts = ["".join(cell["source"])] if cell["cell_type"] == "markdown" else []
             outputs = (output.get("data", {}).get("text/markdown", "") for output in cell.get("outputs", []))
             texts += ["".join(text) for text in outputs]

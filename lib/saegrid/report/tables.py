@@ -122,7 +122,7 @@ def best_values(df: pd.DataFrame, columns: Sequence[str]) -> tuple[dict[str, set
         for name in columns:
             value = _best(fit, name) if len(rows) > 1 else None
             best[name] |= set() if value is None else set(fit.index[fit[name] == value])
-    conditions = ["are no controls"] * controls + [f"fire less than {DENSE_SHARE_PCT:g}% of their latents"] * dense
+    conditions = ["are not controls"] * controls + [f"fire less than {DENSE_SHARE_PCT:g}% of their latents"] * dense
     among = f", of runs that {' and '.join(conditions)}" if conditions else ""
     where = " for each source of rows" if len(parts) > 1 else ""
     starred = any(best.values())

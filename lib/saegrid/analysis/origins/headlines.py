@@ -18,7 +18,7 @@ from saegrid.analysis.intervals import Estimate, Measured
 from saegrid.analysis.selection import by_origin, cost, matched, recipes, without_controls
 from saegrid.config import settings
 
-NOT_SHOWN = "not shown"
+NOT_SIGNIFICANT = "not significant"
 FEW_DEAD_PCT, PART = 1.0, 0.1  # fixed before the results: "less than 1% dead and a tenth of the loss"
 
 
@@ -27,7 +27,7 @@ class Held:
     """What one origin's rows say about a headline."""
 
     verdict: str
-    """`holds`, `fails`, `not shown` (it points there, but chance may do that) or `not testable here`."""
+    """`holds`, `fails`, `not significant` (it points there, but may be chance) or `not testable here`."""
     told: Estimate | None
     """The number that the report shows, with its own 95% interval."""
     facts: dict[str, Any]
@@ -92,7 +92,7 @@ def topk_loses_less(df: pd.DataFrame, found: Measured) -> _Test:
 def improved_is_far_better(df: pd.DataFrame, found: Measured) -> _Test:
     """BatchTopK with the improved recipe costs at most a tenth of the published one's, and few of its latents are dead.
 
-    Told: the ratio of the costs. Facts: `dead_pct`, the highest of the means over seeds.
+    `told`: the ratio of the costs. Facts: `dead_pct`, the highest of the means over seeds.
     """
     batch = df["arch"] == "BatchTopK"
     pairs = _pairs(df, batch & (df["recipe"] == "improved"), batch & (df["recipe"] == "published"), "recipe")
@@ -105,7 +105,7 @@ def improved_is_far_better(df: pd.DataFrame, found: Measured) -> _Test:
 def matryoshka_loses_least(df: pd.DataFrame, found: Measured) -> _Test:
     """Matryoshka with the improved recipe costs less than every other architecture and recipe of the same size and K.
 
-    Told: its cost less that of the best other. Facts: `rival`, that other in words.
+    `told`: its cost less that of the best other. Facts: `rival`, that other in words.
     """
     kinds = df["arch"] + " " + df["recipe"]
     ours = kinds == "Matryoshka improved"
@@ -135,6 +135,6 @@ def _verdicts(tests: dict[str, _Test]) -> dict[str, Held]:
     for n, (origin, test) in enumerate(tests.items()):
         below = all(one.value < 0 for one in test.comparisons)
         shown = all(p < intervals.LEVEL for p in adjusted[ends[n] : ends[n + 1]])
-        verdict = FAILS if not (below and test.others) else HOLDS if shown else NOT_SHOWN
+        verdict = FAILS if not (below and test.others) else HOLDS if shown else NOT_SIGNIFICANT
         found[origin] = Held(verdict if test.comparisons else NOT_TESTABLE, test.told, test.facts)
     return found

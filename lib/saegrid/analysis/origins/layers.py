@@ -5,9 +5,8 @@ from __future__ import annotations
 import pandas as pd
 
 from saegrid.analysis.intervals import t_interval
-from saegrid.analysis.selection import by_origin, cost, without_controls
+from saegrid.analysis.selection import by_origin, cost, recipes, without_controls
 from saegrid.config import settings
-from saegrid.config.recipes import described
 
 MEASURES = ("kl", "delta_loss", "loss_recovered_mean", "fvu_no_sink", "dead_pct", "stable_pct")
 """Measures that are drawn over layers, where the runs have them."""
@@ -24,7 +23,7 @@ def over_layers(df: pd.DataFrame) -> pd.DataFrame:
     df, found = without_controls(df), []
     measures = [name for name in MEASURES if name in df and df[name].notna().any()]
     for text, rows in by_origin(df, "layer").items():
-        rows = rows.assign(line=lines(rows), recipe=[described(row) for row in rows.to_dict("records")])
+        rows = rows.assign(line=lines(rows), recipe=recipes(rows))
         for (line, layer), runs in rows.groupby(["line", "layer"], sort=False):
             told = {"text": text, "line": line, **runs.iloc[0][["arch", "recipe"]], "layer": int(layer)}
             found += [told | {"measure": name} | _over_seeds(runs[name]) for name in measures]

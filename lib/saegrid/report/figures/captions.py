@@ -24,22 +24,20 @@ def point(row: Mapping[str, Any], y: str) -> str:
     return f"L0 {number(row['l0'], 'l0')}, {COLUMNS[y].title} {number(row[y], y)}" + (f" {unit}" if unit != "1" else "")
 
 
-def frontier_alt(df: pd.DataFrame, y: str, lower_is_better: bool = True) -> str:
+def frontier_alt(df: pd.DataFrame, y: str) -> str:
     """The frontier's text alternative, in a sentence."""
-    front = selection.pareto(selection.candidates(df), y, lower_is_better=lower_is_better)
+    front = selection.pareto(selection.candidates(df), y)
     points = "; ".join(
         f"{settings.label(r)}: L0 {number(r['l0'], 'l0')}, {number(r[y], y)}" for r in front.to_dict("records")
     )
     return f"{header(y)} against L0 for {counted(len(df), 'run')}. On the Pareto set, from sparse to dense: {points}."
 
 
-def frontier_caption(
-    df: pd.DataFrame, y: str, lower_is_better: bool = True, baseline: pd.DataFrame | None = None
-) -> str:
+def frontier_caption(df: pd.DataFrame, y: str, baseline: pd.DataFrame | None = None) -> str:
     """What the frontier shows, and what its markers mean."""
     runs, df = len(df), plots.with_latents(df)
     sparse = selection.candidates(df)
-    front = selection.pareto(sparse, y, lower_is_better=lower_is_better)
+    front = selection.pareto(sparse, y)
     held = " and ".join(f"{count} {arch}" for arch, count in front["arch"].value_counts().items())
     ends = [f"{number(row[y], y)} at L0 {number(row['l0'], 'l0')}" for row in front.iloc[[0, -1]].to_dict("records")]
     moves = f", {COLUMNS[y].title} from {ends[0]} to {ends[1]}" if len(front) > 1 else f", {ends[0]}"
@@ -48,10 +46,11 @@ def frontier_caption(
         f" Hollow: {counted(dense, 'run')} that fire {selection.DENSE_SHARE_PCT:g}% of the latents or "
         "more; dense runs are left out of the Pareto set, as they are of the recommendation."
     )
+    better = "lower" if COLUMNS[y].best == "min" else "higher"
     return (
         f"On the Pareto set {'is' if len(front) == 1 else 'are'} {held}{moves}. One marker per run, colour and shape "
-        f"by architecture, size by expansion; {'lower' if lower_is_better else 'higher'} and further left is better. "
-        f"A mark leads to its run's page.{left_out if dense else ''}"
+        f"by architecture, size by expansion; {better} and further left is better. "
+        f"Each marker links to its run's page.{left_out if dense else ''}"
         + (f" Not drawn: {counted(runs - len(df), 'run')} with an L0 of 0." if len(df) < runs else "")
         + (" Pale: the published recipe." if plots.recipes_differ(df) else "")
         + (" Dashed: PCA with as many components." if len(plots.pca_line(df, y, baseline)) else "")

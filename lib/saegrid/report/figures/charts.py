@@ -45,30 +45,24 @@ def write_library(folder: str | Path) -> None:
     write_text(path, head + vl_convert.javascript_bundle())
 
 
-def frontier_figures(
-    df: pd.DataFrame, measures: Sequence[str], *, links: str = "runs/", baseline: pd.DataFrame | None = None
-) -> Markdown:
+def frontier_figures(df: pd.DataFrame, measures: Sequence[str], *, baseline: pd.DataFrame | None = None) -> Markdown:
     """The frontier of each measure that all runs have; with scripts, one at a time and interactive."""
     shown = [name for name in measures if df[name].notna().all()]
-    figures = [frontier_figure(df, y, links=links, baseline=baseline).html for y in shown]
+    figures = [frontier_figure(df, y, baseline=baseline).html for y in shown]
     return from_template("chooser.html", label="Measure", figures=figures)
 
 
-def frontier_figure(
-    df: pd.DataFrame, y: str, *, links: str = "runs/", baseline: pd.DataFrame | None = None
-) -> Markdown:
+def frontier_figure(df: pd.DataFrame, y: str, *, baseline: pd.DataFrame | None = None) -> Markdown:
     """The frontier of `y` as a figure: interactive if scripts run, else the static picture."""
-    lower = COLUMNS[y].best == "min"
-    told = {"lower_is_better": lower, "links": links, "baseline": baseline}
-    content = frontier(df, y, **told).to_dict()
+    content = frontier(df, y, links="runs/", baseline=baseline).to_dict()
     content["config"]["legend"]["layout"] = LEGENDS
     spec = json.dumps(content).replace("</", "<\\/")  # no text in the data can close the element
     above = f'<div class="chart" data-library="{LIBRARY}"><script type="application/json">{spec}</script></div>'
     meaning = f"{COLUMNS[y].title}: {MEANINGS[y]} "
     return plots.figure(
-        plots.frontier(df, y=y, **told),
-        alt=captions.frontier_alt(df, y, lower),
-        caption=meaning + captions.frontier_caption(df, y, lower, baseline),
+        plots.frontier(df, y=y, links="runs/", baseline=baseline),
+        alt=captions.frontier_alt(df, y),
+        caption=meaning + captions.frontier_caption(df, y, baseline),
         above=above,
         name=COLUMNS[y].title,
     )
@@ -78,7 +72,6 @@ def frontier(
     df: pd.DataFrame,
     y: str,
     *,
-    lower_is_better: bool = True,
     links: str = "",
     baseline: pd.DataFrame | None = None,
 ) -> alt.LayerChart:
@@ -116,7 +109,7 @@ def frontier(
     x_axis = alt.X("l0:Q", title=header("l0") + ", log scale", scale=LOG_2)
     title = header(y) + (", log scale" if logarithmic else "")
     y_axis = alt.Y(f"{y}:Q", title=title, scale=alt.Scale(type="log") if logarithmic else alt.Scale(zero=False))
-    front = selection.pareto(sparse, y, lower_is_better=lower_is_better)[["l0", y]]
+    front = selection.pareto(sparse, y)[["l0", y]]
     line = alt.Chart(front).mark_line(color="currentColor", opacity=0.45, strokeWidth=1.2, aria=False)
     sizes = [f"{size}x" for size in sorted(df["expansion"].unique())]
     arches = [arch for arch in PALETTE if arch in set(df["arch"])]
@@ -141,9 +134,7 @@ def frontier(
     dashes = alt.Chart(beside).mark_line(color="currentColor", opacity=0.45, strokeDash=[4, 4], aria=False)
     lines = [part.encode(x=x_axis, y=y_axis) for part in ((line, dashes) if len(beside) else (line,))]
     chart = alt.layer(*lines, marks.encode(x=x_axis, y=y_axis))
-    return _themed(
-        chart.properties(width="container", height=380, description=captions.frontier_alt(df, y, lower_is_better))
-    )
+    return _themed(chart.properties(width="container", height=380, description=captions.frontier_alt(df, y)))
 
 
 def _opacity(df: pd.DataFrame) -> alt.Opacity | alt.OpacityValue:
@@ -167,9 +158,3 @@ def _themed(chart: alt.LayerChart) -> alt.LayerChart:
     axis |= {"tickColor": "currentColor", "titleFontWeight": "normal", "labelFontSize": 12, "titleFontSize": 13}
     chart = chart.configure(background="transparent", font=FONT).configure_view(stroke=None).configure_axis(**axis)
     return chart.configure_legend(**ink, symbolFillColor="currentColor", labelFontSize=12, orient="top")
-
-
-def spec_of(figure: str) -> dict:
-    """The Vega-Lite specification in a figure, for the tests."""
-    start = figure.index('<script type="application/json">') + len('<script type="application/json">')
-    return json.loads(figure[start : figure.index("</script>", start)])

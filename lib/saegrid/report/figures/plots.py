@@ -29,7 +29,6 @@ def frontier(
     *,
     y: str = "delta_loss",
     ax: Axes | None = None,
-    lower_is_better: bool = True,
     links: str = "",
     baseline: pd.DataFrame | None = None,
 ) -> Axes:
@@ -42,7 +41,7 @@ def frontier(
     df = with_latents(df)
     pale = recipes_differ(df)
     sparse = candidates(df)
-    front = pareto(sparse, y, lower_is_better=lower_is_better)
+    front = pareto(sparse, y)
     filled = set(sparse["run_id"])
     ax.plot(front["l0"], front[y], color=INK, alpha=0.45, linewidth=1.2, zorder=1)
     beside = pca_line(df, y, baseline)

@@ -18,7 +18,7 @@ UNCERTAIN = ["kl_interval", "kl_range", "delta_loss_interval", "delta_loss_range
 
 
 def verdict(found: pd.DataFrame) -> str:
-    """Which switched choices (`beside`) raise the cost, lower it, or are not shown to differ, as a family."""
+    """Which switched choices (`beside`) raise the cost, lower it, or do not differ significantly, as a family."""
     shown = found["p"] < LEVEL
     parts = {"Loses more": shown & (found["more"] > 0), "Loses less": shown & (found["more"] < 0)}
     lines = []

@@ -11,7 +11,7 @@ import pandas as pd
 from saegrid.analysis import findings, published_sweep
 from saegrid.analysis.findings import Finding
 from saegrid.analysis.numbers import between, change, counted, listed, number, signed
-from saegrid.analysis.origins.headlines import NOT_SHOWN
+from saegrid.analysis.origins.headlines import NOT_SIGNIFICANT
 from saegrid.config import settings
 from saegrid.report.figures.strips import Look, Mark, Row, strips
 from saegrid.report.tables import Markdown, from_template, html_table, markdown
@@ -20,7 +20,7 @@ HERE, THERE = Look("this grid"), Look("published rows", shape="D", hollow=True)
 SIGNS = {
     findings.HOLDS: ("✓", "holds"),
     findings.FAILS: ("✗", "fails"),
-    NOT_SHOWN: ("~", "open"),
+    NOT_SIGNIFICANT: ("~", "open"),
     findings.NOT_TESTABLE: ("○", "open"),
 }
 

@@ -116,7 +116,7 @@ def body(
         setting_table(
             df.assign(model=df["model"].map(model_name), **{n: df[n].map(dataset) for n in ("dataset", "activations")})
         ),
-        "## Limits",
+        "## Limitations",
         limits_text(df),
     )
 

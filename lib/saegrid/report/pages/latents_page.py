@@ -69,7 +69,7 @@ def introduction(data: Mapping[str, Any], runs: str) -> Markdown:
 def how(data: Mapping[str, Any]) -> Markdown:
     """How each number on the page is computed, and its limitations."""
     apart = data["sinks"] == "apart" and data["n_sink_rows"]
-    contexts = "Where it fires most, one context a prompt and none twice with the same last five tokens."
+    contexts = "Where it fires most, one context per prompt and none twice with the same last five tokens."
     if not data["tokens_known"]:
         contexts = f"None: {UNKNOWN}"
     given = "- Latents 0 and 1 were not learnt: they have the attention sinks' direction, up and down.\n"
@@ -129,10 +129,10 @@ def browser(data: Mapping[str, Any], chunks: str) -> Markdown:
     return from_template("latents.html", chunks=chunks, caption=caption, seeds=seeds, rows=rows)
 
 
-def gallery(data: Mapping[str, Any], size: int = GALLERY) -> Markdown:
+def gallery(data: Mapping[str, Any]) -> Markdown:
     """Cards of a few latents, evenly spaced in the sample, in the page itself."""
     entries = data["latents"]
-    steps = sorted({round((n + 0.5) * len(entries) / size) for n in range(size)}) if entries else []
+    steps = sorted({round((n + 0.5) * len(entries) / GALLERY) for n in range(GALLERY)}) if entries else []
     return markdown(*(html_block(card(entries[min(n, len(entries) - 1)], data)) for n in steps))
 
 

@@ -79,12 +79,13 @@ def _scaling(folder: Path) -> tuple[str, str]:
         for y, x in panels
     ]
     found, steps = scaling.exponents(df), scaling.steps(df)
-    tables = [scaling_section.exponent_table(found, len(df)), scaling_section.step_table(steps)]
+    tables = [scaling_section.exponent_table(found, len(df)) if len(found) else "", scaling_section.step_table(steps)]
     body = [_what(df), scaling_section.verdict(found, steps), plots.side_by_side(figures), *tables]
-    factors = [
-        f"{scaling.SIZES[row.size]} by {2**row.slope:.2f}" for row in found[found["measure"] == measure].itertuples()
-    ]
-    return f"**Size**: twice as much multiplies {MEASURES[measure]}: {', '.join(factors)}.", markdown(*body)
+    factors = []
+    for size, rows in steps[steps["measure"] == measure].groupby("size", sort=False):
+        sizes = " → ".join(number(value, size) for value in [rows["small"].iloc[0], *rows["large"]])
+        factors.append(f"{scaling.SIZES[size]} {sizes}: {', '.join(f'× {factor:.2f}' for factor in rows['factor'])}")
+    return f"**Size**: each step multiplies {MEASURES[measure]} ({'; '.join(factors)}).", markdown(*body)
 
 
 def _layers(folder: Path) -> tuple[str, str]:
@@ -144,6 +145,7 @@ def _what(df: pd.DataFrame) -> str:
         f"{counted(seeds, 'seed')}; judged on {one['n_val_rows']:,} held-out tokens and "
         f"{one['n_eval_prompts']} prompts."
     )
+    text += f" {peers_section.SHARED}" if selection.cost(df) != "kl" else ""
     return text if seeds == 1 else f"{text} {SEEDS}"
 
 

@@ -197,8 +197,7 @@ def which_k(df: pd.DataFrame) -> str:
 @styled
 def coherence_curves(found: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Decoder coherence over K, one line per setting (`scaling.coherence_over_k`)."""
-    for label, rows in found.groupby("label", sort=False):
-        arch = str(label).split()[0].rstrip(",")
+    for (arch, label), rows in found.groupby(["arch", "label"], sort=False):
         line = rows.sort_values("k")
         color, marker = PALETTE.get(arch, INK), MARKERS.get(arch, "o")
         ax.plot(line["k"], line["decoder_coherence"], color=color, marker=marker, label=label)
@@ -342,7 +341,7 @@ def probes(folder: Path) -> tuple[str, Markdown]:
     shown = [name for name, p in zip(more, holm([one.p for one in more.values()]), strict=True) if p < LEVEL]
     stand = {way: [name for name in shown if (more[name].value > 0) == up] for way, up in (("higher", 1), ("lower", 0))}
     told = "; ".join(
-        f"{listed(names) if names else 'none'} {'are' if len(names) > 1 else 'is'} shown to have a {way} AUC than PCA"
+        f"{listed(names) if names else 'none'} {'have' if len(names) > 1 else 'has'} a significantly {way} AUC than PCA"
         for way, names in stand.items()
     )
     answer = f"**Sparse probes** on {k} latents or components: {told}."

@@ -67,7 +67,7 @@ def readme(
             named,
             prompts,
             budget=budget,
-            figure=f"![{captions.frontier_alt(plain_runs, y)}]({PICTURE})\n\n{COLUMNS[y].title} against L0, one mark "
+            figure=f"![{captions.frontier_alt(plain_runs, y)}]({PICTURE})\n\n{COLUMNS[y].title} against L0, one marker "
             "per run; lower and further left is better.",
             loading=loading.from_release(best, files[best["run_id"]], repo),
             files=files_text(df, files),
