@@ -8,7 +8,7 @@ The rows are sums of known directions, with what a language model's residual str
 often and most rarely (Zipf), directions of one topic fire together, a child fires only with its parent, all rows share
 an offset, and one row in 200 is an attention sink. They are written as published activation files, beside a small
 untrained language model of the same width, so that a grid file can name them and its report takes them like any other
-rows. Writes `results/ground_truth/runs.csv`, one row per run (`saegrid.core.stability` defines the measures), after
+rows. Writes `results/ground_truth/runs.csv`, one row per run, after
 each setting. Existing rows count as done: if training has changed, delete them first.
 """
 
@@ -60,8 +60,8 @@ SINK_EVERY, SINK_RATIO, UNIT = 200, 170.0, 18.0
 """One row in `SINK_EVERY` is a sink, with `SINK_RATIO` times an ordinary norm. All rows are multiplied by `UNIT`."""
 ROWS = {40_000: (10, 3), 160_000: (3, 2)}
 """Numbers of training rows, each with its epochs and the number of seeds of each setting on them."""
-LONG = 12
-"""Epochs of one long run of the published recipe on the most rows: 3,750 steps."""
+LONG = 18
+"""Epochs of the long runs of the published recipe on the most rows: 5,616 steps, as many as in the published sweep."""
 VAL_ROWS, EXPANSION = 10_000, 4
 ARCHS = {"published": ("TopK", "BatchTopK", "Matryoshka"), "improved": ("TopK", "BatchTopK", "JumpReLU", "Matryoshka")}
 KS = (3, 6, 9, 12, 18, 24, 48)
@@ -168,7 +168,7 @@ def plan(rows: dict[int, tuple[int, int]]) -> list[tuple[dict[str, Any], int]]:
     sweep = most | {"recipe": "improved", "arch": "BatchTopK", "freeze": "none"}
     found += [(sweep | {"k": k}, 1) for k in KS if k != round(L0)]
     long = {"recipe": "published", "rows": max(rows), "epochs": LONG, "freeze": "none", "k": round(L0)}
-    return [*found, (long | {"arch": "BatchTopK"}, 1)]
+    return [*found, *((long | {"arch": arch}, 2) for arch in ("TopK", "BatchTopK"))]
 
 
 def train(course: Course, **told: Any) -> tuple[SAE, Run]:

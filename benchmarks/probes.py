@@ -43,7 +43,7 @@ from saegrid.kernels import set_threads
 from saegrid.storage.atomic import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
-KS = (1, 5, 16)
+KS = (1, 5, 20)
 DRAWS, TOKENS_EACH = 3, 2000
 """Number of draws of training tokens, and the most tokens with, and without, the concept in each draw."""
 LEAST = 50
@@ -138,13 +138,13 @@ def latents(sae: SAE, x: torch.Tensor) -> scipy.sparse.csc_matrix:
     return scipy.sparse.vstack(parts).tocsc()
 
 
-def most_telling(features: Matrix, has: np.ndarray, k: int) -> np.ndarray:
+def most_telling(inputs: Matrix, has: np.ndarray, k: int) -> np.ndarray:
     """The k columns of the largest absolute correlation with a label, the largest first; a constant column has none."""
     n, y = len(has), has - has.mean()
-    squares = features.multiply(features) if scipy.sparse.issparse(features) else np.square(features)
-    sums, squares = (np.asarray(some.sum(axis=0)).ravel() for some in (features, squares))
+    squares = inputs.multiply(inputs) if scipy.sparse.issparse(inputs) else np.square(inputs)
+    sums, squares = (np.asarray(some.sum(axis=0)).ravel() for some in (inputs, squares))
     spread = np.sqrt(np.clip(squares / n - np.square(sums / n), 0, None))
-    correlation = np.divide(np.abs(features.T @ y), spread, out=np.zeros(len(spread)), where=spread > 1e-6)
+    correlation = np.divide(np.abs(inputs.T @ y), spread, out=np.zeros(len(spread)), where=spread > 1e-6)
     return np.argsort(-correlation, kind="stable")[:k]
 
 
@@ -158,8 +158,8 @@ def auc(train: Matrix, has: np.ndarray, test: Matrix, test_has: np.ndarray, k: i
     return float(roc_auc_score(test_has, probe.decision_function(scaler.transform(test))))
 
 
-def dense(features: Matrix) -> np.ndarray:
-    return features.toarray() if scipy.sparse.issparse(features) else features
+def dense(inputs: Matrix) -> np.ndarray:
+    return inputs.toarray() if scipy.sparse.issparse(inputs) else inputs
 
 
 def balanced(has: np.ndarray, seed: int) -> np.ndarray:
@@ -208,17 +208,17 @@ def main() -> None:
     principal_rows = {split: ((x - mean) @ directions).numpy() for split, x in rows.items()}
     start = initial_sae(make_config(arch="TopK", k=64, recipe="improved"), store.d_in, mean)
     parts = [
-        probed(*(x.numpy() for x in rows.values()), labels, (*KS, 0)).assign(features="residual"),
-        probed(*principal_rows.values(), labels, KS).assign(features="PCA"),
-        probed(*(latents(start, x) for x in rows.values()), labels, KS).assign(features="untrained SAE"),
+        probed(*(x.numpy() for x in rows.values()), labels, (*KS, 0)).assign(inputs="residual"),
+        probed(*principal_rows.values(), labels, KS).assign(inputs="PCA"),
+        probed(*(latents(start, x) for x in rows.values()), labels, KS).assign(inputs="untrained SAE"),
     ]
     for run, config in zip(options.runs, configs, strict=True):
-        told = {"features": "latents", "name": config.name, "arch": config.arch, "recipe": config.recipe}
+        told = {"inputs": "latents", "name": config.name, "arch": config.arch, "recipe": config.recipe}
         sae = load_sae(run)
         found = probed(*(latents(sae, x) for x in rows.values()), labels, KS)
         parts.append(found.assign(**told, seed=config.seed, run_id=run.name))
         print(found.groupby("k")["auc"].mean().round(3).to_dict(), run.name, flush=True)
-    columns = ["features", "name", "arch", "recipe", "seed", "run_id", *parts[0].columns[:-1]]
+    columns = ["inputs", "name", "arch", "recipe", "seed", "run_id", *parts[0].columns[:-1]]
     table = pd.concat(parts, ignore_index=True).reindex(columns=columns)
     options.out.mkdir(parents=True, exist_ok=True)
     write_text(options.out / "probes.csv", table.round(5).to_csv(index=False, lineterminator="\n"))

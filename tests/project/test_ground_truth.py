@@ -82,7 +82,7 @@ def test_a_setting_is_trained_and_judged_and_the_usual_evaluation_takes_the_rows
 
 def test_the_plan_has_every_recipe_architecture_and_control(bench):
     plan = pd.DataFrame([setting | {"seeds": seeds} for setting, seeds in bench.plan({100: (10, 3), 200: (5, 2)})])
-    assert plan[plan["epochs"] == bench.LONG]["arch"].tolist() == ["BatchTopK"]
+    assert plan[plan["epochs"] == bench.LONG]["arch"].tolist() == ["TopK", "BatchTopK"]
     plan = plan[plan["epochs"] < bench.LONG]
     sweep = plan[plan["seeds"] == 1]
     assert sweep["k"].tolist() == [k for k in bench.KS if k != 12] and set(sweep["rows"]) == {200}

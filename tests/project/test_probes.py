@@ -30,11 +30,11 @@ def test_labels_by_hand():
 
 def test_the_most_telling_columns_against_a_slow_computation():
     rng = np.random.default_rng(0)
-    features = np.where(rng.random((200, 12)) < 0.3, rng.random((200, 12)), 0.0)
-    features[:, 5] = 1.0  # constant
-    has = features[:, 3] - features[:, 7] + 0.3 * rng.random(200) > 0.2
-    slow = [abs(np.corrcoef(column, has)[0, 1]) if np.ptp(column) else 0.0 for column in features.T]
-    for some in (features, scipy.sparse.csc_matrix(features)):
+    inputs = np.where(rng.random((200, 12)) < 0.3, rng.random((200, 12)), 0.0)
+    inputs[:, 5] = 1.0  # constant
+    has = inputs[:, 3] - inputs[:, 7] + 0.3 * rng.random(200) > 0.2
+    slow = [abs(np.corrcoef(column, has)[0, 1]) if np.ptp(column) else 0.0 for column in inputs.T]
+    for some in (inputs, scipy.sparse.csc_matrix(inputs)):
         assert probes.most_telling(some, has, 4).tolist() == np.argsort(-np.array(slow))[:4].tolist()
 
 
@@ -52,17 +52,17 @@ def test_the_page_compares_with_pca_over_concepts(tmp_path):
     rng, rows = np.random.default_rng(0), []
     for concept in range(12):
         base = 0.7 + 0.2 * rng.random()
-        for features, more in (("residual", -0.05), ("PCA", 0.0), ("latents", 0.08), ("untrained SAE", 0.0)):
+        for inputs, more in (("residual", -0.05), ("PCA", 0.0), ("latents", 0.08), ("untrained SAE", 0.0)):
             for k in (1, 5, 16):
                 told = {
-                    "features": features,
+                    "inputs": inputs,
                     "concept": f"c{concept}",
                     "k": k,
                     "auc": base + more * rng.uniform(0.8, 1),
                 }
-                told["auc"] += 0.001 * rng.standard_normal() if features == "untrained SAE" else 0.0
-                rows.append(told | ({"arch": "TopK", "recipe": "improved"} if features == "latents" else {}))
-        rows.append({"features": "residual", "concept": f"c{concept}", "k": 0, "auc": 0.95, "from_token": concept < 5})
+                told["auc"] += 0.001 * rng.standard_normal() if inputs == "untrained SAE" else 0.0
+                rows.append(told | ({"arch": "TopK", "recipe": "improved"} if inputs == "latents" else {}))
+        rows.append({"inputs": "residual", "concept": f"c{concept}", "k": 0, "auc": 0.95, "from_token": concept < 5})
     pd.DataFrame(rows).to_csv(tmp_path / "probes.csv", index=False)
     text = trust_section.probes(tmp_path)[1]
     assert "12 concepts with automatic labels, 7 of them" in text and "residual stream give 0.950" in text

@@ -13,7 +13,7 @@ import pandas as pd
 
 from saegrid.analysis import published_sweep, selection
 from saegrid.analysis.budget import BUDGETS, Choice, Price, by_budget
-from saegrid.analysis.numbers import COLUMNS, MEANINGS, bounds, change, counted, number, signed
+from saegrid.analysis.numbers import COLUMNS, MEANINGS, between, bounds, change, counted, number, signed
 from saegrid.config import settings
 from saegrid.config.architectures import ARCHITECTURES
 from saegrid.config.grid import L0_BUDGET
@@ -117,8 +117,8 @@ def result_tables(df: pd.DataFrame, links: str = "") -> Markdown:
     return markdown(
         *tables,
         "Delta Loss and KL are nats/token; Frac Rec is CE clean / CE spliced, as published; loss rec. is the share of "
-        "the loss recovered against the mean, FVU leaves attention sinks out, stable latents are found with another "
-        "seed.",
+        f"the loss recovered against the mean, FVU leaves attention sinks out ({between(df['sink_pct'], '.2f')}% "
+        "of the rows), stable latents are found with another seed.",
     )
 
 

@@ -329,10 +329,10 @@ def probes(folder: Path) -> tuple[str, Markdown]:
     tables."""
     found = pd.read_csv(folder / "probes.csv")
     context = int((~found.groupby("concept")["from_token"].first().astype(bool)).sum())
-    label = found["features"].where(found["features"] != "latents", found["arch"] + " " + found["recipe"])
-    found = found.assign(features=label).groupby(["features", "concept", "k"], sort=False)["auc"].mean().unstack("k")
+    label = found["inputs"].where(found["inputs"] != "latents", found["arch"] + " " + found["recipe"])
+    found = found.assign(inputs=label).groupby(["inputs", "concept", "k"], sort=False)["auc"].mean().unstack("k")
     everything, ks = found[0].mean(), [k for k in found if k]
-    wide = {k: found[k].unstack("features") for k in ks}  # AUC of (concept, features)
+    wide = {k: found[k].unstack("inputs") for k in ks}  # AUC of (concept, inputs)
     k, means = ks[1], pd.DataFrame({k: aucs.mean() for k, aucs in wide.items()})
     means = means.sort_values(ks[1], ascending=False)
     apart = wide[k].drop(columns="PCA").sub(wide[k]["PCA"], axis=0)[[n for n in means.index if n != "PCA"]]
@@ -347,13 +347,13 @@ def probes(folder: Path) -> tuple[str, Markdown]:
     answer = f"**Sparse probes** on {k} latents or components: {told}."
     text = (
         f"{counted(n, 'concept')} with automatic labels, {context} of them not decided by the current token alone; "
-        f"AUC on held-out tokens, from the {k} features that tell most. {told[0].upper()}{told[1:]} (t intervals over "
-        f"concepts, paired; corrected for {len(more)} comparisons). All coordinates of the residual stream give "
-        f"{everything:.3f}."
+        f"AUC on held-out tokens, from the {k} latents or components that tell most. {told[0].upper()}{told[1:]} (t "
+        f"intervals over concepts, paired; corrected for {len(more)} comparisons). All coordinates of the residual "
+        f"stream give {everything:.3f}."
     )
-    table = means.map("{:.3f}".format).set_axis([f"K = {k}" for k in ks], axis=1).rename_axis("Features").reset_index()
+    table = means.map("{:.3f}".format).set_axis([f"K = {k}" for k in ks], axis=1).rename_axis("Inputs").reset_index()
     title = f"More than PCA at K = {k}"
-    table[title] = [change(*more[name][:3]) if name in more else "" for name in table["Features"]]
+    table[title] = [change(*more[name][:3]) if name in more else "" for name in table["Inputs"]]
     each = wide[k][means.index].map("{:.3f}".format).rename_axis("Concept").reset_index()
     caption = f"AUC of each concept, K = {k}."
     return answer, markdown(
