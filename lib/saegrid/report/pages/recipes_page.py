@@ -188,7 +188,7 @@ def claim(df: pd.DataFrame, prompts: pd.DataFrame) -> str:
 
 SECTIONS = (
     Section("Two recipes", "two-recipes", "recipes/results_tidy.csv", _recipes, "recipes"),
-    Section("What each choice buys", "choices", "ablation/results_tidy.csv", _switched, "ablation"),
+    Section("What each choice gains", "choices", "ablation/results_tidy.csv", _switched, "ablation"),
     Section("Scaling", "scaling", "scaling/results_tidy.csv", _scaling, "scaling"),
     Section("Other layers, other text", "layers", "layers/results_tidy.csv", _layers),
     Section("Other libraries", "libraries", "peers/runs.csv", _peers, "peer-quality"),
