@@ -25,8 +25,8 @@ from saegrid.report.tables import Markdown, from_template, markdown, pipe_table
 TITLES = {
     "topk_loses_less": "With the published recipe, TopK loses less than BatchTopK",
     "improved_is_far_better": f"The improved recipe leaves less than {claims.FEW_DEAD_PCT:g}% of BatchTopK's latents "
-    "dead and loses a tenth",
-    "matryoshka_loses_least": "Matryoshka with the improved recipe loses least",
+    "dead, at a tenth of the loss or less",
+    "matryoshka_loses_least": "Matryoshka with the improved recipe loses least of all settings here",
 }
 """The project's headlines, as `analysis/origins/headlines.py` names them."""
 
