@@ -139,10 +139,15 @@ def test_a_run_that_does_not_fit_says_so_with_the_numbers():
     assert 0 < available() < 2**50
 
 
-def test_a_language_model_that_does_not_fit_says_so_before_it_is_loaded(config, monkeypatch):
-    run = config(lm_dtype="bfloat16")
-    weights = 2 * sum(weight.numel() for weight in tiny_model("llama").parameters())
+def test_a_language_model_that_does_not_fit_says_so_before_it_is_loaded(config, tmp_path, monkeypatch):
+    """Its weights are counted once, in one file or in shards, also beside a second copy of them."""
+    run, model = config(lm_dtype="bfloat16"), tiny_model("llama")
+    weights = 2 * sum(weight.numel() for weight in model.parameters())
     assert model_bytes(run) == weights
+    model.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    shards = list((tmp_path / "shards").glob("*.safetensors"))
+    shutil.copy(shards[0], tmp_path / "shards" / "consolidated.safetensors")
+    assert len(shards) > 1 and model_bytes(config(model=str(tmp_path / "shards"))) == 2 * weights
     monkeypatch.setattr(preflight, "available", lambda: int(preflight.BASE) + weights - 1)
     with pytest.raises(ConfigError, match=r"model = .*: its weights take 0.0 GB of memory as bfloat16 .* 0.7 GB are"):
         check_fits(run, D_IN)

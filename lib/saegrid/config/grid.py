@@ -97,11 +97,11 @@ class Grid(BaseModel):
         return self.model_copy(update={"axes": [{name: [value] for name, value in point.items()} for point in done]})
 
     def seeds(self) -> list[list[RunConfig]]:
-        """For each setting with at least two seeds, its runs in order of their seed."""
-        groups: dict[tuple[Hashable, ...], list[RunConfig]] = {}
+        """For each setting with at least two seeds, one run per seed in order of the seeds."""
+        groups: dict[tuple[Hashable, ...], dict[int, RunConfig]] = {}
         for run in self.runs():
-            groups.setdefault(settings.key(run.model_dump()), []).append(run)
-        return [sorted(runs, key=lambda run: run.seed) for runs in groups.values() if len(runs) > 1]
+            groups.setdefault(settings.key(run.model_dump()), {}).setdefault(run.seed, run)
+        return [[runs[seed] for seed in sorted(runs)] for runs in groups.values() if len(runs) > 1]
 
     def other_seeds(self, run_id: str) -> list[str]:
         """Ids of the runs that differ from a run in their seed alone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 from pathlib import Path
@@ -74,7 +75,11 @@ def model_bytes(config: RunConfig) -> int:
 
     if config.model.startswith("embedded:"):
         return 0
-    values, files = 0, list(config_folder(config).glob("*.safetensors"))
+    folder, names = config_folder(config), {"model.safetensors"}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        names = set(index["weight_map"].values())
+    values, files = 0, [folder / name for name in names if (folder / name).is_file()]
     for path in files:
         with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="np") as file:
             values += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
