@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import best_of_many
 import coverage_of_intervals as coverage
 import numpy as np
 import pandas as pd
@@ -41,3 +42,19 @@ def test_the_method_page_says_what_the_table_says():
     shapes = [one.loc[one["effects"] == shape, "covers_pct"] for shape in ("normal", "skewed")]
     bounds = [f(values) for values in (rest["covers_pct"], two["covers_pct"], *shapes) for f in (min, max)]
     assert stated == pytest.approx(bounds, abs=0.4)
+
+
+def test_choosing_the_best_run_is_optimistic_where_runs_are_alike():
+    rng = np.random.default_rng(0)
+    sums = pd.DataFrame(100 + 10 * rng.standard_normal((20, 8)))
+    tokens = pd.DataFrame(np.full((20, 8), 100.0))
+    alike = best_of_many.optimism(sums, tokens, 500, rng)
+    sums[3] -= 90.0
+    assert alike > 0.02 and abs(best_of_many.optimism(sums, tokens, 500, rng)) < 0.01
+
+
+def test_the_committed_optimism_is_of_the_committed_grids():
+    table = pd.read_csv(ROOT / "results/trials/best_of_many.csv", keep_default_na=False)
+    made = best_of_many.table(20)
+    keys = ["grid", "origin", "cost", "runs", "templates"]
+    assert made[keys].equals(table[keys]) and list(made["lowest"]) == pytest.approx(list(table["lowest"]), abs=1e-5)
