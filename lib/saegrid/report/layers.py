@@ -44,7 +44,7 @@ def section(df: pd.DataFrame, prompts: pd.DataFrame, pages: str = "", level: str
     `level` is that of the headings inside.
     """
     found = headlines(df, prompts)
-    parts = [verdict(found), claims_table(df, prompts, found, pages), exceptions(found, df)]
+    parts = [_bullets(found), claims_table(df, prompts, found, pages), exceptions(found, df)]
     if df["layer"].nunique() > 1:
         parts += [f"{level} Which layer is hardest?", hardest_text(df), f"{level} Over layers", over_layers.figures(df)]
     return markdown(*filter(None, parts))
@@ -53,16 +53,20 @@ def section(df: pd.DataFrame, prompts: pd.DataFrame, pages: str = "", level: str
 # --- the headlines
 
 
-def verdict(found: list[Headline]) -> str:
-    """At how many origins each headline holds, is not significant and fails: one line per testable headline."""
+def verdicts(found: list[Headline]) -> list[str]:
+    """At how many origins each headline holds, is not significant and fails: a sentence per testable headline."""
     told = []
     for headline in found:
         counts = {word: len(headline.where(word)) for word in (HOLDS, NOT_SIGNIFICANT, FAILS)}
         if known := sum(counts.values()):
             parts = [f"holds at {counts[HOLDS]} of {known}"]
             parts += [f"{word} at {counts[word]}" for word in (NOT_SIGNIFICANT, FAILS) if counts[word]]
-            told.append(f"- **{TITLES[headline.name]}**: {', '.join(parts)}.")
-    return "\n".join(told)
+            told.append(f"**{TITLES[headline.name]}**: {', '.join(parts)}.")
+    return told
+
+
+def _bullets(found: list[Headline]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in verdicts(found))
 
 
 def exceptions(found: list[Headline], df: pd.DataFrame) -> str:
@@ -275,6 +279,6 @@ def overview(
         f"## At each {words(df)}",
         "Each is judged by itself: no ranking, mean or interval goes across.",
         "### Recommendation", recommended(df, prompts, budget, pages, runs),
-        "### What holds where", *filter(None, [verdict(found)]),
+        "### What holds where", *filter(None, [_bullets(found)]),
         claims_table(df, prompts, found, pages),
     )  # fmt: skip

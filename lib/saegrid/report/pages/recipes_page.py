@@ -92,8 +92,7 @@ def _layers(folder: Path) -> tuple[str, str]:
     df, prompts = selection.without_controls(results.read_tidy(folder)), results.read_prompts(folder)
     where = f"{counted(df['layer'].nunique(), 'layer')} and {counted(df['dataset'].nunique(), 'text')}"
     text = f"Do this project's headlines hold elsewhere? {_what(df)} Each of {where} is judged by itself."
-    told = layers.verdict(headlines(df, prompts)).splitlines()
-    short = " ".join(line.removeprefix("- ") for line in told)
+    short = " ".join(layers.verdicts(headlines(df, prompts)))
     return short and f"Elsewhere ({where}): {short}", markdown(text, layers.section(df, prompts))
 
 
