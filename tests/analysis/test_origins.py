@@ -78,7 +78,7 @@ def test_each_origin_has_its_own_verdict(grid):
     assert verdicts(df, prompts)["topk_loses_less"] == [HOLDS, HOLDS, HOLDS, FAILS]
     assert verdicts(df, prompts)["improved_is_far_better"] == [HOLDS, FAILS, HOLDS, HOLDS]
     found = headlines(df, prompts)
-    assert layers.verdict(found).count(": holds at 3 of 4, fails at 1.") == 2
+    assert " ".join(layers.verdicts(found)).count(": holds at 3 of 4, fails at 1.") == 2
     table = layers.exceptions(found, df)
     assert "| layer 12, python_docs | fails | +0.5" in table and len(table.splitlines()) == 2 + 2
     assert "| layer 6, python_docs | fails | 15.0% of the KL [" in table

@@ -106,7 +106,7 @@ def test_a_missing_run_stops_the_tables_and_leaves_the_old_ones(fake_grid, fake_
     before = (folder / "results_full.csv").read_bytes()
     run = fake_grid.runs()[3]
     (fake_runs / "runs" / run.run_id / "metrics.json").unlink()
-    with pytest.raises(ResultsError, match=f"{run.run_id}/metrics.json: .*`snakemake` with its grid file finishes it"):
+    with pytest.raises(ResultsError, match=f"{run.run_id}/metrics.json: .*run `snakemake` with its grid file"):
         results.make(fake_grid, fake_runs)
     assert (folder / "results_full.csv").read_bytes() == before
 

@@ -191,7 +191,7 @@ def test_faults_in_a_notebook_are_found(tmp_path):
     (tmp_path / "report/page.ipynb").write_text(json.dumps({"cells": cells}))
     assert site.check_sources(tmp_path) == [
         "report/page.ipynb, cell 2: line 1: a div that is never closed",
-        "report/page.ipynb, cell 3: its source is no list of lines",
+        "report/page.ipynb, cell 3: its source is not a list of lines",
     ]
 
 
