@@ -26,6 +26,10 @@ FROZEN = {
 }
 
 
+def span(values, digits):
+    return f"{values.min():{digits}}% to {values.max():{digits}}%"
+
+
 def test_it_can_be_read_in_one_sitting():
     assert len(README.splitlines()) <= 150
 
@@ -74,6 +78,8 @@ def test_the_readmes_numbers_are_those_of_the_committed_table():
             name, last = (f"{arch}, `{recipe}`{FROZEN[freeze]}", f"{again.item():.2f}%" if freeze == "none" else "")
             row = f"{name} | {' | '.join(cells)} | {last} |".replace("|  |", "| |")
             assert f"| {row}" in README or f"| control: {row}" in README
+    soft = df[df["freeze"] == "soft"]["kl"].item()
+    assert f"within a cosine of 0.8 of its random start still has a KL of {soft:.3f}." in TEXT
     pca = pca_table.read("results/full").set_index("components").loc[64]
     assert f"PCA, 64 components | {pca['kl']:.3f} | {pca['delta_loss']:.3f} |" in README
     assert f"At most {stable['stable_pct'].max():.1f}% are found again" in TEXT
@@ -84,12 +90,13 @@ def test_the_readmes_numbers_are_those_of_the_committed_table():
     assert f"of {first['pairs']} matched pairs BatchTopK has no more dead latents in {first['dead_pct']}," in TEXT
     assert f"the lower MSE in {first['val_mse']} and the lower delta loss in {first['delta_loss']}." in TEXT
     dead = told[2].facts["small"]["dead_pct"]
-    assert f"K = 64 leaves {dead.min():.0f}% to {dead.max():.0f}% dead" in TEXT
+    assert f"K = 64 leaves {span(dead, '.0f')} dead" in TEXT
     sweet, rival = (told[3].facts[name].iloc[0] for name in ("best", "rival"))
     assert f"frac_rec of {sweet['frac_rec_pct']:.1f}% and a delta loss of {sweet['delta_loss']:.3f};" in TEXT
     assert f"{rival['arch']} {rival['expansion']}x with K = {rival['k']} has {rival['delta_loss']:.3f}." in TEXT
     low = told[4].facts["lowest"]
-    assert f"frac_rec of {low['frac_rec_pct'].min():.1f}% and {(100 * low['l0'] / low['d_sae']).min():.0f}% of" in TEXT
+    kept, active = span(low["frac_rec_pct"], ".1f"), span(100 * low["l0"] / low["d_sae"], ".0f")
+    assert f"frac_rec of {kept}, with {active} of its latents active." in TEXT
     more = [f"{told[5].facts['by_arch'][arch].mean:+.3f} ({arch})" for arch in ("TopK", "BatchTopK")]
     assert f"changes delta loss by {' and '.join(more)}.".replace("-", "−") in TEXT
     changed = results.read_stability("results/stability").query("recipe == 'improved'")
