@@ -20,7 +20,7 @@ COMMAND = re.search(r"^snakemake .*profiles/slurm.*$", Path("README.md").read_te
 GRID_FILE = re.search(r"grid=(\S+)", COMMAND)[1]
 TARGET = ["--", "results_tidy.csv"]
 CONSTANTS = {"layer": 1, "max_tokens": 64, "train_tokens": 1200, "val_tokens": 300, "eval_prompts": 6, "expansion": 4}
-CONSTANTS |= {"batch_size": 8, "epochs": 30, "checkpoint_steps": 50, "threads": 1, "kernel": "reference"}
+CONSTANTS |= {"batch_size": 8, "epochs": 120, "checkpoint_steps": 50, "threads": 1, "kernel": "reference"}
 LACKING = slurm_cluster.missing()
 
 pytestmark = pytest.mark.skipif(bool(LACKING), reason=f"no Slurm on this machine: {', '.join(LACKING)} missing")
