@@ -1,6 +1,7 @@
 """A small grid through a real Slurm by the command in README.md, with one job cancelled and another killed."""
 
 import contextlib
+import functools
 import re
 import shlex
 import signal
@@ -20,7 +21,7 @@ COMMAND = re.search(r"^snakemake .*profiles/slurm.*$", Path("README.md").read_te
 GRID_FILE = re.search(r"grid=(\S+)", COMMAND)[1]
 TARGET = ["--", "results_tidy.csv"]
 CONSTANTS = {"layer": 1, "max_tokens": 64, "train_tokens": 1200, "val_tokens": 300, "eval_prompts": 6, "expansion": 4}
-CONSTANTS |= {"batch_size": 8, "epochs": 120, "checkpoint_steps": 50, "threads": 1, "kernel": "reference"}
+CONSTANTS |= {"batch_size": 8, "epochs": 30, "checkpoint_steps": 50, "threads": 1, "kernel": "reference"}
 LACKING = slurm_cluster.missing()
 
 pytestmark = pytest.mark.skipif(bool(LACKING), reason=f"no Slurm on this machine: {', '.join(LACKING)} missing")
@@ -43,8 +44,9 @@ def results(place):
 def started(command, folder, environment):
     """A command in a folder; its output goes to log.txt there."""
     with open(folder / "log.txt", "ab") as log:
-        environment = {**environment, "PYTHONPATH": str(folder / "lib")}
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=environment)
+        facts = {"cwd": folder, "env": {**environment, "PYTHONPATH": str(folder / "lib")}}
+        interruptible = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # even if the tests are not
+        process = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=interruptible, **facts)
         try:
             yield process
         finally:
