@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from saegrid.analysis import selection
+from saegrid.analysis import intervals, selection
 from saegrid.experiment import results
 
 FILE = Path("results/trials/best_of_many.csv")
@@ -36,17 +36,12 @@ def table(draws: int, grids: tuple[str, ...] = GRIDS) -> pd.DataFrame:
     """One row per grid and origin."""
     rows, rng = [], np.random.default_rng(0)
     for grid in grids:
-        df, prompts = (
-            selection.candidates(results.read_tidy(f"results/{grid}")),
-            results.read_prompts(f"results/{grid}"),
-        )
+        folder = Path("results") / grid
+        df, prompts = selection.candidates(results.read_tidy(folder)), results.read_prompts(folder)
         cost = selection.cost(df)
-        above = prompts["kl_sum"] if cost == "kl" else prompts["ce_spliced_sum"] - prompts["ce_clean_sum"]
-        group = prompts["template"].fillna("prompt " + prompts["prompt"].astype(str))
-        prompts = prompts.assign(above=above, group=group)
         for origin, runs in selection.by_origin(df).items():
-            own = prompts[prompts["run_id"].isin(runs["run_id"])]
-            sums, tokens = (own.pivot_table(name, "group", "run_id", "sum") for name in ("above", "n_tokens"))
+            groups = intervals.by_template(prompts, cost, runs["run_id"])
+            sums, tokens = groups["above"], groups["below"]
             best = (sums.sum() / tokens.sum()).min()
             rows.append((grid, origin, cost, len(runs), len(sums), best, optimism(sums, tokens, draws, rng)))
     return pd.DataFrame(rows, columns=["grid", "origin", "cost", "runs", "templates", "lowest", "optimism"])

@@ -24,9 +24,8 @@ if not chromium or not (SITE / "index.html").exists():
 with sync_playwright() as playwright:
     browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
     for name, (address, ready) in PICTURES.items():
-        path, _, anchor = address.partition("#")
         page = browser.new_context(color_scheme=name.rpartition("-")[2], viewport=SIZE).new_page()
-        page.goto((SITE / path).as_uri() + (f"#{anchor}" if anchor else ""))
+        page.goto(f"{SITE.as_uri()}/{address}")
         page.wait_for_selector(ready)
         page.wait_for_timeout(500)  # the renderer marks the theme 50 ms after loading, fonts and charts settle
         Image.open(io.BytesIO(page.screenshot())).save(f"docs/{name}.webp", quality=82, method=6)

@@ -55,7 +55,14 @@ class Measured:
 
 
 def measured(prompts: pd.DataFrame, measure: str = "delta_loss", among: Iterable[str] | None = None) -> Measured:
-    """A measure of the runs in `prompts`, or of those `among` these ids.
+    """A measure of the runs in `prompts`, or of those `among` these ids, from their sums (`by_template`)."""
+    groups = by_template(prompts, measure, among)
+    value = groups["above"].sum() / groups["below"].sum()
+    return Measured(value, (groups["above"] - value * groups["below"]) / groups["below"].sum())
+
+
+def by_template(prompts: pd.DataFrame, measure: str, among: Iterable[str] | None = None) -> pd.DataFrame:
+    """Numerator (`above`) and denominator (`below`) of a measure: a row per template, under each a column per run id.
 
     `prompts` is long-form: `run_id, prompt, template, n_tokens` and the sums that the measure needs (`MEASURES`). A
     prompt without a template is its own cluster. Raises `ResultsError` if the runs were not scored on the same prompts
@@ -75,9 +82,7 @@ def measured(prompts: pd.DataFrame, measure: str = "delta_loss", among: Iterable
     tokens = prompts.pivot(index=["group", "prompt"], columns="run_id", values="n_tokens")
     if tokens.isna().any().any() or (tokens.nunique(axis=1) != 1).any():
         raise ResultsError("prompts.csv: the runs were scored on different prompts or tokens and can't be compared")
-    groups = prompts.groupby(["group", "run_id"], sort=True)[["above", "below"]].sum().unstack("run_id")
-    value = groups["above"].sum() / groups["below"].sum()
-    return Measured(value, (groups["above"] - value * groups["below"]) / groups["below"].sum())
+    return prompts.groupby(["group", "run_id"], sort=True)[["above", "below"]].sum().unstack("run_id")
 
 
 def contrast(found: Measured, weights: Mapping[str, float]) -> Estimate:
